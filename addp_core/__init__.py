@@ -1,0 +1,31 @@
+"""ADDP (arXiv 2306.05423): pretrain once, then generate, recognise, detect and segment.
+
+    from addp_core import load_addp, load_encoder, sample, inpaint
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ADDP": "addp",
+    "ADDPConfig": "addp",
+    "Encoder": "encoder",
+    "inpaint": "sampler",
+    "load_addp": "checkpoint",
+    "load_encoder": "checkpoint",
+    "load_predictor": "checkpoint",
+    "load_tokenizer": "checkpoint",
+    "sample": "sampler",
+    "save_model": "checkpoint",
+    "save_published": "checkpoint",
+}
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `addp --help` and recipe errors answer before torch is loaded."""
+    if name in _EXPORTS:
+        return getattr(import_module(f"addp_core.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'addp_core' has no attribute {name!r}")

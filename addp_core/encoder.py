@@ -1,0 +1,95 @@
+"""The encoder that everything shares: a ViT over pixels, for pretraining, recognition, detection and segmentation.
+
+Pretraining passes normalised noisy images and keeps `tokenizer_norm` and the final `norm` (Sec. 3.3); recognition drops both
+(App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Interval
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from addp_core.layers import LayerNorm, init_transformer, learned, transformer_blocks
+from addp_core.tokenizer import to_map
+
+INPUT_DROPOUT = 0.1  # after `tokenizer_norm`; a constant of the published model, not tied to the blocks' dropout
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture of the ViT; the defaults are ViT-B's."""
+
+    width: Annotated[int, Ge(1), "features a token"] = 768
+    depth: Annotated[int, Ge(1), "blocks"] = 12
+    heads: Annotated[int, Ge(1), "attention heads"] = 12
+    dropout: Annotated[float, Interval(ge=0, lt=1), "in attention and MLP"] = 0.0
+    drop_path: Annotated[float, Interval(ge=0, lt=1), "stochastic depth of the last block, growing from 0"] = 0.0
+    tokenizer_norm: Annotated[bool, "LayerNorm on the embedded patches: on in pretraining, off by default in transfer"] = False
+
+
+SIZES = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3},
+    "small": {"width": 384, "depth": 12, "heads": 6},
+    "base": {"width": 768, "depth": 12, "heads": 12},
+    "large": {"width": 1024, "depth": 24, "heads": 16},
+}
+
+
+class Encoder(nn.Module):
+    """ViT with learned positions and a class token, over images of `image_size` (height, width) cut into `patch_size` squares."""
+
+    def __init__(self, config: EncoderConfig, image_size: tuple[int, int], patch_size: int = 16):
+        super().__init__()
+        self.config, self.image_size, self.patch_size = config, tuple(image_size), patch_size
+        if image_size[0] % patch_size or image_size[1] % patch_size:
+            raise ValueError(f"image size {image_size[0]} x {image_size[1]}: expected multiples of the patch size {patch_size}")
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.patch_embed = PatchEmbed(self.image_size, patch_size, 3, config.width)
+        self.cls_token = learned(1, 1, config.width)
+        self.pos_embed = learned(1, 1 + self.grid[0] * self.grid[1], config.width)
+        if config.tokenizer_norm:
+            self.tokenizer_norm = LayerNorm(config.width)
+            self.tokenizer_dropout = nn.Dropout(INPUT_DROPOUT if config.dropout else 0.0)
+        self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.dropout, config.drop_path)
+        self.norm = LayerNorm(config.width)
+        init_transformer(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
+
+    def forward(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Float[B,3,H,W] normalised -> Float[B,1+N,W] after the final norm, class token first.
+
+        extra: Float[B,E,W], further tokens that the image attends to; they are not part of the output.
+        """
+        x = self.embed(images, extra)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, : self.pos_embed.shape[1]])
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Float[B,3,H,W] normalised -> Float[B,1+N,W], class token first, without the final norm."""
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Float[B,3,H,W] normalised -> the patch tokens after each of the named blocks (negative counts from the end), Float[B,W,h,w]."""
+        wanted = [i % len(self.blocks) for i in blocks]
+        x, maps = self.embed(images), {}
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x)
+            if i in wanted:
+                maps[i] = to_map(x[:, 1:], self.grid)
+        return [maps[i] for i in wanted]
+
+    def embed(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Float[B,3,H,W] normalised -> Float[B,1+N(+E),W]: class token, patches with positions, extra tokens."""
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        if extra is not None:
+            x = torch.cat([x, extra], 1)
+        return self.tokenizer_dropout(self.tokenizer_norm(x)) if self.config.tokenizer_norm else x

@@ -1,0 +1,14 @@
+"""Errors of the user's input: one line that names the place, what was found, what was expected and the nearest fix."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The user's input is wrong. The message is one line; the command line prints it without a traceback and exits with 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean 'x'?' for the known word closest to `word`, or '' where none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
