@@ -1,0 +1,50 @@
+# Needs make and Python 3.10 or newer with its venv module. Everything else goes into .venv, at the versions of
+# constraints.txt; a second run finds it there. It is set up anew when pyproject.toml or constraints.txt change.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+EXTRAS  ?= test,gen,det
+WORKERS ?= 2
+DEMO    ?= runs/demo
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.ready-$(EXTRAS)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo clean
+
+help:
+	@echo "make setup   install into $(VENV) (EXTRAS=$(EXTRAS), PYTHON=$(PYTHON))"
+	@echo "make test    style check and tests, $(WORKERS) at a time (WORKERS=n)"
+	@echo "make demo    toy data, a tiny pretraining chain and generated images, under $(DEMO)"
+	@echo "make lint    style check alone"
+	@echo "make clean   remove $(VENV) and caches; runs/ stays"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is not Python 3.10 or newer; name one that is: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+	    { echo "no virtual environment: install Python's venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "installing addp[$(EXTRAS)] into $(VENV): some minutes and 6 GB the first time"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# One thread a worker: more would only fight over the cores.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+
+demo: $(STAMP)
+	$(BIN)/addp toy out=$(DEMO)/toy
+	$(BIN)/addp pretrain tiny data=$(DEMO)/toy/imagenet out=$(DEMO)/pretrain
+	$(BIN)/addp generate model=$(DEMO)/pretrain out=$(DEMO)/images
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
