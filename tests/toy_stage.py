@@ -1,0 +1,191 @@
+"""A stage of a few hundred weights with everything that can go wrong on resuming: dropout, batch statistics, a buffer
+that `after_step` writes, random targets; and faults on request. `start` runs it in a fresh process."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from addp_core import config as recipes
+from addp_core import engine, rng
+from addp_core.errors import UserError
+from addp_core.stage import Draw, Stage, TrainConfig
+
+N = 40  # images
+
+
+@dataclass
+class Recipe:
+    out: str
+    dropout: float = 0.1
+    norm: bool = True
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=12, batch=8, lr=0.05, warmup_steps=3, log_every=4, checkpoint_every=4, preview_every=6, ema=0.9
+        )
+    )
+
+
+@dataclass
+class Faults:
+    """What happens in the loss of which optimizer step."""
+
+    signals: dict[int, int] = field(default_factory=dict)  # step -> signal to this process
+    only_rank: int | None = None  # signal and NaN come to this process alone
+    nan_loss: tuple[int, ...] = ()
+    nan_gradient: tuple[int, ...] = ()
+    huge_gradient: int | None = None
+
+
+@dataclass
+class Batch:
+    images: Tensor  # Float[b,3,6,6]
+    labels: Tensor  # Long[b]
+    errors: list[tuple[str, str]]
+
+
+class ToyStream:
+    """N noise images; the label is the sign of the mean, the order and a little noise are functions of the position."""
+
+    def __init__(self, seed: int, batch: int):
+        self.seed, self.batch = seed, batch
+
+    def __len__(self) -> int:
+        return N
+
+    def batches(self, start: int, rank: int, world: int) -> Iterator[Batch]:
+        share = self.batch // world
+        while True:
+            first = start * self.batch + rank * share
+            images, labels = zip(*(self.at(position) for position in range(first, first + share)), strict=True)
+            yield Batch(torch.stack(images), torch.stack(labels), [])
+            start += 1
+
+    def at(self, position: int) -> tuple[Tensor, Tensor]:
+        epoch, place = divmod(position, N)
+        index = torch.randperm(N, generator=rng.generator(self.seed, "order", epoch))[place].item()
+        image = torch.randn(3, 6, 6, generator=rng.generator(self.seed, "image", index))
+        noise = 0.1 * torch.randn(3, 6, 6, generator=rng.generator(self.seed, "noise", position))
+        return image + noise, (image.mean() > 0).long()
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float, norm: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(8, 2)
+        self.fixed = nn.Parameter(torch.ones(5), requires_grad=False)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float[b,3,h,w] -> Float[b,2]"""
+        return self.head(self.drop(self.norm(self.conv(images)).relu().mean(dim=(2, 3))))
+
+
+class ToyStage(Stage):
+    name = "toy"
+
+    def __init__(self, dropout: float = 0.1, norm: bool = True, faults: Faults | None = None):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.model = Net(dropout, norm)
+            self.frozen = [nn.Linear(3, 3)]
+        self.faults = faults or Faults()
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        faults = self.faults
+        here = faults.only_rank in (None, draw.rank)
+        if draw.step in faults.signals and here:
+            os.kill(os.getpid(), faults.signals[draw.step])
+        assert not self.frozen[0].training
+        assert not self.frozen[0].weight.requires_grad
+        logits = model(batch.images)
+        cross_entropy = nn.functional.cross_entropy(logits.float(), batch.labels)
+        # random numbers as a method draws them: for the whole micro-batch, of which the rows are kept
+        weights = torch.rand(draw.batch, generator=draw.generator("weights"))[draw.rows].to(logits.device)
+        size = (weights[:, None] * logits.float() ** 2).mean()
+        if draw.step in faults.nan_loss and here:
+            cross_entropy = cross_entropy * float("nan")
+        if draw.step in faults.nan_gradient:
+            logits.register_hook(lambda gradient: gradient * float("inf"))
+        if draw.step == faults.huge_gradient:
+            logits.register_hook(lambda gradient: gradient * 1e12)
+        return {"loss": cross_entropy + 0.1 * size, "ce": cross_entropy, "size": size}
+
+    def after_step(self, model, draw, accelerator) -> dict[str, float]:
+        model.seen[draw.step % 2] += draw.batch
+        return {"seen": model.seen.sum().item()}
+
+    def preview(self, model, step) -> dict[str, Tensor]:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        return {"noise": torch.rand(5, 3, 6, 6)}
+
+    def evaluate(self, model, step) -> dict[str, float]:
+        images, labels = zip(*map(ToyStream(0, 8).at, range(N)), strict=True)
+        hits = model(torch.stack(images).to(model.head.weight.device)).argmax(1).cpu() == torch.stack(labels)
+        return {"accuracy": hits.float().mean().item()}
+
+    def export(self, model, path: Path) -> None:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path, {"kind": "toy"})
+
+
+def run(settings: list[str], faults: Faults | None = None) -> Path:
+    """What a verb does."""
+    recipe = recipes.load(Recipe, None, settings)
+    text = recipes.dump(recipe)
+    finished = engine.prepare_out(recipe.out, text)
+    if finished:
+        return finished
+    stage = ToyStage(recipe.dropout, recipe.norm, faults)
+    stream = ToyStream(recipe.train.seed, recipe.train.micro_batch)
+    return engine.train(stage, stream, recipe.train, recipe.out, text)
+
+
+def command(settings: list[str], faults: Faults | None = None, log: Path | None = None, environment=None, before=None):
+    """What the command line does: exit codes 0, 2 for the user's errors, 1; messages to `log`."""
+    torch.set_num_threads(1)
+    os.environ |= environment or {}
+    if log:
+        logging.basicConfig(filename=log, format="%(message)s", level=logging.INFO, force=True)
+    if before:
+        before()
+    try:
+        run(settings, faults)
+    except UserError as error:
+        logging.error("addp: %s", error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def start(*arguments, **options) -> multiprocessing.Process:
+    """`command` in a process of its own, forked from one that has torch loaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["addp_core.engine", "addp_core.config"])
+    process = context.Process(target=command, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def finish(process: multiprocessing.Process, limit: float = 60.0) -> int:
+    """Waits; the exit code, negative for a signal."""
+    process.join(limit)
+    if process.exitcode is None:
+        os.kill(process.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {limit} s")
+    return process.exitcode
+
+
+if __name__ == "__main__":
+    command(sys.argv[2:], log=Path(sys.argv[1]))
