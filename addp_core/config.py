@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from addp_core.errors import UserError, nearest
 from addp_core.keys import NONE, Key, all_keys, bare, in_words, keys_of, options_of
+from addp_core.verbs import VERBS
 
 T = TypeVar("T")
 Tree = dict[str, Any]  # a section under construction: field name -> value, or the Tree of a nested section
@@ -56,13 +58,20 @@ for _tag, (_pattern, _first, _) in SCALARS.items():
     if _pattern is not None:
         for _class in (_Loader, _Dumper):
             _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
-_Dumper.add_representer(
-    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, not any(map(_nested, items)))
-)
 
 
-def _nested(item: Any) -> bool:
-    return isinstance(item, list | dict)
+def _represent_list(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
+    nested = any(isinstance(item, list | dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not nested)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # between single quotes PyYAML loses some of Unicode's line breaks
+    return dumper.represent_scalar(STR, text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(str, _represent_text)
 
 
 # ---------------------------------------------------------------- from a dataclass to a tree and back
@@ -143,7 +152,8 @@ class _Document:
     def compose(self, text: str, key: str = "") -> yaml.Node:
         try:
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
-                raise UserError(f"{self.place()}anchors (&) and aliases (*) are not read here; write the value out")
+                place = self.place() or f"{key}: "
+                raise UserError(f"{place}anchors (&) and aliases (*) are not read here; write the value out")
             return yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(NULL, "")
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -306,8 +316,8 @@ class _Mismatch(Exception):
 def load(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) -> T:
     """The recipe `cls` from its defaults, then the YAML file `path`, then `key=value` settings, in this order.
 
-    Raises `UserError` of one line for a file that cannot be read, an unknown key, a wrong type, an impossible value, a key
-    set twice, or required keys left out (all of them named).
+    UserError of one line: a file that cannot be read, an unknown key, a wrong type, an impossible value, a key set
+    twice, or required keys left out (all of them named).
     """
     tree = _defaults(cls)
     if path is not None:
@@ -325,6 +335,28 @@ def load(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) 
             raise UserError(f"{override!r}: settings are written key=value, without spaces{hint}")
         _Document(cls).assign(tree, cls, name.strip(), yaml.ScalarNode(RAW, text))
     return _build(cls, tree)
+
+
+def recipes_of(module: ModuleType) -> dict[str, Path]:
+    """The named recipes of a verb's module, by name: `<package>/recipes/<verb>/<name>.yaml` beside the module."""
+    verb = next((verb for verb, (name, _) in VERBS.items() if name == module.__name__), module.__name__.split(".")[-1])
+    folder = Path(module.__file__ or "").parent / "recipes" / verb
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(module: ModuleType, name: str) -> Path:
+    """The file of a recipe given by its name ('tiny'), its path or a run folder. UserError where there is none."""
+    named, path = recipes_of(module), Path(name)
+    if name in named:
+        return named[name]
+    if path.is_file():
+        return path
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    looks_like_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    problem = f"{name}: no such file" if looks_like_path else f"no recipe named {name!r}"
+    close = nearest(path.stem, named) or "; a setting is written key=value, a file of your own by its path"
+    raise UserError(f"{problem}; named recipes: {', '.join(named) or 'none'}{close}")
 
 
 # ---------------------------------------------------------------- writing

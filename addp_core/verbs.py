@@ -1,0 +1,12 @@
+"""The verbs of the command line: each names the module whose `Recipe` it reads and whose `run(recipe)` it calls."""
+
+VERBS = {  # verb: (module, one line of help); modules are imported when their verb is used
+    "tokenizer": ("pretrain.tokenizer", "stage 1: train a VQGAN tokenizer on your images"),
+    "predictor": ("pretrain.predictor", "stage 2: train a token predictor (MAGE) on its ids"),
+    "pretrain": ("pretrain.addp", "stage 3: train ADDP over a frozen tokenizer and predictor"),
+    "generate": ("gen.generate", "write generated images and a grid of them"),
+    "export": ("tools.export", "write a checkpoint in another layout"),
+    "throughput": ("tools.throughput", "measure images/s, GFLOP, MFU and memory, part by part"),
+    "toy": ("tools.toy", "write small data sets in the formats of ImageNet, COCO and ADE20K"),
+    "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
+}
