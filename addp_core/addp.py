@@ -1,11 +1,11 @@
 """ADDP: Alternating Denoising Diffusion Process (arXiv 2306.05423, ICLR 2024), the model and its training loss.
 
-A training step (Sec. 3.3): tokenize the image; draw which ids are unreliable; let the frozen token predictor guess them; decode
-the mixture into a noisy image; from that image and the reliable ids, predict the distribution of the unreliable ones.
+A training step (Sec. 3.3): tokenize the image; draw which ids are unreliable; let the frozen token predictor guess
+them; decode the mixture into a noisy image; from that image and the reliable ids, predict the distribution of the
+unreliable ones.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -65,15 +65,20 @@ class Denoiser(nn.Module):
         width, ids_to = config.denoiser.encoder.width, config.process.ids_to
         self.label_smoothing = config.process.label_smoothing
         self.encoder = Encoder(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
-        self.decoder = TokenDecoder(config.denoiser.decoder, width, config.tokens, config.vocabulary, see_ids=ids_to != "none")
+        self.decoder = TokenDecoder(
+            config.denoiser.decoder, width, config.tokens, config.vocabulary, see_ids=ids_to != "none"
+        )
         if ids_to == "encoder+decoder":
             self.pos_token_embed = learned(1, 1 + config.tokens, width)  # positions of ids that the encoder sees
         for name, value in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, target: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
-        """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the first
-        `vocabulary` ids; with target Float[B,N,K], the scalar loss instead, computed at the unreliable positions alone."""
+    def forward(
+        self, images: Tensor, ids: Tensor, mask: Tensor, target: Tensor | None = None, vocabulary: int | None = None
+    ) -> Tensor:
+        """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the
+        first `vocabulary` ids; with target Float[B,N,K], the scalar loss instead, computed at the unreliable positions
+        alone."""
         features = self.encode(images, ids, mask)
         if target is None:
             return self.decoder(features, ids, mask, vocabulary=vocabulary)
@@ -86,7 +91,11 @@ class Denoiser(nn.Module):
         if hasattr(self, "pos_token_embed"):
             # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.
             order, real = visible_positions(mask)
-            seen = ids.gather(1, order) if real is None else ids.gather(1, order).masked_fill(~real, self.decoder.vocabulary.mask_id)
+            seen = (
+                ids.gather(1, order)
+                if real is None
+                else ids.gather(1, order).masked_fill(~real, self.decoder.vocabulary.mask_id)
+            )
             extra = self.decoder.token_emb(seen) + self.pos_token_embed[0, 1:][order]
         return self.encoder(self.normalise(images), extra)
 
@@ -102,14 +111,17 @@ class ADDP(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = Tokenizer(config.tokenizer, config.grid)
-        self.predictor = TokenPredictor(config.predictor, config.tokens, config.vocabulary) if config.predictor else None
+        self.predictor = (
+            TokenPredictor(config.predictor, config.tokens, config.vocabulary) if config.predictor else None
+        )
         self.denoiser = Denoiser(config)
         for part in (self.tokenizer, self.predictor):
             if part is not None:
                 part.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ADDP":
-        """The frozen parts stay in eval mode, as the paper says (published code switches the predictor's dropout on)."""
+        """The frozen parts stay in eval mode, as the paper says (published code switches the predictor's dropout on).
+        """
         super().train(mode)
         for part in (self.tokenizer, self.predictor):
             if part is not None:
@@ -117,7 +129,9 @@ class ADDP(nn.Module):
         return self
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Float[B,3,H,W] in [0,1] -> {"loss": scalar}; draws the step itself, from `generator` or torch's default state."""
+        """Float[B,3,H,W] in [0,1] -> {"loss": scalar}; draws the step itself, from `generator` or torch's default
+        state.
+        """
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         mask, next_mask = draw_masks(self.config.process, len(images), self.config.tokens, generator)
         mask, next_mask = mask.to(images.device), next_mask.to(images.device)
@@ -137,7 +151,9 @@ class ADDP(nn.Module):
         ValueError where the model was loaded without a token predictor.
         """
         if self.predictor is None:
-            raise ValueError("this model has no token predictor, which corrupting images needs: load it with predictor=<file>")
+            raise ValueError(
+                "this model has no token predictor, which corrupting images needs: load it with predictor=<file>"
+            )
         process, codebook = self.config.process, self.tokenizer.quantize.embedding.weight
         if process.condition == "z_t+1":
             guess, posterior = self.predictor(torch.cat([ids, ids]), torch.cat([next_mask, mask])).chunk(2)
@@ -159,4 +175,3 @@ class ADDP(nn.Module):
     def loss(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """Soft cross-entropy over all V classes at the unreliable positions (Eq. 7): scalar, nats."""
         return soft_cross_entropy(logits[mask], target[mask], self.config.process.label_smoothing).mean()
-

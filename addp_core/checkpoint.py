@@ -1,7 +1,8 @@
-"""Every byte of weights read or written: our safetensors, the published ADDP, MAGE and VQGAN files, and plain ViT files.
+"""Every byte of weights read or written: our safetensors, the published ADDP, MAGE and VQGAN files, and plain ViT
+files.
 
 Nothing is ever unpickled that could run code: `.safetensors` or `torch.load(weights_only=True)`.
-One function maps each foreign layout; the rest of the project knows our names alone.
+Foreign layouts are mapped in layouts.py.
 """
 
 import argparse
@@ -21,53 +22,32 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
-from addp_core.decoder import DecoderConfig
+from addp_core.addp import ADDP, ADDPConfig
 from addp_core.diffusion import ProcessConfig
-from addp_core.encoder import Encoder, EncoderConfig
+from addp_core.encoder import Encoder
 from addp_core.errors import UserError, nearest
-from addp_core.predictor import PredictorConfig, TokenPredictor
-from addp_core.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
+from addp_core.layouts import (
+    ARCHITECTURES,
+    LAYOUTS,
+    EncoderFile,
+    PredictorFile,
+    State,
+    TokenizerFile,
+    describe,
+    is_published_addp,
+    make_vocabulary,
+    published_addp_names,
+    strip,
+    to_published,
+)
+from addp_core.predictor import TokenPredictor
+from addp_core.tokenizer import Tokenizer
 
 MODEL_FILE = "model.safetensors"  # of a run folder
 METADATA_KEY = "addp"
-HEAD_WIDTH = 64  # of every published ViT: heads = width / 64
-DECODER_HEADS = 16  # of every published decoder
+POSITIONS = re.compile(r"(^|\.)(decoder_)?pos(_\w+)?_embed(_learned)?$|position_embeddings")
 
-State = dict[str, Tensor]
 Source = str | os.PathLike | Mapping[str, Any]
-
-
-# ---------------------------------------------------------------------------------------------------------------- what a file holds
-
-
-@dataclass(frozen=True)
-class TokenizerFile:
-    """Architecture written beside a tokenizer's weights."""
-
-    tokenizer: TokenizerConfig
-    grid: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class PredictorFile:
-    """Architecture written beside a token predictor's weights."""
-
-    predictor: PredictorConfig
-    grid: tuple[int, int]
-    vocabulary: Vocabulary
-
-
-@dataclass(frozen=True)
-class EncoderFile:
-    """Architecture written beside an encoder's weights."""
-
-    encoder: EncoderConfig
-    image_size: tuple[int, int]
-    patch_size: int
-
-
-ARCHITECTURES: dict[str, type] = {"addp": ADDPConfig, "tokenizer": TokenizerFile, "predictor": PredictorFile, "encoder": EncoderFile}
 
 
 @dataclass(frozen=True)
@@ -80,11 +60,12 @@ class Weights:
     architecture: Any
 
     def part(self, prefix: str) -> State:
-        return _strip(self.state, prefix)
+        return strip(self.state, prefix)
 
 
 def read_weights(source: Source, **overrides: int) -> Weights:
-    """Read any supported file: its tensors under our names, and the architecture (inferred from shapes where it is not stored).
+    """Read any supported file: its tensors under our names, and the architecture (inferred from shapes where it is not
+    stored).
 
     source: a path, a run folder, "hf://repo/file", or a state dict. overrides: numbers that shapes do not tell (heads).
     UserError for a file that is missing, damaged, hostile or of another method, saying what it looks like.
@@ -92,26 +73,22 @@ def read_weights(source: Source, **overrides: int) -> Weights:
     where, content, stored = _open(source)
     if stored is not None:
         kind, architecture = _stored_architecture(where, stored)
-        if kind == "addp" and _is_published_addp(content):
-            content = _published_addp_names(content)
+        if kind == "addp" and is_published_addp(content):
+            content = published_addp_names(content)
         return Weights(where, kind, content, architecture)
-    for kind, recognise, convert in _LAYOUTS:
+    for kind, recognise, convert in LAYOUTS:
         if recognise(content):
             state, architecture = convert(where, content, overrides)
             return Weights(where, kind, state, architecture)
     raise UserError(f"{where}: {describe(content)}; expected an ADDP, MAGE, VQGAN or ViT checkpoint")
 
 
-def describe(state: Mapping[str, Any]) -> str:
-    """What a state dict looks like, in words: 'this is a MAGE checkpoint: pass it as predictor='."""
-    for recognise, words in _LOOKS:
-        if recognise(state):
-            return f"this is {words}"
-    names = ", ".join(list(state)[:4])
-    return f"unknown content ({len(state)} entries such as {names})" if state else "there are no tensors in it"
+def read_tensors(source: Source) -> State:
+    """The tensors of any file, under the file's own names. UserError for one that is missing, damaged or hostile."""
+    return _open(source)[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- loading
+# -------------------- loading
 
 
 def load_addp(
@@ -126,12 +103,16 @@ def load_addp(
     """An ADDP in eval mode, float32, on the CPU.
 
     source: a path, a run folder, "hf://repo/file" or a state dict, published layout or ours.
-    tokenizer, predictor: sources for files that lack those parts (without a predictor the model samples but cannot train).
-    image_size: (height, width); positions are resampled where it differs from the file's. process: other than the file's.
-    heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, where they are not width/64 (decoders: 16).
-    UserError names every missing, unexpected or mis-shaped tensor.
+    tokenizer, predictor: sources for files that lack those parts (without a predictor the model samples but cannot
+    train).
+    image_size: (height, width); positions are resampled where it differs from the file's. process: other than the
+    file's.
+    heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, where they are not width/64
+    (decoders: 16). UserError names every missing, unexpected or mis-shaped tensor.
     """
-    _check_overrides(heads, ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads"), "load_addp")
+    _check_overrides(
+        heads, ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads"), "load_addp"
+    )
     weights = read_weights(source, **heads)
     if weights.kind != "addp":
         raise UserError(f"{weights.where}: {_describe_kind(weights)}; expected an ADDP checkpoint")
@@ -139,6 +120,9 @@ def load_addp(
     state = dict(weights.state)
     if tokenizer is not None:
         part = _read_part(tokenizer, "tokenizer")
+        embeddings, codebook = state["denoiser.decoder.token_emb.weight"], part.architecture.tokenizer.codebook
+        if codebook != config.vocabulary.codebook:
+            config = replace(config, vocabulary=make_vocabulary(embeddings, codebook))
         config = replace(config, tokenizer=part.architecture.tokenizer)
         state = _replace_part(state, "tokenizer.", part.state)
     if predictor is not None:
@@ -185,8 +169,8 @@ def load_encoder(
 ) -> Encoder:
     """The pixel encoder for recognition, from any ADDP file or a MAE- or timm-style ViT; eval mode, float32, CPU.
 
-    img_size: pixels, a side or (height, width); positions are resampled bicubically. tokenizer_norm: keep ADDP's input norm
-    (published transfers drop it). encoder_heads: where it is not width/64.
+    img_size: pixels, a side or (height, width); positions are resampled bicubically. tokenizer_norm: keep ADDP's input
+    norm (published transfers drop it). encoder_heads: where it is not width/64.
     """
     weights = read_weights(source, **({} if encoder_heads is None else {"encoder_heads": encoder_heads}))
     if weights.kind == "addp":
@@ -196,25 +180,32 @@ def load_encoder(
     elif weights.kind == "encoder":
         file, state = weights.architecture, weights.state
     else:
-        raise UserError(f"{weights.where}: {_describe_kind(weights)}; expected a checkpoint with a pixel encoder (ADDP, MAE or ViT)")
+        raise UserError(
+            f"{weights.where}: {_describe_kind(weights)}; expected a checkpoint with a pixel encoder (ADDP, MAE or ViT)"
+        )
     has_norm = "tokenizer_norm.weight" in state
     if tokenizer_norm and not has_norm:
-        raise UserError(f"tokenizer_norm: {weights.where} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
+        raise UserError(
+            f"tokenizer_norm: {weights.where} has none; expected an ADDP checkpoint, or tokenizer_norm=false"
+        )
     if not tokenizer_norm:
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     old_grid = (file.image_size[0] // file.patch_size, file.image_size[1] // file.patch_size)
     heads = encoder_heads or file.encoder.heads
-    encoder_config = replace(file.encoder, heads=heads, dropout=dropout, drop_path=drop_path, tokenizer_norm=tokenizer_norm)
+    encoder_config = replace(
+        file.encoder, heads=heads, dropout=dropout, drop_path=drop_path, tokenizer_norm=tokenizer_norm
+    )
     encoder = Encoder(encoder_config, size, file.patch_size)
     return _fill(encoder, _resample_all(state, old_grid, encoder.grid), weights.where)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ saving
+# -------------------- saving
 
 
 def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int] | None = None) -> None:
-    """Write an ADDP, Tokenizer, TokenPredictor or Encoder as one safetensors file with its architecture in the metadata.
+    """Write an ADDP, Tokenizer, TokenPredictor or Encoder as one safetensors file with its architecture in the
+    metadata.
 
     grid: the token grid of a TokenPredictor. The file appears whole or not at all.
     """
@@ -225,24 +216,16 @@ def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int]
 
 
 def save_published(model: ADDP, path: str | os.PathLike) -> None:
-    """Write the published layout: `{"model": ...}` with every tensor the published implementation declares.
-
-    Tensors that it declares but never uses are zeros. ValueError for options that it does not have.
-    """
-    if model.config.process.ids_to != "decoder":
-        raise ValueError(f"ids_to: found {model.config.process.ids_to!r}; the published layout only knows 'decoder'")
-    if model.predictor is None:
-        raise ValueError("this model has no token predictor, and the published layout contains one: load it with predictor=<file>")
-    state = {key: value.detach().to("cpu") for key, value in model.state_dict().items()}
-    published = {_to_published(key): value for key, value in state.items()}
-    published |= {"token_predictor." + key: value for key, value in published.items() if key.startswith("vqgan.")}
-    published |= _unused_published(model.config)
+    """Write `{"model": ...}` with every tensor the published implementation declares. ValueError as `to_published`."""
     text = json.dumps({"kind": "addp", "architecture": asdict(model.config)})
-    write_whole(Path(path), lambda temporary: torch.save({"model": published, METADATA_KEY: text}, temporary))
+    content = {"model": to_published(model), METADATA_KEY: text}
+    write_whole(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it. UserError where that is impossible."""
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it. UserError where that is
+    impossible.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,12 +234,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); expected a writable folder with enough free space") from error
+        raise UserError(
+            f"{path}: cannot be written ({error}); expected a writable folder with enough free space"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading files safely
+# -------------------- reading files safely
 
 
 def _open(source: Source) -> tuple[str, State, dict | None]:
@@ -268,17 +253,22 @@ def _open(source: Source) -> tuple[str, State, dict | None]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get(METADATA_KEY)
-                return str(path), {key: file.get_tensor(key) for key in file.keys()}, json.loads(text) if text else None  # noqa: SIM118
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
+                return str(path), state, json.loads(text) if text else None
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)", str(error))
         reason = f"it wants {wanted[1]}" if wanted else "it holds more than tensors"
         raise UserError(
-            f"{path}: refused, unpickling it could run code ({reason}); expected plain tensors: re-save it as safetensors where you trust it"
+            f"{path}: refused, unpickling it could run code ({reason}); expected plain tensors: "
+            "re-save it as safetensors where you trust it"
         ) from error
     except (SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({_first_line(error)}); expected .safetensors or a PyTorch file, complete") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint ({_first_line(error)}); "
+            "expected .safetensors or a PyTorch file, complete"
+        ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: found a {type(content).__name__}, expected a dictionary of tensors")
     return str(path), *_unwrap(str(path), content)
@@ -295,25 +285,37 @@ def _locate(source: str) -> Path:
         try:
             return Path(hf_hub_download(repo, name))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"{source}: cannot be fetched ({_first_line(error)}); expected a reachable hub file or a local path") from error
+            raise UserError(
+                f"{source}: cannot be fetched ({_first_line(error)}); expected a reachable hub file or a local path"
+            ) from error
     path = Path(source)
     if path.is_dir():
         if not (path / MODEL_FILE).exists():
-            raise UserError(f"{path}: a folder without {MODEL_FILE}; expected a finished run (start its command again to finish it) or a file")
+            raise UserError(
+                f"{path}: a folder without {MODEL_FILE}; "
+                "expected a finished run (start its command again to finish it) or a file"
+            )
         return path / MODEL_FILE
     if not path.exists():
         near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UserError(f"{path}: no such file{near}; expected a checkpoint, a run folder or hf://owner/repository/file")
+        raise UserError(
+            f"{path}: no such file{near}; expected a checkpoint, a run folder or hf://owner/repository/file"
+        )
     return path
 
 
 def _unwrap(where: str, content: Mapping[str, Any]) -> tuple[State, dict | None]:
-    """The state dict inside `model`, `state_dict` or `module`, or at the top; without DDP's prefix and anything but tensors."""
+    """The state dict inside `model`, `state_dict` or `module`, or at the top; without DDP's prefix and anything but
+    tensors.
+    """
     stored = content.get(METADATA_KEY)
-    inner = next((content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), Mapping)), content)
+    inner = next(
+        (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), Mapping)), content
+    )
     state = {key.removeprefix("module."): value for key, value in inner.items() if isinstance(value, Tensor)}
     if not state:
-        raise UserError(f"{where}: no tensors in it (entries: {', '.join(map(str, list(content)[:6])) or 'none'}); expected a checkpoint")
+        entries = ", ".join(map(str, list(content)[:6])) or "none"
+        raise UserError(f"{where}: no tensors in it (entries: {entries}); expected a checkpoint")
     return state, json.loads(stored) if isinstance(stored, str) else None
 
 
@@ -322,206 +324,13 @@ def _stored_architecture(where: str, stored: Any) -> tuple[str, Any]:
         kind = stored["kind"]
         return kind, TypeAdapter(ARCHITECTURES[kind]).validate_python(stored["architecture"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{where}: its description of the architecture does not fit this version ({_first_line(error)})") from error
+        raise UserError(
+            f"{where}: its description of the architecture does not fit this version ({_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# -------------------------------------------------------------------------------------------------------- published layouts -> ours
-
-_ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "tokenizer_norm.")
-_DECODER = ("token_emb.", "decoder_embed.", "mask_token", "decoder_pos_embed_learned", "decoder_pos_mask_embed", "decoder_pos_token_embed",
-            "decoder_blocks.", "decoder_norm.", "mlm_layer.")  # fmt: skip
-_ADDP_UNUSED = ("pos_token_embed", "pos_mask_embed", "decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias")
-_MAGE_UNUSED = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-                "decoder_pred.weight", "decoder_pred.bias", "token_emb.position_ids")  # fmt: skip
-_VQGAN_PARTS = ("encoder.", "decoder.", "quantize.")
-
-
-def _published_addp_names(state: State) -> State:
-    """Published ADDP names -> ours. The second copy of the tokenizer and tensors that nothing uses are left out."""
-    ours = {}
-    for key, value in state.items():
-        if key.startswith("token_predictor.vqgan.") or key in _ADDP_UNUSED:
-            continue
-        if key.startswith("vqgan."):
-            ours["tokenizer." + key.removeprefix("vqgan.")] = value
-        elif key.startswith("token_predictor."):
-            if key.removeprefix("token_predictor.") not in _MAGE_UNUSED:
-                ours["predictor." + key.removeprefix("token_predictor.")] = value
-        elif key.startswith(_ENCODER):
-            ours["denoiser.encoder." + key] = value
-        elif key.startswith(_DECODER):
-            ours["denoiser.decoder." + key] = value
-        else:
-            ours[key] = value  # reported as unexpected
-    if not any(key.startswith("tokenizer.") for key in ours):
-        second = _strip(state, "token_predictor.vqgan.")
-        ours |= {"tokenizer." + key: value for key, value in second.items()}
-    return ours
-
-
-def _to_published(key: str) -> str:
-    for ours, published in (("tokenizer.", "vqgan."), ("predictor.", "token_predictor."), ("denoiser.encoder.", ""), ("denoiser.decoder.", "")):
-        if key.startswith(ours):
-            return published + key.removeprefix(ours)
-    raise ValueError(f"{key}: no name in the published layout")
-
-
-def _unused_published(config: ADDPConfig) -> State:
-    """Tensors that the published implementation declares and never uses, as zeros (`position_ids` counts up)."""
-    positions, pixels = 1 + config.tokens, 3 * config.tokenizer.stride**2
-    unused = {}
-    for prefix, names, width in (("", _ADDP_UNUSED, config.denoiser.encoder.width), ("token_predictor.", _MAGE_UNUSED, config.predictor.width)):
-        shapes = {
-            "cls_token": (1, 1, width),
-            "mask_token": (1, 1, width),
-            "patch_embed.proj.weight": (width, 3, config.tokenizer.stride, config.tokenizer.stride),
-            "patch_embed.proj.bias": (width,),
-            "decoder_pred.weight": (pixels, width),
-            "decoder_pred.bias": (pixels,),
-        }
-        unused |= {prefix + name: torch.zeros(shapes.get(name, (1, positions, width))) for name in names if name != "token_emb.position_ids"}
-    unused["token_predictor.token_emb.position_ids"] = torch.arange(positions)[None]
-    return unused
-
-
-def _convert_addp(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, ADDPConfig]:
-    ours = _published_addp_names(state)
-    encoder, decoder = _strip(ours, "denoiser.encoder."), _strip(ours, "denoiser.decoder.")
-    _require(where, encoder, ("cls_token", "pos_embed", "patch_embed.proj.weight"))
-    tokens, patch = encoder["pos_embed"].shape[1] - 1, encoder["patch_embed.proj.weight"].shape[-1]
-    grid = _square_grid(where, tokens)
-    width = encoder["cls_token"].shape[-1]
-    tokenizer = _tokenizer_config(where, _strip(ours, "tokenizer.")) if any(k.startswith("tokenizer.") for k in ours) else TokenizerConfig()
-    predictor_state = _strip(ours, "predictor.")
-    predictor = _predictor_config(where, predictor_state, overrides) if predictor_state else None
-    heads = overrides.get("encoder_heads", _usual_heads(width))
-    denoiser = DenoiserConfig(
-        EncoderConfig(width, _depth(encoder, "blocks."), heads, dropout=0.1, tokenizer_norm=True),
-        DecoderConfig(_depth(decoder, "decoder_blocks."), overrides.get("decoder_heads", DECODER_HEADS)),
-    )
-    vocabulary = _vocabulary(decoder["token_emb.weight"], tokenizer.codebook)
-    image_size = (grid[0] * patch, grid[1] * patch)
-    return ours, ADDPConfig(image_size, tokenizer, vocabulary, predictor, denoiser)
-
-
-def _convert_mage(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, PredictorFile]:
-    ours = {key: value for key, value in state.items() if key not in _MAGE_UNUSED and not key.startswith("vqgan.")}
-    tokens = ours["token_emb.position_embeddings.weight"].shape[0] - 1
-    vqgan = state.get("vqgan.quantize.embedding.weight")
-    vocabulary = _vocabulary(ours["token_emb.word_embeddings.weight"], TokenizerConfig.codebook if vqgan is None else len(vqgan))
-    return ours, PredictorFile(_predictor_config(where, ours, overrides), _square_grid(where, tokens), vocabulary)
-
-
-def _convert_vqgan(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, TokenizerFile]:
-    prefix = "vqgan." if "vqgan.quantize.embedding.weight" in state else ""
-    ours = {key: value for key, value in _strip(state, prefix).items() if key.startswith(_VQGAN_PARTS)}
-    return ours, TokenizerFile(_tokenizer_config(where, ours))
-
-
-def _convert_vit(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, EncoderFile]:
-    """MAE and timm ViTs: the encoder's tensors; decoders, heads and pooling norms are left out."""
-    ours = {key: value for key, value in state.items() if key.startswith(_ENCODER)}
-    ignored = ("decoder_", "mask_token", "head.", "fc_norm.")
-    strange = [key for key in state if key not in ours and not key.startswith(ignored)]
-    if strange:
-        raise UserError(f"{where}: a ViT with tensors that this encoder has no place for: {', '.join(strange)}")
-    _require(where, ours, ("cls_token", "pos_embed", "patch_embed.proj.weight"))
-    width, patch = ours["cls_token"].shape[-1], ours["patch_embed.proj.weight"].shape[-1]
-    if "norm.weight" not in ours:  # average-pooling ViTs have fc_norm instead; forward_features uses neither
-        ours |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-    grid = _square_grid(where, ours["pos_embed"].shape[1] - 1)
-    config = EncoderConfig(width, _depth(ours, "blocks."), overrides.get("encoder_heads", _usual_heads(width)))
-    return ours, EncoderFile(config, (grid[0] * patch, grid[1] * patch), patch)
-
-
-def _predictor_config(where: str, state: State, overrides: Mapping[str, int]) -> PredictorConfig:
-    _require(where, state, ("token_emb.word_embeddings.weight", "token_emb.position_embeddings.weight"))
-    width = state["token_emb.word_embeddings.weight"].shape[1]
-    return PredictorConfig(
-        width,
-        _depth(state, "blocks."),
-        overrides.get("predictor_heads", _usual_heads(width)),
-        _depth(state, "decoder_blocks."),
-        overrides.get("predictor_decoder_heads", DECODER_HEADS),
-    )
-
-
-def _tokenizer_config(where: str, state: State) -> TokenizerConfig:
-    foreign = [key for key in state if ".attn" in key or "quant_conv" in key]
-    if foreign:
-        raise UserError(f"{where}: a VQGAN with attention or quantization convolutions ({foreign[0]}); expected MaskGIT's, which has neither")
-    _require(where, state, ("encoder.conv_in.weight", "quantize.embedding.weight"))
-    width = state["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max((int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.", key) for key in state) if m), default=0)
-    first = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
-    _require(where, state, first)
-    codebook, dim = state["quantize.embedding.weight"].shape
-    multipliers = tuple(state[key].shape[0] // width for key in first)
-    return TokenizerConfig(width, multipliers, _depth(state, "encoder.down.0.block."), codebook, dim)
-
-
-def _vocabulary(embeddings: Tensor, codebook: int) -> Vocabulary:
-    return Vocabulary(codebook, unused=len(embeddings) - codebook - 1)
-
-
-def _depth(state: Iterable[str], prefix: str) -> int:
-    return 1 + max((int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
-
-
-def _usual_heads(width: int) -> int:
-    return max(width // HEAD_WIDTH, 1)
-
-
-def _square_grid(where: str, tokens: int) -> tuple[int, int]:
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise UserError(f"{where}: {tokens} positions are no square grid; expected a file that stores its image size")
-    return side, side
-
-
-def _require(where: str, state: Mapping[str, Any], keys: Iterable[str]) -> None:
-    missing = [key for key in keys if key not in state]
-    if missing:
-        raise UserError(f"{where}: missing tensors: {', '.join(missing)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- recognising layouts
-
-
-def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda state: all(key in state for key in keys)
-
-
-_is_published_addp = _has("decoder_pos_token_embed", "token_emb.weight")
-_is_mage = _has("token_emb.word_embeddings.weight", "mlm_layer.fc.weight")
-
-
-def _is_vqgan(state: Mapping[str, Any]) -> bool:
-    return _has("quantize.embedding.weight", "encoder.conv_in.weight")(state) or (
-        "vqgan.quantize.embedding.weight" in state and not any(key.startswith("blocks.") for key in state)
-    )
-
-
-_LAYOUTS = (
-    ("addp", _is_published_addp, _convert_addp),
-    ("predictor", _is_mage, _convert_mage),
-    ("tokenizer", _is_vqgan, _convert_vqgan),
-    ("encoder", _has("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"), _convert_vit),
-)
-_LOOKS = (
-    (_is_published_addp, "an ADDP checkpoint"),
-    (_is_mage, "a MAGE checkpoint: pass it as predictor="),
-    (_is_vqgan, "a VQGAN checkpoint: pass it as tokenizer="),
-    (_has("mask_token", "decoder_pred.weight", "blocks.0.attn.qkv.weight"), "a MAE checkpoint: load_encoder reads it"),
-    (_has("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"), "a plain ViT checkpoint: load_encoder reads it"),
-    (_has("conv1.weight", "layer1.0.conv1.weight"), "a ResNet checkpoint"),
-    (lambda state: any("diffusion_model" in key or key.startswith("first_stage_model") for key in state), "a latent diffusion checkpoint"),
-    (lambda state: any(key.startswith(("backbone.", "roi_heads.", "decode_head.")) for key in state), "a detector's or segmenter's checkpoint"),
-)
 
 
 def _describe_kind(weights: Weights) -> str:
@@ -541,12 +350,17 @@ def _read_part(source: Source, kind: str, **heads: int) -> Weights:
         return weights
     if weights.kind == "addp" and (state := weights.part(f"{kind}.")):
         config: ADDPConfig = weights.architecture
-        file = TokenizerFile(config.tokenizer, config.grid) if kind == "tokenizer" else PredictorFile(config.predictor, config.grid, config.vocabulary)
+        file = (
+            TokenizerFile(config.tokenizer, config.grid)
+            if kind == "tokenizer"
+            else PredictorFile(config.predictor, config.grid, config.vocabulary)
+        )
         return Weights(weights.where, kind, state, file)
-    raise UserError(f"{kind}={weights.where}: {_describe_kind(weights)}; expected a {'VQGAN' if kind == 'tokenizer' else 'MAGE'} checkpoint")
+    wanted = {"tokenizer": "VQGAN", "predictor": "MAGE"}[kind]
+    raise UserError(f"{kind}={weights.where}: {_describe_kind(weights)}; expected a {wanted} checkpoint")
 
 
-# ------------------------------------------------------------------------------------------------------------------ filling a module
+# -------------------- filling a module
 
 
 def _fill(module: nn.Module, state: State, where: str) -> Any:
@@ -572,8 +386,7 @@ def _resample_all(state: State, old: tuple[int, int], new: tuple[int, int]) -> S
     """Positions on the old token grid (rows, columns) -> the new one, bicubically; the class position is kept."""
     if tuple(old) == tuple(new):
         return state
-    return {key: _resample(value, old, new) if re.search(r"(^|\.)(decoder_)?pos(_\w+)?_embed(_learned)?$|position_embeddings", key) else value
-            for key, value in state.items()}  # fmt: skip
+    return {key: _resample(value, old, new) if POSITIONS.search(key) else value for key, value in state.items()}
 
 
 def _resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -595,12 +408,10 @@ def _architecture_of(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
     raise TypeError(f"cannot save a {type(module).__name__}; expected ADDP, Tokenizer, TokenPredictor or Encoder")
 
 
-def _strip(state: State, prefix: str) -> State:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def _replace_part(state: State, prefix: str, part: State) -> State:
-    return {key: value for key, value in state.items() if not key.startswith(prefix)} | {prefix + key: value for key, value in part.items()}
+    return {key: value for key, value in state.items() if not key.startswith(prefix)} | {
+        prefix + key: value for key, value in part.items()
+    }
 
 
 def _check_overrides(given: Mapping[str, Any], known: Iterable[str], function: str) -> None:

@@ -1,4 +1,6 @@
-"""The token decoder: from the encoder's features and the reliable ids to a distribution over ids at every position (Sec. 3.3)."""
+"""The token decoder: from the encoder's features and the reliable ids to a distribution over ids at every position
+(Sec. 3.3).
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -32,15 +34,23 @@ class TokenDecoder(nn.Module):
         self.mask_token = learned(1, 1, width)
         self.decoder_pos_embed_learned = learned(1, 1 + tokens, width)  # class slot and reliable positions
         self.decoder_pos_mask_embed = learned(1, 1 + tokens, width)  # unreliable positions
-        self.decoder_pos_token_embed = learned(1, 1 + tokens, width)  # appended ids
+        if see_ids:
+            self.decoder_pos_token_embed = learned(1, 1 + tokens, width)  # appended ids
         self.decoder_blocks = transformer_blocks(width, config.depth, config.heads, config.dropout)
         self.decoder_norm = LayerNorm(width)
         self.mlm_layer = TokenHead(width, vocabulary.size)
         init_transformer(self)
         nn.init.normal_(self.token_emb.weight, std=INIT_STD)
+        # The head's tie to the embeddings is detached: where no ids are seen, nothing trains them.
+        self.token_emb.weight.requires_grad_(see_ids)
 
     def forward(
-        self, features: Tensor | None, ids: Tensor, mask: Tensor, masked_only: bool = False, vocabulary: int | None = None
+        self,
+        features: Tensor | None,
+        ids: Tensor,
+        mask: Tensor,
+        masked_only: bool = False,
+        vocabulary: int | None = None,
     ) -> Tensor:
         """Encoder features Float[B,1+N,W], Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,V'] logits.
 
@@ -68,8 +78,8 @@ class TokenDecoder(nn.Module):
         return self.mlm_layer(x[mask] if masked_only else x, self.token_emb.weight[:vocabulary])
 
     def visible_tokens(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the reliable ids, Float[B,E,W] in position order, and where rows differ in number a Bool[B,1,1,1+N+E]
-        attention mask that hides the padding of the shorter rows."""
+        """Embeddings of the reliable ids, Float[B,E,W] in position order, and where rows differ in number a
+        Bool[B,1,1,1+N+E] attention mask that hides the padding of the shorter rows."""
         order, real = visible_positions(mask)
         embeddings = self.token_emb(ids.gather(1, order)) + self.decoder_pos_token_embed[0, 1:][order]
         if real is None:
@@ -78,8 +88,8 @@ class TokenDecoder(nn.Module):
 
 
 def visible_positions(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bool[B,N] -> Long[B,E], the unmasked positions in order, E = the largest number in a row; and Bool[B,E], which of them
-    are real rather than padding, or None where all rows have E."""
+    """Bool[B,N] -> Long[B,E], the unmasked positions in order, E = the largest number in a row; and Bool[B,E], which of
+    them are real rather than padding, or None where all rows have E."""
     counts = (~mask).sum(1)
     low, high = counts.aminmax()
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : int(high)]

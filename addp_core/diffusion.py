@@ -1,7 +1,8 @@
-"""The alternating diffusion process: which tokens are unreliable at a step, and how the noisy image is mixed (Sec. 3.2, App. C).
+"""The alternating diffusion process: which tokens are unreliable at a step, and how the noisy image is mixed (Sec. 3.2,
+App. C).
 
-At step t a share of the token ids is unreliable; the share grows with t until all are at T. Every choice that the paper ablates
-is an option here; the defaults are the paper's.
+At step t a share of the token ids is unreliable; the share grows with t until all are at T. Every choice that the paper
+ablates is an option here; the defaults are the paper's.
 """
 
 import math
@@ -18,12 +19,26 @@ from torch.nn import functional as F
 class ProcessConfig:
     """The process and the training target. Ablations: Table 5 and App. B of the paper."""
 
-    condition: Annotated[Literal["z_t+1", "z_t"], "ids that the noisy image's predictions see: those left one step later, or at t"] = "z_t+1"
-    mapping: Annotated[Literal["weighted", "argmax", "sample"], "f: from a distribution to an embedding (Eq. 5)"] = "weighted"
-    ids_to: Annotated[Literal["decoder", "encoder+decoder", "none"], "who sees the reliable ids beside the image"] = "decoder"
-    target: Annotated[Literal["q(z|z_t)", "z_0", "both"], "what is predicted: the predictor's distribution, the true ids, or their mean"] = "q(z|z_t)"
-    ratios: Annotated[Literal["truncnorm", "fixed"], "mask ratios: a truncated normal over the cosine schedule, or always `ratio_mean`"] = "truncnorm"
-    ratio_mean: Annotated[float, Interval(gt=0, le=1), "peak of the truncated normal (0.5 for the paper's fixed ratio)"] = 0.55
+    condition: Annotated[
+        Literal["z_t+1", "z_t"], "ids that the noisy image's predictions see: those left one step later, or at t"
+    ] = "z_t+1"
+    mapping: Annotated[Literal["weighted", "argmax", "sample"], "f: from a distribution to an embedding (Eq. 5)"] = (
+        "weighted"
+    )
+    ids_to: Annotated[Literal["decoder", "encoder+decoder", "none"], "who sees the reliable ids beside the image"] = (
+        "decoder"
+    )
+    target: Annotated[
+        Literal["q(z|z_t)", "z_0", "both"],
+        "what is predicted: the predictor's distribution, the true ids, or their mean",
+    ] = "q(z|z_t)"
+    ratios: Annotated[
+        Literal["truncnorm", "fixed"],
+        "mask ratios: a truncated normal over the cosine schedule, or always `ratio_mean`",
+    ] = "truncnorm"
+    ratio_mean: Annotated[
+        float, Interval(gt=0, le=1), "peak of the truncated normal (0.5 for the paper's fixed ratio)"
+    ] = 0.55
     ratio_std: Annotated[float, Interval(gt=0), "spread of the truncated normal"] = 0.25
     ratio_min: Annotated[float, Interval(ge=0, lt=1), "smallest mask ratio, included"] = 0.5
     ratio_max: Annotated[float, Interval(gt=0, le=1), "largest mask ratio, excluded"] = 1.0
@@ -35,7 +50,9 @@ class ProcessConfig:
         if self.ratio_min >= self.ratio_max:
             raise ValueError(f"ratio_min: found {self.ratio_min}, expected less than ratio_max = {self.ratio_max}")
         if not len(mask_ratios(self)[0]):
-            raise ValueError(f"timesteps: {self.timesteps} leave no mask ratio in [{self.ratio_min}, {self.ratio_max}); expected more")
+            raise ValueError(
+                f"timesteps: {self.timesteps} leave no mask ratio in [{self.ratio_min}, {self.ratio_max})"
+            )
 
 
 def mask_ratios(config: ProcessConfig) -> tuple[Tensor, Tensor]:
@@ -47,7 +64,8 @@ def mask_ratios(config: ProcessConfig) -> tuple[Tensor, Tensor]:
 
 
 def draw_masks(config: ProcessConfig, batch: int, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One training step t for the whole batch: Bool[B,N] unreliable at t, and Bool[B,N] at the later step; the first lies in the second.
+    """One training step t for the whole batch: Bool[B,N] unreliable at t, and Bool[B,N] at the later step; the first
+    lies in the second.
 
     One noise orders the positions of an image; the two masks cut it at ceil(N * ratio).
     """

@@ -1,7 +1,7 @@
 """The encoder that everything shares: a ViT over pixels, for pretraining, recognition, detection and segmentation.
 
-Pretraining passes normalised noisy images and keeps `tokenizer_norm` and the final `norm` (Sec. 3.3); recognition drops both
-(App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
+Pretraining passes normalised noisy images and keeps `tokenizer_norm` and the final `norm` (Sec. 3.3); recognition drops
+both (App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,9 @@ class EncoderConfig:
     heads: Annotated[int, Ge(1), "attention heads"] = 12
     dropout: Annotated[float, Interval(ge=0, lt=1), "in attention and MLP"] = 0.0
     drop_path: Annotated[float, Interval(ge=0, lt=1), "stochastic depth of the last block, growing from 0"] = 0.0
-    tokenizer_norm: Annotated[bool, "LayerNorm on the embedded patches: on in pretraining, off by default in transfer"] = False
+    tokenizer_norm: Annotated[
+        bool, "LayerNorm on the embedded patches: on in pretraining, off by default in transfer"
+    ] = False
 
 
 SIZES = {
@@ -40,13 +42,17 @@ SIZES = {
 
 
 class Encoder(nn.Module):
-    """ViT with learned positions and a class token, over images of `image_size` (height, width) cut into `patch_size` squares."""
+    """ViT with learned positions and a class token, over images of `image_size` (height, width) cut into `patch_size`
+    squares.
+    """
 
     def __init__(self, config: EncoderConfig, image_size: tuple[int, int], patch_size: int = 16):
         super().__init__()
         self.config, self.image_size, self.patch_size = config, tuple(image_size), patch_size
         if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(f"image size {image_size[0]} x {image_size[1]}: expected multiples of the patch size {patch_size}")
+            raise ValueError(
+                f"image size {image_size[0]} x {image_size[1]}: expected multiples of the patch size {patch_size}"
+            )
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.patch_embed = PatchEmbed(self.image_size, patch_size, 3, config.width)
         self.cls_token = learned(1, 1, config.width)
@@ -77,7 +83,9 @@ class Encoder(nn.Module):
         return x
 
     def forward_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Float[B,3,H,W] normalised -> the patch tokens after each of the named blocks (negative counts from the end), Float[B,W,h,w]."""
+        """Float[B,3,H,W] normalised -> the patch tokens after each of the named blocks (negative counts from the end),
+        Float[B,W,h,w].
+        """
         wanted = [i % len(self.blocks) for i in blocks]
         x, maps = self.embed(images), {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):

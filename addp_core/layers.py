@@ -1,4 +1,5 @@
-"""What encoder, decoder and token predictor share: transformer blocks, the head over token ids, and how both are initialised.
+"""What encoder, decoder and token predictor share: transformer blocks, the head over token ids, and how both are
+initialised.
 
 The blocks are timm's. References: ViT (arXiv 2010.11929), MAE (2111.06377), MAGE (2211.09117).
 """
@@ -14,11 +15,15 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 INIT_STD = 0.02  # of positions, mask and class tokens, token embeddings
 
 
-def transformer_blocks(width: int, depth: int, heads: int, dropout: float = 0.0, drop_path: float = 0.0) -> nn.ModuleList:
-    """`depth` pre-norm blocks (qkv bias, MLP ratio 4). `dropout` acts on attention and MLP; `drop_path` grows linearly from 0."""
+def transformer_blocks(
+    width: int, depth: int, heads: int, dropout: float = 0.0, drop_path: float = 0.0
+) -> nn.ModuleList:
+    """`depth` pre-norm blocks (qkv bias, MLP ratio 4). `dropout` acts on attention and MLP; `drop_path` grows linearly
+    from 0.
+    """
     if width % heads:
         raise ValueError(f"heads: {heads} do not divide the width {width}; width/64 = {width // 64} is usual")
-    rates = torch.linspace(0, drop_path, depth).tolist()
+    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     return nn.ModuleList(
         Block(width, heads, qkv_bias=True, proj_drop=dropout, attn_drop=dropout, drop_path=rate, norm_layer=LayerNorm)
         for rate in rates
@@ -38,7 +43,9 @@ class TokenHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 1, vocabulary))
 
     def forward(self, x: Tensor, embeddings: Tensor) -> Tensor:
-        """Float[...,W] features and Float[V',W] embeddings -> Float[...,V'] logits for the first V' ids of the vocabulary."""
+        """Float[...,W] features and Float[V',W] embeddings -> Float[...,V'] logits for the first V' ids of the
+        vocabulary.
+        """
         x = self.ln(F.gelu(self.fc(x)))
         return F.linear(x, embeddings.detach()) + self.bias[0, 0, : len(embeddings)]
 

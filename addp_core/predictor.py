@@ -45,13 +45,16 @@ class TokenPredictor(nn.Module):
         init_transformer(self)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """q(z | reliable ids): Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,K] probabilities over the codebook."""
+        """q(z | reliable ids): Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,K] probabilities over the
+        codebook.
+        """
         return self.logits(ids, mask, vocabulary=self.vocabulary.codebook).softmax(-1)
 
     def logits(self, ids: Tensor, mask: Tensor, dropped: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
         """Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] over the first `vocabulary` ids (all by default).
 
-        dropped: Bool[B,N], part of the mask, the same number in every row: positions that the encoder skips in training.
+        dropped: Bool[B,N], part of the mask, the same number in every row: positions that the encoder skips in
+        training.
         """
         x = self.encode(ids.masked_fill(mask, self.vocabulary.mask_id), dropped)
         x = self.decoder_embed(x)
@@ -67,7 +70,9 @@ class TokenPredictor(nn.Module):
         return self.mlm_layer(self.decoder_norm(x[:, 1:]), embeddings)
 
     def encode(self, ids: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Long[B,N] ids (mask ids included) -> Float[B,1+N',W] with the class slot in front; N' excludes dropped positions."""
+        """Long[B,N] ids (mask ids included) -> Float[B,1+N',W] with the class slot in front; N' excludes dropped
+        positions.
+        """
         x = self.token_emb(torch.cat([ids.new_full((len(ids), 1), self.vocabulary.class_id), ids], 1))
         if dropped is not None:
             kept = torch.cat([dropped.new_ones(len(ids), 1), ~dropped], 1)

@@ -1,7 +1,8 @@
 """Generation and inpainting by alternating denoising: ids from pixels, pixels from ids (Sec. 3.4, App. E).
 
-Every step samples ids at the masked positions, keeps the most confident ones, and decodes the mixture into the image that the next
-step looks at. The token predictor is not needed. What is drawn for image i depends on the seed and on i alone.
+Every step samples ids at the masked positions, keeps the most confident ones, and decodes the mixture into the image
+that the next step looks at. The token predictor is not needed. What is drawn for image i depends on the seed and on i
+alone.
 """
 
 import math
@@ -26,7 +27,9 @@ class SampleConfig:
     steps: Annotated[int, Ge(1), "denoising steps"] = 20
     schedule: Annotated[Literal["cosine", "linear"], "share of tokens still masked after each step"] = "cosine"
     temperature: Annotated[float, Ge(0), "of the Gumbel noise on the confidence, falling to 0 at the last step"] = 6.0
-    top_p: Annotated[float, Interval(ge=0, le=1), "nucleus that ids are drawn from; 1 is all of them, 0 the most probable one"] = 1.0
+    top_p: Annotated[
+        float, Interval(ge=0, le=1), "nucleus that ids are drawn from; 1 is all of them, 0 the most probable one"
+    ] = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ def inpaint(
     first: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Fill the holes (App. E): images Float[B,3,H,W] in [0,1], hole Bool[B,H,W] (True = to be filled) -> Float[B,3,H,W] in [0,1].
+    """Fill the holes (App. E): images Float[B,3,H,W] in [0,1], hole Bool[B,H,W] (True = to be filled) -> Float[B,3,H,W]
+    in [0,1].
 
-    Pixels outside the hole come back unchanged and pixels under it are never read. blend: width in pixels, inside the hole, over which
-    the seam is evened out linearly. Row i is variation `first + i` of this seed. ValueError where the shapes do not fit the model.
+    Pixels outside the hole come back unchanged and pixels under it are never read. blend: width in pixels, inside the
+    hole, over which the seam is evened out linearly. Row i is variation `first + i` of this seed. ValueError where the
+    shapes do not fit the model.
     """
     if tuple(images.shape[-2:]) != tuple(model.config.image_size) or hole.shape != (len(images), *images.shape[-2:]):
         raise ValueError(
@@ -111,10 +116,13 @@ def inpaint(
 
 
 @torch.no_grad()
-def denoise(model: ADDP, noise: Tensor, config: SampleConfig, state: Step | None = None, begin: int = 0) -> Iterator[Step]:
+def denoise(
+    model: ADDP, noise: Tensor, config: SampleConfig, state: Step | None = None, begin: int = 0
+) -> Iterator[Step]:
     """The alternating denoising from step `begin` on, a Step at a time (Sec. 3.4).
 
-    noise: Float[B,S,2,N] uniform in (0,1), for the ids and for the confidence. state: where to start, by default all masked.
+    noise: Float[B,S,2,N] uniform in (0,1), for the ids and for the confidence. state: where to start, by default all
+    masked.
     """
     batch, tokens, codes = len(noise), model.config.tokens, model.config.tokenizer.codebook
     codebook = model.tokenizer.quantize.embedding.weight
@@ -123,7 +131,8 @@ def denoise(model: ADDP, noise: Tensor, config: SampleConfig, state: Step | None
         state = Step(torch.empty(0, device=noise.device), blank, torch.ones_like(blank, dtype=torch.bool))
     for step in range(begin, config.steps):
         if bool(state.mask.all()):
-            # Nothing is known: the encoder's output would be replaced everywhere, and all images get the same distribution.
+            # Nothing is known: the encoder's output would be replaced everywhere, and all images get the same
+            # distribution.
             logits = model.denoiser.decoder(None, state.ids[:1], state.mask[:1], vocabulary=codes).expand(batch, -1, -1)
         else:
             logits = model.denoiser(state.image, state.ids, state.mask, vocabulary=codes)
@@ -133,7 +142,9 @@ def denoise(model: ADDP, noise: Tensor, config: SampleConfig, state: Step | None
 
         progress = (step + 1) / config.steps
         gumbel = -(-noise[:, step, 1].log()).log()
-        confidence = probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log() + config.temperature * (1 - progress) * gumbel
+        confidence = (
+            probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log() + config.temperature * (1 - progress) * gumbel
+        )
         left = min(max(math.ceil(tokens * SCHEDULES[config.schedule](progress)), 1), tokens)
         rank = confidence.masked_fill(~state.mask, math.inf).argsort(1).argsort(1)
         mask = (rank < left) & state.mask
@@ -142,31 +153,38 @@ def denoise(model: ADDP, noise: Tensor, config: SampleConfig, state: Step | None
 
 
 def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Float[B,N,K] distributions, Float[B,N] uniform in (0,1) -> Long[B,N] ids, drawn from the nucleus of mass `top_p`."""
+    """Float[B,N,K] distributions, Float[B,N] uniform in (0,1) -> Long[B,N] ids, drawn from the nucleus of mass `top_p`.
+    """
     if top_p <= 0:
         return probabilities.argmax(-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         kept = ordered.masked_fill(before >= top_p, 0)
         kept[..., 0] = ordered[..., 0]
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
     cumulative = probabilities.cumsum(-1)
     threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, threshold.contiguous(), right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    return (
+        torch.searchsorted(cumulative, threshold.contiguous(), right=True)
+        .squeeze(-1)
+        .clamp(max=probabilities.shape[-1] - 1)
+    )
 
 
 def step_noise(steps: int, tokens: int, seed: int, rows) -> Tensor:
-    """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on the seed, on i and on the shape alone."""
+    """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on the seed, on i and on the shape alone.
+    """
     noise = torch.stack([torch.rand(steps, 2, tokens, generator=generator(seed, "sample", int(i))) for i in rows])
     return noise.clamp(1e-6, 1 - 1e-6)
 
 
 def composite(images: Tensor, generated: Tensor, hole: Tensor, blend: int) -> Tensor:
-    """Generated pixels in the hole, the input's elsewhere; Float[B,3,H,W] twice and Bool[B,H,W] -> Float[B,3,H,W] in [0,1].
+    """Generated pixels in the hole, the input's elsewhere; Float[B,3,H,W] twice and Bool[B,H,W] -> Float[B,3,H,W] in
+    [0,1].
 
-    The step in colour at the hole's edge is carried into the hole and fades linearly over `blend` pixels, so that the seam vanishes
-    without a look at what lies under the hole.
+    The step in colour at the hole's edge is carried into the hole and fades linearly over `blend` pixels, so that the
+    seam vanishes without a look at what lies under the hole.
     """
     seen = (~hole).unsqueeze(1).to(images.dtype)
     offset, known, weight = (images - generated) * seen, seen, seen

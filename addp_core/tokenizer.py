@@ -22,7 +22,9 @@ class TokenizerConfig:
     """Architecture of the VQGAN; the defaults are the published one (54.5 M parameters)."""
 
     width: Annotated[int, Ge(GROUPS), "channels at full resolution, a multiple of 32"] = 128
-    multipliers: Annotated[tuple[int, ...], "width multiplier of each level; every level but the last halves the grid"] = (1, 1, 2, 2, 4)
+    multipliers: Annotated[
+        tuple[int, ...], "width multiplier of each level; every level but the last halves the grid"
+    ] = (1, 1, 2, 2, 4)
     blocks: Annotated[int, Ge(1), "residual blocks a level"] = 2
     codebook: Annotated[int, Ge(2), "number of codes"] = 1024
     dim: Annotated[int, Ge(1), "width of a code"] = 256
@@ -42,13 +44,17 @@ class TokenizerConfig:
         """Rows and columns of tokens of an image (height, width). ValueError where the stride does not divide it."""
         height, width = image_size
         if height % self.stride or width % self.stride:
-            raise ValueError(f"image size {height} x {width}: expected multiples of the tokenizer's stride {self.stride}")
+            raise ValueError(
+                f"image size {height} x {width}: expected multiples of the tokenizer's stride {self.stride}"
+            )
         return height // self.stride, width // self.stride
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids that the transformers know: the codebook's, unused slots (1000 classes in MaskGIT), and one mask id, the last."""
+    """Ids that the transformers know: the codebook's, unused slots (1000 classes in MaskGIT), and one mask id, the
+    last.
+    """
 
     codebook: int
     unused: int = 1000
@@ -218,7 +224,9 @@ class Upsample(nn.Module):
         kernels = torch.einsum("pyi,qxj,ocij->pqocyx", self.fold, self.fold, self.conv.weight)
         padded = F.pad(x, (1, 1, 1, 1))
         phases = [
-            F.conv2d(padded[:, :, p : p + h + 1, q : q + w + 1], kernels[p, q], self.conv.bias) for p in (0, 1) for q in (0, 1)
+            F.conv2d(padded[:, :, p : p + h + 1, q : q + w + 1], kernels[p, q], self.conv.bias)
+            for p in (0, 1)
+            for q in (0, 1)
         ]
         out = torch.stack(phases, -1).view(b, c, h, w, 2, 2)
         return out.permute(0, 1, 2, 4, 3, 5).reshape(b, c, 2 * h, 2 * w)

@@ -24,7 +24,9 @@ def golden_state() -> dict[str, Tensor]:
 
 
 def _draw(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A normal tensor seeded by the name; matrices scaled by their fan-in, codes and embeddings by a fixed spread, the rest small."""
+    """A normal tensor seeded by the name; matrices scaled by their fan-in, codes and embeddings by a fixed spread, the
+    rest small.
+    """
     seed = (zlib.crc32(f"addp.{name}".encode()) ^ SPEC["seed"]) & 0x7FFFFFFF
     values = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
     leaf = name.split(".")[-1]

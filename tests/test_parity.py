@@ -1,7 +1,7 @@
 """Parity with what the published implementation computes (tests/golden), at the public names, in float32.
 
-Tolerances: ids equal; floats within 1e-3 of the tensor's standard deviation at the worst element; loss 1e-4 and gradient norms 1e-3
-relative.
+Tolerances: ids equal; floats within 1e-3 of the tensor's standard deviation at the worst element; loss 1e-4 and
+gradient norms 1e-3 relative.
 """
 
 import pytest

@@ -1,0 +1,312 @@
+"""Foreign layouts of weights -> our names: published ADDP, MAGE and VQGAN files, MAE- and timm-style ViTs; and back.
+
+One function maps each layout and reads the architecture off the shapes; the rest of the project knows our names alone.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
+from addp_core.decoder import DecoderConfig
+from addp_core.encoder import EncoderConfig
+from addp_core.errors import UserError
+from addp_core.predictor import PredictorConfig
+from addp_core.tokenizer import TokenizerConfig, Vocabulary
+
+HEAD_WIDTH = 64  # of every published ViT: heads = width / 64
+DECODER_HEADS = 16  # of every published decoder
+
+State = dict[str, Tensor]
+
+
+# -------------------- architectures, as they are written beside our weights
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """Architecture written beside a tokenizer's weights."""
+
+    tokenizer: TokenizerConfig
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PredictorFile:
+    """Architecture written beside a token predictor's weights."""
+
+    predictor: PredictorConfig
+    grid: tuple[int, int]
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True)
+class EncoderFile:
+    """Architecture written beside an encoder's weights."""
+
+    encoder: EncoderConfig
+    image_size: tuple[int, int]
+    patch_size: int
+
+
+ARCHITECTURES: dict[str, type] = {
+    "addp": ADDPConfig,
+    "tokenizer": TokenizerFile,
+    "predictor": PredictorFile,
+    "encoder": EncoderFile,
+}
+
+
+# -------------------- published layouts -> ours
+
+_ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "tokenizer_norm.")
+_DECODER = ("token_emb.", "decoder_embed.", "mask_token", "decoder_pos_embed_learned", "decoder_pos_mask_embed",
+            "decoder_pos_token_embed", "decoder_blocks.", "decoder_norm.", "mlm_layer.")  # fmt: skip
+_ADDP_UNUSED = ("pos_token_embed", "pos_mask_embed", "decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias")
+_MAGE_UNUSED = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
+                "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias",
+                "token_emb.position_ids")  # fmt: skip
+_VQGAN_PARTS = ("encoder.", "decoder.", "quantize.")
+
+
+def published_addp_names(state: State) -> State:
+    """Published ADDP names -> ours. The second copy of the tokenizer and tensors that nothing uses are left out."""
+    ours = {}
+    for key, value in state.items():
+        if key.startswith("token_predictor.vqgan.") or key in _ADDP_UNUSED:
+            continue
+        if key.startswith("vqgan."):
+            ours["tokenizer." + key.removeprefix("vqgan.")] = value
+        elif key.startswith("token_predictor."):
+            if key.removeprefix("token_predictor.") not in _MAGE_UNUSED:
+                ours["predictor." + key.removeprefix("token_predictor.")] = value
+        elif key.startswith(_ENCODER):
+            ours["denoiser.encoder." + key] = value
+        elif key.startswith(_DECODER):
+            ours["denoiser.decoder." + key] = value
+        else:
+            ours[key] = value  # reported as unexpected
+    if not any(key.startswith("tokenizer.") for key in ours):
+        second = strip(state, "token_predictor.vqgan.")
+        ours |= {"tokenizer." + key: value for key, value in second.items()}
+    return ours
+
+
+def _published_name(key: str) -> str:
+    for ours, published in (
+        ("tokenizer.", "vqgan."),
+        ("predictor.", "token_predictor."),
+        ("denoiser.encoder.", ""),
+        ("denoiser.decoder.", ""),
+    ):
+        if key.startswith(ours):
+            return published + key.removeprefix(ours)
+    raise ValueError(f"{key}: no name in the published layout")
+
+
+def to_published(model: ADDP) -> State:
+    """Every tensor that the published implementation declares; those that it never uses are zeros.
+
+    ValueError for options that it does not have.
+    """
+    if model.config.process.ids_to != "decoder":
+        raise ValueError(f"ids_to: found {model.config.process.ids_to!r}; the published layout only knows 'decoder'")
+    if model.predictor is None:
+        raise ValueError(
+            "this model has no token predictor, which the published layout contains: load it with predictor=<file>"
+        )
+    published = {_published_name(key): value.detach().to("cpu") for key, value in model.state_dict().items()}
+    published |= {"token_predictor." + key: value for key, value in published.items() if key.startswith("vqgan.")}
+    return published | _unused_published(model.config)
+
+
+def _unused_published(config: ADDPConfig) -> State:
+    """Tensors that the published implementation declares and never uses, as zeros (`position_ids` counts up)."""
+    positions, pixels = 1 + config.tokens, 3 * config.tokenizer.stride**2
+    unused = {}
+    for prefix, names, width in (
+        ("", _ADDP_UNUSED, config.denoiser.encoder.width),
+        ("token_predictor.", _MAGE_UNUSED, config.predictor.width),
+    ):
+        shapes = {
+            "cls_token": (1, 1, width),
+            "mask_token": (1, 1, width),
+            "patch_embed.proj.weight": (width, 3, config.tokenizer.stride, config.tokenizer.stride),
+            "patch_embed.proj.bias": (width,),
+            "decoder_pred.weight": (pixels, width),
+            "decoder_pred.bias": (pixels,),
+        }
+        unused |= {
+            prefix + name: torch.zeros(shapes.get(name, (1, positions, width)))
+            for name in names
+            if name != "token_emb.position_ids"
+        }
+    unused["token_predictor.token_emb.position_ids"] = torch.arange(positions)[None]
+    return unused
+
+
+def _convert_addp(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, ADDPConfig]:
+    ours = published_addp_names(state)
+    encoder, decoder = strip(ours, "denoiser.encoder."), strip(ours, "denoiser.decoder.")
+    _require(where, encoder, ("cls_token", "pos_embed", "patch_embed.proj.weight"))
+    tokens, patch = encoder["pos_embed"].shape[1] - 1, encoder["patch_embed.proj.weight"].shape[-1]
+    grid = _square_grid(where, tokens)
+    width = encoder["cls_token"].shape[-1]
+    tokenizer_state = strip(ours, "tokenizer.")
+    tokenizer = _tokenizer_config(where, tokenizer_state) if tokenizer_state else TokenizerConfig()
+    predictor_state = strip(ours, "predictor.")
+    predictor = _predictor_config(where, predictor_state, overrides) if predictor_state else None
+    heads = overrides.get("encoder_heads", _usual_heads(width))
+    denoiser = DenoiserConfig(
+        EncoderConfig(width, _depth(encoder, "blocks."), heads, dropout=0.1, tokenizer_norm=True),
+        DecoderConfig(_depth(decoder, "decoder_blocks."), overrides.get("decoder_heads", DECODER_HEADS)),
+    )
+    vocabulary = make_vocabulary(decoder["token_emb.weight"], tokenizer.codebook if tokenizer_state else None)
+    image_size = (grid[0] * patch, grid[1] * patch)
+    return ours, ADDPConfig(image_size, tokenizer, vocabulary, predictor, denoiser)
+
+
+def _convert_mage(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, PredictorFile]:
+    ours = {key: value for key, value in state.items() if key not in _MAGE_UNUSED and not key.startswith("vqgan.")}
+    tokens = ours["token_emb.position_embeddings.weight"].shape[0] - 1
+    vqgan = state.get("vqgan.quantize.embedding.weight")
+    vocabulary = make_vocabulary(ours["token_emb.word_embeddings.weight"], None if vqgan is None else len(vqgan))
+    return ours, PredictorFile(_predictor_config(where, ours, overrides), _square_grid(where, tokens), vocabulary)
+
+
+def _convert_vqgan(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, TokenizerFile]:
+    prefix = "vqgan." if "vqgan.quantize.embedding.weight" in state else ""
+    ours = {key: value for key, value in strip(state, prefix).items() if key.startswith(_VQGAN_PARTS)}
+    return ours, TokenizerFile(_tokenizer_config(where, ours))
+
+
+def _convert_vit(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, EncoderFile]:
+    """MAE and timm ViTs: the encoder's tensors; decoders, heads and pooling norms are left out."""
+    ours = {key: value for key, value in state.items() if key.startswith(_ENCODER)}
+    ignored = ("decoder_", "mask_token", "head.", "fc_norm.")
+    strange = [key for key in state if key not in ours and not key.startswith(ignored)]
+    if strange:
+        raise UserError(f"{where}: a ViT with tensors that this encoder has no place for: {', '.join(strange)}")
+    _require(where, ours, ("cls_token", "pos_embed", "patch_embed.proj.weight"))
+    width, patch = ours["cls_token"].shape[-1], ours["patch_embed.proj.weight"].shape[-1]
+    if "norm.weight" not in ours:  # average-pooling ViTs have fc_norm instead; forward_features uses neither
+        ours |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    grid = _square_grid(where, ours["pos_embed"].shape[1] - 1)
+    config = EncoderConfig(width, _depth(ours, "blocks."), overrides.get("encoder_heads", _usual_heads(width)))
+    return ours, EncoderFile(config, (grid[0] * patch, grid[1] * patch), patch)
+
+
+def _predictor_config(where: str, state: State, overrides: Mapping[str, int]) -> PredictorConfig:
+    _require(where, state, ("token_emb.word_embeddings.weight", "token_emb.position_embeddings.weight"))
+    width = state["token_emb.word_embeddings.weight"].shape[1]
+    return PredictorConfig(
+        width,
+        _depth(state, "blocks."),
+        overrides.get("predictor_heads", _usual_heads(width)),
+        _depth(state, "decoder_blocks."),
+        overrides.get("predictor_decoder_heads", DECODER_HEADS),
+    )
+
+
+def _tokenizer_config(where: str, state: State) -> TokenizerConfig:
+    foreign = [key for key in state if ".attn" in key or "quant_conv" in key]
+    if foreign:
+        raise UserError(
+            f"{where}: a VQGAN with attention or quantization convolutions ({foreign[0]}); "
+            "expected MaskGIT's, with neither"
+        )
+    _require(where, state, ("encoder.conv_in.weight", "quantize.embedding.weight"))
+    width = state["encoder.conv_in.weight"].shape[0]
+    levels = 1 + max((int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.", key) for key in state) if m), default=0)
+    first = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
+    _require(where, state, first)
+    codebook, dim = state["quantize.embedding.weight"].shape
+    multipliers = tuple(state[key].shape[0] // width for key in first)
+    return TokenizerConfig(width, multipliers, _depth(state, "encoder.down.0.block."), codebook, dim)
+
+
+def make_vocabulary(embeddings: Tensor, codebook: int | None) -> Vocabulary:
+    """Vocabulary of Float[V,W] embeddings; without a codebook's size, published files' 1000 unused slots."""
+    if codebook is None:
+        codebook = max(len(embeddings) - Vocabulary.unused - 1, 1)
+    unused = len(embeddings) - codebook - 1
+    return Vocabulary(codebook, unused, min(Vocabulary.class_slot, unused - 1))
+
+
+def _depth(state: Iterable[str], prefix: str) -> int:
+    return 1 + max((int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix)), default=-1)
+
+
+def _usual_heads(width: int) -> int:
+    return max(width // HEAD_WIDTH, 1)
+
+
+def _square_grid(where: str, tokens: int) -> tuple[int, int]:
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise UserError(f"{where}: {tokens} positions are no square grid; expected one that stores its image size")
+    return side, side
+
+
+def _require(where: str, state: Mapping[str, Any], keys: Iterable[str]) -> None:
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise UserError(f"{where}: missing tensors: {', '.join(missing)}")
+
+
+def strip(state: State, prefix: str) -> State:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+# -------------------- recognising layouts
+
+
+def _has(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda state: all(key in state for key in keys)
+
+
+is_published_addp = _has("decoder_pos_token_embed", "token_emb.weight")
+_is_mage = _has("token_emb.word_embeddings.weight", "mlm_layer.fc.weight")
+
+
+def _is_vqgan(state: Mapping[str, Any]) -> bool:
+    return _has("quantize.embedding.weight", "encoder.conv_in.weight")(state) or (
+        "vqgan.quantize.embedding.weight" in state and not any(key.startswith("blocks.") for key in state)
+    )
+
+
+LAYOUTS = (
+    ("addp", is_published_addp, _convert_addp),
+    ("predictor", _is_mage, _convert_mage),
+    ("tokenizer", _is_vqgan, _convert_vqgan),
+    ("encoder", _has("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"), _convert_vit),
+)
+_LOOKS = (
+    (is_published_addp, "an ADDP checkpoint"),
+    (_is_mage, "a MAGE checkpoint: pass it as predictor="),
+    (_is_vqgan, "a VQGAN checkpoint: pass it as tokenizer="),
+    (_has("mask_token", "decoder_pred.weight", "blocks.0.attn.qkv.weight"), "a MAE checkpoint: load_encoder reads it"),
+    (_has("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"), "a plain ViT checkpoint: load_encoder reads it"),
+    (_has("conv1.weight", "layer1.0.conv1.weight"), "a ResNet checkpoint"),
+    (
+        lambda state: any("diffusion_model" in key or key.startswith("first_stage_model") for key in state),
+        "a latent diffusion checkpoint",
+    ),
+    (
+        lambda state: any(key.startswith(("backbone.", "roi_heads.", "decode_head.")) for key in state),
+        "a detector's or segmenter's checkpoint",
+    ),
+)
+
+
+def describe(state: Mapping[str, Any]) -> str:
+    """What a state dict looks like, in words: 'this is a MAGE checkpoint: pass it as predictor='."""
+    for recognise, words in _LOOKS:
+        if recognise(state):
+            return f"this is {words}"
+    names = ", ".join(list(state)[:4])
+    return f"unknown content ({len(state)} entries such as {names})" if state else "there are no tensors in it"

@@ -1,0 +1,1 @@
+"""Generation and what is measured on it."""

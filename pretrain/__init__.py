@@ -1,0 +1,1 @@
+"""Pretraining in three stages: tokenizer, token predictor, ADDP."""
