@@ -9,6 +9,7 @@ import importlib
 import inspect
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -147,11 +148,14 @@ def _naming_missing_packages(verb: str):
 
 
 def _reader_has_left() -> bool:
-    """Whether it is stdout that nobody reads any more (`addp ... | head`); if so, keep quiet about it at exit too."""
+    """Whether nobody reads stdout any more (`addp ... | head`); if so, what is flushed at exit goes nowhere."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
