@@ -886,6 +886,18 @@ class Stream:
             )
 
 
+def example_images(source: ImageSource, config: DataConfig, n: int) -> Tensor:
+    """Images for previews, always the same ones: up to n readable ones spread over the set, centre-cropped,
+    Float[n,3,h,w] in [0,1]."""
+    crop, images = eval_transform(config.hw), []
+    for index in torch.linspace(0, len(source) - 1, min(n, len(source))).long().tolist():
+        try:
+            images.append(crop(source.picture(index)[0]))
+        except ImageError:  # the stream names it when training meets it
+            continue
+    return torch.stack(images) if images else torch.empty(0, 3, *config.hw)
+
+
 class _From:
     """A sampler: `start`, `start + 1`, ... for ever."""
 
