@@ -8,7 +8,8 @@ WORKERS ?= 2
 DEMO    ?= runs/demo
 
 BIN   := $(VENV)/bin
-STAMP := $(VENV)/.ready-$(EXTRAS)
+# An editable install knows the packages of its day: a new one is a new setup.
+STAMP := $(VENV)/.ready-$(EXTRAS)-$(words $(wildcard */__init__.py))-packages
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
