@@ -356,6 +356,7 @@ class Report:
         """`step`: the step the run starts from; figures of later steps, left by a stopped run, are dropped."""
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
         self.out, self.total = out, total
         self.metrics = out / "metrics.jsonl"
@@ -364,6 +365,10 @@ class Report:
         self.board = SummaryWriter(str(out / "tb"), purge_step=step + 1)
         shown = sys.stderr.isatty()
         self.bar = tqdm(desc=name, total=total, initial=step, unit="step", dynamic_ncols=True) if shown else None
+        self.around = contextlib.ExitStack()
+        if shown:  # messages go above the bar, not through it
+            loggers = [logger for logger in (logging.getLogger(), log) if logger.handlers]
+            self.around.enter_context(logging_redirect_tqdm(loggers))
 
     def advance(self) -> None:
         """One step done."""
@@ -412,9 +417,10 @@ class Report:
             return
         columns = min(3, len(series))
         rows = -(-len(series) // columns)
-        figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+        figure = Figure(figsize=(4 * columns, 2.6 * rows))
+        figure.subplots_adjust(0.2 / columns, 0.2 / rows, 1 - 0.1 / columns, 1 - 0.12 / rows, wspace=0.25, hspace=0.4)
         for place, (key, points) in enumerate(series.items(), start=1):
-            axes = figure.add_subplot(rows, columns, place, title=key, xlabel="step")
+            axes = figure.add_subplot(rows, columns, place, title=key)
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, linewidth=1)
             axes.grid(alpha=0.3)
         with self._tolerant("images/curves.png"):
@@ -424,6 +430,7 @@ class Report:
         """Flushes everything."""
         if self.bar is not None:
             self.bar.close()
+        self.around.close()
         with self._tolerant("metrics.jsonl"):
             self.file.close()
         with self._tolerant("tb"):

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file
 from toy_stage import Faults, Net, ToyStage, ToyStream, finish, run, start
@@ -34,7 +36,9 @@ TIMED = ("img_s",)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def quick(monkeypatch):
+    """One thread; curves, which take a second to draw, only of the run `whole`."""
+    monkeypatch.setattr(run_folder.Report, "curves", lambda self: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -508,18 +512,25 @@ def test_two_processes_with_half_the_batch_each(tmp_path):
         assert torch.allclose(ours[name], value, rtol=1e-4, atol=1e-6), name
 
 
+def test_compute_only_switches_change_no_more_than_rounding(tmp_path):
+    run([f"out={tmp_path / 'plain'}", *SPLIT])
+    run([f"out={tmp_path / 'last'}", *SPLIT, "train.channels_last=true"])
+    for ours, theirs in zip(metrics(tmp_path / "last"), metrics(tmp_path / "plain"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def two(settings: list[str], log: Path, faults: Faults | None = None) -> list[int]:
+def two(settings: list[str], log: Path, faults: Faults | None = None, **options) -> list[int]:
     """Exit codes of two processes of one run."""
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common["ACCELERATE_USE_CPU"] = "1"
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    processes = [start(settings, faults, log, environment=ranks[rank]) for rank in (0, 1)]
+    processes = [start(settings, faults, log, environment=ranks[rank], **options) for rank in (0, 1)]
     return [finish(process) for process in processes]
 
 
@@ -539,6 +550,36 @@ def test_two_processes_agree_on_errors(tmp_path):
     assert two([f"out={tmp_path / 'nan'}", "train.max_nonfinite=2"], log, faults) == [2, 2]
     assert two([f"out={tmp_path / 'odd'}", "train.batch=6", "train.accumulate=2"], log) == [2, 2]
     assert "take a multiple of 4" in log.read_text()
+
+
+def shard() -> None:
+    """FSDP on CPUs, which accelerate sets up for GPUs only."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    build = engine._Run._build
+
+    def built(self):
+        build(self)
+        assert self.sharded
+        assert all(hasattr(weight, "to_local") for weight in self.model.parameters())
+
+    engine._Run._build = built
+
+
+def test_fsdp_equals_one_process_and_continues_exactly(tmp_path):
+    settings, log = [*SPLIT, "train.accumulate=2", "train.ema=null"], tmp_path / "log"
+    run([f"out={tmp_path / 'one'}", *settings])
+    assert two([f"out={tmp_path / 'two'}", *settings], log, Faults(signals={6: signal.SIGTERM}), before=shard) == [0, 0]
+    assert checkpoints(tmp_path / "two") == ["step-7"]
+    assert two([f"out={tmp_path / 'two'}", *settings], log, before=shard) == [0, 0]
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    ours, theirs = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6) for name in theirs)
+    assert two([f"out={tmp_path / 'ema'}", "train.ema=0.9"], log, before=shard) == [2, 2]
+    assert "train.ema: is not available with FSDP" in log.read_text()
 
 
 # --- the folder ---

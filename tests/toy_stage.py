@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from addp_core import config as recipes
 from addp_core import engine, rng
 from addp_core.errors import UserError
+from addp_core.run import Report
 from addp_core.stage import Draw, Stage, TrainConfig
 
 N = 40  # images
@@ -155,6 +156,7 @@ def run(settings: list[str], faults: Faults | None = None) -> Path:
 def command(settings: list[str], faults: Faults | None = None, log: Path | None = None, environment=None, before=None):
     """What the command line does: exit codes 0, 2 for the user's errors, 1; messages to `log`."""
     torch.set_num_threads(1)
+    Report.curves = lambda self: None  # slow, and looked at elsewhere
     os.environ |= environment or {}
     if log:
         logging.basicConfig(filename=log, format="%(message)s", level=logging.INFO, force=True)
