@@ -392,7 +392,7 @@ def describe(cls: type) -> str:
             default = default.get(part, ...) if isinstance(default, dict) else ...
         if key.section:
             short = getattr(key.section, "__shorthand__", None)
-            about = key.help or (key.section.__doc__ or "").split("\n")[0]
+            about = key.help or (key.section.__doc__ or "").split("\n")[0].rstrip(".")
             about = (
                 "" if about.startswith(f"{key.section.__name__}(") else about
             )  # the docstring that dataclasses make up

@@ -1,15 +1,19 @@
 """The command line: what it runs, what it says, and its exit codes."""
 
+import importlib
 import logging
 import os
 import re
 import subprocess
 import sys
+from dataclasses import MISSING
 
 import pytest
 
 import addp_core
 from addp_core.cli import main
+from addp_core.config import load, recipes_of
+from addp_core.keys import all_keys
 from addp_core.verbs import VERBS
 
 PARROT = '''"""`addp parrot` says words."""
@@ -186,6 +190,15 @@ def test_only_the_first_process_reports_progress(parrot, capsys, monkeypatch):
 def test_every_verb_has_a_module_and_help(verb, capsys):
     assert main([verb, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: addp {verb} ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_named_recipe_is_read(verb):
+    module = importlib.import_module(VERBS[verb][0])
+    given = [f"{name}=x" for name, key in all_keys(module.Recipe) if key.default is MISSING and not key.section]
+    for path in recipes_of(module).values():
+        assert path.read_text().startswith("# "), f"{path} opens with what it is for"
+        load(module.Recipe, path, given)
 
 
 def test_the_first_second_does_without_torch():

@@ -229,11 +229,11 @@ def test_the_table_of_help(monkeypatch):
     assert table["data.source"] == "required folder of images (text)"
     assert table["data.size"] == "256 pixels (a whole number >= 8 and a multiple of 4 or null)"
     assert table["data.scale"] == "[0.2, 1.0] least and greatest share (a list of 2 in brackets, each a number)"
-    assert table["train:"] == "How to train."
+    assert table["train:"] == "How to train"
     assert table["train.lr"] == "0.0001 learning rate (a number > 0)"
     assert table["train.batch"] == "64 a whole number >= 1 and <= 4096"
     assert table["train.precision"] == "fp32 one of fp32, bf16, fp16"
-    assert table["ema:"] == "How to train.; off (null); a key below switches it on"
+    assert table["ema:"] == "How to train; off (null); a key below switches it on"
     assert table["ema.batch"] == "32 a whole number >= 1 and <= 4096"
     assert table["note"] == "null text or null"
 
