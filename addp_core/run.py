@@ -132,8 +132,8 @@ def _remove_leftovers(out: Path) -> None:
 
 def _accept_recipe(out: Path, recipe: dict[str, Any]) -> None:
     path = out / "recipe.yaml"
-    if not path.exists():
-        return
+    if not path.exists() or not (any((out / "checkpoints").iterdir()) or (out / "finished.json").exists()):
+        return  # nothing was computed that another recipe could spoil: a first try that failed may be corrected
     try:
         before = _flatten(yaml.safe_load(path.read_text()) or {})
     except (yaml.YAMLError, AttributeError) as error:

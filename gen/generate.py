@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 
 import torch
 from accelerate import PartialState
-from addp_core.compute import autocast, prepare_frozen
 from annotated_types import Ge, Gt
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_image
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -43,6 +42,7 @@ class Recipe:
     decoder_heads: Annotated[int | None, "of a published file whose decoder heads are not 16"] = None
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Keys that change no image: a folder may be continued with others.
 FREE_KEYS = ("out", "n", "batch", "grid")
 
@@ -60,7 +60,7 @@ def run(recipe: Recipe) -> None:
     }
     model = load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **heads).requires_grad_(False)
     model.predictor = None  # generation does without it
-    model = prepare_frozen(model.to(state.device))
+    model = model.to(state.device)
     state.wait_for_everyone()
 
     # Whole batches that always hold the same images: a matrix product's rounding may depend on how many rows it has.
@@ -75,7 +75,7 @@ def run(recipe: Recipe) -> None:
         log.info("%d of %d images are there already", done, recipe.n)
     with tqdm(total=sum(len(numbers(recipe, b)) for b in mine), unit="img", disable=not state.is_main_process) as bar:
         for b in mine:
-            with autocast(state.device, recipe.precision):
+            with torch.autocast(state.device.type, DTYPES.get(recipe.precision), enabled=recipe.precision in DTYPES):
                 images = sample(
                     model,
                     recipe.batch,
@@ -137,5 +137,5 @@ def write_png(image: Tensor, path: Path) -> None:
 
 def write_grid(out: Path, n: int) -> None:
     """grid.png of the first n images."""
-    images = torch.stack([decode_image(str(image_path(out, i)), "RGB") for i in range(n)])
+    images = torch.stack([pil_to_tensor(Image.open(image_path(out, i))) for i in range(n)])
     write_png(make_grid(images / 255, nrow=max(int(n**0.5), 1), pad_value=1.0), out / "grid.png")

@@ -7,7 +7,7 @@ the run.
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,11 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: Annotated[str, "a run of `addp tokenizer`, a VQGAN file, or hf://repository/file"] = ""
     predictor: Annotated[str, "a run of `addp predictor`, a MAGE file, or hf://repository/file"] = ""
-    stages: Annotated[str, "recipe of `addp tokenizer` and `addp predictor` that trains those that are not given"] = ""
+    stages: Annotated[
+        str,
+        "what trains the parts that are not given: the name of a recipe of `addp tokenizer` and `addp predictor`, "
+        "or a folder with tokenizer.yaml and predictor.yaml",
+    ] = ""
     predictor_heads: Annotated[int | None, "of a MAGE file whose heads are not width/64"] = None
     predictor_decoder_heads: Annotated[int | None, "of a MAGE file whose decoder heads are not 16"] = None
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
@@ -130,9 +134,12 @@ class PretrainStage(Stage):
         return addp
 
 
+STAGES = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}
+
+
 def _check_parts(recipe: Recipe) -> None:
     """Find what is missing before the first stage starts to train."""
-    for part, module in (("tokenizer", tokenizer_stage), ("predictor", predictor_stage)):
+    for part in STAGES:
         if getattr(recipe, part):
             continue
         if not recipe.stages:
@@ -140,14 +147,21 @@ def _check_parts(recipe: Recipe) -> None:
                 f"{part}: not given; expected {part}=<file or run> ({PUBLISHED[part]}), "
                 "or stages=tiny to train one on these images first"
             )
-        find_recipe(module, recipe.stages)
+        _stage_recipe(recipe, part, out="", **({} if part == "tokenizer" else {"tokenizer": ""}))
 
 
 def _train_part(recipe: Recipe, part: str, **given: str) -> str:
     """Train the tokenizer or predictor on the same images into `<out>/<part>` (or continue, or find it finished)."""
-    module = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}[part]
     out = Path(recipe.out) / part
-    settings = [f"out={out}", *(f"{key}={value}" for key, value in given.items())]
-    stage = load(module.Recipe, find_recipe(module, recipe.stages), settings)
-    module.run(replace(stage, data=recipe.data))
+    STAGES[part].run(_stage_recipe(recipe, part, out=str(out), **given))
     return str(out / MODEL_FILE)
+
+
+def _stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
+    """The recipe of an earlier stage, on this recipe's images."""
+    module, folder = STAGES[part], Path(recipe.stages)
+    try:
+        path = folder / f"{part}.yaml" if folder.is_dir() else find_recipe(module, recipe.stages)
+    except UserError as error:
+        raise UserError(f"stages: {error}") from error
+    return replace(load(module.Recipe, path, [f"{key}={value}" for key, value in settings.items()]), data=recipe.data)
