@@ -70,6 +70,7 @@ PACKAGES = dict(
         _package("matplotlib"),
         _package("fvcore"),
         _package("sklearn", "scikit-learn"),
+        _package("scipy"),
         _package("torch_fidelity", "torch-fidelity", extra="gen"),
         _package("pycocotools", extra="det"),
         _package("detectron2"),
@@ -100,7 +101,7 @@ TASKS = {
     "seg": Task("seg", (*CORE, "mmseg", "mmcv", "mmengine")),
     "export": Task("tools", CORE),
     "throughput": Task("tools", (*CORE, "fvcore")),
-    "toy": Task("tools", ("numpy", "PIL", "sklearn")),
+    "toy": Task("tools", ("numpy", "PIL", "sklearn", "scipy")),
 }
 DETECTRON2 = (  # there is no release of it on the index
     f"{PIP} 'setuptools<81' 'omegaconf<2.4' && "
