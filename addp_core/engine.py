@@ -47,6 +47,7 @@ __all__ = ["Draw", "Stage", "TrainConfig", "learning_rate", "make_optimizer", "p
 log = logging.getLogger("addp")
 
 FAILED_CHECKPOINTS = 3  # in a row, until the run stops
+ELSEWHERE = "the first process knows why"
 
 
 def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recipe_text: str) -> Path:
@@ -254,7 +255,7 @@ class _Run:
             self.failed_checkpoints = 0
             return
         self.failed_checkpoints += 1
-        reason = (error.strerror or error) if error else "the first process knows why"
+        reason = (error.strerror or error) if error else ELSEWHERE
         what = f"{self.checkpoints.path(self.step)}: not written ({reason})"
         if must or self.failed_checkpoints >= FAILED_CHECKPOINTS:
             raise UserError(f"{what}; older checkpoints are intact: make room and start the same command again")
@@ -326,17 +327,17 @@ class _Run:
         terms["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad or math.inf)
 
         # One transfer and one small all-reduce for everything the processes have to agree on.
-        flags = [torch.tensor(float(flag)) for flag in (self.signals.stop, self.signals.interrupt)]
-        values = torch.stack([value.to(self.device) for value in [*map(_whole_tensor, terms.values()), *flags]])
-        *means, stop, interrupt = self.accelerator.reduce(values, "mean").tolist()
+        flags = torch.tensor([self.signals.stop, self.signals.interrupt], dtype=torch.float32, device=self.device)
+        values = torch.stack([_whole_tensor(value).to(self.device) for value in terms.values()])
+        *means, stop, interrupt = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
         figures = dict(zip(terms, means, strict=True))
 
         if math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"]):
             self.bad_in_a_row = 0
             self.optimizer.step()
+            figures |= self.stage.after_step(self.bare, draw, self.accelerator)
             if self.ema:
                 self.ema.update(self.bare, step=self.step + 1)
-            figures |= self.stage.after_step(self.bare, draw, self.accelerator)
         else:
             self._skip(figures, rate)
         self.optimizer.zero_grad()
@@ -428,23 +429,26 @@ class _Run:
             self.report.evaluation(self.step, figures)
 
     def _export(self) -> None:
-        models = {"model.safetensors": self._whole()}
+        models, error = {"model.safetensors": self._whole()}, None
         if self.ema:
             models["model-ema.safetensors"] = self.ema.module
-        if not self.report:
-            return
-        self.report.curves()
-        try:
-            for name, model in models.items():
-                with replacing(self.out / name) as path:
-                    self.stage.export(model.eval(), path)
-            mark_finished(self.out, self.recipe_text, {"step": self.step, "skipped": self.skipped})
-        except OSError as error:
+        if self.report:
+            self.report.curves()
+            try:
+                for name, model in models.items():
+                    with replacing(self.out / name) as path:
+                        self.stage.export(model.eval(), path)
+                mark_finished(self.out, self.recipe_text, {"step": self.step, "skipped": self.skipped})
+            except OSError as caught:
+                error = caught
+        if self._anywhere(error is not None):  # and no process goes on before the files are there
+            reason = (error.strerror or error) if error else ELSEWHERE
             raise UserError(
-                f"{self.out}: the trained model could not be written ({error.strerror or error}); "
+                f"{self.out}: the trained model could not be written ({reason}); "
                 "the last checkpoint is intact: make room and start the same command again"
             ) from error
-        log.info("%s: finished after %d steps: %s", self.stage.name, self.step, self.out / "model.safetensors")
+        if self.main:
+            log.info("%s: finished after %d steps: %s", self.stage.name, self.step, self.out / "model.safetensors")
 
 
 def _accelerator(stage: Stage, config: TrainConfig) -> Accelerator:
