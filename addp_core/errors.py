@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The user's input is wrong. The message is one line; the command line prints it without a traceback and exits with 2."""
+    """The user's input is wrong. The message is one line; the command line prints it alone and exits with 2."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -20,19 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from addp_core import config as recipes
-from addp_core.data import (
-    CentreCrop,
-    DataConfig,
-    ImageError,
-    ImageSource,
-    Picture,
-    RandomCrop,
-    Stream,
-    eval_transform,
-    open_source,
-    pretrain_transform,
-)
+from addp_core.data import DataConfig, ImageSource, Stream, eval_transform, open_source, pretrain_transform
 from addp_core.errors import UserError
+from addp_core.images import CentreCrop, ImageError, Picture, RandomCrop
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
