@@ -6,6 +6,7 @@ References: VQGAN (arXiv 2012.09841), MaskGIT (2202.04200). Module names are tho
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,24 +15,26 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GROUPS = 32
+from addp_core.kernels import Conv3x3, halve, norm_swish
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Architecture of the VQGAN; the defaults are the published one (54.5 M parameters)."""
 
-    width: Annotated[int, Ge(GROUPS), "channels at full resolution, a multiple of 32"] = 128
+    width: Annotated[int, Ge(1), "channels at full resolution, a multiple of groups"] = 128
     multipliers: Annotated[
         tuple[int, ...], "width multiplier of each level; every level but the last halves the grid"
     ] = (1, 1, 2, 2, 4)
     blocks: Annotated[int, Ge(1), "residual blocks a level"] = 2
     codebook: Annotated[int, Ge(2), "number of codes"] = 1024
     dim: Annotated[int, Ge(1), "width of a code"] = 256
+    # With one channel a group, the decoder can hardly tell a dark image from a bright one; published widths have four.
+    groups: Annotated[int, Ge(1), "groups of every norm; a quarter of width is good for narrow models"] = 32
 
     def __post_init__(self):
-        if self.width % GROUPS:
-            raise ValueError(f"width: found {self.width}, expected a multiple of {GROUPS}")
+        if self.width % self.groups:
+            raise ValueError(f"width: found {self.width}, expected a multiple of groups = {self.groups}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers: found {self.multipliers}, expected one whole number >= 1 for each level")
 
@@ -84,13 +87,14 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.grid = grid
+        self.one_by_one = False  # compute only: maps of one image are kinder to caches and memory than those of a batch
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Codebook(config.codebook, config.dim)
 
     def encode(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] in [0,1] -> Long[B,N] codebook ids, row-major over the token grid."""
-        return self.quantize.nearest(self.encoder(images))
+        return self._each(lambda x: self.quantize.nearest(self.encoder(x)), images)
 
     def lookup(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Long[B,N] ids -> Float[B,D,h,w] code embeddings. ValueError where N does not fit the grid."""
@@ -101,7 +105,11 @@ class Tokenizer(nn.Module):
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Float[B,D,h,w] code embeddings (or mixtures of them) -> Float[B,3,H,W], unclamped."""
-        return self.decoder(embeddings)
+        return self._each(self.decoder, embeddings)
+
+    def _each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function` of the batch `x`, or of one image after the other where that is faster."""
+        return torch.cat([function(row) for row in x.split(1)]) if self.one_by_one else function(x)
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -133,16 +141,16 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1, bias=False)
+        self.conv_in = Conv3x3(3, config.width)
         self.down = nn.ModuleList()
         previous = config.width
         for width in widths:
             level = nn.Module()
-            level.block = residual_blocks(previous, width, config.blocks)
+            level.block = residual_blocks(previous, width, config)
             self.down.append(level)
             previous = width
-        self.mid = middle(previous)
-        self.norm_out = group_norm(previous)
+        self.mid = middle(previous, config)
+        self.norm_out = group_norm(previous, config)
         self.conv_out = nn.Conv2d(previous, config.dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,11 +158,11 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for i, level in enumerate(self.down):
             if i:
-                x = F.avg_pool2d(x, 2)
+                x = halve(x)
             for block in level.block:
                 x = block(x)
         x = self.mid.block_2(self.mid.block_1(x))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_swish(self.norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -162,19 +170,19 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         previous = widths[-1]
-        self.conv_in = nn.Conv2d(config.dim, previous, 3, padding=1)
-        self.mid = middle(previous)
+        self.conv_in = Conv3x3(config.dim, previous, bias=True)
+        self.mid = middle(previous, config)
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             level = nn.Module()
-            level.block = residual_blocks(previous, width, config.blocks)
+            level.block = residual_blocks(previous, width, config)
             if i:
                 level.upsample = Upsample(width)
             levels.append(level)
             previous = width
         self.up = nn.ModuleList(reversed(levels))  # published files count from the full resolution
-        self.norm_out = group_norm(previous)
-        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+        self.norm_out = group_norm(previous, config)
+        self.conv_out = Conv3x3(previous, 3, bias=True)
 
     def forward(self, z: Tensor) -> Tensor:
         """Float[B,D,h,w] -> Float[B,3,H,W]."""
@@ -184,36 +192,36 @@ class Decoder(nn.Module):
                 x = block(x)
             if i:
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_swish(self.norm_out, x))
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, width_in: int, width: int):
+    def __init__(self, width_in: int, width: int, config: TokenizerConfig):
         super().__init__()
-        self.norm1 = group_norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
-        self.norm2 = group_norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1 = group_norm(width_in, config)
+        self.conv1 = Conv3x3(width_in, width)
+        self.norm2 = group_norm(width, config)
+        self.conv2 = Conv3x3(width, width)
         if width_in != width:
             self.nin_shortcut = nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_swish(self.norm1, x))
+        h = self.conv2(norm_swish(self.norm2, h))
         # MaskGIT's quirk: where the width changes, the shortcut starts from the block's own output, not from its input.
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(h).add_(h) if hasattr(self, "nin_shortcut") else h.add_(x)
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour x2, then a 3x3 convolution, computed as four 2x2 convolutions on the small map.
 
     Each output phase sees only 2x2 different input pixels, so the taps that fall on the same pixel are summed first:
-    the same result with 4/9 of the multiplications and without the enlarged input.
+    the same result with 4/9 of the multiplications and without the enlarged input. Winograd's way saves more than that.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv3x3(width, width, bias=True)
         # fold[phase][pixel][tap]: which of three taps fall on the first and the second pixel that a phase sees
         fold = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         self.register_buffer("fold", fold, persistent=False)
@@ -221,6 +229,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Float[B,C,h,w] -> Float[B,C,2h,2w]."""
         b, c, h, w = x.shape
+        if self.conv.takes_winograd(x, 2 * h, 2 * w):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         kernels = torch.einsum("pyi,qxj,ocij->pqocyx", self.fold, self.fold, self.conv.weight)
         padded = F.pad(x, (1, 1, 1, 1))
         phases = [
@@ -232,15 +242,15 @@ class Upsample(nn.Module):
         return out.permute(0, 1, 2, 4, 3, 5).reshape(b, c, 2 * h, 2 * w)
 
 
-def group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, width, eps=1e-6)
+def group_norm(width: int, config: TokenizerConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(config.groups, width, eps=1e-6)
 
 
-def residual_blocks(width_in: int, width: int, n: int) -> nn.ModuleList:
-    return nn.ModuleList(ResidualBlock(width if i else width_in, width) for i in range(n))
+def residual_blocks(width_in: int, width: int, config: TokenizerConfig) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(width if i else width_in, width, config) for i in range(config.blocks))
 
 
-def middle(width: int) -> nn.Module:
+def middle(width: int, config: TokenizerConfig) -> nn.Module:
     mid = nn.Module()
-    mid.block_1, mid.block_2 = ResidualBlock(width, width), ResidualBlock(width, width)
+    mid.block_1, mid.block_2 = ResidualBlock(width, width, config), ResidualBlock(width, width, config)
     return mid

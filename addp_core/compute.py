@@ -1,0 +1,33 @@
+"""The one place of switches that change how fast results come, not which: for training, generation and benchmarks."""
+
+import ctypes
+import platform
+
+import torch
+from torch import nn
+
+from addp_core.kernels import Conv3x3
+from addp_core.tokenizer import Tokenizer
+
+
+def accelerate_model(model: nn.Module) -> None:
+    """Switch on what pays on the device of `model`, for its frozen tokenizer. Results change by rounding alone."""
+    if next(model.parameters()).device.type != "cpu":
+        return
+    keep_freed_memory()
+    winograd = torch._nnpack_available()
+    for module in model.modules():
+        if isinstance(module, Tokenizer):
+            module.one_by_one = True
+        if isinstance(module, Conv3x3):
+            module.winograd = winograd
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensor rather than hand it back page by page (elsewhere: nothing)."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
