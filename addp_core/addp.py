@@ -11,10 +11,10 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from addp_core.decoder import DecoderConfig, TokenDecoder, visible_positions
+from addp_core.decoder import DecoderConfig, TokenDecoder
 from addp_core.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
 from addp_core.encoder import Encoder, EncoderConfig
-from addp_core.layers import learned
+from addp_core.layers import Positions, learned, take_rows
 from addp_core.predictor import PredictorConfig, TokenPredictor
 from addp_core.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_map
 
@@ -74,30 +74,45 @@ class Denoiser(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
     def forward(
-        self, images: Tensor, ids: Tensor, mask: Tensor, target: Tensor | None = None, vocabulary: int | None = None
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        vocabulary: int | None = None,
+        masked_only: bool = False,
     ) -> Tensor:
         """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the
-        first `vocabulary` ids; with target Float[B,N,K], the scalar loss instead, computed at the unreliable positions
-        alone."""
-        features = self.encode(images, ids, mask)
+        first `vocabulary` ids, or with `masked_only` Float[R,V'] of the unreliable positions in row-major order; with
+        target Float[B,N,K], the scalar loss instead, computed at the unreliable positions alone."""
+        positions = Positions.of(mask)
+        features = self.encode(images, ids, mask, positions, visible_only=True)
+        masked_only = masked_only or target is not None
+        logits = self.decoder(features, ids, mask, masked_only, vocabulary, positions)
         if target is None:
-            return self.decoder(features, ids, mask, vocabulary=vocabulary)
-        logits = self.decoder(features, ids, mask, masked_only=True)
-        return soft_cross_entropy(logits, target[mask], self.label_smoothing).mean()
+            return logits
+        target = positions.flat(take_rows(target, positions.masked))
+        return soft_cross_entropy(logits, target, self.label_smoothing).mean()
 
-    def encode(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """-> Float[B,1+N,W], after the final norm, class token first."""
-        extra = None
+    def encode(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Positions | None = None,
+        visible_only: bool = False,
+    ) -> Tensor:
+        """-> Float[B,1+N,W], after the final norm, class token first; with `visible_only` Float[B,E,W], the reliable
+        positions in order, which are all that the decoder reads. positions: those of the mask, where known."""
+        positions, extra = positions or Positions.of(mask), None
         if hasattr(self, "pos_token_embed"):
-            # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.
-            order, real = visible_positions(mask)
-            seen = (
-                ids.gather(1, order)
-                if real is None
-                else ids.gather(1, order).masked_fill(~real, self.decoder.vocabulary.mask_id)
-            )
+            order, real = positions.visible, positions.visible_real
+            seen = ids.gather(1, order)
+            if real is not None:
+                # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.
+                seen = seen.masked_fill(~real, self.decoder.vocabulary.mask_id)
             extra = self.decoder.token_emb(seen) + self.pos_token_embed[0, 1:][order]
-        return self.encoder(self.normalise(images), extra)
+        return self.encoder(self.normalise(images), extra, positions.visible if visible_only else None)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] -> the same, clamped to [0,1], with ImageNet's mean and deviation removed."""

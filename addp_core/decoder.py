@@ -9,7 +9,16 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
-from addp_core.layers import INIT_STD, LayerNorm, TokenHead, init_transformer, learned, transformer_blocks
+from addp_core.layers import (
+    INIT_STD,
+    LayerNorm,
+    Positions,
+    TokenHead,
+    init_transformer,
+    learned,
+    put_rows,
+    transformer_blocks,
+)
 from addp_core.tokenizer import Vocabulary
 
 
@@ -51,47 +60,39 @@ class TokenDecoder(nn.Module):
         mask: Tensor,
         masked_only: bool = False,
         vocabulary: int | None = None,
+        positions: Positions | None = None,
     ) -> Tensor:
-        """Encoder features Float[B,1+N,W], Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,V'] logits.
+        """Encoder features of the reliable positions in order, Float[B,E,W] (padding of shorter rows is not read),
+        Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,V'] logits.
 
         features may be None where every position is masked: none would be read.
-        masked_only: logits of the unreliable positions alone, Float[M,V'] in row-major order.
-        vocabulary: compute only the first `vocabulary` ids (all by default).
+        masked_only: logits of the unreliable positions alone, Float[R,V'] in row-major order.
+        vocabulary: compute only the first `vocabulary` ids (all by default). positions: those of the mask, where known.
         """
         batch, tokens = ids.shape
-        x = self.mask_token + self.decoder_pos_mask_embed[:, 1:]
-        if features is None:
-            x = x.expand(batch, tokens, -1)
-        else:
-            seen = self.decoder_embed(features[:, 1:]) + self.decoder_pos_embed_learned[:, 1:]
-            x = torch.where(mask.unsqueeze(-1), x.to(seen.dtype), seen)
+        positions = positions or Positions.of(mask)
+        x = (self.mask_token + self.decoder_pos_mask_embed[:, 1:]).expand(batch, -1, -1)
+        if features is not None:
+            seen = self.decoder_embed(features) + self.decoder_pos_embed_learned[0, 1:][positions.visible]
+            x = torch.where(mask.unsqueeze(-1), x.to(seen.dtype), put_rows(seen, positions.visible, tokens))
         slot = (self.mask_token + self.decoder_pos_embed_learned[:, :1]).expand(batch, -1, -1)
         sequence = [slot.to(x.dtype), x]
         attention = None
         if self.see_ids:
-            visible, attention = self.visible_tokens(ids, mask)
+            visible, attention = self.visible_tokens(ids, positions)
             sequence.append(visible.to(x.dtype))
         x = torch.cat(sequence, 1)
-        for block in self.decoder_blocks:
-            x = block(x, attn_mask=attention)
-        x = self.decoder_norm(x[:, 1 : 1 + tokens])
-        return self.mlm_layer(x[mask] if masked_only else x, self.token_emb.weight[:vocabulary])
+        for block in self.decoder_blocks[:-1]:
+            x = block(x, attention)
+        read = positions.masked if masked_only else torch.arange(tokens, device=ids.device).expand(batch, -1)
+        x = self.decoder_norm(self.decoder_blocks[-1](x, attention, at=1 + read))
+        return self.mlm_layer(positions.flat(x) if masked_only else x, self.token_emb.weight[:vocabulary])
 
-    def visible_tokens(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def visible_tokens(self, ids: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the reliable ids, Float[B,E,W] in position order, and where rows differ in number a
         Bool[B,1,1,1+N+E] attention mask that hides the padding of the shorter rows."""
-        order, real = visible_positions(mask)
+        order, real = positions.visible, positions.visible_real
         embeddings = self.token_emb(ids.gather(1, order)) + self.decoder_pos_token_embed[0, 1:][order]
         if real is None:
             return embeddings, None
         return embeddings, torch.cat([real.new_ones(len(ids), 1 + ids.shape[1]), real], 1)[:, None, None]
-
-
-def visible_positions(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Bool[B,N] -> Long[B,E], the unmasked positions in order, E = the largest number in a row; and Bool[B,E], which of
-    them are real rather than padding, or None where all rows have E."""
-    counts = (~mask).sum(1)
-    low, high = counts.aminmax()
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : int(high)]
-    real = None if int(low) == int(high) else torch.arange(int(high), device=mask.device) < counts[:, None]
-    return order, real

@@ -13,7 +13,7 @@ from annotated_types import Ge, Interval
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from addp_core.layers import LayerNorm, init_transformer, learned, transformer_blocks
+from addp_core.layers import Dropout, LayerNorm, init_transformer, learned, transformer_blocks
 from addp_core.tokenizer import to_map
 
 INPUT_DROPOUT = 0.1  # after `tokenizer_norm`; a constant of the published model, not tied to the blocks' dropout
@@ -59,21 +59,24 @@ class Encoder(nn.Module):
         self.pos_embed = learned(1, 1 + self.grid[0] * self.grid[1], config.width)
         if config.tokenizer_norm:
             self.tokenizer_norm = LayerNorm(config.width)
-            self.tokenizer_dropout = nn.Dropout(INPUT_DROPOUT if config.dropout else 0.0)
+            self.tokenizer_dropout = Dropout(INPUT_DROPOUT if config.dropout else 0.0)
         self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.dropout, config.drop_path)
         self.norm = LayerNorm(config.width)
         init_transformer(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
 
-    def forward(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, extra: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Float[B,3,H,W] normalised -> Float[B,1+N,W] after the final norm, class token first.
 
         extra: Float[B,E,W], further tokens that the image attends to; they are not part of the output.
+        at: Long[B,Q], patches whose features are wanted, instead of the class token and all -> Float[B,Q,W].
         """
         x = self.embed(images, extra)
-        for block in self.blocks:
+        if at is None:
+            at = torch.arange(-1, self.pos_embed.shape[1] - 1, device=x.device).expand(len(x), -1)
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x[:, : self.pos_embed.shape[1]])
+        return self.norm(self.blocks[-1](x, at=1 + at))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] normalised -> Float[B,1+N,W], class token first, without the final norm."""

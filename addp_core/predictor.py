@@ -9,8 +9,19 @@ from typing import Annotated
 import torch
 from annotated_types import Ge, Interval
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from addp_core.layers import INIT_STD, LayerNorm, TokenHead, init_transformer, learned, transformer_blocks
+from addp_core.layers import (
+    INIT_STD,
+    Dropout,
+    LayerNorm,
+    Positions,
+    TokenHead,
+    init_transformer,
+    learned,
+    put_rows,
+    transformer_blocks,
+)
 from addp_core.tokenizer import Vocabulary
 
 
@@ -56,12 +67,15 @@ class TokenPredictor(nn.Module):
         dropped: Bool[B,N], part of the mask, the same number in every row: positions that the encoder skips in
         training.
         """
-        x = self.encode(ids.masked_fill(mask, self.vocabulary.mask_id), dropped)
-        x = self.decoder_embed(x)
+        hidden = ids.masked_fill(mask, self.vocabulary.mask_id)
         # Unreliable positions start from the class token's features: MAGE pads with them rather than with a mask token.
-        class_token, patches = x[:, :1], x[:, 1:]
-        if dropped is not None:
-            patches = _scatter_kept(patches, dropped)
+        if dropped is None:
+            visible = Positions.of(mask).visible
+            x = self.decoder_embed(self.encode(hidden, at=visible))
+            class_token, patches = x[:, :1], put_rows(x[:, 1:], visible, ids.shape[1])
+        else:
+            x = self.decoder_embed(self.encode(hidden, dropped))
+            class_token, patches = x[:, :1], _scatter_kept(x[:, 1:], dropped)
         patches = torch.where(mask.unsqueeze(-1), class_token, patches)
         x = torch.cat([class_token, patches], 1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
@@ -69,17 +83,17 @@ class TokenPredictor(nn.Module):
         embeddings = self.token_emb.word_embeddings.weight[:vocabulary]
         return self.mlm_layer(self.decoder_norm(x[:, 1:]), embeddings)
 
-    def encode(self, ids: Tensor, dropped: Tensor | None = None) -> Tensor:
+    def encode(self, ids: Tensor, dropped: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Long[B,N] ids (mask ids included) -> Float[B,1+N',W] with the class slot in front; N' excludes dropped
-        positions.
+        positions, or counts those of `at` Long[B,N'], which alone are wanted then.
         """
         x = self.token_emb(torch.cat([ids.new_full((len(ids), 1), self.vocabulary.class_id), ids], 1))
         if dropped is not None:
             kept = torch.cat([dropped.new_ones(len(ids), 1), ~dropped], 1)
             x = x[kept].view(len(ids), -1, x.shape[-1])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, at=None if at is None else F.pad(1 + at, (1, 0))))
 
 
 class TokenEmbeddings(nn.Module):
@@ -90,7 +104,7 @@ class TokenEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(vocabulary, width)
         self.position_embeddings = nn.Embedding(positions, width)
         self.LayerNorm = LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.normal_(self.word_embeddings.weight, std=INIT_STD)
         nn.init.normal_(self.position_embeddings.weight, std=INIT_STD)
 

@@ -135,7 +135,9 @@ def denoise(
             # distribution.
             logits = model.denoiser.decoder(None, state.ids[:1], state.mask[:1], vocabulary=codes).expand(batch, -1, -1)
         else:
-            logits = model.denoiser(state.image, state.ids, state.mask, vocabulary=codes)
+            found = model.denoiser(state.image, state.ids, state.mask, vocabulary=codes, masked_only=True)
+            logits = found.new_zeros(batch, tokens, codes)  # what stands at reliable positions is not read
+            logits[state.mask] = found
         probabilities = logits.float().softmax(-1)
         drawn = draw_ids(probabilities, noise[:, step, 0], config.top_p)
         ids = torch.where(state.mask, drawn, state.ids)
