@@ -42,7 +42,7 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 
 demo: $(STAMP)
-	$(BIN)/addp toy out=$(DEMO)/toy
+	$(BIN)/addp toy out=$(DEMO)/toy only=[imagenet]
 	$(BIN)/addp pretrain tiny data=$(DEMO)/toy/imagenet out=$(DEMO)/pretrain
 	$(BIN)/addp generate model=$(DEMO)/pretrain out=$(DEMO)/images
 

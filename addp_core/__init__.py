@@ -1,6 +1,6 @@
 """ADDP (arXiv 2306.05423): pretrain once, then generate, recognise, detect and segment.
 
-    from addp_core import load_addp, load_encoder, sample, inpaint
+from addp_core import load_addp, load_encoder, sample, inpaint
 """
 
 from importlib import import_module

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from addp_core.decoder import DecoderConfig, TokenDecoder
 from addp_core.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
 from addp_core.encoder import Encoder, EncoderConfig
-from addp_core.layers import Positions, learned, take_rows
+from addp_core.layers import Positions, check_heads, learned, take_rows
 from addp_core.predictor import PredictorConfig, TokenPredictor
 from addp_core.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_map
 
@@ -25,6 +25,9 @@ class DenoiserConfig:
 
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1, tokenizer_norm=True))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self):
+        check_heads("decoder.heads", self.decoder.heads, self.encoder.width)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Foreign layouts are mapped in layouts.py.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from addp_core.addp import ADDP, ADDPConfig
 from addp_core.diffusion import ProcessConfig
 from addp_core.encoder import Encoder
 from addp_core.errors import UserError, nearest
+from addp_core.files import replacing
 from addp_core.layouts import (
     ARCHITECTURES,
     LAYOUTS,
@@ -35,10 +37,10 @@ from addp_core.layouts import (
     TokenizerFile,
     describe,
     is_published_addp,
-    make_vocabulary,
     published_addp_names,
     strip,
     to_published,
+    with_heads,
 )
 from addp_core.predictor import TokenPredictor
 from addp_core.tokenizer import Tokenizer
@@ -46,6 +48,8 @@ from addp_core.tokenizer import Tokenizer
 MODEL_FILE = "model.safetensors"  # of a run folder
 METADATA_KEY = "addp"
 POSITIONS = re.compile(r"(^|\.)(decoder_)?pos(_\w+)?_embed(_learned)?$|position_embeddings")
+
+HEADS = ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads")
 
 Source = str | os.PathLike | Mapping[str, Any]
 
@@ -63,24 +67,32 @@ class Weights:
         return strip(self.state, prefix)
 
 
-def read_weights(source: Source, **overrides: int) -> Weights:
+def read_weights(source: Source, wanted: str | None = None, **overrides: int) -> Weights:
     """Read any supported file: its tensors under our names, and the architecture (inferred from shapes where it is not
     stored).
 
-    source: a path, a run folder, "hf://repo/file", or a state dict. overrides: numbers that shapes do not tell (heads).
-    UserError for a file that is missing, damaged, hostile or of another method, saying what it looks like.
+    source: a path, a run folder, "hf://owner/repository/file", or a state dict. wanted: the kind to take where a file
+    holds several. overrides: numbers that shapes do not tell (heads). UserError for a file that is missing, damaged,
+    hostile or of another method, saying what it looks like.
     """
     where, content, stored = _open(source)
     if stored is not None:
         kind, architecture = _stored_architecture(where, stored)
         if kind == "addp" and is_published_addp(content):
             content = published_addp_names(content)
-        return Weights(where, kind, content, architecture)
-    for kind, recognise, convert in LAYOUTS:
+        return Weights(where, kind, content, _checked(where, with_heads, architecture, overrides))
+    for kind, recognise, convert in sorted(LAYOUTS, key=lambda layout: layout[0] != wanted):
         if recognise(content):
-            state, architecture = convert(where, content, overrides)
+            state, architecture = _checked(where, convert, where, content, overrides)
             return Weights(where, kind, state, architecture)
     raise UserError(f"{where}: {describe(content)}; expected an ADDP, MAGE, VQGAN or ViT checkpoint")
+
+
+def _checked(where: str, function: Callable, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except ValueError as error:  # an impossible architecture, such as heads that do not divide the width
+        raise UserError(f"{where}: {error}") from error
 
 
 def read_tensors(source: Source) -> State:
@@ -102,7 +114,7 @@ def load_addp(
 ) -> ADDP:
     """An ADDP in eval mode, float32, on the CPU.
 
-    source: a path, a run folder, "hf://repo/file" or a state dict, published layout or ours.
+    source: a path, a run folder, "hf://owner/repository/file" or a state dict, published layout or ours.
     tokenizer, predictor: sources for files that lack those parts (without a predictor the model samples but cannot
     train).
     image_size: (height, width); positions are resampled where it differs from the file's. process: other than the
@@ -110,9 +122,7 @@ def load_addp(
     heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, where they are not width/64
     (decoders: 16). UserError names every missing, unexpected or mis-shaped tensor.
     """
-    _check_overrides(
-        heads, ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads"), "load_addp"
-    )
+    _check_overrides(heads, HEADS, "load_addp")
     weights = read_weights(source, **heads)
     if weights.kind != "addp":
         raise UserError(f"{weights.where}: {_describe_kind(weights)}; expected an ADDP checkpoint")
@@ -120,15 +130,15 @@ def load_addp(
     state = dict(weights.state)
     if tokenizer is not None:
         part = _read_part(tokenizer, "tokenizer")
-        embeddings, codebook = state["denoiser.decoder.token_emb.weight"], part.architecture.tokenizer.codebook
-        if codebook != config.vocabulary.codebook:
-            config = replace(config, vocabulary=make_vocabulary(embeddings, codebook))
+        _check_codes(part, config.vocabulary.codebook)
         config = replace(config, tokenizer=part.architecture.tokenizer)
         state = _replace_part(state, "tokenizer.", part.state)
     if predictor is not None:
         part = _read_part(predictor, "predictor", **heads)
+        _check_codes(part, config.vocabulary.codebook)
+        resampled = _resample_all(part.state, part.architecture.grid, config.grid)
         config = replace(config, predictor=part.architecture.predictor)
-        state = _replace_part(state, "predictor.", part.state)
+        state = _replace_part(state, "predictor.", resampled)
     if not any(key.startswith("tokenizer.") for key in state):
         raise UserError(f"{weights.where}: it has no tokenizer; expected one in the file or as tokenizer=<VQGAN file>")
     if process is not None:
@@ -138,6 +148,11 @@ def load_addp(
         state = _resample_all(state, config.grid, target.grid)
         config = target
     return _fill(ADDP(config), state, weights.where)
+
+
+def stated_heads(recipe: Any) -> dict[str, int]:
+    """The numbers of heads that a recipe states, for `load_addp`."""
+    return {key: getattr(recipe, key) for key in HEADS if getattr(recipe, key, None) is not None}
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -155,7 +170,9 @@ def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads:
     file: PredictorFile = weights.architecture
     state = weights.state if grid is None else _resample_all(weights.state, file.grid, grid)
     rows, columns = grid or file.grid
-    return _fill(TokenPredictor(file.predictor, rows * columns, file.vocabulary), state, weights.where)
+    predictor = TokenPredictor(file.predictor, rows * columns, file.vocabulary)
+    predictor.trained_on = file.trained_on
+    return _fill(predictor, state, weights.where)
 
 
 def load_encoder(
@@ -192,10 +209,8 @@ def load_encoder(
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     old_grid = (file.image_size[0] // file.patch_size, file.image_size[1] // file.patch_size)
-    heads = encoder_heads or file.encoder.heads
-    encoder_config = replace(
-        file.encoder, heads=heads, dropout=dropout, drop_path=drop_path, tokenizer_norm=tokenizer_norm
-    )
+    options = {"dropout": dropout, "drop_path": drop_path, "tokenizer_norm": tokenizer_norm, "input_dropout": dropout}
+    encoder_config = replace(file.encoder, **options)
     encoder = Encoder(encoder_config, size, file.patch_size)
     return _fill(encoder, _resample_all(state, old_grid, encoder.grid), weights.where)
 
@@ -207,38 +222,36 @@ def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int]
     """Write an ADDP, Tokenizer, TokenPredictor or Encoder as one safetensors file with its architecture in the
     metadata.
 
-    grid: the token grid of a TokenPredictor. The file appears whole or not at all.
+    grid: the token grid of a TokenPredictor. The file appears whole or not at all; OSError where it cannot be written.
     """
     kind, architecture = _architecture_of(module, grid)
     text = json.dumps({"kind": kind, "architecture": asdict(architecture)})
     state = {key: value.detach().to("cpu").contiguous() for key, value in module.state_dict().items()}
-    write_whole(Path(path), lambda temporary: save_file(state, temporary, metadata={METADATA_KEY: text}))
+    with replacing(Path(path)) as temporary:
+        try:
+            save_file(state, temporary, metadata={METADATA_KEY: text})
+        except SafetensorError as error:  # how its writer reports a full disk
+            raise OSError(str(error)) from error
 
 
 def save_published(model: ADDP, path: str | os.PathLike) -> None:
-    """Write `{"model": ...}` with every tensor the published implementation declares. ValueError as `to_published`."""
+    """Write `{"model": ...}` with every tensor the published implementation declares. ValueError as `to_published`,
+    OSError where the file cannot be written.
+    """
     text = json.dumps({"kind": "addp", "architecture": asdict(model.config)})
     content = {"model": to_published(model), METADATA_KEY: text}
-    write_whole(Path(path), lambda temporary: torch.save(content, temporary))
+    with replacing(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it. UserError where that is
-    impossible.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); expected a writable folder with enough free space"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def fingerprint(*modules: nn.Module) -> str:
+    """A digest of the modules' weights: equal for equal tensors under equal names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for name, value in module.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # -------------------- reading files safely
@@ -258,6 +271,13 @@ def _open(source: Source) -> tuple[str, State, dict | None]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            begin = file.read(16)
+        if not begin.startswith((b"PK", b"\x80")):
+            raise UserError(
+                f"{path}: not a checkpoint (it begins with {begin!r}); expected .safetensors or a PyTorch file; "
+                "a download page saved in its place? fetch it again"
+            ) from error
         wanted = re.search(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)", str(error))
         reason = f"it wants {wanted[1]}" if wanted else "it holds more than tensors"
         raise UserError(
@@ -276,15 +296,16 @@ def _open(source: Source) -> tuple[str, State, dict | None]:
 
 def _locate(source: str) -> Path:
     if source.startswith("hf://"):
-        repo, _, name = source.removeprefix("hf://").rpartition("/")
-        if repo.count("/") != 1:
+        owner, _, rest = source.removeprefix("hf://").partition("/")
+        repository, _, name = rest.partition("/")
+        if not name:
             raise UserError(f"{source}: expected hf://owner/repository/file")
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(repo, name))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            return Path(hf_hub_download(f"{owner}/{repository}", name))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise UserError(
                 f"{source}: cannot be fetched ({_first_line(error)}); expected a reachable hub file or a local path"
             ) from error
@@ -345,7 +366,7 @@ def _describe_kind(weights: Weights) -> str:
 
 def _read_part(source: Source, kind: str, **heads: int) -> Weights:
     """A tokenizer's or predictor's weights, from its own file or from within an ADDP file."""
-    weights = read_weights(source, **heads)
+    weights = read_weights(source, wanted=kind, **heads)
     if weights.kind == kind:
         return weights
     if weights.kind == "addp" and (state := weights.part(f"{kind}.")):
@@ -396,13 +417,20 @@ def _resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> 
     return resized if positions.ndim == 3 else resized[0]
 
 
+def _check_codes(part: Weights, codes: int) -> None:
+    file = part.architecture
+    found = file.tokenizer.codebook if part.kind == "tokenizer" else file.vocabulary.codebook
+    if found != codes:
+        raise UserError(f"{part.kind}={part.where}: it has {found} codes, but the model predicts {codes}")
+
+
 def _architecture_of(module: nn.Module, grid: tuple[int, int] | None) -> tuple[str, Any]:
     if isinstance(module, ADDP):
-        return "addp", module.config
+        return "addp", module.config if module.predictor else replace(module.config, predictor=None)
     if isinstance(module, Tokenizer):
         return "tokenizer", TokenizerFile(module.config, module.grid)
     if isinstance(module, TokenPredictor):
-        return "predictor", PredictorFile(module.config, grid, module.vocabulary)
+        return "predictor", PredictorFile(module.config, grid, module.vocabulary, module.trained_on)
     if isinstance(module, Encoder):
         return "encoder", EncoderFile(module.config, module.image_size, module.patch_size)
     raise TypeError(f"cannot save a {type(module).__name__}; expected ADDP, Tokenizer, TokenPredictor or Encoder")

@@ -10,12 +10,21 @@ from addp_core.kernels import Conv3x3
 from addp_core.tokenizer import Tokenizer
 
 
-def accelerate_model(model: nn.Module) -> None:
-    """Switch on what pays on the device of `model`, for its frozen tokenizer. Results change by rounding alone."""
+def accelerate_model(model: nn.Module, compile: bool = False, channels_last: bool = False) -> None:
+    """Switch on what pays on the device of `model`. Results change by rounding alone.
+
+    compile: torch.compile. channels_last: the memory format of convolutions.
+    """
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    if compile:
+        # a tokenizer is called by its methods; what compiles is what they call
+        for part in (model.encoder, model.decoder) if isinstance(model, Tokenizer) else (model,):
+            part.compile()
     if next(model.parameters()).device.type != "cpu":
         return
     keep_freed_memory()
-    winograd = torch._nnpack_available()
+    winograd = torch._nnpack_available() and not compile
     for module in model.modules():
         if isinstance(module, Tokenizer):
             module.one_by_one = True

@@ -50,9 +50,7 @@ class ProcessConfig:
         if self.ratio_min >= self.ratio_max:
             raise ValueError(f"ratio_min: found {self.ratio_min}, expected less than ratio_max = {self.ratio_max}")
         if not len(mask_ratios(self)[0]):
-            raise ValueError(
-                f"timesteps: {self.timesteps} leave no mask ratio in [{self.ratio_min}, {self.ratio_max})"
-            )
+            raise ValueError(f"timesteps: {self.timesteps} leave no mask ratio in [{self.ratio_min}, {self.ratio_max})")
 
 
 def mask_ratios(config: ProcessConfig) -> tuple[Tensor, Tensor]:

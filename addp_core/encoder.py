@@ -13,10 +13,8 @@ from annotated_types import Ge, Interval
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from addp_core.layers import Dropout, LayerNorm, init_transformer, learned, transformer_blocks
+from addp_core.layers import Dropout, LayerNorm, check_heads, init_transformer, learned, transformer_blocks
 from addp_core.tokenizer import to_map
-
-INPUT_DROPOUT = 0.1  # after `tokenizer_norm`; a constant of the published model, not tied to the blocks' dropout
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,10 @@ class EncoderConfig:
     tokenizer_norm: Annotated[
         bool, "LayerNorm on the embedded patches: on in pretraining, off by default in transfer"
     ] = False
+    input_dropout: Annotated[float, Interval(ge=0, lt=1), "after `tokenizer_norm`, where that is on"] = 0.1
+
+    def __post_init__(self):
+        check_heads("heads", self.heads, self.width)
 
 
 SIZES = {
@@ -59,7 +61,7 @@ class Encoder(nn.Module):
         self.pos_embed = learned(1, 1 + self.grid[0] * self.grid[1], config.width)
         if config.tokenizer_norm:
             self.tokenizer_norm = LayerNorm(config.width)
-            self.tokenizer_dropout = Dropout(INPUT_DROPOUT if config.dropout else 0.0)
+            self.tokenizer_dropout = Dropout(config.input_dropout)
         self.blocks = transformer_blocks(config.width, config.depth, config.heads, config.dropout, config.drop_path)
         self.norm = LayerNorm(config.width)
         init_transformer(self)

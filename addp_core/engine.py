@@ -38,11 +38,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from addp_core import rng
+from addp_core.checkpoint import MODEL_FILE, fingerprint
+from addp_core.compute import accelerate_model
 from addp_core.errors import UserError
-from addp_core.run import Checkpoints, Report, mark_finished, prepare_out, release_out, replacing
+from addp_core.files import replacing
+from addp_core.run import Checkpoints, Report, mark_finished, prepare_out, release_out
 from addp_core.stage import Draw, Stage, TrainConfig
 
-__all__ = ["Draw", "Stage", "TrainConfig", "learning_rate", "make_optimizer", "prepare_out", "speed_up", "train"]
+__all__ = ["Draw", "Stage", "TrainConfig", "learning_rate", "make_optimizer", "prepare_out", "train"]
 
 log = logging.getLogger("addp")
 
@@ -97,14 +100,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         return timm.optim.create_optimizer_v2(model, opt=config.optimizer, lr=config.peak_lr, **options)
     except ValueError as error:
         raise UserError(f"train.optimizer={config.optimizer}: {error}") from error
-
-
-def speed_up(module: nn.Module, config: TrainConfig) -> None:
-    """The one place of switches that change how fast results come, not which."""
-    if config.channels_last:
-        module.to(memory_format=torch.channels_last)
-    if config.compile:
-        module.compile()
 
 
 class _Signals:
@@ -164,9 +159,14 @@ class _Run:
         self.checkpoints = Checkpoints(out, config.keep)
         self.report: Report | None = None  # of the first process
 
+        if self.warmup >= self.total and self.main:
+            log.warning(
+                "the warm-up (%g steps) is no shorter than the run (%d): the rate never peaks", self.warmup, self.total
+            )
+        self.frozen = fingerprint(*stage.frozen)  # a continued run must stand on the same parts
         for module in stage.frozen:
             module.to(self.device).eval().requires_grad_(False)
-            speed_up(module, config)
+            accelerate_model(module, config.compile, config.channels_last)
         self._build()
 
     # --- state ---
@@ -179,8 +179,12 @@ class _Run:
             broadcast_object_list(found)
         payload, state = self.checkpoints.read(found[0]) if found[0] is not None else (None, {})
 
-        frozen = {name for name, parameter in bare.named_parameters() if not parameter.requires_grad}
-        self.saved = [name for name in bare.state_dict() if name not in frozen]
+        if payload and state["frozen"] != self.frozen:
+            raise UserError(
+                f"out={self.out}: was started with other weights in its frozen parts than those that are given now; "
+                "give the same files again or choose another out"
+            )
+        self.saved = list(bare.state_dict())
         self.ema = ModelEmaV3(bare, decay=config.ema, use_warmup=True) if config.ema else None
         if payload:
             _load(bare, payload["model"], self.saved, self.checkpoints.path(found[0]))
@@ -188,7 +192,7 @@ class _Run:
                 _load(self.ema.module, payload["ema"], self.saved, self.checkpoints.path(found[0]))
         # FSDP takes the model apart; pictures, evaluation and export then work on a whole copy, filled when needed.
         self.replica = deepcopy(bare) if self.sharded else None
-        speed_up(bare, config)
+        accelerate_model(bare, config.compile, config.channels_last)
         self.model, self.optimizer = self.accelerator.prepare(bare, make_optimizer(bare, config))
         self.bare = self.accelerator.unwrap_model(self.model)
         self.buffers = list(self.bare.buffers())
@@ -245,7 +249,7 @@ class _Run:
             return
         payload, error = self._payload(), None
         if self.main:
-            state = {"window": self.window, "window_steps": self.window_steps}
+            state = {"window": self.window, "window_steps": self.window_steps, "frozen": self.frozen}
             state |= {"bad_in_a_row": self.bad_in_a_row, "skipped": self.skipped}
             try:
                 self.checkpoints.write(self.step, payload, state)
@@ -300,7 +304,7 @@ class _Run:
                 batches.close()
             if self.report:
                 self.report.close()
-        return self.out / "model.safetensors"
+        return self.out / MODEL_FILE
 
     def _step(self, batches: Iterator) -> tuple[bool, bool]:
         """One optimizer step. Returns whether to stop after it, and whether by an interrupt; all processes agree."""
@@ -429,7 +433,7 @@ class _Run:
             self.report.evaluation(self.step, figures)
 
     def _export(self) -> None:
-        models, error = {"model.safetensors": self._whole()}, None
+        models, error = {MODEL_FILE: self._whole()}, None
         if self.ema:
             models["model-ema.safetensors"] = self.ema.module
         if self.report:
@@ -448,7 +452,7 @@ class _Run:
                 "the last checkpoint is intact: make room and start the same command again"
             ) from error
         if self.main:
-            log.info("%s: finished after %d steps: %s", self.stage.name, self.step, self.out / "model.safetensors")
+            log.info("%s: finished after %d steps: %s", self.stage.name, self.step, self.out / MODEL_FILE)
 
 
 def _accelerator(stage: Stage, config: TrainConfig) -> Accelerator:

@@ -17,14 +17,18 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 INIT_STD = 0.02  # of positions, mask and class tokens, token embeddings
 
 
+def check_heads(key: str, heads: int, width: int) -> None:
+    """ValueError where the number of heads under this key does not divide the width."""
+    if width % heads:
+        raise ValueError(f"{key}: found {heads}, expected a divisor of the width {width}")
+
+
 def transformer_blocks(
     width: int, depth: int, heads: int, dropout: float = 0.0, drop_path: float = 0.0
 ) -> nn.ModuleList:
     """`depth` pre-norm blocks (qkv bias, MLP ratio 4). `dropout` acts on attention and MLP; `drop_path` grows linearly
     from 0.
     """
-    if width % heads:
-        raise ValueError(f"heads: {heads} do not divide the width {width}; width/64 = {width // 64} is usual")
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     return nn.ModuleList(Block(width, heads, dropout, rate) for rate in rates)
 

@@ -5,7 +5,7 @@ One function maps each layout and reads the architecture off the shapes; the res
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class PredictorFile:
     predictor: PredictorConfig
     grid: tuple[int, int]
     vocabulary: Vocabulary
+    trained_on: str = ""  # fingerprint of the tokenizer whose ids it knows; empty where that is not known
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ ARCHITECTURES: dict[str, type] = {
     "predictor": PredictorFile,
     "encoder": EncoderFile,
 }
+
+
+def with_heads(architecture: Any, heads: Mapping[str, int]) -> Any:
+    """An architecture with the numbers of heads that a caller states: encoder_heads, decoder_heads, predictor_heads,
+    predictor_decoder_heads; those it has no place for are left out.
+    """
+    stated = {key: value for key, value in heads.items() if value is not None}
+    if isinstance(architecture, ADDPConfig):
+        denoiser = DenoiserConfig(
+            _replace(architecture.denoiser.encoder, heads=stated.get("encoder_heads")),
+            _replace(architecture.denoiser.decoder, heads=stated.get("decoder_heads")),
+        )
+        architecture = replace(architecture, denoiser=denoiser)
+    if isinstance(architecture, EncoderFile):
+        return replace(architecture, encoder=_replace(architecture.encoder, heads=stated.get("encoder_heads")))
+    if getattr(architecture, "predictor", None) is None:
+        return architecture
+    own = {"heads": stated.get("predictor_heads"), "decoder_heads": stated.get("predictor_decoder_heads")}
+    return replace(architecture, predictor=_replace(architecture.predictor, **own))
+
+
+def _replace(config: Any, **values: int | None) -> Any:
+    return replace(config, **{key: value for key, value in values.items() if value is not None})
 
 
 # -------------------- published layouts -> ours
@@ -115,6 +139,8 @@ def to_published(model: ADDP) -> State:
     """
     if model.config.process.ids_to != "decoder":
         raise ValueError(f"ids_to: found {model.config.process.ids_to!r}; the published layout only knows 'decoder'")
+    if not model.config.denoiser.encoder.tokenizer_norm:
+        raise ValueError("tokenizer_norm: found false; the published layout only knows true")
     if model.predictor is None:
         raise ValueError(
             "this model has no token predictor, which the published layout contains: load it with predictor=<file>"
@@ -165,16 +191,23 @@ def _convert_addp(where: str, state: State, overrides: Mapping[str, int]) -> tup
         EncoderConfig(width, _depth(encoder, "blocks."), heads, dropout=0.1, tokenizer_norm=True),
         DecoderConfig(_depth(decoder, "decoder_blocks."), overrides.get("decoder_heads", DECODER_HEADS)),
     )
-    vocabulary = make_vocabulary(decoder["token_emb.weight"], tokenizer.codebook if tokenizer_state else None)
+    vocabulary = _make_vocabulary(decoder["token_emb.weight"], tokenizer.codebook if tokenizer_state else None)
     image_size = (grid[0] * patch, grid[1] * patch)
     return ours, ADDPConfig(image_size, tokenizer, vocabulary, predictor, denoiser)
+
+
+def _convert_ours(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, ADDPConfig]:
+    """Our own names without the architecture that our files carry: read as a published checkpoint's."""
+    if "denoiser.pos_token_embed" in state or "denoiser.decoder.decoder_pos_token_embed" not in state:
+        raise UserError(f"{where}: tensors alone do not tell this model's process.ids_to; save it with save_model")
+    return _convert_addp(where, {_published_name(key): value for key, value in state.items()}, overrides)
 
 
 def _convert_mage(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, PredictorFile]:
     ours = {key: value for key, value in state.items() if key not in _MAGE_UNUSED and not key.startswith("vqgan.")}
     tokens = ours["token_emb.position_embeddings.weight"].shape[0] - 1
     vqgan = state.get("vqgan.quantize.embedding.weight")
-    vocabulary = make_vocabulary(ours["token_emb.word_embeddings.weight"], None if vqgan is None else len(vqgan))
+    vocabulary = _make_vocabulary(ours["token_emb.word_embeddings.weight"], None if vqgan is None else len(vqgan))
     return ours, PredictorFile(_predictor_config(where, ours, overrides), _square_grid(where, tokens), vocabulary)
 
 
@@ -229,7 +262,7 @@ def _tokenizer_config(where: str, state: State) -> TokenizerConfig:
     return TokenizerConfig(width, multipliers, _depth(state, "encoder.down.0.block."), codebook, dim)
 
 
-def make_vocabulary(embeddings: Tensor, codebook: int | None) -> Vocabulary:
+def _make_vocabulary(embeddings: Tensor, codebook: int | None) -> Vocabulary:
     """Vocabulary of Float[V,W] embeddings; without a codebook's size, published files' 1000 unused slots."""
     if codebook is None:
         codebook = max(len(embeddings) - Vocabulary.unused - 1, 1)
@@ -274,13 +307,12 @@ _is_mage = _has("token_emb.word_embeddings.weight", "mlm_layer.fc.weight")
 
 
 def _is_vqgan(state: Mapping[str, Any]) -> bool:
-    return _has("quantize.embedding.weight", "encoder.conv_in.weight")(state) or (
-        "vqgan.quantize.embedding.weight" in state and not any(key.startswith("blocks.") for key in state)
-    )
+    return any(prefix + "quantize.embedding.weight" in state for prefix in ("", "vqgan."))
 
 
 LAYOUTS = (
     ("addp", is_published_addp, _convert_addp),
+    ("addp", _has("denoiser.encoder.cls_token", "denoiser.decoder.token_emb.weight"), _convert_ours),
     ("predictor", _is_mage, _convert_mage),
     ("tokenizer", _is_vqgan, _convert_vqgan),
     ("encoder", _has("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"), _convert_vit),

@@ -17,6 +17,7 @@ from addp_core.layers import (
     LayerNorm,
     Positions,
     TokenHead,
+    check_heads,
     init_transformer,
     learned,
     put_rows,
@@ -36,6 +37,10 @@ class PredictorConfig:
     decoder_heads: Annotated[int, Ge(1), "decoder heads"] = 16
     dropout: Annotated[float, Interval(ge=0, lt=1), "in embeddings, attention and MLP"] = 0.1
 
+    def __post_init__(self):
+        check_heads("heads", self.heads, self.width)
+        check_heads("decoder_heads", self.decoder_heads, self.width)
+
 
 class TokenPredictor(nn.Module):
     """MAGE over `tokens` positions of ids from `vocabulary`."""
@@ -43,6 +48,7 @@ class TokenPredictor(nn.Module):
     def __init__(self, config: PredictorConfig, tokens: int, vocabulary: Vocabulary):
         super().__init__()
         self.config, self.tokens, self.vocabulary = config, tokens, vocabulary
+        self.trained_on = ""  # fingerprint of the tokenizer whose ids it knows, where that is known
         width = config.width
         self.token_emb = TokenEmbeddings(vocabulary.size, 1 + tokens, width, config.dropout)
         self.blocks = transformer_blocks(width, config.depth, config.heads, config.dropout)

@@ -33,11 +33,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from addp_core.checkpoint import MODEL_FILE
 from addp_core.errors import UserError
+from addp_core.files import TEMPORARY, flush, write_atomically
 
 log = logging.getLogger("addp")
 
-TEMPORARY = ".tmp-"
 CHUNK = 1 << 24
 
 # Keys that change how a run is watched, stored or computed, not what it computes: a run may continue with other values.
@@ -159,7 +160,7 @@ def _finished(out: Path, recipe: dict[str, Any]) -> Path | None:
         digest = json.loads((out / "finished.json").read_text())["recipe"]
     except (OSError, ValueError, KeyError):
         return None
-    model = out / "model.safetensors"
+    model = out / MODEL_FILE
     return model if digest == _digest(recipe) and model.exists() else None
 
 
@@ -177,37 +178,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-# --- files that are whole or absent --------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on leaving without an error it is flushed to the disk and becomes `path`."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a small file; after a kill at any moment it holds its old content or the new one."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:
@@ -246,10 +216,10 @@ class Checkpoints:
             manifest = {"step": step, "size": size, "crc32": checksum, **state}
             (temporary / "state.json").write_text(json.dumps(manifest))
             for path in (temporary / "training.pt", temporary / "state.json", temporary):
-                _flush(path)
+                flush(path)
             self._remove(step)
             os.rename(temporary, target)
-            _flush(self.folder)
+            flush(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -31,6 +31,14 @@ class SampleConfig:
         float, Interval(ge=0, le=1), "nucleus that ids are drawn from; 1 is all of them, 0 the most probable one"
     ] = 1.0
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: found {self.steps}, expected a whole number >= 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: found {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
+        if self.temperature < 0 or not 0 <= self.top_p <= 1:
+            raise ValueError(f"temperature, top_p: found {self.temperature}, {self.top_p}; expected >= 0 and in [0, 1]")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -98,9 +106,9 @@ def inpaint(
             f"inpaint: images {tuple(images.shape)} and hole {tuple(hole.shape)}; "
             f"expected [B,3,H,W] and [B,H,W] with H x W = {model.config.image_size[0]} x {model.config.image_size[1]}"
         )
-    config = SampleConfig(steps, schedule, temperature, top_p)
+    config, hole = SampleConfig(steps, schedule, temperature, top_p), hole.bool()
     seen = (~hole).unsqueeze(1)
-    mean = (images * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
+    mean = torch.where(seen, images, 0).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
     filled = torch.where(seen, images, mean)
     ids = model.encode_images(filled)
     mask = F.max_pool2d(hole.unsqueeze(1).to(images.dtype), model.config.tokenizer.stride).flatten(1) > 0
@@ -110,7 +118,7 @@ def inpaint(
         numbers = [first + int(i) for i in rows]
         noise = step_noise(config.steps, model.config.tokens, seed, numbers).to(images.device)
         state = Step(filled[rows], ids[rows], mask[rows])
-        generated = _last(denoise(model, noise, config, state, begin), on_step).image.clamp(0, 1)
+        generated = _last(denoise(model, noise, config, state, begin), on_step, begin).image.clamp(0, 1)
         result[rows] = composite(images[rows], generated, hole[rows], blend)
     return result
 
@@ -189,7 +197,7 @@ def composite(images: Tensor, generated: Tensor, hole: Tensor, blend: int) -> Te
     seam vanishes without a look at what lies under the hole.
     """
     seen = (~hole).unsqueeze(1).to(images.dtype)
-    offset, known, weight = (images - generated) * seen, seen, seen
+    offset, known, weight = torch.where(seen > 0, images - generated, 0), seen, seen
     for ring in range(1, blend + 1):
         near = F.avg_pool2d(known, 3, 1, 1)
         spread = F.avg_pool2d(offset, 3, 1, 1) / near.clamp(min=1e-6)
@@ -210,8 +218,8 @@ def _rows_by_start(mask: Tensor, config: SampleConfig) -> list[tuple[int, Tensor
     return [(begin, torch.tensor(rows, device=mask.device)) for begin, rows in sorted(groups.items())]
 
 
-def _last(states: Iterator[Step], on_step: OnStep | None) -> Step:
-    for number, state in enumerate(states):
+def _last(states: Iterator[Step], on_step: OnStep | None, begin: int = 0) -> Step:
+    for number, state in enumerate(states, begin):
         if on_step:
             on_step(number, state)
     return state

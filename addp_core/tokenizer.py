@@ -108,8 +108,10 @@ class Tokenizer(nn.Module):
         return self._each(self.decoder, embeddings)
 
     def _each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` of the batch `x`, or of one image after the other where that is faster."""
-        return torch.cat([function(row) for row in x.split(1)]) if self.one_by_one else function(x)
+        """`function` of the batch `x`, or of one image after the other where that is faster and nothing trains."""
+        if not self.one_by_one or torch.is_grad_enabled():
+            return function(x)
+        return torch.cat([function(row) for row in x.split(1)])
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

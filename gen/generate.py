@@ -3,13 +3,13 @@ a start over continues where the last one stopped.
 """
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from annotated_types import Ge, Gt
 from PIL import Image
 from torch import Tensor
@@ -17,9 +17,12 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from addp_core.checkpoint import load_addp
+from addp_core.addp import ADDP
+from addp_core.checkpoint import fingerprint, load_addp, stated_heads
+from addp_core.compute import accelerate_model
 from addp_core.config import dump, load
 from addp_core.errors import UserError
+from addp_core.files import replacing, write_atomically
 from addp_core.sampler import SampleConfig, sample
 
 log = logging.getLogger("addp")
@@ -29,7 +32,7 @@ log = logging.getLogger("addp")
 class Recipe:
     """Keys of `addp generate`."""
 
-    model: Annotated[str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://repository/file"]
+    model: Annotated[str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"]
     out: Annotated[str, "folder for 000000.png, 000001.png, ... and grid.png"]
     n: Annotated[int, Ge(1), "number of images"] = 64
     seed: Annotated[int, "image i depends on this and on i alone"] = 0
@@ -38,59 +41,55 @@ class Recipe:
     grid: Annotated[int, Ge(0), "how many of the first images grid.png shows; 0 for none"] = 64
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the networks"] = "fp32"
     tokenizer: Annotated[str, "for a model file without one"] = ""
-    encoder_heads: Annotated[int | None, "of a published file whose heads are not width/64"] = None
-    decoder_heads: Annotated[int | None, "of a published file whose decoder heads are not 16"] = None
+    encoder_heads: Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"] = None
+    decoder_heads: Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"] = None
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Keys that change no image: a folder may be continued with others.
-FREE_KEYS = ("out", "n", "batch", "grid")
+WEIGHTS = "weights.txt"  # in the folder: fingerprint of the model its images come from
 
 
 def run(recipe: Recipe) -> None:
-    """Write the images that are not there yet, then the grid. UserError where the folder holds images of other
-    settings.
+    """Write the images that are not there yet, then the grid.
+
+    UserError where the folder cannot be written or holds images of other settings or weights.
     """
-    state = PartialState()
+    gpu = torch.accelerator.is_available()
+    state = PartialState(cpu=not gpu)  # without it, processes on CPUs would not find each other
     out = Path(recipe.out)
     if state.is_main_process:
-        claim_folder(out, recipe)
-    heads = {
-        key: getattr(recipe, key) for key in ("encoder_heads", "decoder_heads") if getattr(recipe, key) is not None
-    }
-    model = load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **heads).requires_grad_(False)
+        claim_folder(out, recipe, free={"out", "n", "grid"} | (set() if gpu else {"batch"}))
+    model = load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **stated_heads(recipe)).requires_grad_(False)
     model.predictor = None  # generation does without it
+    if state.is_main_process:
+        claim_weights(out, model)
     model = model.to(state.device)
-    state.wait_for_everyone()
+    accelerate_model(model)
 
-    # Whole batches that always hold the same images: a matrix product's rounding may depend on how many rows it has.
-    todo = [
-        b
-        for b in range(-(-recipe.n // recipe.batch))
-        if any(not image_path(out, i).exists() for i in numbers(recipe, b))
-    ]
-    mine = todo[state.process_index :: state.num_processes]
-    done = recipe.n - sum(len(numbers(recipe, b)) for b in todo)
-    if done:
-        log.info("%d of %d images are there already", done, recipe.n)
-    with tqdm(total=sum(len(numbers(recipe, b)) for b in mine), unit="img", disable=not state.is_main_process) as bar:
+    batches = range(-(-recipe.n // recipe.batch))
+    todo = [[b for b in batches if not all(image_path(out, i).exists() for i in numbers(recipe, b))]]
+    broadcast_object_list(todo)  # one look at the folder for all: it fills while the others look
+    mine = todo[0][state.process_index :: state.num_processes]
+    missing, share = (sum(len(numbers(recipe, b)) for b in part) for part in (todo[0], mine))
+    log.info(
+        "%d images to make of %d, %d of them on this of %d processes", missing, recipe.n, share, state.num_processes
+    )
+    with tqdm(total=share, unit="img", disable=not state.is_main_process) as bar:
         for b in mine:
+            # A product's rounding may depend on how many rows it has, and rounding may flip an id. One image at a time
+            # is as fast on a CPU; a GPU always gets whole batches of the same images.
+            first, n, at_once = b * recipe.batch, recipe.batch, recipe.batch
+            if not gpu:
+                n, at_once = len(numbers(recipe, b)), 1
             with torch.autocast(state.device.type, DTYPES.get(recipe.precision), enabled=recipe.precision in DTYPES):
-                images = sample(
-                    model,
-                    recipe.batch,
-                    **vars(recipe.sampling),
-                    seed=recipe.seed,
-                    first=b * recipe.batch,
-                    batch=recipe.batch,
-                )
+                images = sample(model, n, **vars(recipe.sampling), seed=recipe.seed, first=first, batch=at_once)
             for i, image in zip(numbers(recipe, b), images, strict=False):
                 write_png(image, image_path(out, i))
             bar.update(len(numbers(recipe, b)))
     state.wait_for_everyone()
-    if state.is_main_process and recipe.grid:
-        write_grid(out, min(recipe.n, recipe.grid))
     if state.is_main_process:
+        if recipe.grid:
+            write_grid(out, min(recipe.n, recipe.grid))
         log.info("%d images in %s", recipe.n, out)
 
 
@@ -103,36 +102,42 @@ def image_path(out: Path, i: int) -> Path:
     return out / f"{i:06d}.png"
 
 
-def claim_folder(out: Path, recipe: Recipe) -> None:
-    """Make the folder and keep the recipe in it; UserError where it cannot be written or belongs to other settings."""
+def claim_folder(out: Path, recipe: Recipe, free: set[str]) -> None:
+    """Make the folder and keep the recipe in it; UserError where it cannot be written or belongs to other settings.
+
+    free: keys that may differ from those the folder was begun with.
+    """
     note = out / "recipe.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
         if note.exists():
             before, now = vars(load(Recipe, note)), vars(recipe)
-            changed = [key for key in now if key not in FREE_KEYS and before[key] != now[key]]
+            changed = [f"{key}={before[key]}" for key in now if key not in free and before[key] != now[key]]
             if changed:
-                found = ", ".join(f"{key}={before[key]}" for key in changed)
+                found = ", ".join(changed)
                 raise UserError(f"{out}: holds images made with {found}; expected the same settings, or another out=")
-        note.write_text(dump(recipe), encoding="utf-8")
+        write_atomically(note, dump(recipe).encode())
     except OSError as error:
         raise UserError(
             f"out: {out} cannot be written ({error.strerror}); expected a folder you may write to"
         ) from error
 
 
+def claim_weights(out: Path, model: ADDP) -> None:
+    """UserError where the folder's images come from other weights than these, the same path or not."""
+    note, now = out / WEIGHTS, fingerprint(model)
+    if note.exists() and note.read_text(encoding="ascii") != now:
+        raise UserError(f"{out}: holds images made with other weights; expected the same model, or another out=")
+    write_atomically(note, now.encode())
+
+
 def write_png(image: Tensor, path: Path) -> None:
     """Float[3,H,W] in [0,1] -> PNG, under a temporary name first: a file that is there is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        to_pil_image(image.float().cpu()).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            to_pil_image(image.float().cpu()).save(temporary, format="PNG")
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); finished images are kept, start again to continue"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); start again to continue after it") from error
 
 
 def write_grid(out: Path, n: int) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
-from addp_core.checkpoint import MODEL_FILE, load_predictor, load_tokenizer, save_model
+from addp_core.checkpoint import MODEL_FILE, fingerprint, load_predictor, load_tokenizer, save_model, stated_heads
 from addp_core.config import dump, find_recipe, load
 from addp_core.data import Batch, DataConfig, Stream, open_source, pretrain_transform
 from addp_core.diffusion import ProcessConfig, draw_masks
@@ -37,15 +38,15 @@ class Recipe:
 
     out: Annotated[str, "run folder"]
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: Annotated[str, "a run of `addp tokenizer`, a VQGAN file, or hf://repository/file"] = ""
-    predictor: Annotated[str, "a run of `addp predictor`, a MAGE file, or hf://repository/file"] = ""
+    tokenizer: Annotated[str, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"] = ""
+    predictor: Annotated[str, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
     stages: Annotated[
         str,
         "what trains the parts that are not given: the name of a recipe of `addp tokenizer` and `addp predictor`, "
         "or a folder with tokenizer.yaml and predictor.yaml",
     ] = ""
-    predictor_heads: Annotated[int | None, "of a MAGE file whose heads are not width/64"] = None
-    predictor_decoder_heads: Annotated[int | None, "of a MAGE file whose decoder heads are not 16"] = None
+    predictor_heads: Annotated[int | None, Ge(1), "of a MAGE file whose heads are not width/64"] = None
+    predictor_decoder_heads: Annotated[int | None, Ge(1), "of a MAGE file whose decoder heads are not 16"] = None
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     draw: Annotated[
@@ -76,19 +77,18 @@ def run(recipe: Recipe) -> None:
 def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
     """The model with both frozen parts loaded and the denoiser freshly drawn from the seed."""
     tokenizer = load_tokenizer(tokenizer_source)
-    try:
-        grid = tokenizer.config.grid(recipe.data.hw)
-    except ValueError as error:
-        raise UserError(f"data.size: {error}") from error
-    heads = {"predictor_heads": recipe.predictor_heads, "predictor_decoder_heads": recipe.predictor_decoder_heads}
-    predictor = load_predictor(
-        predictor_source, grid, **{key: value for key, value in heads.items() if value is not None}
-    )
+    grid = tokenizer_stage.token_grid(tokenizer.config, recipe.data)
+    predictor = load_predictor(predictor_source, grid, **stated_heads(recipe))
     if predictor.vocabulary.codebook != tokenizer.config.codebook:
         raise UserError(
             f"predictor: {predictor_source} predicts {predictor.vocabulary.codebook} codes, "
             f"but the tokenizer {tokenizer_source} has {tokenizer.config.codebook}; "
             "expected a predictor trained on this tokenizer"
+        )
+    if predictor.trained_on not in ("", fingerprint(tokenizer)):
+        raise UserError(
+            f"predictor: {predictor_source} was trained on another tokenizer than {tokenizer_source}; "
+            "expected the one it knows, or a predictor trained anew"
         )
     torch.manual_seed(recipe.train.seed)
     config = ADDPConfig(

@@ -6,6 +6,7 @@ References: perceptual distance LPIPS (arXiv 1801.03924), PatchGAN pix2pix (1611
 import os
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +14,6 @@ from addp_core.checkpoint import read_tensors
 from addp_core.errors import UserError
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths between poolings
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GROUPS = 32
 
 
@@ -38,8 +38,8 @@ class PerceptualDistance(nn.Module):
                 index, width_in = index + 2, width
             self.blocks.append(nn.Sequential(*layers))
         self.load_state_dict(_vgg_tensors(source, state, self.state_dict()))
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:

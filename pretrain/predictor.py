@@ -14,14 +14,14 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.checkpoint import load_tokenizer, save_model
+from addp_core.checkpoint import fingerprint, load_tokenizer, save_model
 from addp_core.config import dump
 from addp_core.data import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
 from addp_core.diffusion import map_tokens
 from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.errors import UserError
 from addp_core.predictor import PredictorConfig, TokenPredictor
 from addp_core.tokenizer import Tokenizer, Vocabulary, to_map
+from pretrain.tokenizer import token_grid
 
 EXAMPLES = 8  # images in a preview
 
@@ -48,7 +48,9 @@ class Recipe:
     """Keys of `addp predictor`."""
 
     out: Annotated[str, "run folder"]
-    tokenizer: Annotated[str, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://repository/file"]
+    tokenizer: Annotated[
+        str, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"
+    ]
     data: DataConfig = field(default_factory=DataConfig)
     model: PredictorConfig = field(default_factory=PredictorConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -62,12 +64,10 @@ def run(recipe: Recipe) -> None:
         return
     source = open_source(recipe.data)
     tokenizer = load_tokenizer(recipe.tokenizer)
-    try:
-        grid = tokenizer.config.grid(recipe.data.hw)
-    except ValueError as error:
-        raise UserError(f"data.size: {error}") from error
+    grid = token_grid(tokenizer.config, recipe.data)
     torch.manual_seed(recipe.train.seed)
     predictor = TokenPredictor(recipe.model, grid[0] * grid[1], Vocabulary(tokenizer.config.codebook))
+    predictor.trained_on = fingerprint(tokenizer)
     stage = PredictorStage(predictor, tokenizer, grid, recipe.masking, example_images(source, recipe.data, EXAMPLES))
     stream = Stream(
         source, pretrain_transform(recipe.data), recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch

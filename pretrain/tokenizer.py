@@ -90,10 +90,7 @@ def run(recipe: Recipe) -> None:
 def build(recipe: Recipe, examples: Tensor) -> "TokenizerStage":
     """The stage, its tokenizer freshly drawn from the seed. `examples`: Float[n,3,H,W], the images of previews."""
     size, loss = recipe.data.hw, recipe.loss
-    try:
-        grid = recipe.model.grid(size)
-    except ValueError as error:
-        raise UserError(f"data.size: {error}") from error
+    grid = token_grid(recipe.model, recipe.data)
     smallest = 3 * 2**loss.discriminator_layers
     if loss.adversarial and min(size) < smallest:
         raise UserError(
@@ -102,6 +99,14 @@ def build(recipe: Recipe, examples: Tensor) -> "TokenizerStage":
         )
     torch.manual_seed(recipe.train.seed)
     return TokenizerStage(Tokenizer(recipe.model, grid), loss, examples)
+
+
+def token_grid(tokenizer: TokenizerConfig, data: DataConfig) -> tuple[int, int]:
+    """Rows and columns of tokens of the recipe's images. UserError where the size does not fit the tokenizer."""
+    try:
+        return tokenizer.grid(data.hw)
+    except ValueError as error:
+        raise UserError(f"data.size: {error}") from error
 
 
 class TokenizerStage(Stage):

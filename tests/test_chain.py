@@ -1,5 +1,5 @@
-"""The three stages and generation as a user runs them: by the command line, on a folder of pictures, stopped and continued,
-on two processes, and with every mistake a user makes."""
+"""The three stages and generation as a user runs them: by the command line, on a folder of pictures, stopped and
+continued, on two processes, and with every mistake a user makes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ train: {steps: 6, batch: 4, lr: 1.0e-3, log_every: 2, checkpoint_every: 3}
 PRETRAIN = """
 data: {size: [16, 24], workers: 0}
 model:
-  encoder: {width: 16, depth: 2, heads: 2, dropout: 0.1, tokenizer_norm: true}
+  encoder: {width: 16, depth: 2, heads: 2, dropout: 0.1, input_dropout: 0.1, tokenizer_norm: true}
   decoder: {depth: 1, heads: 2, dropout: 0.1}
 train: {steps: 10, batch: 4, lr: 1.0e-3, log_every: 1, checkpoint_every: 2}
 """
@@ -143,15 +143,18 @@ def test_killed_and_continued_equals_never_stopped(workshop, tmp_path, how):
     assert losses(out) == losses(workshop / "run")
 
 
-def torchrun(*arguments: str) -> None:
+def torchrun(*arguments: str) -> str:
+    """Run on two processes; what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     done = subprocess.run([*command, "-m", "addp_core", *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def test_two_processes_equal_one(workshop, tmp_path):
-    """Half the batch on each of two processes: the same loss curve, given the same data order (which is always given)."""
-    calm = ["model.encoder.dropout=0", "model.decoder.dropout=0", "train.steps=12"]
+    """Half the batch on each of two processes: the same loss curve (the data order is always the same)."""
+    calm = [f"model.{key}=0" for key in ("encoder.dropout", "encoder.input_dropout", "decoder.dropout")]
+    calm.append("train.steps=12")
     assert main(pretrain(workshop, tmp_path / "one", *calm)) == 0
     torchrun(*pretrain(workshop, tmp_path / "two", *calm))
     one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
@@ -211,7 +214,8 @@ def test_generation_continues_where_it_stopped(workshop, generated, tmp_path):
 
 
 def test_processes_share_the_work(workshop, generated, tmp_path):
-    torchrun(*generate(workshop, tmp_path / "g", "batch=2"))
+    said = torchrun(*generate(workshop, tmp_path / "g", "batch=2"))
+    assert "7 images to make of 7, 4 of them on this of 2 processes" in said
     assert pixels(tmp_path / "g") == generated
 
 
@@ -219,6 +223,15 @@ def test_other_settings_need_another_folder(workshop, generated, tmp_path, capsy
     assert main(generate(workshop, tmp_path / "g", "n=1")) == 0
     assert main(generate(workshop, tmp_path / "g", "n=2", "seed=1")) == 2
     assert "holds images made with seed=0" in last_line(capsys)
+
+
+def test_other_weights_at_the_same_path_need_another_folder(workshop, tmp_path, capsys):
+    save_model(tiny_addp(), tmp_path / "m.safetensors")
+    arguments = ["generate", f"model={tmp_path / 'm.safetensors'}", f"out={tmp_path / 'g'}", "sampling.steps=2"]
+    assert main([*arguments, "n=1"]) == 0
+    save_model(tiny_addp(seed=1), tmp_path / "m.safetensors")
+    assert main([*arguments, "n=2"]) == 2
+    assert "made with other weights" in last_line(capsys)
 
 
 # -------------------- wrong input
@@ -276,15 +289,18 @@ def test_a_checkpoint_of_another_method(workshop, tmp_path, capsys):
 
 
 class Hostile:
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/addp-hostile-pickle-was-run",)
+        return os.mkdir, (str(self.path),)
 
 
 def test_a_hostile_pickle(workshop, tmp_path, capsys):
-    torch.save({"model": Hostile()}, tmp_path / "evil.pth")
+    torch.save({"model": Hostile(tmp_path / "trap")}, tmp_path / "evil.pth")
     arguments = ["generate", f"model={tmp_path / 'evil.pth'}", f"out={tmp_path / 'images'}"]
     wrong(capsys, arguments, "evil.pth", "refused", "mkdir")
-    assert not os.path.exists("/tmp/addp-hostile-pickle-was-run")
+    assert not (tmp_path / "trap").exists()
 
 
 def test_an_output_folder_that_cannot_be_written(workshop, tmp_path, capsys):
@@ -312,10 +328,36 @@ def test_sizes_and_parts_that_do_not_fit(workshop, tmp_path, capsys):
     wrong(capsys, arguments, "predicts 24 codes", "has 32")
 
 
+def test_heads_are_checked_before_anything_is_trained(workshop, tmp_path, capsys):
+    wrong(capsys, pretrain(workshop, tmp_path / "run", "model.encoder.heads=5"), "model.encoder", "found 5", "width 16")
+    wrong(capsys, pretrain(workshop, tmp_path / "run", "model.decoder.heads=3"), "model.decoder.heads", "found 3")
+
+
+def test_frozen_parts_may_not_change_under_a_run(workshop, tmp_path, capsys):
+    other = tmp_path / "tokenizer"
+    stage = [
+        "tokenizer",
+        str(workshop / "stages" / "tokenizer.yaml"),
+        *data(workshop),
+        "data.size=[16,24]",
+        f"out={other}",
+    ]
+    assert main([*stage, "train.steps=2"]) == 0
+    arguments = pretrain(workshop, tmp_path / "run")
+    arguments[3] = f"tokenizer={other}"
+    wrong(capsys, arguments, "was trained on another tokenizer")
+
+    save_model(load_addp(workshop / "run").predictor, tmp_path / "p.safetensors", grid=(4, 6))
+    arguments[4] = f"predictor={tmp_path / 'p.safetensors'}"
+    assert main([*arguments, "train.steps=2"]) == 0
+    assert main([*stage, "train.steps=4"]) == 0
+    wrong(capsys, [*arguments, "train.steps=4"], "other weights in its frozen parts")
+
+
 def test_missing_parts_say_where_they_are_published(workshop, tmp_path, capsys):
     arguments = ["pretrain", str(workshop / "pretrain.yaml"), *data(workshop), f"out={tmp_path / 'run'}"]
     wrong(capsys, arguments, "tokenizer: not given", "vqgan_jax_strongaug.ckpt", "stages=tiny")
-    wrong(capsys, [*arguments, "stages=tyni"], "did you mean 'tiny'")
+    wrong(capsys, [*arguments, "stages=tinny"], "did you mean 'tiny'")
 
 
 def test_export_names(workshop, tmp_path, capsys):

@@ -140,11 +140,10 @@ def test_a_run_leaves_model_figures_and_pictures(whole):
     assert list((whole / "tb").iterdir())
 
 
-def test_checkpoints_hold_what_is_trained_and_nothing_else(whole):
+def test_checkpoints_hold_the_stages_model_and_nothing_else(whole):
     saved = torch.load(whole / "checkpoints/step-12/training.pt", weights_only=True)
     assert saved.keys() == {"model", "optimizer", "ema"}
-    names = set(Net(0, True).state_dict()) - {"fixed"}
-    assert set(saved["model"]) == set(saved["ema"]) == names
+    assert set(saved["model"]) == set(saved["ema"]) == set(Net(0, True).state_dict())
 
 
 def test_a_finished_run_returns_at_once(whole, caplog):

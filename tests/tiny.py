@@ -23,7 +23,8 @@ def tiny_addp(image_size=(8, 12), dropout=0.0, seed=0, unused=5, **process) -> A
         vocabulary=Vocabulary(TOKENIZER.codebook, unused=unused, class_slot=1),
         predictor=PredictorConfig(width=16, depth=2, heads=2, decoder_depth=1, decoder_heads=2, dropout=dropout),
         denoiser=DenoiserConfig(
-            EncoderConfig(16, 2, 2, dropout=dropout, tokenizer_norm=True), DecoderConfig(2, 2, dropout)
+            EncoderConfig(16, 2, 2, dropout=dropout, input_dropout=dropout, tokenizer_norm=True),
+            DecoderConfig(2, 2, dropout),
         ),
         process=ProcessConfig(**process),
     )
