@@ -428,7 +428,7 @@ def test_continued_run_equals_one_that_never_stopped(folder, finished, tmp_path)
         (["loss.revive_after=0"], r"loss\.revive_after: found 0, expected a whole number >= 1 or null"),
         (["loss.revive=3"], r"unknown key 'loss\.revive'; did you mean 'loss\.revive_after'"),
         (["train.compile=true"], r"train\.compile: found true, expected false with loss\.adversarial_balance=adaptive"),
-        (["model.width=48"], r"model\.width: found 48, expected a multiple of 32"),
+        (["model.width=48"], r"model\.width: found 48, expected a multiple of groups = 32"),
     ],
 )
 def test_bad_input(folder, tmp_path, settings, message):
