@@ -6,8 +6,10 @@ import platform
 import torch
 from torch import nn
 
-from addp_core.kernels import Conv3x3
+from addp_core.kernels import HAS_WINOGRAD, Conv3x3
 from addp_core.tokenizer import Tokenizer
+
+IMAGES = 8  # that a tokenizer handles at a time: more cost memory and gain nothing
 
 
 def accelerate_model(model: nn.Module, compile: bool = False, channels_last: bool = False) -> None:
@@ -24,10 +26,10 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
     if next(model.parameters()).device.type != "cpu":
         return
     keep_freed_memory()
-    winograd = torch._nnpack_available() and not compile
+    winograd = HAS_WINOGRAD and not compile
     for module in model.modules():
         if isinstance(module, Tokenizer):
-            module.one_by_one = True
+            module.at_a_time = IMAGES
         if isinstance(module, Conv3x3):
             module.winograd = winograd
 

@@ -87,7 +87,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.grid = grid
-        self.one_by_one = False  # compute only: maps of one image are kinder to caches and memory than those of a batch
+        self.at_a_time: int | None = None  # compute only: images in one go where nothing trains; None is all
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Codebook(config.codebook, config.dim)
@@ -108,10 +108,10 @@ class Tokenizer(nn.Module):
         return self._each(self.decoder, embeddings)
 
     def _each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` of the batch `x`, or of one image after the other where that is faster and nothing trains."""
-        if not self.one_by_one or torch.is_grad_enabled():
+        """`function` of the batch `x`, or of some images at a time."""
+        if self.at_a_time is None or len(x) <= self.at_a_time or torch.is_grad_enabled():
             return function(x)
-        return torch.cat([function(row) for row in x.split(1)])
+        return torch.cat([function(rows) for rows in x.split(self.at_a_time)])
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
