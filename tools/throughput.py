@@ -305,14 +305,14 @@ def task_table(title: str, figures: dict[str, Any]) -> list[str]:
     lines = [row(title, [*sides, "GFLOP/img"])]
     for label, which in (("images/s, median", "median"), ("  lowest", "low"), ("  highest", "high")):
         lines.append(row(label, [f"{of['images_per_s'][which]:.4g}" for of in sides.values()]))
-    gflop = f"{figures['gflop_per_image']:.1f}"
+    gflop = f"{figures['gflop_per_image']:.4g}"
     lines.append(row("seconds, median", [*(f"{of['seconds']['median']:.3f}" for of in sides.values()), gflop]))
     for part in PARTS:
         seconds = [of["seconds_of_parts"].get(part) for of in sides.values()]
         if any(s is not None for s in seconds):
             count = figures["gflop_of_parts"].get(part)
             cells = ["" if s is None else f"{s:.3f}" for s in seconds]
-            lines.append(row("  " + part, [*cells, "" if count is None else f"{count:.1f}"]))
+            lines.append(row("  " + part, [*cells, "" if count is None else f"{count:.4g}"]))
     lines.append(row("peak memory, GiB", [f"{of['peak_memory_bytes'] / 2**30:.2f}" for of in sides.values()]))
     lines.append(row("MFU", [f"{figures['mfu']:.1%}"]))
     if "times_published" in figures:
