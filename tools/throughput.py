@@ -147,7 +147,8 @@ class Ours:
         self.parts = Parts(device)
         self.parts.wrap(model.tokenizer, "encode", "vq_encode")
         self.parts.wrap(model.tokenizer, "decode", "vq_decode")
-        self.parts.wrap(model, "predictor", "predictor")
+        if model.predictor is not None:  # sampling does without
+            self.parts.wrap(model, "predictor", "predictor")
         if recipe.compile:  # what is compiled is one part
             self.parts.wrap(model, "denoiser", "denoiser")
         else:
