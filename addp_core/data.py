@@ -111,7 +111,7 @@ class _Rows(Dataset):
 
     def __getitem__(self, step: int) -> _Loaded:
         images, labels, indices, errors = [], [], [], []
-        with _rng_kept():
+        with rng_kept():
             for position in range(step * self.batch + self.rows.start, step * self.batch + self.rows.stop):
                 sample = self._sample(position, errors)
                 if sample is None:
@@ -133,7 +133,7 @@ class _Rows(Dataset):
             try:
                 picture, label = self.source.picture(index)
                 image = None if isinstance(self.transform, Crop) else picture.image()
-                _seed_all(seed_for(self.seed, "augment", position))
+                seed_all(seed_for(self.seed, "augment", position))
                 return self.transform.pixels(picture) if image is None else self.transform(image), label, index
             except ImageError as error:
                 errors.append((self.source.name(index), str(error)))
@@ -141,7 +141,7 @@ class _Rows(Dataset):
 
 
 @contextmanager
-def _rng_kept() -> Iterator[None]:
+def rng_kept() -> Iterator[None]:
     """Puts the CPU's random states back: with workers=0 the training's numbers must not depend on the images."""
     python, array, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -152,13 +152,13 @@ def _rng_kept() -> Iterator[None]:
         torch.set_rng_state(tensor)
 
 
-def _seed_all(seed: int) -> None:
+def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generators too
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Signals are the training process's to handle: it finishes its step, for which it needs its workers."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -217,7 +217,7 @@ class Stream:
             running.clear()
 
         atexit.register(stop)
-        workers = _default_workers() if self.config.workers is None else self.config.workers
+        workers = default_workers() if self.config.workers is None else self.config.workers
         step, deaths = start, 0
         try:
             while True:
@@ -253,7 +253,7 @@ class Stream:
             num_workers=workers,
             prefetch_factor=self.config.prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # or the loader would draw its base seed from the training's generator
         )
 
@@ -295,7 +295,7 @@ class _From:
         return itertools.count(self.start)
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
     """One beside a training on the CPU, which needs the cores itself; else as many as there are cores, up to 12."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not torch.cuda.is_available():

@@ -69,7 +69,7 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
     if finished:
         return finished
     try:
-        with _Signals() as signals:
+        with Signals() as signals:
             return _Run(stage, stream, config, out, recipe_text, signals).run()
     finally:
         release_out(out)
@@ -104,7 +104,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         raise UserError(f"train.optimizer={config.optimizer}: {error}") from error
 
 
-class _Signals:
+class Signals:
     """Turns signals into a wish to stop, read once a step."""
 
     def __init__(self):
@@ -112,7 +112,7 @@ class _Signals:
         self.interrupt = False  # leave with 1
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._receive)
@@ -133,7 +133,7 @@ class _Signals:
 class _Run:
     """One call of `train`."""
 
-    def __init__(self, stage, stream, config: TrainConfig, out: Path, recipe_text: str, signals: _Signals):
+    def __init__(self, stage, stream, config: TrainConfig, out: Path, recipe_text: str, signals: Signals):
         self.stage, self.stream, self.config, self.out, self.signals = stage, stream, config, out, signals
         self.recipe_text = recipe_text
         self.accelerator = _accelerator(stage, config)
@@ -475,11 +475,11 @@ def _accelerator(stage: Stage, config: TrainConfig) -> Accelerator:
             raise
         raise UserError(f"train.precision={config.precision}: not on this device ({error}); try fp32") from error
     if accelerator.num_processes > 1:
-        atexit.register(_leave_group)
+        atexit.register(leave_group)
     return accelerator
 
 
-def _leave_group() -> None:
+def leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
