@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     if not argv:
         sys.stderr.write(overview())
         return 2
-    verb, *rest = argv
+    verb, rest = _verb(argv)
     if verb in HELP and not rest:
         sys.stdout.write(overview())
         return 0
@@ -61,9 +61,12 @@ def run(argv: list[str]) -> int:
         sys.stdout.write(f"addp {addp_core.__version__}\n")
         return 0
     if verb in HELP:  # addp help pretrain
-        verb, rest = rest[0], ["--help"]
+        verb, rest = _verb(rest)[0], ["--help"]
     if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}{nearest(verb, VERBS) or '; the verbs are ' + ', '.join(VERBS)}")
+        actions = [known for known in VERBS if known.startswith(f"{verb.split()[0]} ")]
+        known = actions or list(VERBS)
+        close = nearest(verb, known) if " " in verb or not actions else ""
+        raise UserError(f"unknown verb {verb!r}{close or '; the verbs are ' + ', '.join(known)}")
     with _naming_missing_packages(verb):
         module = importlib.import_module(VERBS[verb][0])
         if any(arg in HELP[:2] for arg in rest):
@@ -73,6 +76,13 @@ def run(argv: list[str]) -> int:
         path = None if recipe is None else find_recipe(module, recipe)
         module.run(load(module.Recipe, path, settings))
     return 0
+
+
+def _verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of one word (`pretrain`) or two (`det train`), and what follows it."""
+    groups = {verb.split()[0] for verb in VERBS if " " in verb}
+    words = 2 if argv[0] in groups and len(argv) > 1 and argv[1] not in HELP else 1
+    return " ".join(argv[:words]), list(argv[words:])
 
 
 def split(args: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -338,9 +338,12 @@ def load(cls: type[T], path: Path | None = None, overrides: Sequence[str] = ()) 
 
 
 def recipes_of(module: ModuleType) -> dict[str, Path]:
-    """The named recipes of a verb's module, by name: `<package>/recipes/<verb>/<name>.yaml` beside the module."""
+    """The named recipes of a verb's module, by name: `<package>/recipes/<verb>/<name>.yaml` beside the module.
+
+    Of a verb of two words, such as `det train`, the second.
+    """
     verb = next((verb for verb, (name, _) in VERBS.items() if name == module.__name__), module.__name__.split(".")[-1])
-    folder = Path(module.__file__ or "").parent / "recipes" / verb
+    folder = Path(module.__file__ or "").parent / "recipes" / verb.split()[-1]
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -60,6 +60,8 @@ def parrot(tmp_path, monkeypatch):
     (package / "recipes" / "parrot" / "twice.yaml").write_text("word: again\ntimes: 2\n")
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setitem(VERBS, "parrot", ("aviary.bird", "says words"))
+    for action in ("open", "shut"):
+        monkeypatch.setitem(VERBS, f"cage {action}", ("aviary.bird", f"{action}s the cage"))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     yield package
@@ -101,7 +103,10 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
     ("args", "message"),
     [
         (["pretrian"], "unknown verb 'pretrian'; did you mean 'pretrain'?"),
-        (["xyz"], f"unknown verb 'xyz'; the verbs are {', '.join(VERBS)}, parrot"),
+        (["xyz"], f"unknown verb 'xyz'; the verbs are {', '.join(VERBS)}, parrot, cage open, cage shut"),
+        (["cage", "opne"], "unknown verb 'cage opne'; did you mean 'cage open'?"),
+        (["cage"], "unknown verb 'cage'; the verbs are cage open, cage shut"),
+        (["cage", "zzz", "x=1"], "unknown verb 'cage zzz'; the verbs are cage open, cage shut"),
         (["parrot", "poly"], "no recipe named 'poly'; named recipes: polly, twice; did you mean 'polly'?"),
         (
             ["parrot", "zzz"],
@@ -184,6 +189,17 @@ def test_only_the_first_process_reports_progress(parrot, capsys, monkeypatch):
     assert main(["parrot", "tims=3"]) == 2
     assert capsys.readouterr().err.startswith("addp (process 3): unknown key")
     assert len(logging.getLogger("addp").handlers) == 1
+
+
+def test_a_verb_of_two_words(parrot, capsys):
+    (parrot / "recipes" / "open").mkdir()
+    assert main(["cage", "open", "word=out"]) == 0
+    said = capsys.readouterr().out
+    assert main(["parrot", "word=out"]) == 0
+    assert capsys.readouterr().out == said
+    for argv in (["cage", "open", "--help"], ["help", "cage", "open"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out.startswith("usage: addp cage open ")
 
 
 @pytest.mark.parametrize("verb", VERBS)
