@@ -96,8 +96,9 @@ class _Loaded:
 class _Rows(Dataset):
     """Micro-step -> the rows `rows` of its batch."""
 
-    def __init__(self, source: ImageSource, transform: Callable, seed: int, batch: int, rows: slice):
-        self.source, self.transform, self.seed, self.batch, self.rows = source, transform, seed, batch, rows
+    def __init__(self, source: ImageSource, transform: Callable, collate: Callable, seed: int, batch: int, rows: slice):
+        self.source, self.transform, self.collate = source, transform, collate
+        self.seed, self.batch, self.rows = seed, batch, rows
         self._order = lru_cache(2)(self._permutation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,23 +110,20 @@ class _Rows(Dataset):
     def _permutation(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.source), generator=generator(self.seed, "order", epoch))
 
-    def __getitem__(self, step: int) -> _Loaded:
-        images, labels, indices, errors = [], [], [], []
+    def __getitem__(self, step: int) -> Any:
+        samples, labels, indices, errors = [], [], [], []
         with rng_kept():
             for position in range(step * self.batch + self.rows.start, step * self.batch + self.rows.stop):
                 sample = self._sample(position, errors)
                 if sample is None:
                     return _Loaded(torch.empty(0), torch.empty(0), torch.empty(0), errors)
-                images.append(sample[0])
+                samples.append(sample[0])
                 labels.append(sample[1])
                 indices.append(sample[2])
-        stacked = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype)  # whatever strides the rows have
-        for row, image in zip(stacked, images, strict=True):
-            row.copy_(image)
-        return _Loaded(stacked, torch.tensor(labels), torch.tensor(indices), errors)
+        return self.collate(samples, torch.tensor(labels), torch.tensor(indices), errors)
 
-    def _sample(self, position: int, errors: list[tuple[str, str]]) -> tuple[Tensor, int, int] | None:
-        """(image, label, index) at this position of the run, or None where nothing can be read."""
+    def _sample(self, position: int, errors: list[tuple[str, str]]) -> tuple[Any, int, int] | None:
+        """(what the transform made of it, label, index) at this position of the run; None where nothing can be read."""
         epoch, place = divmod(position, len(self.source))
         order = self._order(epoch)
         for offset in range(min(len(order), TRIES)):
@@ -138,6 +136,13 @@ class _Rows(Dataset):
             except ImageError as error:
                 errors.append((self.source.name(index), str(error)))
         return None
+
+
+def _stacked(images: list[Tensor], labels: Tensor, indices: Tensor, errors: list[tuple[str, str]]) -> _Loaded:
+    stacked = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype)  # whatever strides the rows have
+    for row, image in zip(stacked, images, strict=True):
+        row.copy_(image)
+    return _Loaded(stacked, labels, indices, errors)
 
 
 @contextmanager
@@ -170,11 +175,19 @@ class Stream:
 
     `transform` is one of this module's crops, or any function of an RGB Pillow image that gives Float[3,h,w]: it may
     draw from `random`, numpy and torch, which are seeded for each image. `batch` counts the images of one micro-step
-    over all processes.
+    over all processes. A task whose transform gives more than an image brings
+    `collate(samples, labels, indices, errors)`: what it returns has `errors` and a length, as a `Batch` does.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Callable[[Any], Tensor], config: DataConfig, *, seed: int, batch: int
+        self,
+        source: ImageSource,
+        transform: Callable[[Any], Any],
+        config: DataConfig,
+        *,
+        seed: int,
+        batch: int,
+        collate: Callable[..., Any] = _stacked,
     ):
         if batch < 1:
             raise UserError(f"batch: {batch}, expected at least 1")
@@ -183,6 +196,7 @@ class Stream:
             side = math.ceil(max(config.hw) / math.sqrt(config.scale[0] * min(config.ratio[0], 1 / config.ratio[1])))
             source = Cached(source, side, config.cache_gb)
         self.source, self.transform, self.config, self.seed, self.batch = source, transform, config, seed, batch
+        self.collate = collate
         self.errors: dict[str, str] = {}  # name -> reason of every unreadable image this process has met
 
     def __len__(self) -> int:
@@ -206,7 +220,8 @@ class Stream:
         Close it or drop it to end its workers. When a worker dies (out of memory, say) all are started anew and the
         batch is made again; the third death in a row is raised. Raises `UserError` past `max_errors`.
         """
-        dataset = _Rows(self.source, self.transform, self.seed, self.batch, self.rows(rank, world))
+        rows = self.rows(rank, world)
+        dataset = _Rows(self.source, self.transform, self.collate, self.seed, self.batch, rows)
         running: list[Iterator] = []
 
         def stop() -> None:
@@ -237,7 +252,7 @@ class Stream:
                         ) from error
                     log.warning("starting the data workers anew at micro-step %d: %s", step, error)
                     continue
-                batch = loaded if isinstance(loaded, Batch) else loaded.batch()
+                batch = loaded.batch() if isinstance(loaded, _Loaded) else loaded
                 self._count(batch)
                 yield batch
                 step, deaths = step + 1, 0
