@@ -1,10 +1,13 @@
 """Generation and inpainting by alternating denoising: ids from pixels, pixels from ids (Sec. 3.4, App. E).
 
-Every step samples ids at the masked positions, keeps the most confident ones, and decodes the mixture into the image
-that the next step looks at. The token predictor is not needed. What is drawn for image i depends on the seed and on i
-alone.
+Every step samples ids at the masked positions, keeps some of them, and decodes the mixture into the image that the next
+step looks at. The token predictor is not needed. What is drawn for image i depends on the seed and on i alone.
+
+Which ids are kept: the most confident ones, with Gumbel noise, as in the paper; or, beyond it, those at the next points
+of a Halton sequence over the grid (Halton-MaskGIT, ICLR 2025), so that ids drawn together lie far apart.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ from addp_core.addp import ADDP
 from addp_core.diffusion import SCHEDULES, map_tokens
 from addp_core.rng import generator
 
+ORDERS = ("confidence", "halton")
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -30,6 +35,11 @@ class SampleConfig:
     top_p: Annotated[
         float, Interval(ge=0, le=1), "nucleus that ids are drawn from; 1 is all of them, 0 the most probable one"
     ] = 1.0
+    top_k: Annotated[int, Ge(0), "ids are drawn from this many most probable ones; 0 is all of them"] = 0
+    order: Annotated[
+        Literal["confidence", "halton"],
+        "which ids a step keeps: the most confident, or those at well spread positions (temperature is not read then)",
+    ] = "confidence"
 
     def __post_init__(self):
         if self.steps < 1:
@@ -38,6 +48,10 @@ class SampleConfig:
             raise ValueError(f"schedule: found {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.temperature < 0 or not 0 <= self.top_p <= 1:
             raise ValueError(f"temperature, top_p: found {self.temperature}, {self.top_p}; expected >= 0 and in [0, 1]")
+        if self.top_k < 0 or self.order not in ORDERS:
+            raise ValueError(
+                f"top_k, order: found {self.top_k}, {self.order!r}; expected >= 0 and one of {', '.join(ORDERS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     *,
+    top_k: int = 0,
+    order: str = "confidence",
     first: int = 0,
     batch: int = 16,
     on_step: OnStep | None = None,
@@ -69,7 +85,7 @@ def sample(
 
     batch: images at a time. on_step(step, Step) is called after every step of every batch, for intermediate images.
     """
-    config = SampleConfig(steps, schedule, temperature, top_p)
+    config = SampleConfig(steps, schedule, temperature, top_p, top_k, order)
     device = model.denoiser.mean.device
     height, width = model.config.image_size
     images = torch.empty(n, 3, height, width, device=device)
@@ -90,6 +106,8 @@ def inpaint(
     schedule: str = "cosine",
     temperature: float = 6.0,
     top_p: float = 1.0,
+    top_k: int = 0,
+    order: str = "confidence",
     blend: int = 8,
     first: int = 0,
     on_step: OnStep | None = None,
@@ -106,7 +124,7 @@ def inpaint(
             f"inpaint: images {tuple(images.shape)} and hole {tuple(hole.shape)}; "
             f"expected [B,3,H,W] and [B,H,W] with H x W = {model.config.image_size[0]} x {model.config.image_size[1]}"
         )
-    config, hole = SampleConfig(steps, schedule, temperature, top_p), hole.bool()
+    config, hole = SampleConfig(steps, schedule, temperature, top_p, top_k, order), hole.bool()
     seen = (~hole).unsqueeze(1)
     mean = torch.where(seen, images, 0).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
     filled = torch.where(seen, images, mean)
@@ -137,6 +155,7 @@ def denoise(
     if state is None:
         blank = torch.zeros(batch, tokens, dtype=torch.long, device=noise.device)
         state = Step(torch.empty(0, device=noise.device), blank, torch.ones_like(blank, dtype=torch.bool))
+    turn = halton_turn(model.config.grid, noise) if config.order == "halton" else None
     for step in range(begin, config.steps):
         if bool(state.mask.all()):
             # Nothing is known: the encoder's output would be replaced everywhere, and all images get the same
@@ -147,14 +166,16 @@ def denoise(
             logits = found.new_zeros(batch, tokens, codes)  # what stands at reliable positions is not read
             logits[state.mask] = found
         probabilities = logits.float().softmax(-1)
-        drawn = draw_ids(probabilities, noise[:, step, 0], config.top_p)
+        drawn = draw_ids(probabilities, noise[:, step, 0], config.top_p, config.top_k)
         ids = torch.where(state.mask, drawn, state.ids)
 
         progress = (step + 1) / config.steps
-        gumbel = -(-noise[:, step, 1].log()).log()
-        confidence = (
-            probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log() + config.temperature * (1 - progress) * gumbel
-        )
+        if turn is None:
+            gumbel = -(-noise[:, step, 1].log()).log()
+            likely = probabilities.gather(-1, ids.unsqueeze(-1)).squeeze(-1).log()
+            confidence = likely + config.temperature * (1 - progress) * gumbel
+        else:
+            confidence = -turn
         left = min(max(math.ceil(tokens * SCHEDULES[config.schedule](progress)), 1), tokens)
         rank = confidence.masked_fill(~state.mask, math.inf).argsort(1).argsort(1)
         mask = (rank < left) & state.mask
@@ -162,15 +183,20 @@ def denoise(
         yield state
 
 
-def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Float[B,N,K] distributions, Float[B,N] uniform in (0,1) -> Long[B,N] ids, drawn from the nucleus of mass `top_p`.
+def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float, top_k: int = 0) -> Tensor:
+    """Float[B,N,K] distributions, Float[B,N] uniform in (0,1) -> Long[B,N] ids, drawn from the nucleus of mass `top_p`
+    of the `top_k` most probable ones (0: of all).
     """
     if top_p <= 0:
         return probabilities.argmax(-1)
-    if top_p < 1:
+    if top_p < 1 or top_k:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        mass = top_p
+        if top_k:
+            ordered[..., top_k:] = 0
+            mass = top_p * ordered.sum(-1, keepdim=True)
         before = ordered.cumsum(-1) - ordered
-        kept = ordered.masked_fill(before >= top_p, 0)
+        kept = ordered.masked_fill(before >= mass, 0)
         kept[..., 0] = ordered[..., 0]
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
     cumulative = probabilities.cumsum(-1)
@@ -183,10 +209,40 @@ def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
 
 
 def step_noise(steps: int, tokens: int, seed: int, rows) -> Tensor:
-    """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on the seed, on i and on the shape alone.
-    """
+    """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on the seed, on i and on the shape alone."""
     noise = torch.stack([torch.rand(steps, 2, tokens, generator=generator(seed, "sample", int(i))) for i in rows])
     return noise.clamp(1e-6, 1 - 1e-6)
+
+
+def halton_turn(grid: tuple[int, int], noise: Tensor) -> Tensor:
+    """Float[B,N]: each position's place in the Halton order of the grid, rolled over its edges by an offset of the
+    image's own, drawn from `noise` Float[B,S,2,N].
+    """
+    turn = torch.tensor(halton_order(grid), dtype=torch.float).argsort().view(grid)
+    offsets = (noise[:, 0, 1, [0, -1]].cpu() * torch.tensor(grid)).long().tolist()
+    return torch.stack([turn.roll(offset, (0, 1)).flatten() for offset in offsets]).to(noise)
+
+
+@functools.cache
+def halton_order(grid: tuple[int, int]) -> tuple[int, ...]:
+    """All positions of a grid (rows, columns), row-major, as a Halton sequence with the bases 2 and 3 first falls on them."""
+    rows, columns = grid
+    order: dict[int, None] = {}
+    point = 0
+    while len(order) < rows * columns:
+        point += 1
+        order.setdefault(int(radical_inverse(point, 2) * rows) * columns + int(radical_inverse(point, 3) * columns))
+    return tuple(order)
+
+
+def radical_inverse(n: int, base: int) -> float:
+    """The digits of `n` mirrored at the point: in [0, 1)."""
+    value, scale = 0.0, 1.0
+    while n:
+        scale /= base
+        value += scale * (n % base)
+        n //= base
+    return value
 
 
 def composite(images: Tensor, generated: Tensor, hole: Tensor, blend: int) -> Tensor:

@@ -12,7 +12,7 @@ from tiny import tiny_addp
 
 from addp_core import inpaint, sample
 from addp_core.rng import generator
-from addp_core.sampler import SampleConfig, composite, denoise, draw_ids, step_noise
+from addp_core.sampler import SampleConfig, composite, denoise, draw_ids, halton_order, step_noise
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,20 @@ def test_images_depend_on_seed_and_number_alone(model):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 30), st.sampled_from(["cosine", "linear"]), st.floats(0, 8), st.sampled_from([0.0, 0.5, 1.0]))
-def test_every_step_keeps_what_is_known(steps, schedule, temperature, top_p):
+@given(
+    st.integers(1, 30),
+    st.sampled_from(["cosine", "linear"]),
+    st.floats(0, 8),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([0, 3]),
+    st.sampled_from(["confidence", "halton"]),
+)
+def test_every_step_keeps_what_is_known(steps, schedule, temperature, top_p, top_k, order):
     model = tiny_addp()
     n, tokens = 2, model.config.tokens
     known = torch.full((n, tokens), -1)
     seen = 0
-    config = SampleConfig(steps, schedule, temperature, top_p)
+    config = SampleConfig(steps, schedule, temperature, top_p, top_k, order)
     for step, state in enumerate(denoise(model, step_noise(steps, tokens, 0, range(n)), config)):
         progress = (step + 1) / steps
         ratio = math.cos(math.pi / 2 * progress) if schedule == "cosine" else 1 - progress
@@ -76,6 +83,47 @@ def test_ids_follow_the_distribution_and_the_nucleus():
     assert (draw_ids(wide, uniform, 0.0) == 0).all()
     # the id that crosses the mass belongs to the nucleus, so one always remains
     assert (draw_ids(wide, uniform, 1e-9) == 0).all()
+
+
+def test_only_the_most_probable_ids_are_drawn():
+    q = torch.tensor([0.1, 0.4, 0.2, 0.3]).expand(1, 20000, 4)
+    uniform = torch.rand(1, 20000, generator=generator("k")).clamp(1e-6, 1 - 1e-6)
+    share = lambda **options: torch.bincount(draw_ids(q, uniform, **options)[0], minlength=4) / 20000  # noqa: E731
+    torch.testing.assert_close(share(top_p=1.0, top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
+    # the nucleus is one of those that are left: 0.4 of 0.7 is more than half
+    assert (draw_ids(q, uniform, 0.5, top_k=2) == 1).all()
+    assert (draw_ids(q, uniform, 1.0, top_k=1) == 1).all()
+    assert torch.equal(draw_ids(q, uniform, 1.0, top_k=9), draw_ids(q, uniform, 1.0, top_k=4))
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (4, 6), (1, 1), (7, 3)])
+def test_halton_order_visits_every_position_and_spreads(grid):
+    order = halton_order(grid)
+    assert sorted(order) == list(range(grid[0] * grid[1]))
+    for known in range(8, len(order), 8):
+        rows = [position // grid[1] for position in order[:known]]
+        # both halves of the grid hold about half of what is known, at any time
+        assert abs(sum(row < grid[0] / 2 for row in rows) - known / 2) <= known / 8 + 2
+
+
+def test_halton_unmasks_where_the_image_says_not_what_is_confident(model):
+    def masks(**options):
+        states = []
+        sample(model, 3, steps=4, on_step=lambda _, state: states.append(state.mask), **options)
+        return torch.stack(states)
+
+    halton = masks(order="halton")
+    assert torch.equal(halton, masks(order="halton", temperature=0.0, top_p=0.3))
+    assert not torch.equal(halton[0, 0], halton[0, 1])  # each image has an offset of its own
+    assert not torch.equal(halton, masks())
+    images = sample(model, 3, steps=4, order="halton", top_k=3)
+    torch.testing.assert_close(sample(model, 1, steps=4, order="halton", top_k=3, first=2)[0], images[2])
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": -1}, {"order": "random"}])
+def test_impossible_settings_are_named(model, wrong):
+    with pytest.raises(ValueError, match=r"top_k, order: found"):
+        sample(model, 1, steps=2, **wrong)
 
 
 @pytest.mark.parametrize("edge", [1e-6, 1 - 1e-6])
@@ -131,9 +179,9 @@ def test_what_lies_under_the_hole_is_never_read(model, images):
 
 def test_a_hole_of_everything_is_plain_generation(model, images):
     hole = torch.ones(3, 8, 12, dtype=torch.bool)
-    torch.testing.assert_close(
-        inpaint(model, images, hole, steps=5, seed=3), sample(model, 3, steps=5, seed=3), atol=1e-5, rtol=0
-    )
+    for options in ({}, {"order": "halton", "top_k": 4}):
+        filled, made = inpaint(model, images, hole, 5, 3, **options), sample(model, 3, 5, seed=3, **options)
+        torch.testing.assert_close(filled, made, atol=1e-5, rtol=0)
 
 
 def test_rows_with_holes_of_different_size_are_independent(model, images):
