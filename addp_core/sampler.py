@@ -209,7 +209,7 @@ def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float, top_k: int = 
 
 
 def step_noise(steps: int, tokens: int, seed: int, rows) -> Tensor:
-    """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on the seed, on i and on the shape alone."""
+    """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on seed, i and shape alone."""
     noise = torch.stack([torch.rand(steps, 2, tokens, generator=generator(seed, "sample", int(i))) for i in rows])
     return noise.clamp(1e-6, 1 - 1e-6)
 
@@ -225,7 +225,7 @@ def halton_turn(grid: tuple[int, int], noise: Tensor) -> Tensor:
 
 @functools.cache
 def halton_order(grid: tuple[int, int]) -> tuple[int, ...]:
-    """All positions of a grid (rows, columns), row-major, as a Halton sequence with the bases 2 and 3 first falls on them."""
+    """All positions (row-major) of a grid (rows, columns), as a Halton sequence of bases 2 and 3 first meets them."""
     rows, columns = grid
     order: dict[int, None] = {}
     point = 0
