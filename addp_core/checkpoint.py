@@ -14,23 +14,26 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.nn import functional
 
 from addp_core.addp import ADDP, ADDPConfig
+from addp_core.attention import AttentionConfig, resize_table
+from addp_core.classifier import Classifier
 from addp_core.diffusion import ProcessConfig
-from addp_core.encoder import Encoder
+from addp_core.encoder import SIZES, Encoder, EncoderConfig, resample_positions
 from addp_core.errors import UserError, nearest
 from addp_core.files import replacing
 from addp_core.layouts import (
     ARCHITECTURES,
     LAYOUTS,
+    ClassifierFile,
     EncoderFile,
     PredictorFile,
     State,
@@ -47,6 +50,7 @@ from addp_core.tokenizer import Tokenizer
 
 MODEL_FILE = "model.safetensors"  # of a run folder
 METADATA_KEY = "addp"
+NAMED_PATCH = 16  # of an encoder named by its size
 POSITIONS = re.compile(r"(^|\.)(decoder_)?pos(_\w+)?_embed(_learned)?$|position_embeddings")
 
 HEADS = ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads")
@@ -183,44 +187,107 @@ def load_encoder(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     tokenizer_norm: bool = False,
+    attention: AttentionConfig | None = None,
+    dynamic: bool = False,
+    init: Literal["pretrained", "random"] = "pretrained",
+    patch_size: int | None = None,
 ) -> Encoder:
-    """The pixel encoder for recognition, from any ADDP file or a MAE- or timm-style ViT; eval mode, float32, CPU.
+    """The pixel encoder for recognition, from any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style
+    ViT; eval mode, float32, CPU.
 
     img_size: pixels, a side or (height, width); positions are resampled bicubically. tokenizer_norm: keep ADDP's input
-    norm (published transfers drop it). encoder_heads: where it is not width/64.
+    norm (published transfers drop it). encoder_heads: where it is not width/64. attention, dynamic: see `Encoder`; the
+    default is the file's own attention; relative positions that it lacks start at zero, those of other sizes are
+    resampled.
+    init: "random" takes the architecture alone and draws the weights from torch's global generator; `source` may then
+    also be a size, tiny, small, base or large, with `patch_size` (16). The final norm, which recognition does without,
+    is frozen.
     """
-    weights = read_weights(source, **({} if encoder_heads is None else {"encoder_heads": encoder_heads}))
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    options = {"dropout": dropout, "drop_path": drop_path, "tokenizer_norm": tokenizer_norm, "input_dropout": dropout}
+    if isinstance(source, str) and source in SIZES and not Path(source).exists():
+        if init != "random":
+            raise UserError(f"{source}: a size, which has no weights; expected init=random beside it, or a checkpoint")
+        where, state = source, None
+        file = EncoderFile(EncoderConfig(**SIZES[source]), size, patch_size or NAMED_PATCH)
+    else:
+        where, state, file = _read_encoder(source, encoder_heads)
+        if patch_size not in (None, file.patch_size):
+            raise UserError(f"patch_size: found {patch_size}, but {where} has {file.patch_size}; leave the key out")
+        if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
+            raise UserError(f"tokenizer_norm: {where} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
+    try:
+        encoder = Encoder(replace(file.encoder, **options), size, file.patch_size, attention or file.attention, dynamic)
+    except ValueError as error:
+        raise UserError(f"img_size={img_size}: {error}") from error
+    encoder.norm.requires_grad_(False)
+    return encoder.eval() if init == "random" else _fill(encoder, _fitted(state, file, encoder), where)
+
+
+def _read_encoder(source: Source, heads: int | None) -> tuple[str, State, EncoderFile]:
+    """(name for errors, tensors, architecture) of the pixel encoder in any file that has one."""
+    weights = read_weights(source, **({} if heads is None else {"encoder_heads": heads}))
     if weights.kind == "addp":
         config: ADDPConfig = weights.architecture
         file = EncoderFile(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
-        state = weights.part("denoiser.encoder.")
-    elif weights.kind == "encoder":
-        file, state = weights.architecture, weights.state
-    else:
-        raise UserError(
-            f"{weights.where}: {_describe_kind(weights)}; expected a checkpoint with a pixel encoder (ADDP, MAE or ViT)"
-        )
-    has_norm = "tokenizer_norm.weight" in state
-    if tokenizer_norm and not has_norm:
-        raise UserError(
-            f"tokenizer_norm: {weights.where} has none; expected an ADDP checkpoint, or tokenizer_norm=false"
-        )
-    if not tokenizer_norm:
+        return weights.where, weights.part("denoiser.encoder."), file
+    if weights.kind == "classifier":
+        return weights.where, weights.part("encoder."), weights.architecture.encoder
+    if weights.kind == "encoder":
+        return weights.where, weights.state, weights.architecture
+    raise UserError(
+        f"{weights.where}: {_describe_kind(weights)}; expected a checkpoint with a pixel encoder (ADDP, MAE or ViT)"
+    )
+
+
+def _fitted(state: State, file: EncoderFile, encoder: Encoder) -> State:
+    """A file's encoder tensors as `encoder` wants them: positions of its size, and only the parts that it has."""
+    state, expected = dict(state), encoder.state_dict()
+    if not encoder.config.tokenizer_norm:
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    old_grid = (file.image_size[0] // file.patch_size, file.image_size[1] // file.patch_size)
-    options = {"dropout": dropout, "drop_path": drop_path, "tokenizer_norm": tokenizer_norm, "input_dropout": dropout}
-    encoder_config = replace(file.encoder, **options)
-    encoder = Encoder(encoder_config, size, file.patch_size)
-    return _fill(encoder, _resample_all(state, old_grid, encoder.grid), weights.where)
+    if not encoder.attention.class_token:
+        state.pop("cls_token", None)
+    state = {key: value for key, value in state.items() if ".relative." not in key or key in expected}
+    for key, value in expected.items():
+        if ".relative." in key:
+            state[key] = _resample_relative(state[key], value, key, file, encoder) if key in state else value
+    return _resample_all(state, file.grid, encoder.grid)
+
+
+def _resample_relative(table: Tensor, like: Tensor, key: str, file: EncoderFile, encoder: Encoder) -> Tensor:
+    """A relative table for the grid that its block sees in `encoder`."""
+    if key.endswith("relative_position_bias_table"):
+        if file.attention.class_token and not encoder.attention.class_token:
+            table = table[:-3]  # to, from and between class tokens
+        return resize_table(table.float(), file.grid, encoder.grid, encoder.prefix)
+    if table.shape == like.shape:
+        return table
+    return functional.interpolate(table.float().t().unsqueeze(0), size=len(like), mode="linear")[0].t()
+
+
+def load_classifier(source: Source, img_size: int | tuple[int, int] | None = None) -> Classifier:
+    """A classifier that `addp finetune` or `addp linprobe` trained; eval mode, float32, CPU.
+
+    img_size: pixels, where other than those it was trained on; positions are resampled bicubically.
+    """
+    weights = read_weights(source)
+    if weights.kind != "classifier":
+        raise UserError(f"{weights.where}: {_describe_kind(weights)}; expected a classifier: a run of `addp finetune`")
+    file: ClassifierFile = weights.architecture
+    size = file.encoder.image_size if img_size is None else img_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    encoder = Encoder(file.encoder.encoder, size, file.encoder.patch_size, file.encoder.attention)
+    model = Classifier(encoder, file.classes, file.pooling, file.norm, file.class_names, file.mean, file.std)
+    fitted = _fitted(weights.part("encoder."), file.encoder, encoder)
+    return _fill(model, _replace_part(weights.state, "encoder.", fitted), weights.where)
 
 
 # -------------------- saving
 
 
 def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int] | None = None) -> None:
-    """Write an ADDP, Tokenizer, TokenPredictor or Encoder as one safetensors file with its architecture in the
-    metadata.
+    """Write an ADDP, Tokenizer, TokenPredictor, Encoder or Classifier as one safetensors file with its architecture in
+    the metadata.
 
     grid: the token grid of a TokenPredictor. The file appears whole or not at all; OSError where it cannot be written.
     """
@@ -360,6 +427,7 @@ def _describe_kind(weights: Weights) -> str:
         "predictor": "this is a MAGE checkpoint: pass it as predictor=",
         "tokenizer": "this is a VQGAN checkpoint: pass it as tokenizer=",
         "encoder": "this is a ViT encoder's checkpoint (MAE, timm or exported): load_encoder reads it",
+        "classifier": "this is a fine-tuned classifier",
     }
     return hint[weights.kind]
 
@@ -412,8 +480,7 @@ def _resample_all(state: State, old: tuple[int, int], new: tuple[int, int]) -> S
 
 def _resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     batched = positions if positions.ndim == 3 else positions[None]
-    # Without antialiasing, as published fine-tuning does it.
-    resized = resample_abs_pos_embed(batched.float(), list(new), list(old), num_prefix_tokens=1, antialias=False)
+    resized = resample_positions(batched.float(), old, new)
     return resized if positions.ndim == 3 else resized[0]
 
 
@@ -432,8 +499,20 @@ def _architecture_of(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
     if isinstance(module, TokenPredictor):
         return "predictor", PredictorFile(module.config, grid, module.vocabulary, module.trained_on)
     if isinstance(module, Encoder):
-        return "encoder", EncoderFile(module.config, module.image_size, module.patch_size)
-    raise TypeError(f"cannot save a {type(module).__name__}; expected ADDP, Tokenizer, TokenPredictor or Encoder")
+        return "encoder", EncoderFile(module.config, module.image_size, module.patch_size, module.attention)
+    if isinstance(module, Classifier):
+        _, encoder = _architecture_of(module.encoder, None)
+        return "classifier", ClassifierFile(
+            encoder,
+            module.num_classes,
+            module.pooling,
+            module.norm,
+            module.class_names,
+            module.mean,
+            module.std,
+        )
+    names = "ADDP, Tokenizer, TokenPredictor, Encoder or Classifier"
+    raise TypeError(f"cannot save a {type(module).__name__}; expected {names}")
 
 
 def _replace_part(state: State, prefix: str, part: State) -> State:

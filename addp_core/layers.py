@@ -13,7 +13,10 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addp_core.attention import AttentionConfig, DecomposedPositions, PositionTable, from_windows, to_windows
+
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+PLAIN = AttentionConfig()
 INIT_STD = 0.02  # of positions, mask and class tokens, token embeddings
 
 
@@ -24,37 +27,67 @@ def check_heads(key: str, heads: int, width: int) -> None:
 
 
 def transformer_blocks(
-    width: int, depth: int, heads: int, dropout: float = 0.0, drop_path: float = 0.0
+    width: int,
+    depth: int,
+    heads: int,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    layer_scale: bool = False,
+    attention: AttentionConfig = PLAIN,
+    grid: tuple[int, int] | None = None,
 ) -> nn.ModuleList:
     """`depth` pre-norm blocks (qkv bias, MLP ratio 4). `dropout` acts on attention and MLP; `drop_path` grows linearly
-    from 0.
+    from 0. `attention` other than the plain one wants the `grid` (rows, columns) of the patches.
     """
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(Block(width, heads, dropout, rate) for rate in rates)
+    blocks = nn.ModuleList(Block(width, heads, dropout, rate, layer_scale) for rate in rates)
+    for block, window in zip(blocks, attention.windows(depth), strict=True):
+        block.window, prefix = window, int(attention.class_token)
+        sees = (window, window) if window else grid
+        if attention.relative == "decomposed":
+            block.relative = DecomposedPositions(sees, width // heads, prefix)
+        elif attention.relative == "table":
+            block.relative = PositionTable(sees, heads, prefix)
+    return blocks
 
 
 class Block(vision_transformer.Block):
-    """timm's pre-norm block (its modules and parameter names)."""
+    """timm's pre-norm block (its modules and parameter names), with windows and relative positions where wanted."""
 
-    def __init__(self, width: int, heads: int, dropout: float, drop_path: float):
+    window = 0  # side of the windows in patches; 0: global
+    relative: nn.Module | None = None
+
+    def __init__(self, width: int, heads: int, dropout: float, drop_path: float, layer_scale: bool = False):
         options = {"qkv_bias": True, "proj_drop": dropout, "attn_drop": dropout, "drop_path": drop_path}
-        super().__init__(width, heads, norm_layer=LayerNorm, **options)
+        super().__init__(width, heads, norm_layer=LayerNorm, init_values=1.0 if layer_scale else None, **options)
         self.attn.attn_drop, self.attn.proj_drop = Dropout(dropout), Dropout(dropout)
         self.mlp.drop1, self.mlp.drop2 = Dropout(dropout), Dropout(dropout)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        at: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Float[B,L,W] -> the same, or Float[B,Q,W] for the positions `at` Long[B,Q] alone: a last block need not
         compute what nothing reads.
 
-        attn_mask: Bool, broadcast to [B,heads,L,L]; True where a key may be looked at.
+        attn_mask: Bool, broadcast to [B,heads,L,L]; True where a key may be looked at. grid: rows and columns of the
+        patches, for windows and relative positions.
         """
         h = self.norm1(x)
         if at is not None:
             x = take_rows(x, at)
-        x = x + self.drop_path1(self.attend(h, attn_mask, at))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        if self.window:
+            h = to_windows(h, grid, self.window)
+            h = from_windows(self.attend(h, None, None, (self.window, self.window)), grid, self.window)
+        else:
+            h = self.attend(h, attn_mask, at, grid)
+        x = x + self.drop_path1(self.ls1(h))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def attend(self, h: Tensor, mask: Tensor | None, at: Tensor | None) -> Tensor:
+    def attend(self, h: Tensor, mask: Tensor | None, at: Tensor | None, grid: tuple[int, int] | None = None) -> Tensor:
         """Self-attention, Float[B,L,W] -> Float[B,L,W] or, of queries `at`, Float[B,Q,W]."""
         attn, width = self.attn, h.shape[-1]
         if at is None:
@@ -64,11 +97,13 @@ class Block(vision_transformer.Block):
             q = F.linear(take_rows(h, at), w_q, b_q)
             k, v = F.linear(h, w_kv, b_kv).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if self.relative is not None:
+            mask = self.relative(q, grid).to(q.dtype)
         if h.device.type == "cpu" and attn.attn_drop.drops:
             # torch has no fused attention with dropout here, and draws its mask slowly
             scores = (q * attn.scale) @ k.transpose(-2, -1)
             if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
             x = attn.attn_drop(scores.softmax(-1)) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, mask, attn.attn_drop.p if attn.attn_drop.drops else 0.0)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
+from addp_core.attention import AttentionConfig
 from addp_core.decoder import DecoderConfig
 from addp_core.encoder import EncoderConfig
 from addp_core.errors import UserError
+from addp_core.layers import PLAIN
 from addp_core.predictor import PredictorConfig
 from addp_core.tokenizer import TokenizerConfig, Vocabulary
 
@@ -52,6 +54,25 @@ class EncoderFile:
     encoder: EncoderConfig
     image_size: tuple[int, int]
     patch_size: int
+    attention: AttentionConfig = PLAIN
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+
+
+@dataclass(frozen=True)
+class ClassifierFile:
+    """Architecture written beside a classifier's weights, and what its images and answers are."""
+
+    encoder: EncoderFile
+    classes: int
+    pooling: str
+    norm: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 ARCHITECTURES: dict[str, type] = {
@@ -59,6 +80,7 @@ ARCHITECTURES: dict[str, type] = {
     "tokenizer": TokenizerFile,
     "predictor": PredictorFile,
     "encoder": EncoderFile,
+    "classifier": ClassifierFile,
 }
 
 
