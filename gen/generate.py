@@ -5,25 +5,34 @@ a start over continues where the last one stopped.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from annotated_types import Ge, Gt
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from addp_core.addp import ADDP
-from addp_core.checkpoint import fingerprint, load_addp, stated_heads
-from addp_core.compute import accelerate_model
-from addp_core.config import dump, load
+from addp_core.checkpoint import fingerprint
 from addp_core.errors import UserError
-from addp_core.files import replacing, write_atomically
+from addp_core.files import write_atomically
 from addp_core.sampler import SampleConfig, sample
+from gen.common import (
+    DecoderHeads,
+    EncoderHeads,
+    ModelSource,
+    Precision,
+    TokenizerSource,
+    arithmetic,
+    claim_folder,
+    image_path,
+    load_sampler,
+    write_png,
+)
 
 log = logging.getLogger("addp")
 
@@ -32,20 +41,19 @@ log = logging.getLogger("addp")
 class Recipe:
     """Keys of `addp generate`."""
 
-    model: Annotated[str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"]
+    model: ModelSource
     out: Annotated[str, "folder for 000000.png, 000001.png, ... and grid.png"]
     n: Annotated[int, Ge(1), "number of images"] = 64
     seed: Annotated[int, "image i depends on this and on i alone"] = 0
     sampling: SampleConfig = field(default_factory=SampleConfig)
     batch: Annotated[int, Gt(0), "images at a time on each process"] = 16
     grid: Annotated[int, Ge(0), "how many of the first images grid.png shows; 0 for none"] = 64
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the networks"] = "fp32"
-    tokenizer: Annotated[str, "for a model file without one"] = ""
-    encoder_heads: Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"] = None
-    decoder_heads: Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"] = None
+    precision: Precision = "fp32"
+    tokenizer: TokenizerSource = ""
+    encoder_heads: EncoderHeads = None
+    decoder_heads: DecoderHeads = None
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = "weights.txt"  # in the folder: fingerprint of the model its images come from
 
 
@@ -59,12 +67,9 @@ def run(recipe: Recipe) -> None:
     out = Path(recipe.out)
     if state.is_main_process:
         claim_folder(out, recipe, free={"out", "n", "grid"} | (set() if gpu else {"batch"}))
-    model = load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **stated_heads(recipe)).requires_grad_(False)
-    model.predictor = None  # generation does without it
+    model = load_sampler(recipe, state.device)
     if state.is_main_process:
         claim_weights(out, model)
-    model = model.to(state.device)
-    accelerate_model(model)
 
     batches = range(-(-recipe.n // recipe.batch))
     todo = [[b for b in batches if not all(image_path(out, i).exists() for i in numbers(recipe, b))]]
@@ -81,7 +86,7 @@ def run(recipe: Recipe) -> None:
             first, n, at_once = b * recipe.batch, recipe.batch, recipe.batch
             if not gpu:
                 n, at_once = len(numbers(recipe, b)), 1
-            with torch.autocast(state.device.type, DTYPES.get(recipe.precision), enabled=recipe.precision in DTYPES):
+            with arithmetic(recipe.precision, state.device):
                 images = sample(model, n, **vars(recipe.sampling), seed=recipe.seed, first=first, batch=at_once)
             for i, image in zip(numbers(recipe, b), images, strict=False):
                 write_png(image, image_path(out, i))
@@ -98,46 +103,12 @@ def numbers(recipe: Recipe, batch: int) -> range:
     return range(batch * recipe.batch, min((batch + 1) * recipe.batch, recipe.n))
 
 
-def image_path(out: Path, i: int) -> Path:
-    return out / f"{i:06d}.png"
-
-
-def claim_folder(out: Path, recipe: Recipe, free: set[str]) -> None:
-    """Make the folder and keep the recipe in it; UserError where it cannot be written or belongs to other settings.
-
-    free: keys that may differ from those the folder was begun with.
-    """
-    note = out / "recipe.yaml"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if note.exists():
-            before, now = vars(load(Recipe, note)), vars(recipe)
-            changed = [f"{key}={before[key]}" for key in now if key not in free and before[key] != now[key]]
-            if changed:
-                found = ", ".join(changed)
-                raise UserError(f"{out}: holds images made with {found}; expected the same settings, or another out=")
-        write_atomically(note, dump(recipe).encode())
-    except OSError as error:
-        raise UserError(
-            f"out: {out} cannot be written ({error.strerror}); expected a folder you may write to"
-        ) from error
-
-
 def claim_weights(out: Path, model: ADDP) -> None:
     """UserError where the folder's images come from other weights than these, the same path or not."""
     note, now = out / WEIGHTS, fingerprint(model)
     if note.exists() and note.read_text(encoding="ascii") != now:
         raise UserError(f"{out}: holds images made with other weights; expected the same model, or another out=")
     write_atomically(note, now.encode())
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    """Float[3,H,W] in [0,1] -> PNG, under a temporary name first: a file that is there is whole."""
-    try:
-        with replacing(path) as temporary:
-            to_pil_image(image.float().cpu()).save(temporary, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); start again to continue after it") from error
 
 
 def write_grid(out: Path, n: int) -> None:

@@ -1,0 +1,76 @@
+"""What the verbs of this room share: the keys that name a model, loading it for sampling, and writing images."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from addp_core.addp import ADDP
+from addp_core.checkpoint import load_addp, stated_heads
+from addp_core.compute import accelerate_model
+from addp_core.config import dump, load
+from addp_core.errors import UserError
+from addp_core.files import replacing, write_atomically
+
+ModelSource = Annotated[
+    str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"
+]
+TokenizerSource = Annotated[str, "for a model file without one"]
+EncoderHeads = Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"]
+DecoderHeads = Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the networks"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_sampler(recipe: Any, device: torch.device, **options: Any) -> ADDP:
+    """The model that a recipe names (model, tokenizer, heads), ready to sample on `device`, without its predictor."""
+    tokenizer = recipe.tokenizer or None
+    model = load_addp(recipe.model, tokenizer=tokenizer, **stated_heads(recipe), **options).requires_grad_(False)
+    model.predictor = None  # generation does without it
+    model = model.to(device)
+    accelerate_model(model)
+    return model
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context in which the networks compute with this precision."""
+    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
+
+
+def claim_folder(out: Path, recipe: Any, free: set[str] = frozenset()) -> None:
+    """Make the folder and keep the recipe in it; UserError where it cannot be written or belongs to other settings.
+
+    free: keys that may differ from those the folder was begun with.
+    """
+    note = out / "recipe.yaml"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if note.exists():
+            before, now = vars(load(type(recipe), note)), vars(recipe)
+            changed = [f"{key}={before[key]}" for key in now if key not in free and before[key] != now[key]]
+            if changed:
+                found = ", ".join(changed)
+                raise UserError(f"{out}: holds images made with {found}; expected the same settings, or another out=")
+        write_atomically(note, dump(recipe).encode())
+    except OSError as error:
+        raise UserError(
+            f"out: {out} cannot be written ({error.strerror}); expected a folder you may write to"
+        ) from error
+
+
+def image_path(out: Path, i: int) -> Path:
+    return out / f"{i:06d}.png"
+
+
+def write_png(image: Tensor, path: Path) -> None:
+    """Float[3,H,W] in [0,1] -> PNG, under a temporary name first: a file that is there is whole."""
+    try:
+        with replacing(path) as temporary:
+            to_pil_image(image.float().cpu()).save(temporary, format="PNG")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); start again to continue after it") from error
