@@ -167,7 +167,7 @@ class Encoder(nn.Module):
         prefix: of the encoder's names in the model around it.
         """
         start = "^" + re.escape(prefix)
-        stem = rf"{start}(cls_token|pos_embed|patch_embed|tokenizer_norm)"
+        stem = rf"{start}(?:cls_token|pos_embed|patch_embed|tokenizer_norm)"
         return {"stem": stem, "blocks": start + (r"blocks" if coarse else r"blocks\.(\d+)")}
 
 

@@ -55,11 +55,11 @@ class Block(vision_transformer.Block):
     """timm's pre-norm block (its modules and parameter names), with windows and relative positions where wanted."""
 
     window = 0  # side of the windows in patches; 0: global
-    relative: nn.Module | None = None
 
     def __init__(self, width: int, heads: int, dropout: float, drop_path: float, layer_scale: bool = False):
         options = {"qkv_bias": True, "proj_drop": dropout, "attn_drop": dropout, "drop_path": drop_path}
         super().__init__(width, heads, norm_layer=LayerNorm, init_values=1.0 if layer_scale else None, **options)
+        self.relative: nn.Module | None = None  # not a class attribute, which would hide the submodule set later
         self.attn.attn_drop, self.attn.proj_drop = Dropout(dropout), Dropout(dropout)
         self.mlp.drop1, self.mlp.drop2 = Dropout(dropout), Dropout(dropout)
 
