@@ -1,0 +1,1 @@
+"""Detection: ViTDet Mask R-CNN on COCO, on detectron2 where it is installed and on torchvision everywhere."""

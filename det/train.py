@@ -1,0 +1,102 @@
+"""`addp det train`: ViTDet's Mask R-CNN (arXiv 2203.16527) over an encoder, on COCO files.
+
+The engine detectron2 is the paper's; torchvision needs nothing but a plain install. Both read the same keys and files,
+and leave the same run folder.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Interval
+
+from addp_core.checkpoint import load_encoder
+from addp_core.config import dump
+from addp_core.encoder import AttentionConfig, Encoder
+from addp_core.engine import TrainConfig, prepare_out
+from addp_core.errors import UserError
+from det.coco import CocoSet, open_coco
+from det.config import CocoConfig, DetectorConfig, DetectorFile, vitdet_attention
+from det.model import ENGINES
+
+log = logging.getLogger("addp")
+
+
+@dataclass
+class Recipe:
+    """Keys of `addp det train`."""
+
+    out: Annotated[str, "run folder"]
+    model: Annotated[
+        str,
+        "the encoder: a run or file of ADDP, MAE, timm or BEiT, or hf://owner/repository/file; "
+        "with init=random also tiny, small, base, large",
+    ]
+    init: Annotated[Literal["pretrained", "random"], "random: the same architecture with fresh weights"] = "pretrained"
+    encoder_heads: Annotated[int | None, Ge(1), "where they are not width/64"] = None
+    tokenizer_norm: Annotated[bool, "keep ADDP's norm on the embedded patches"] = False
+    engine: Annotated[
+        Literal["auto", "detectron2", "torchvision"], "auto: detectron2 where it is installed, else torchvision"
+    ] = "auto"
+    data: CocoConfig = field(default_factory=CocoConfig)
+    drop_path: Annotated[float, Interval(ge=0, lt=1), "stochastic depth of the last block, growing from 0"] = 0.1
+    attention: AttentionConfig = field(default_factory=vitdet_attention)
+    checkpointing: Annotated[bool, "compute the blocks' activations twice rather than keep them"] = False
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def run(recipe: Recipe) -> None:
+    """Train, or continue; ends with `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
+    text = dump(recipe)
+    if prepare_out(recipe.out, text):
+        return
+    engine = choose_engine(recipe.engine)
+    sets = open_sets(recipe.data)
+    encoder = build_encoder(recipe)
+    size, categories = recipe.data.size, sets["train"].categories
+    file = DetectorFile(
+        engine, encoder.config, encoder.attention, encoder.patch_size, size, recipe.detector, categories
+    )
+    log.info("det: engine %s", engine)
+    import_module(ENGINES[engine]).train(recipe, text, file, encoder, sets)
+
+
+def choose_engine(wanted: str) -> str:
+    """The engine's name; UserError where detectron2 is asked for and missing."""
+    installed = find_spec("detectron2") is not None
+    if wanted == "detectron2" and not installed:
+        raise UserError(
+            "engine=detectron2: it is not installed; `addp doctor` names the command, or take engine=torchvision"
+        )
+    if wanted == "auto":
+        return "detectron2" if installed else "torchvision"
+    return wanted
+
+
+def open_sets(config: CocoConfig) -> dict[str, CocoSet]:
+    """Both parts; UserError where their categories differ."""
+    sets = {split: open_coco(config, split) for split in ("train", "val")}
+    if sets["train"].categories != sets["val"].categories:
+        raise UserError(f"{sets['val'].path}: its categories are not those of {sets['train'].path}; expected the same")
+    return sets
+
+
+def build_encoder(recipe: Recipe) -> Encoder:
+    """The recipe's encoder for squares of `data.size`."""
+    torch.manual_seed(recipe.train.seed)
+    encoder = load_encoder(
+        recipe.model,
+        recipe.data.size,
+        encoder_heads=recipe.encoder_heads,
+        drop_path=recipe.drop_path,
+        tokenizer_norm=recipe.tokenizer_norm,
+        attention=recipe.attention,
+        dynamic=True,
+        init=recipe.init,
+    )
+    encoder.checkpointing = recipe.checkpointing
+    return encoder

@@ -1,0 +1,190 @@
+"""The detector of a plain install: torchvision's Mask R-CNN over the suite's encoder and feature pyramid, with ViTDet's
+heads (arXiv 2203.16527), trained by the suite's engine.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from pycocotools import mask as coco_mask
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from addp_core.data import DataConfig, Stream
+from addp_core.encoder import Encoder
+from addp_core.engine import Draw, Stage
+from addp_core.engine import train as train_with_engine
+from addp_core.images import ImageError
+from det.augment import ScaleJitter, SceneBatch, collate
+from det.coco import CocoSet, evaluate
+from det.config import DetectorFile
+from det.drawing import draw, square
+from det.model import Detections, detect_all, save_detector, to_tensor
+from det.pyramid import ChannelNorm, FeaturePyramid
+
+if TYPE_CHECKING:
+    from det.train import Recipe
+
+ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
+RATIOS = (0.5, 1.0, 2.0)
+NET = "backbone.net."  # begins the names of the encoder's parameters
+PREVIEWS, SURE = 8, 0.3  # images, and the lowest score that is drawn
+
+
+class TorchvisionDetector(MaskRCNN):
+    """torchvision's Mask R-CNN: two convolutions in the RPN head, four and one linear layer in the box head, norms over
+    channels in box and mask head; boxes are regressed for each class.
+
+    Training: `model(images, targets)` on squares gives the losses. Evaluation: `detect`.
+    """
+
+    def __init__(self, file: DetectorFile, encoder: Encoder):
+        config, classes = file.detector, len(file.categories) + 1  # class 0 is the ground
+        pyramid = FeaturePyramid(encoder, config.channels, config.scales)
+        sizes = tuple((ANCHOR * stride,) for stride in pyramid.strides)
+        pool, pooled = partial(_Pool, pyramid.strides[:-1]), 7
+        super().__init__(
+            pyramid,
+            rpn_anchor_generator=AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
+            rpn_head=RPNHead(config.channels, len(RATIOS), conv_depth=2),
+            rpn_post_nms_top_n_train=config.proposals,
+            rpn_post_nms_top_n_test=config.proposals,
+            box_roi_pool=pool(pooled),
+            box_head=FastRCNNConvFCHead(
+                (config.channels, pooled, pooled), [config.convs] * 4, [config.fc], norm_layer=ChannelNorm
+            ),
+            box_predictor=FastRCNNPredictor(config.fc, classes),
+            box_batch_size_per_image=config.samples,
+            box_score_thresh=config.score,
+            box_detections_per_img=config.detections,
+            mask_roi_pool=pool(2 * pooled),
+            mask_head=MaskRCNNHeads(config.channels, [config.convs] * 4, 1, norm_layer=ChannelNorm),
+            mask_predictor=MaskRCNNPredictor(config.convs, config.convs, classes),
+        )
+        self.transform = _Square(file.size)
+        self.file = file
+
+    def no_weight_decay(self) -> set[str]:
+        return {NET + name for name in self.backbone.net.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups for layer decay: the encoder's stem and blocks; pyramid and heads come last."""
+        return self.backbone.net.group_matcher(coarse, prefix=NET)
+
+    @torch.no_grad()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """UInt8[3,H,W] RGB each, of any sizes, on the model's device; the model must be in eval mode."""
+        found = self([image.float() / 255 for image in images])
+        return [Detections(f["boxes"].float(), f["scores"].float(), f["labels"] - 1, f["masks"]) for f in found]
+
+
+build = TorchvisionDetector
+
+
+class _Pool(MultiScaleRoIAlign):
+    """RoIAlign over maps of known strides; torchvision would guess them from images that are not padded yet."""
+
+    def __init__(self, strides: list[int], side: int):
+        super().__init__([str(i) for i in range(len(strides))], side, sampling_ratio=0)
+        self.scales = [1 / stride for stride in strides]
+        lowest, highest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
+        self.map_levels = initLevelMapper(lowest, highest)
+
+
+class _Square(GeneralizedRCNNTransform):
+    """Images normalised, in evaluation resized to a longer side of `size`, and padded to squares of it: where training
+    saw its positions. Masks come back as COCO's codes, one at a time: a hundred of a large photograph do not fit.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size, size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size_divisible=size)
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
+        if self.training:
+            return image, target
+        factor = self.max_size / max(image.shape[-2:])
+        hw = [max(1, round(side * factor)) for side in image.shape[-2:]]
+        return F.interpolate(image[None], hw, mode="bicubic", antialias=True)[0], target
+
+    def postprocess(
+        self, result: list[dict[str, Any]], image_shapes: list[tuple[int, int]], original_image_sizes: list
+    ) -> list[dict[str, Any]]:
+        if self.training:
+            return result
+        for found, shown, hw in zip(result, image_shapes, original_image_sizes, strict=True):
+            found["boxes"] = resize_boxes(found["boxes"], shown, hw)
+            masks = zip(found["masks"].float().split(1), found["boxes"].split(1), strict=True)
+            found["masks"] = [_code(paste_masks_in_image(mask, box, hw)[0, 0] > 0.5) for mask, box in masks]
+        return result
+
+
+def _code(mask: Tensor) -> dict[str, Any]:
+    """Bool[H,W] -> COCO's compressed code."""
+    return coco_mask.encode(np.asfortranarray(mask.to(torch.uint8).cpu().numpy()))
+
+
+class DetStage(Stage):
+    """What the engine trains."""
+
+    name = "det"
+
+    def __init__(self, model: TorchvisionDetector, val: CocoSet):
+        self.model, self.val = model, val
+
+    def loss(self, model: nn.Module, batch: SceneBatch, draw: Draw) -> dict[str, Tensor]:
+        """Sum of the RPN's two losses, class, box and mask loss, each also on its own."""
+        scenes = batch.scenes()
+        images = [scene.image.float() / 255 for scene in scenes]
+        losses = model(images, [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in scenes])
+        return {"loss": sum(losses.values()), **losses}
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Average precision on the validation set; figures that it has no object for are left out."""
+        results = detect_all(model, self.val)
+        if not PartialState().is_main_process:
+            return {}
+        figures = evaluate(self.val.dataset(), results)
+        return {name: value for name, value in figures.items() if value is not None}
+
+    def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """Validation images with what is found on them."""
+        shown, size = [], model.file.size
+        for index in range(len(self.val)):
+            if len(shown) == PREVIEWS:
+                break
+            try:
+                image = to_tensor(self.val.picture(index)[0].image())
+            except ImageError:  # evaluation names it
+                continue
+            (found,) = model.detect([image.to(next(model.parameters()).device)])
+            shown.append(square(draw(image, found, model.file.categories, SURE), size))
+        return {"detections": torch.stack(shown)} if shown else {}
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        save_detector(model, path)
+
+
+def train(recipe: "Recipe", text: str, file: DetectorFile, encoder: Encoder, sets: dict[str, CocoSet]) -> None:
+    """Train on the set `train`, or continue, and evaluate on `val`; ends with `<out>/model.safetensors`."""
+    config = recipe.data
+    torch.manual_seed(recipe.train.seed)
+    model = TorchvisionDetector(file, encoder)
+    loading = DataConfig(max_errors=config.max_errors, workers=config.workers, prefetch=config.prefetch)
+    jitter = ScaleJitter(config.size, config.scale, config.flip)
+    stream = Stream(
+        sets["train"], jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate
+    )
+    train_with_engine(DetStage(model, sets["val"]), stream, recipe.train, recipe.out, text)
