@@ -2,6 +2,8 @@
 
 import ctypes
 import platform
+from contextlib import AbstractContextManager
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from torch import nn
 from addp_core.kernels import HAS_WINOGRAD, Conv3x3
 from addp_core.tokenizer import Tokenizer
 
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the networks"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGES = 8  # that a tokenizer handles at a time: more cost memory and gain nothing
 
 
@@ -32,6 +36,11 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
             module.at_a_time = IMAGES
         if isinstance(module, Conv3x3):
             module.winograd = winograd
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context in which the networks compute with this precision."""
+    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
 
 
 def keep_freed_memory() -> None:

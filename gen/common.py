@@ -1,10 +1,10 @@
 """What the verbs of this room share: the keys that name a model, loading it for sampling, and writing images."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
+from accelerate import PartialState
 from annotated_types import Ge
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -22,9 +22,11 @@ ModelSource = Annotated[
 TokenizerSource = Annotated[str, "for a model file without one"]
 EncoderHeads = Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"]
 DecoderHeads = Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"]
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the networks"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+def pick_state() -> PartialState:
+    """This process among all of a torchrun, and its device. Without it, processes on CPUs would not find each other."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def load_sampler(recipe: Any, device: torch.device, **options: Any) -> ADDP:
@@ -35,11 +37,6 @@ def load_sampler(recipe: Any, device: torch.device, **options: Any) -> ADDP:
     model = model.to(device)
     accelerate_model(model)
     return model
-
-
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which the networks compute with this precision."""
-    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
 
 
 def claim_folder(out: Path, recipe: Any, free: set[str] = frozenset()) -> None:

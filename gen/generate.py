@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from annotated_types import Ge, Gt
 from PIL import Image
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from addp_core.addp import ADDP
 from addp_core.checkpoint import fingerprint
+from addp_core.compute import Precision, arithmetic
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
 from addp_core.sampler import SampleConfig, sample
@@ -25,12 +25,11 @@ from gen.common import (
     DecoderHeads,
     EncoderHeads,
     ModelSource,
-    Precision,
     TokenizerSource,
-    arithmetic,
     claim_folder,
     image_path,
     load_sampler,
+    pick_state,
     write_png,
 )
 
@@ -63,7 +62,7 @@ def run(recipe: Recipe) -> None:
     UserError where the folder cannot be written or holds images of other settings or weights.
     """
     gpu = torch.accelerator.is_available()
-    state = PartialState(cpu=not gpu)  # without it, processes on CPUs would not find each other
+    state = pick_state()
     out = Path(recipe.out)
     if state.is_main_process:
         claim_folder(out, recipe, free={"out", "n", "grid"} | (set() if gpu else {"batch"}))
