@@ -1,0 +1,106 @@
+"""ADE20K's layout as an mmseg dataset whose order and crops are functions of the seed and the position in the run.
+
+Registered: the dataset `SceneFolder`, the sampler `PositionSampler`, the transforms `LoadPicture` and `LoadClassMap`,
+the function `start_worker`.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.dist import get_dist_info
+from mmengine.registry import FUNCTIONS
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
+from torch.utils.data import Sampler
+
+from addp_core.data import rng_kept, seed_all, start_worker
+from addp_core.rng import generator, seed_for
+from seg.scenes import class_names, find_pairs, palette, read_class_map, read_picture
+
+FUNCTIONS.register_module(name="start_worker", module=start_worker)
+
+
+@DATASETS.register_module()
+class SceneFolder(BaseSegDataset):
+    """The pairs of one split. With a `seed`, item p is what stands at position p of an endless run over shuffled
+    epochs, and what its transforms draw depends on the seed and p alone; without one, item i is pair i.
+    """
+
+    def __init__(self, data_root: str, split: str, table: str = "", seed: int | None = None, **options: Any):
+        self.split, self.seed = split, seed
+        classes = class_names(data_root, table)
+        metainfo = {"classes": classes, "palette": palette(len(classes)).tolist()}
+        super().__init__(data_root=data_root, metainfo=metainfo, reduce_zero_label=True, **options)
+        self._order = lru_cache(2)(self._permutation)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        shared = {"classes": len(self.metainfo["classes"]), "reduce_zero_label": True, "label_map": None}
+        return [
+            {"img_path": str(pair.picture), "seg_map_path": str(pair.classes), "seg_fields": [], **shared}
+            for pair in find_pairs(self.data_root, self.split)
+        ]
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(len(self), generator=generator(self.seed, "order", epoch))
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if self.seed is None:
+            return super().__getitem__(position)
+        epoch, place = divmod(position, len(self))
+        with rng_kept():
+            seed_all(seed_for(self.seed, "augment", position))
+            return super().__getitem__(int(self._order(epoch)[place]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _order=lru_cache(2)(self._permutation))
+
+
+@DATA_SAMPLERS.register_module()
+class PositionSampler(Sampler):
+    """The positions of a run, for ever: each step's batch is shared out to the processes in contiguous rows.
+
+    batch_size: of one process.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, seed: int | None = None):
+        self.dataset, self.batch_size, self.step = dataset, batch_size, 0
+        self.rank, self.world = get_dist_info()
+
+    def skip(self, samples: int) -> None:
+        """Start after this many samples of this process."""
+        self.step += samples // self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.step
+        while True:
+            first = (step * self.world + self.rank) * self.batch_size
+            yield from range(first, first + self.batch_size)
+            step += 1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@TRANSFORMS.register_module()
+class LoadPicture(BaseTransform):
+    """The picture of `img_path` as UInt8[H,W,3] in mmcv's channel order, BGR."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        image = np.ascontiguousarray(np.asarray(read_picture(results["img_path"]))[..., ::-1])
+        return results | {"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2]}
+
+
+@TRANSFORMS.register_module()
+class LoadClassMap(BaseTransform):
+    """The class map of `seg_map_path`, checked against its picture and the number of classes."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        labels = read_class_map(results["seg_map_path"], results["ori_shape"], results["classes"])
+        return results | {"gt_seg_map": labels, "seg_fields": [*results["seg_fields"], "gt_seg_map"]}

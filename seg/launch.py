@@ -1,0 +1,73 @@
+"""From a filled config to a Runner or a model: processes, registered parts, errors of the data told as such."""
+
+import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from addp_core.engine import leave_group
+from addp_core.errors import UserError
+from seg import backbone, dataset, evaluation  # noqa: F401 (what they register is called by name)
+from seg.runner import AddpRunner, fill
+from seg.settings import Segmentor, TestConfig, base_config, fill_model, fill_test, world
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start_runner(cfg: Any) -> AddpRunner:
+    """A Runner on all processes of the launcher; on GPUs where there are any."""
+    PartialState(cpu=not torch.cuda.is_available())  # mmengine alone would not find processes on CPUs
+    if world() > 1:
+        atexit.register(leave_group)
+    return AddpRunner.from_cfg(cfg)
+
+
+@contextmanager
+def telling_data_errors() -> Iterator[None]:
+    """A UserError of a loading process arrives with that process's traceback around it; its line alone goes on."""
+    try:
+        yield
+    except UserError as error:
+        last = str(error).splitlines()[-1]
+        raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+
+
+class Painter:
+    """A segmentor that answers pictures on the disk with class maps; `test` says how."""
+
+    def __init__(self, segmentor: Segmentor, state: dict[str, Tensor], where: str, test: TestConfig, precision: str):
+        from mmengine.dataset import Compose, pseudo_collate
+
+        init_default_scope("mmseg")
+        cfg = base_config()
+        fill_model(cfg, segmentor)
+        fill_test(cfg, test)
+        steps = without_labels(cfg.test_dataloader.dataset.pipeline)
+        self.pipeline, self.collate = Compose(steps), pseudo_collate
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = MODELS.build(cfg.model)
+        fill(getattr(model, "module", model), state, where)
+        self.model, self.dtype = model.to(self.device).eval(), DTYPES.get(precision)
+
+    @torch.inference_mode()
+    def __call__(self, path: str) -> Tensor:
+        """Long[H,W] on the CPU, the class of each pixel of the picture, from 0. UserError where it cannot be read."""
+        data = self.collate([self.pipeline({"img_path": path})])
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            [sample] = self.model.test_step(data)
+        return sample.pred_sem_seg.data.squeeze(0).cpu()
+
+
+def without_labels(pipeline: list[Any]) -> list[Any]:
+    """A test pipeline for pictures that have no class map."""
+    load, *rest = pipeline
+    if rest[0]["type"] != "TestTimeAug":
+        return [load, *(step for step in rest if step["type"] != "LoadClassMap")]
+    branches = [branch for branch in rest[0]["transforms"] if branch[0]["type"] != "LoadClassMap"]
+    return [load, {**rest[0], "transforms": branches}]
