@@ -204,9 +204,8 @@ class Stream:
 
     @property
     def tolerated(self) -> int:
-        """The number of unreadable images that may be replaced; any share above 0 allows one."""
-        limit = self.config.max_errors
-        return int(limit) if limit >= 1 else max(1, round(limit * len(self))) if limit else 0
+        """The number of unreadable images that may be replaced."""
+        return tolerated(self.config.max_errors, len(self))
 
     def rows(self, rank: int, world: int) -> slice:
         """The contiguous rows of each micro-batch that process `rank` of `world` gets."""
@@ -286,6 +285,11 @@ class Stream:
                 f"data.max_errors: {len(self.errors)} of {len(self)} images unreadable, {self.tolerated} tolerated: "
                 f"{shown}{more}; repair or remove them, or raise data.max_errors"
             )
+
+
+def tolerated(limit: float, images: int) -> int:
+    """The number of unreadable images of so many that `max_errors` allows; any share above 0 allows one."""
+    return int(limit) if limit >= 1 else max(1, round(limit * images)) if limit else 0
 
 
 def example_images(source: ImageSource, config: DataConfig, n: int) -> Tensor:

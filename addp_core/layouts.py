@@ -142,6 +142,12 @@ def published_addp_names(state: State) -> State:
     return ours
 
 
+def encoder_names(state: State) -> State:
+    """The encoder's tensors of a state dict of unknown layout, under MAE's names, which are ours within the encoder."""
+    inner = strip(state, "denoiser.encoder.")
+    return inner or {key: value for key, value in state.items() if key.startswith(_ENCODER)} or state
+
+
 def _published_name(key: str) -> str:
     for ours, published in (
         ("tokenizer.", "vqgan."),
