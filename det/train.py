@@ -6,7 +6,6 @@ and leave the same run folder.
 
 import logging
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
@@ -15,12 +14,15 @@ from annotated_types import Ge, Interval
 
 from addp_core.checkpoint import load_encoder
 from addp_core.config import dump
+from addp_core.data import DataConfig, Stream
 from addp_core.encoder import AttentionConfig, Encoder
-from addp_core.engine import TrainConfig, prepare_out
+from addp_core.engine import TrainConfig, prepare_out, train
 from addp_core.errors import UserError
+from det.augment import ScaleJitter, collate
 from det.coco import CocoSet, open_coco
 from det.config import CocoConfig, DetectorConfig, DetectorFile, vitdet_attention
-from det.model import ENGINES
+from det.model import build
+from det.stage import DetStage
 
 log = logging.getLogger("addp")
 
@@ -62,7 +64,17 @@ def run(recipe: Recipe) -> None:
         engine, encoder.config, encoder.attention, encoder.patch_size, size, recipe.detector, categories
     )
     log.info("det: engine %s", engine)
-    import_module(ENGINES[engine]).train(recipe, text, file, encoder, sets)
+    torch.manual_seed(recipe.train.seed)
+    stage = DetStage(build(file, encoder), sets["val"])
+    train(stage, make_stream(recipe, sets["train"]), recipe.train, recipe.out, text)
+
+
+def make_stream(recipe: Recipe, coco: CocoSet) -> Stream:
+    """Batches of jittered scenes, for ever."""
+    data = recipe.data
+    loading = DataConfig(max_errors=data.max_errors, workers=data.workers, prefetch=data.prefetch)
+    jitter = ScaleJitter(data.size, data.scale, data.flip)
+    return Stream(coco, jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate)
 
 
 def choose_engine(wanted: str) -> str:

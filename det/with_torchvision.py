@@ -3,15 +3,13 @@ heads (arXiv 2203.16527), trained by the suite's engine.
 """
 
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from pycocotools import mask as coco_mask
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -23,32 +21,22 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from addp_core.data import DataConfig, Stream
 from addp_core.encoder import Encoder
-from addp_core.engine import Draw, Stage
-from addp_core.engine import train as train_with_engine
-from addp_core.images import ImageError
-from det.augment import ScaleJitter, SceneBatch, collate
-from det.coco import CocoSet, evaluate
+from det.augment import Scene
 from det.config import DetectorFile
-from det.drawing import draw, square
-from det.model import Detections, detect_all, save_detector, to_tensor
+from det.model import Detections
 from det.pyramid import ChannelNorm, FeaturePyramid
-
-if TYPE_CHECKING:
-    from det.train import Recipe
 
 ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
 RATIOS = (0.5, 1.0, 2.0)
 NET = "backbone.net."  # begins the names of the encoder's parameters
-PREVIEWS, SURE = 8, 0.3  # images, and the lowest score that is drawn
 
 
 class TorchvisionDetector(MaskRCNN):
     """torchvision's Mask R-CNN: two convolutions in the RPN head, four and one linear layer in the box head, norms over
     channels in box and mask head; boxes are regressed for each class.
 
-    Training: `model(images, targets)` on squares gives the losses. Evaluation: `detect`.
+    Training: `model(scenes)` gives the losses. Evaluation: `model.detect(images)`.
     """
 
     def __init__(self, file: DetectorFile, encoder: Encoder):
@@ -76,6 +64,13 @@ class TorchvisionDetector(MaskRCNN):
         )
         self.transform = _Square(file.size)
         self.file = file
+
+    def forward(self, seen: list[Scene] | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Training: scenes of one size -> losses by name. Evaluation: Float[3,H,W] in [0,1] each -> what is found."""
+        if not self.training:
+            return super().forward(seen)
+        targets = [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in seen]
+        return super().forward([s.image.float() / 255 for s in seen], targets)
 
     def no_weight_decay(self) -> set[str]:
         return {NET + name for name in self.backbone.net.no_weight_decay()}
@@ -134,57 +129,3 @@ class _Square(GeneralizedRCNNTransform):
 def _code(mask: Tensor) -> dict[str, Any]:
     """Bool[H,W] -> COCO's compressed code."""
     return coco_mask.encode(np.asfortranarray(mask.to(torch.uint8).cpu().numpy()))
-
-
-class DetStage(Stage):
-    """What the engine trains."""
-
-    name = "det"
-
-    def __init__(self, model: TorchvisionDetector, val: CocoSet):
-        self.model, self.val = model, val
-
-    def loss(self, model: nn.Module, batch: SceneBatch, draw: Draw) -> dict[str, Tensor]:
-        """Sum of the RPN's two losses, class, box and mask loss, each also on its own."""
-        scenes = batch.scenes()
-        images = [scene.image.float() / 255 for scene in scenes]
-        losses = model(images, [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in scenes])
-        return {"loss": sum(losses.values()), **losses}
-
-    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Average precision on the validation set; figures that it has no object for are left out."""
-        results = detect_all(model, self.val)
-        if not PartialState().is_main_process:
-            return {}
-        figures = evaluate(self.val.dataset(), results)
-        return {name: value for name, value in figures.items() if value is not None}
-
-    def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Validation images with what is found on them."""
-        shown, size = [], model.file.size
-        for index in range(len(self.val)):
-            if len(shown) == PREVIEWS:
-                break
-            try:
-                image = to_tensor(self.val.picture(index)[0].image())
-            except ImageError:  # evaluation names it
-                continue
-            (found,) = model.detect([image.to(next(model.parameters()).device)])
-            shown.append(square(draw(image, found, model.file.categories, SURE), size))
-        return {"detections": torch.stack(shown)} if shown else {}
-
-    def export(self, model: nn.Module, path: Path) -> None:
-        save_detector(model, path)
-
-
-def train(recipe: "Recipe", text: str, file: DetectorFile, encoder: Encoder, sets: dict[str, CocoSet]) -> None:
-    """Train on the set `train`, or continue, and evaluate on `val`; ends with `<out>/model.safetensors`."""
-    config = recipe.data
-    torch.manual_seed(recipe.train.seed)
-    model = TorchvisionDetector(file, encoder)
-    loading = DataConfig(max_errors=config.max_errors, workers=config.workers, prefetch=config.prefetch)
-    jitter = ScaleJitter(config.size, config.scale, config.flip)
-    stream = Stream(
-        sets["train"], jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate
-    )
-    train_with_engine(DetStage(model, sets["val"]), stream, recipe.train, recipe.out, text)
