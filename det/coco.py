@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from addp_core.errors import UserError, nearest
 from addp_core.images import ImageError, Picture, image_errors
 from addp_core.sources import ImageSource
-from det.config import Category, CocoConfig
+from det.config import Category, CocoFiles
 
 log = logging.getLogger("addp")
 
@@ -132,18 +132,21 @@ class CocoSet(ImageSource):
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def open_coco(config: CocoConfig, split: str) -> CocoSet:
-    """The `train` or `val` part, from the keys that name its files or from where it usually lies under `root`."""
+def open_coco(config: CocoFiles, split: str, empty: bool = True) -> CocoSet:
+    """The `train` or `val` part, from the keys that name its files or from where it usually lies under `root`.
+
+    empty: keep images without objects.
+    """
     names = [f"annotations/instances_{split}{year}.json" for year in ("2017", "")]
     annotations = _find(config, f"{split}_annotations", names)
     folders = [f"{split}2017", f"images/{split}2017", f"images/{split}", split, "images"]
     images = _find(config, f"{split}_images", folders)
     if not images.is_dir():
         raise UserError(f"data.{split}_images: {images} is not a folder; expected the folder of the images")
-    return CocoSet(annotations, images, config.max_errors, config.empty or split != "train")
+    return CocoSet(annotations, images, config.max_errors, empty)
 
 
-def _find(config: CocoConfig, key: str, usual: Sequence[str]) -> Path:
+def _find(config: CocoFiles, key: str, usual: Sequence[str]) -> Path:
     given = getattr(config, key)
     if given:
         path = Path(given).expanduser()

@@ -9,8 +9,8 @@ from addp_core.encoder import AttentionConfig, EncoderConfig
 
 
 @dataclass
-class CocoConfig:
-    """Which COCO files, and how their images are shown."""
+class CocoFiles:
+    """Which COCO files."""
 
     __shorthand__ = "root"
     root: Annotated[
@@ -22,11 +22,17 @@ class CocoConfig:
     train_images: Annotated[str, "folder, where it is not found under root"] = ""
     val_annotations: Annotated[str, "file, where it is not found under root"] = ""
     val_images: Annotated[str, "folder, where it is not found under root"] = ""
+    max_errors: Annotated[float, Ge(0), "images to do without: a count, or below 1 a share of the set"] = 0.01
+
+
+@dataclass
+class CocoConfig(CocoFiles):
+    """Which COCO files, and how their images are shown in training."""
+
     size: Annotated[int, Ge(16), "pixels: side of the training square, longer side in evaluation"] = 1024
     scale: Annotated[tuple[float, float], "large-scale jitter: range of the image's longer side over size"] = (0.1, 2.0)
     flip: Annotated[bool, "mirror every other image, by chance"] = True
     empty: Annotated[bool, "train on images without objects too"] = True
-    max_errors: Annotated[float, Ge(0), "images to do without: a count, or below 1 a share of the set"] = 0.01
     workers: Annotated[
         int | None, Ge(0), "loading processes a training process; 0: none (default: 1 on a CPU, with a GPU up to 12)"
     ] = None

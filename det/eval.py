@@ -13,7 +13,7 @@ from addp_core.compute import accelerate_model
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
 from det.coco import evaluate, open_coco
-from det.config import CocoConfig
+from det.config import CocoFiles
 from det.model import check_categories, detect_all, load_detector, process_state
 
 
@@ -22,7 +22,7 @@ class Recipe:
     """Keys of `addp det eval`."""
 
     model: Annotated[str, "a run of `addp det train`, or its file"]
-    data: CocoConfig = field(default_factory=CocoConfig)
+    data: CocoFiles = field(default_factory=CocoFiles)
     split: Annotated[Literal["val", "train"], "part of the set"] = "val"
     per_class: Annotated[bool, "average precision of each category too"] = False
     out: Annotated[str, "folder for figures.json and results.json; empty: no files"] = ""

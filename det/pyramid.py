@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addp_core.encoder import Encoder
+from addp_core.errors import UserError
 
 EPS = 1e-6  # of every norm, as ViTDet's
 
@@ -49,8 +50,8 @@ class FeaturePyramid(nn.Module):
         self.net, self.out_channels = encoder, channels
         strides = [encoder.patch_size / scale for scale in scales]
         if any(stride < 1 or stride % 1 for stride in strides):
-            raise ValueError(
-                f"scales: found {list(scales)} of the map of {encoder.patch_size}-pixel patches, "
+            raise UserError(
+                f"detector.scales: found {list(scales)} of the map of {encoder.patch_size}-pixel patches, "
                 "expected strides of whole pixels"
             )
         self.strides = [*map(int, strides), int(2 * strides[-1])]

@@ -91,7 +91,7 @@ def choose_engine(wanted: str) -> str:
 
 def open_sets(config: CocoConfig) -> dict[str, CocoSet]:
     """Both parts; UserError where their categories differ."""
-    sets = {split: open_coco(config, split) for split in ("train", "val")}
+    sets = {"train": open_coco(config, "train", config.empty), "val": open_coco(config, "val")}
     if sets["train"].categories != sets["val"].categories:
         raise UserError(f"{sets['val'].path}: its categories are not those of {sets['train'].path}; expected the same")
     return sets
@@ -100,15 +100,11 @@ def open_sets(config: CocoConfig) -> dict[str, CocoSet]:
 def build_encoder(recipe: Recipe) -> Encoder:
     """The recipe's encoder for squares of `data.size`."""
     torch.manual_seed(recipe.train.seed)
-    encoder = load_encoder(
-        recipe.model,
-        recipe.data.size,
-        encoder_heads=recipe.encoder_heads,
-        drop_path=recipe.drop_path,
-        tokenizer_norm=recipe.tokenizer_norm,
-        attention=recipe.attention,
-        dynamic=True,
-        init=recipe.init,
-    )
+    options = {"drop_path": recipe.drop_path, "tokenizer_norm": recipe.tokenizer_norm, "attention": recipe.attention}
+    options |= {"encoder_heads": recipe.encoder_heads, "dynamic": True, "init": recipe.init}
+    try:
+        encoder = load_encoder(recipe.model, recipe.data.size, **options)
+    except UserError as error:
+        raise UserError(str(error).replace("img_size", "data.size")) from error  # the key that the user knows
     encoder.checkpointing = recipe.checkpointing
     return encoder
