@@ -15,6 +15,7 @@ from addp_core.compute import accelerate_model
 from addp_core.config import dump, load
 from addp_core.errors import UserError
 from addp_core.files import replacing, write_atomically
+from addp_core.images import ImageError, Picture, image_errors
 
 ModelSource = Annotated[
     str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"
@@ -29,10 +30,14 @@ def pick_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+def load_named(recipe: Any, **options: Any) -> ADDP:
+    """The model that a recipe names with the keys model, tokenizer and heads, on the CPU."""
+    return load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **stated_heads(recipe), **options)
+
+
 def load_sampler(recipe: Any, device: torch.device, **options: Any) -> ADDP:
-    """The model that a recipe names (model, tokenizer, heads), ready to sample on `device`, without its predictor."""
-    tokenizer = recipe.tokenizer or None
-    model = load_addp(recipe.model, tokenizer=tokenizer, **stated_heads(recipe), **options).requires_grad_(False)
+    """The same, ready to sample on `device`, without its predictor."""
+    model = load_named(recipe, **options).requires_grad_(False)
     model.predictor = None  # generation does without it
     model = model.to(device)
     accelerate_model(model)
@@ -58,6 +63,15 @@ def claim_folder(out: Path, recipe: Any, free: set[str] = frozenset()) -> None:
         raise UserError(
             f"out: {out} cannot be written ({error.strerror}); expected a folder you may write to"
         ) from error
+
+
+def read_picture(path: str, key: str) -> Picture:
+    """The image file at `path`; UserError, with the recipe's key, where it is none. Decoding may yet fail."""
+    try:
+        with image_errors():
+            return Picture(Path(path).expanduser().read_bytes())
+    except ImageError as error:
+        raise UserError(f"{key}: {path}: {error}; expected an image file") from error
 
 
 def image_path(out: Path, i: int) -> Path:

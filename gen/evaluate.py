@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 from accelerate import PartialState
 from annotated_types import Ge, Gt, Interval
 
-from addp_core.checkpoint import load_addp, stated_heads
 from addp_core.compute import Precision
 from addp_core.errors import UserError
 from addp_core.files import TEMPORARY, write_atomically
@@ -25,7 +24,7 @@ from addp_core.images import ImageError
 from addp_core.sampler import SampleConfig
 from addp_core.sources import Files, ImageSource, open_source
 from gen import generate
-from gen.common import DecoderHeads, EncoderHeads, TokenizerSource, image_path, pick_state
+from gen.common import DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named, pick_state
 from gen.features import Extractor, Features, cached, content, extract, only, open_extractor, read_statistics
 from gen.metrics import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -84,7 +83,7 @@ def run(recipe: Recipe) -> None:
     given = generated_images(Path(recipe.images)) if recipe.images else None
     check_counts(len(given) if given else recipe.n, recipe.is_splits)
     reference = open_reference(recipe)
-    hw = size_of_first(given) if given else size_of_model(recipe)
+    hw = size_of_first(given) if given else load_named(recipe).config.image_size
     extractor = open_extractor(recipe.inception, recipe.extractor, state.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -147,12 +146,6 @@ def generated_images(folder: Path, n: int | None = None) -> ImageSource:
         names = sorted(path.name for path in folder.glob("[0-9]*.png"))
         return Files(folder, names if n is None else [image_path(folder, i).name for i in range(n)])
     return open_source(str(folder))
-
-
-def size_of_model(recipe: Recipe) -> tuple[int, int]:
-    """(height, width) of the images that the model makes."""
-    model = load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **stated_heads(recipe))
-    return model.config.image_size
 
 
 def size_of_first(images: ImageSource) -> tuple[int, int]:
