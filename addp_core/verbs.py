@@ -5,6 +5,7 @@ VERBS = {  # verb: (module, one line of help); modules are imported when their v
     "predictor": ("pretrain.predictor", "stage 2: train a token predictor (MAGE) on its ids"),
     "pretrain": ("pretrain.addp", "stage 3: train ADDP over a frozen tokenizer and predictor"),
     "generate": ("gen.generate", "write generated images and a grid of them"),
+    "inpaint": ("gen.inpaint", "fill a hole in a picture, or paint on beyond its sides"),
     "evaluate": ("gen.evaluate", "FID, IS, precision, recall and KID of generated images"),
     "seg train": ("seg.train", "UperNet over the encoder on ADE20K"),
     "seg test": ("seg.test", "mIoU of a trained segmentor, or of class maps on the disk"),
