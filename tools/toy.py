@@ -32,13 +32,12 @@ from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
+from addp_core.corruptions import CORRUPTIONS, FILE_QUALITY, SEVERITIES, clouds, corrupt
 from addp_core.errors import UserError
-from tools.corruptions import CORRUPTIONS, clouds, corrupt
 
 log = logging.getLogger("addp")
 
 SetName = Literal["imagenet", "coco", "ade20k", "imagenet-a", "imagenet-r", "sketch", "imagenet-c"]
-VERSION = 1  # of the pictures: a folder made by another version is refused, not mixed
 DIGITS = tuple(range(10))
 CLASSES_A = (0, 2, 3, 5, 7, 8)  # as in the real sets, some of the classes only, and not the same ones
 CLASSES_R = (0, 1, 3, 4, 6, 9)
@@ -85,7 +84,8 @@ def run(recipe: Recipe) -> None:
 def make_set(name: SetName, recipe: Recipe, scans: "Scans", out: Path) -> None:
     """Writes one set under a temporary name, then its contact sheet, then renames it."""
     write, sheet, keys = SETS[name]
-    settings = {"set": name, "version": VERSION, "seed": recipe.seed, **{key: getattr(recipe, key) for key in keys}}
+    settings = {"set": name, "version": version(name), "seed": recipe.seed}
+    settings |= {key: getattr(recipe, key) for key in keys}
     folder, partial = out / name, out / f".tmp-{name}"
     if folder.exists():
         check_made_alike(folder, settings)
@@ -101,6 +101,11 @@ def make_set(name: SetName, recipe: Recipe, scans: "Scans", out: Path) -> None:
     (partial / "toy.json").write_text(json.dumps(settings, indent=1) + "\n")
     os.rename(partial, folder)
     log.info("toy: wrote %s", folder)
+
+
+def version(name: SetName) -> int:
+    """Of a set's pictures and files: a folder made by another one is refused, not mixed."""
+    return 2 if name == "imagenet-c" else 1
 
 
 def check_made_alike(folder: Path, settings: dict[str, Any]) -> None:
@@ -299,9 +304,9 @@ def write_imagenet_c(folder: Path, recipe: Recipe, scans: Scans) -> None:
     for i in range(recipe.corrupted):
         clean = single(rng_for(recipe, "imagenet-c", i), scans, "val", i % 10, recipe.size)
         for name in CORRUPTIONS:
-            for severity in range(1, 6):
+            for severity in SEVERITIES:
                 image = corrupt(clean, name, severity, rng_for(recipe, "imagenet-c", i, name, severity))
-                save(image, folder / name / str(severity) / str(i % 10) / f"val_{i:06d}.JPEG", quality=85)
+                save(image, folder / name / str(severity) / str(i % 10) / f"val_{i:06d}.JPEG", quality=FILE_QUALITY)
 
 
 # ------------------------------------------------------------------------------------------------------------ detection
@@ -437,7 +442,7 @@ def write_coco(folder: Path, recipe: Recipe, scans: Scans) -> None:
                     }
                 )
         content = {
-            "info": {"description": "toy scenes of handwritten digits", "version": str(VERSION)},
+            "info": {"description": "toy scenes of handwritten digits", "version": str(version("coco"))},
             "licenses": [],
             "images": images,
             "annotations": annotations,
@@ -531,7 +536,7 @@ def sheet_of_classes(folder: Path) -> Image.Image:
 
 
 def sheet_of_corruptions(folder: Path) -> Image.Image:
-    chosen = [(name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
+    chosen = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
     paths = []
     for i, (name, severity) in enumerate(chosen):
         found = sorted((folder / name / str(severity)).glob("*/*"))
