@@ -98,10 +98,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer in ("adam", "adamw"):
         options["fused"] = True  # one pass over the weights; half the time on a CPU
     options |= {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    if config.optimizer == "lars" and not config.weight_decay:
+        options["param_group_fn"] = _adapted_matrices
     try:
         return timm.optim.create_optimizer_v2(model, opt=config.optimizer, lr=config.peak_lr, **options)
     except ValueError as error:
         raise UserError(f"train.optimizer={config.optimizer}: {error}") from error
+
+
+def _adapted_matrices(model: nn.Module) -> list[dict[str, Any]]:
+    """LARS scales the rate of matrices without weight decay too, which timm's does on request only; never of vectors
+    (MAE's linear probing)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return [{"params": matrices, "always_adapt": True}, {"params": vectors}]
 
 
 class Signals:

@@ -1,0 +1,206 @@
+"""`addp linprobe`: what a linear layer makes of a frozen encoder's features (App. D.2).
+
+mode=full is the published protocol: random crops, LARS, a batch norm without affine parameters before the head.
+mode=fast computes the features of each image once and sweeps learning rates over them, block by block (sweep.py).
+"""
+
+import logging
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from annotated_types import Ge, Gt, Le
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from addp_core.checkpoint import load_encoder, save_model
+from addp_core.classifier import Classifier, normalise
+from addp_core.config import dump
+from addp_core.data import Batch, DataConfig, Stream, pretrain_transform
+from addp_core.encoder import Encoder
+from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
+from addp_core.errors import UserError
+from addp_core.images import eval_transform
+from addp_core.keys import with_defaults
+from addp_core.sources import ImageSource
+from cls import sweep
+from cls.data import evaluation_share, held, open_splits
+from cls.evaluation import score
+from cls.features import Features, Pooling, block_number, cut
+from cls.finetune import NORMALISATION
+from cls.results import keep_best
+
+log = logging.getLogger("addp")
+
+HEAD_STD = 0.01  # of a new head: LARS moves weights in proportion to their size, which must not be next to nothing
+
+ProbeData = with_defaults(DataConfig, scale=(0.08, 1.0))
+ProbeTrain = with_defaults(
+    TrainConfig,
+    epochs=90.0,
+    batch=1024,
+    optimizer="lars",
+    weight_decay=0.0,
+    base_lr=0.1,
+    warmup_epochs=10.0,
+    clip_grad=None,
+)
+
+
+@dataclass
+class Recipe:
+    """Keys of `addp linprobe`."""
+
+    out: Annotated[str, "run folder"]
+    model: Annotated[
+        str,
+        "a run of `addp pretrain` or `addp finetune`, a file (ADDP, MAE, BEiT, timm ViT), hf://owner/repository/file, "
+        "or with init=random a size (tiny, small, base, large)",
+    ]
+    data: ProbeData = field(default_factory=ProbeData)
+    val: Annotated[str, "images to validate on (default: the `val` split of data)"] = ""
+    mode: Annotated[
+        Literal["full", "fast"],
+        "full: the published training of one head, as `train` says; fast: features computed once, many heads, as "
+        "`fast` says (of `train` only seed and precision)",
+    ] = "full"
+    init: Annotated[
+        Literal["pretrained", "random"], "the file's weights, or its architecture with weights drawn from the seed"
+    ] = "pretrained"
+    patch_size: Annotated[int | None, Ge(1), "pixels, where `model` is a size (default: 16)"] = None
+    encoder_heads: Annotated[int | None, Ge(1), "of a file whose heads are not width/64"] = None
+    tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipe drops it)"] = False
+    normalisation: Annotated[
+        Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
+    ] = "imagenet"
+    pooling: Annotated[Pooling, "full: what the head sees: the mean of the patches, or the class token"] = "avg"
+    block: Annotated[int, "full: the block whose features are probed, from 1, or from the end as -1"] = -1
+    fast: sweep.FastConfig = field(default_factory=sweep.FastConfig)
+    train: ProbeTrain = field(default_factory=ProbeTrain)
+    eval_crop: Annotated[
+        float | None,
+        Gt(0),
+        Le(1),
+        "share of the shorter side that validation crops (default: 0.875 up to 224 px, else 1)",
+    ] = None
+    eval_batch: Annotated[int, Ge(1), "images at a time in validation and for features, on each process"] = 64
+
+
+def run(recipe: Recipe) -> None:
+    """Probe, or continue; ends with results.json and `<out>/model.safetensors`, a classifier."""
+    text = dump(recipe)
+    if prepare_out(recipe.out, text):
+        sweep.show(Path(recipe.out), recipe.mode)
+        return
+    train_set, val_set = open_splits(recipe.data, recipe.val)
+    torch.manual_seed(recipe.train.seed)
+    encoder = load_encoder(
+        recipe.model,
+        recipe.data.hw,
+        encoder_heads=recipe.encoder_heads,
+        tokenizer_norm=recipe.tokenizer_norm,
+        init=recipe.init,
+        patch_size=recipe.patch_size,
+    )
+    if recipe.mode == "fast":
+        sweep.run(recipe, encoder, train_set, val_set, text)
+        return
+    classifier = build(recipe, encoder, train_set.classes)
+    share = evaluation_share(recipe.data.hw, recipe.eval_crop)
+    stage = ProbeStage(classifier, recipe, held(val_set, recipe.data, share), share)
+    transform = pretrain_transform(recipe.data)
+    stream = Stream(train_set, transform, recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch)
+    train(stage, stream, recipe.train, recipe.out, text)
+    sweep.show(Path(recipe.out), recipe.mode)
+
+
+def build(recipe: Recipe, encoder: Encoder, classes: tuple[str, ...]) -> Classifier:
+    """The classifier at the start: the encoder up to the block that is probed, and a new head."""
+    cut(encoder, block_number(encoder, recipe.block))
+    mean, std = NORMALISATION[recipe.normalisation]
+    model = Classifier(encoder, len(classes), recipe.pooling, "batch", classes, mean, std)
+    nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
+    return model
+
+
+class Probe(nn.Module):
+    """What is trained of a classifier, and all that checkpoints hold: its norm's statistics and its head."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.fc_norm, self.head = classifier.fc_norm, classifier.head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Float[B,W] -> logits Float[B,C]."""
+        return self.head(self.fc_norm(features))
+
+
+class ProbeStage(Stage):
+    """A head over the frozen encoder.
+
+    Its loss is that of the whole batch: the features of all micro-steps and processes are put together first (they are
+    small and need no gradient), so that the batch norm sees what it would see without accumulation.
+    """
+
+    name = "linprobe"
+
+    def __init__(self, classifier: Classifier, recipe: Recipe, val_set: ImageSource, share: float):
+        self.classifier, self.recipe, self.val_set = classifier, recipe, val_set
+        self.model = Probe(classifier)
+        self.features = Features(classifier.encoder, [len(classifier.encoder.blocks)], [recipe.pooling])
+        self.frozen = [self.features]
+        self.transform = eval_transform(recipe.data.hw, share)
+        self.held: list[tuple[Tensor, Tensor]] = []  # (features, labels) of the batch so far
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """The loss comes in the last micro-step, as many times as there are, since the engine takes their mean."""
+        self._check_labels(batch)
+        images = normalise(batch.images, self.classifier.mean, self.classifier.std)
+        self.held.append((self.features(images)[:, 0, 0, 0], batch.labels))
+        parts = self.recipe.train.accumulate
+        if (draw.micro + 1) % parts:
+            zero = torch.zeros((), device=images.device)
+            return {"loss": zero.clone().requires_grad_(), "train_top1": zero}
+        features, labels = (gather(torch.cat(tensors)) for tensors in zip(*self.held, strict=True))
+        self.held.clear()
+        logits = model(features).float()
+        top1 = 100 * (logits.argmax(1) == labels).float().mean()
+        return {"loss": parts * cross_entropy(logits, labels), "train_top1": parts * top1}
+
+    def _check_labels(self, batch: Batch) -> None:
+        classes = self.classifier.num_classes
+        wrong = ((batch.labels < 0) | (batch.labels >= classes)).nonzero()
+        if len(wrong):  # of sets that do not tell their labels at once
+            raise UserError(f"data.source: found label {int(batch.labels[wrong[0]])}, expected 0 to {classes - 1}")
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Top-1 and top-5 of the validation images in per cent; keeps the best head so far."""
+        recipe, classifier = self.recipe, self._with(model)
+        scores = score(
+            classifier,
+            self.val_set,
+            self.transform,
+            classifier.num_classes,
+            mean=classifier.mean,
+            std=classifier.std,
+            batch=recipe.eval_batch,
+            precision=recipe.train.precision,
+            workers=recipe.data.workers,
+            max_errors=recipe.data.max_errors,
+        )
+        if PartialState().is_main_process:
+            keep_best(classifier, step, scores, Path(recipe.out))
+        return scores.figures
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        save_model(self._with(model), path)
+
+    def _with(self, probe: nn.Module) -> Classifier:
+        """The classifier with the head at hand, which may be the one with averaged weights; nothing is copied."""
+        classifier = copy(self.classifier)
+        classifier._modules = {**self.classifier._modules, "fc_norm": probe.fc_norm, "head": probe.head}
+        return classifier
