@@ -35,6 +35,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 from addp_core.checkpoint import MODEL_FILE, read_tensors
 from addp_core.encoder import Encoder
@@ -133,6 +134,15 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     return figures
 
 
+def evaluate_only(cfg: DictConfig) -> None:
+    """Figures of the detector `train.init_checkpoint`."""
+    if not cfg.train.init_checkpoint:
+        raise UserError("train.init_checkpoint: missing; expected the detector to evaluate")
+    model = instantiate(cfg.model).to(cfg.train.device)
+    load_weights(model, cfg.train.init_checkpoint)
+    evaluate(cfg, create_ddp_model(model, **cfg.train.ddp))
+
+
 def load_weights(model: nn.Module, source: str) -> None:
     """A whole detector: a checkpoint of this program, or a run of either or its file. UserError where it does not
     fit.
@@ -179,21 +189,21 @@ def export(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """What each process does."""
-    args.config_file = str(find_config(args.config_file))
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
-    if not torch.cuda.is_available():
-        cfg.train.device, cfg.train.amp.enabled = "cpu", False
-        cfg.train.ddp.update(fp16_compression=False, device_ids=None)
-    default_setup(cfg, args)
-    if not args.eval_only:
-        train(cfg, args.resume)
-        return
-    if not cfg.train.init_checkpoint:
-        raise UserError("train.init_checkpoint: missing; expected the detector to evaluate")
-    model = instantiate(cfg.model).to(cfg.train.device)
-    load_weights(model, cfg.train.init_checkpoint)
-    evaluate(cfg, model)
+    """What each process does; leaves with 2 where the input is wrong."""
+    try:
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+        if not torch.cuda.is_available():
+            cfg.train.device, cfg.train.amp.enabled = "cpu", False
+            cfg.train.ddp.update(fp16_compression=False, device_ids=None)
+        default_setup(cfg, args)
+        if args.eval_only:
+            evaluate_only(cfg)
+        else:
+            train(cfg, args.resume)
+    except UserError as error:
+        if comm.is_main_process():
+            sys.stderr.write(f"addp: {error}\n")
+        raise SystemExit(2) from error
 
 
 def find_config(name: str) -> Path:
@@ -204,17 +214,19 @@ def find_config(name: str) -> Path:
     raise UserError(f"--config-file {name}: no such file or config; the configs are {', '.join(sorted(known))}")
 
 
-def run(argv: list[str] | None = None) -> int:
-    """The command line; the exit code: 2 where the input is wrong."""
+def run(argv: list[str] | None = None) -> None:
+    """The command line. Leaves by SystemExit unless all went well: 2 where the input is wrong, 0 or 1 on a signal."""
     args = default_argument_parser(__doc__).parse_args(argv)
     machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank, "dist_url": args.dist_url}
     try:
+        args.config_file = str(find_config(args.config_file))
         launch(main, args.num_gpus, **machines, args=(args,))
     except UserError as error:
         sys.stderr.write(f"addp: {error}\n")
-        return 2
-    return 0
+        raise SystemExit(2) from error
+    except ProcessExitedException as error:  # one of several
+        raise SystemExit(error.exit_code) from error
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run()
