@@ -106,5 +106,9 @@ def build_encoder(recipe: Recipe) -> Encoder:
         encoder = load_encoder(recipe.model, recipe.data.size, **options)
     except UserError as error:
         raise UserError(str(error).replace("img_size", "data.size")) from error  # the key that the user knows
+    if not isinstance(encoder, Encoder):
+        raise UserError(
+            f"model: {recipe.model} sees token ids, not pixels; expected an encoder of pixels (ADDP, MAE, ViT)"
+        )
     encoder.checkpointing = recipe.checkpointing
     return encoder

@@ -121,8 +121,8 @@ class _Square(GeneralizedRCNNTransform):
             return result
         for found, shown, hw in zip(result, image_shapes, original_image_sizes, strict=True):
             found["boxes"] = resize_boxes(found["boxes"], shown, hw)
-            masks = zip(found["masks"].float().split(1), found["boxes"].split(1), strict=True)
-            found["masks"] = [_code(paste_masks_in_image(mask, box, hw)[0, 0] > 0.5) for mask, box in masks]
+            masks = zip(found["masks"].float(), found["boxes"], strict=True)
+            found["masks"] = [_code(paste_masks_in_image(mask[None], box[None], hw)[0, 0] > 0.5) for mask, box in masks]
         return result
 
 
