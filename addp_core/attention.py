@@ -4,11 +4,12 @@ References: ViTDet (arXiv 2203.16527) for windows and decomposed positions, BEiT
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
-from timm.layers import RelPosBias, gen_relative_position_index, resize_rel_pos_bias_table
+from timm.layers import RelPosBias, gen_relative_position_index
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,7 +69,7 @@ def _by_offset(table: Tensor, size: int) -> Tensor:
 class PositionTable(RelPosBias):
     """BEiT's relative positions: a learned bias for each offset and head (timm's module and parameter name).
 
-    Zero at first. Other grids than `grid` resize the table bicubically.
+    Zero at first. Other grids than `grid` stretch the table (`resize_table`).
     """
 
     def __init__(self, grid: tuple[int, int], heads: int, prefix: int):
@@ -86,9 +87,40 @@ class PositionTable(RelPosBias):
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
-    """A table of biases for another grid, Float[entries,heads]; the three entries of a class token are kept."""
-    entries = (2 * new[0] - 1) * (2 * new[1] - 1) + (3 if prefix else 0)
-    return resize_rel_pos_bias_table(table, new_window_size=new, new_bias_shape=(entries, table.shape[1]))
+    """A table of biases for another grid, Float[entries,heads]; the three entries of a class token are kept.
+
+    As BEiT's fine-tuning does it: near offsets keep their meaning in patches, far ones are stretched over the new grid.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    offsets, kept = (table[:-3], table[-3:]) if prefix else (table, table[:0])
+    rows, columns = (_stretch(2 * o - 1, 2 * n - 1).to(table) for o, n in zip(old, new, strict=True))
+    offsets = offsets.unflatten(0, (2 * old[0] - 1, 2 * old[1] - 1))
+    offsets = torch.einsum("ih,jw,hwn->ijn", rows, columns, offsets)
+    return torch.cat([offsets.flatten(0, 1), kept])
+
+
+@lru_cache
+@torch.inference_mode(False)  # what is kept must serve training too
+def _stretch(old: int, new: int) -> Tensor:
+    """Float[new,old]: linear interpolation along one axis of a table, from offsets spaced geometrically to even ones.
+
+    The old entries lie at 0, +-1, +-(1 + q), +-(1 + q + q^2) ..., with q such that the last falls on the new edge.
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (old // 2)) / (1 - q) > new // 2 else (q, high)
+    steps = torch.tensor([q**i for i in range(old // 2)], dtype=torch.float64).cumsum(0)
+    at = torch.cat([-steps.flip(0), steps.new_zeros(1), steps])
+    wanted = torch.arange(new, dtype=torch.float64).sub(new // 2).clamp(at[0], at[-1])
+    if old == 1:
+        return torch.ones(new, 1)
+    right = torch.searchsorted(at, wanted).clamp(1, old - 1)
+    share = (wanted - at[right - 1]) / (at[right] - at[right - 1])
+    weights = torch.zeros(new, old, dtype=torch.float64)
+    weights.scatter_(1, right[:, None], share[:, None]).scatter_(1, right[:, None] - 1, 1 - share[:, None])
+    return weights.float()
 
 
 def to_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:

@@ -30,6 +30,7 @@ from addp_core.diffusion import ProcessConfig
 from addp_core.encoder import SIZES, Encoder, EncoderConfig, resample_positions
 from addp_core.errors import UserError, nearest
 from addp_core.files import replacing
+from addp_core.layers import PLAIN
 from addp_core.layouts import (
     ARCHITECTURES,
     LAYOUTS,
@@ -37,6 +38,7 @@ from addp_core.layouts import (
     EncoderFile,
     PredictorFile,
     State,
+    TokenEncoderFile,
     TokenizerFile,
     describe,
     is_published_addp,
@@ -45,8 +47,9 @@ from addp_core.layouts import (
     to_published,
     with_heads,
 )
-from addp_core.predictor import TokenPredictor
-from addp_core.tokenizer import Tokenizer
+from addp_core.predictor import PredictorConfig, TokenPredictor
+from addp_core.token_encoder import TokenEncoder
+from addp_core.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 
 MODEL_FILE = "model.safetensors"  # of a run folder
 METADATA_KEY = "addp"
@@ -191,57 +194,130 @@ def load_encoder(
     dynamic: bool = False,
     init: Literal["pretrained", "random"] = "pretrained",
     patch_size: int | None = None,
-) -> Encoder:
-    """The pixel encoder for recognition, from any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style
-    ViT; eval mode, float32, CPU.
+    tokenizer: Source | None = None,
+) -> Encoder | TokenEncoder:
+    """The encoder for recognition, from any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style ViT;
+    with `tokenizer` (or where the file holds one), MAGE's encoder over token ids. Eval mode, float32, CPU.
 
     img_size: pixels, a side or (height, width); positions are resampled bicubically. tokenizer_norm: keep ADDP's input
-    norm (published transfers drop it). encoder_heads: where it is not width/64. attention, dynamic: see `Encoder`; the
-    default is the file's own attention; relative positions that it lacks start at zero, those of other sizes are
-    resampled.
-    init: "random" takes the architecture alone and draws the weights from torch's global generator; `source` may then
-    also be a size, tiny, small, base or large, with `patch_size` (16). The final norm, which recognition does without,
-    is frozen.
+    norm (published transfers drop it; a ViT's own is always kept). encoder_heads: where it is not width/64. attention,
+    dynamic: see `Encoder`; the default is the file's own attention; relative positions that it lacks start at zero,
+    those of other sizes are resampled.
+    init: "random" takes the architecture alone and draws the weights from torch's global generator (a tokenizer keeps
+    its own); `source` may then also be a size, tiny, small, base or large, with `patch_size` (16). The final norm,
+    which recognition does without, is frozen.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    options = {"dropout": dropout, "drop_path": drop_path, "tokenizer_norm": tokenizer_norm, "input_dropout": dropout}
+    part = None if tokenizer is None else _read_part(tokenizer, "tokenizer")
     if isinstance(source, str) and source in SIZES and not Path(source).exists():
         if init != "random":
             raise UserError(f"{source}: a size, which has no weights; expected init=random beside it, or a checkpoint")
-        where, state = source, None
-        file = EncoderFile(EncoderConfig(**SIZES[source]), size, patch_size or NAMED_PATCH)
+        where, state = source, {}
+        if part is None:
+            file = EncoderFile(EncoderConfig(**SIZES[source]), size, patch_size or NAMED_PATCH)
+        else:
+            codes = part.architecture.tokenizer
+            file = TokenEncoderFile(PredictorConfig(**SIZES[source]), Vocabulary(codes.codebook), codes, size)
+            state = {f"tokenizer.{key}": value for key, value in part.state.items()}
     else:
-        where, state, file = _read_encoder(source, encoder_heads)
-        if patch_size not in (None, file.patch_size):
-            raise UserError(f"patch_size: found {patch_size}, but {where} has {file.patch_size}; leave the key out")
-        if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
-            raise UserError(f"tokenizer_norm: {where} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
+        where, state, file = _read_encoder(source, encoder_heads, part)
+    if patch_size not in (None, file.patch_size):
+        raise UserError(f"patch_size: found {patch_size}, but {where} has {file.patch_size}; leave the key out")
+    if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
+        raise UserError(f"tokenizer_norm: {where} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
     try:
-        encoder = Encoder(replace(file.encoder, **options), size, file.patch_size, attention or file.attention, dynamic)
+        encoder = _make_encoder(file, size, dropout, drop_path, tokenizer_norm, attention, dynamic)
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     encoder.norm.requires_grad_(False)
-    return encoder.eval() if init == "random" else _fill(encoder, _fitted(state, file, encoder), where)
+    if init == "pretrained":
+        return _fill(encoder, _fitted(state, file, encoder), where)
+    if isinstance(encoder, TokenEncoder):
+        _fill(encoder.tokenizer, _tokenizer_alone(strip(state, "tokenizer.")), where)
+    return encoder.eval()
 
 
-def _read_encoder(source: Source, heads: int | None) -> tuple[str, State, EncoderFile]:
-    """(name for errors, tensors, architecture) of the pixel encoder in any file that has one."""
+def _read_encoder(
+    source: Source, heads: int | None, tokenizer: Weights | None
+) -> tuple[str, State, EncoderFile | TokenEncoderFile]:
+    """(name for errors, tensors, architecture) of the encoder in any file that has one."""
     weights = read_weights(source, **({} if heads is None else {"encoder_heads": heads}))
+    if weights.kind == "predictor":
+        return _read_mage(source, weights, heads, tokenizer)
+    if tokenizer is not None:
+        raise UserError(f"tokenizer={tokenizer.where}: {weights.where} is no MAGE checkpoint; leave the key out")
     if weights.kind == "addp":
         config: ADDPConfig = weights.architecture
         file = EncoderFile(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
         return weights.where, weights.part("denoiser.encoder."), file
     if weights.kind == "classifier":
         return weights.where, weights.part("encoder."), weights.architecture.encoder
-    if weights.kind == "encoder":
+    if weights.kind in ("encoder", "token_encoder"):
         return weights.where, weights.state, weights.architecture
     raise UserError(
-        f"{weights.where}: {_describe_kind(weights)}; expected a checkpoint with a pixel encoder (ADDP, MAE or ViT)"
+        f"{weights.where}: {_describe_kind(weights)}; expected a checkpoint with an encoder (ADDP, MAE, BEiT, MAGE or "
+        "ViT with a pixel encoder)"
     )
 
 
-def _fitted(state: State, file: EncoderFile, encoder: Encoder) -> State:
+def _read_mage(
+    source: Source, weights: Weights, heads: int | None, tokenizer: Weights | None
+) -> tuple[str, State, TokenEncoderFile]:
+    """MAGE's encoder and the tokenizer, its own where none is given."""
+    if tokenizer is None:
+        tokenizer = read_weights(source, wanted="tokenizer")
+        if tokenizer.kind != "tokenizer":
+            raise UserError(f"{weights.where}: MAGE reads token ids; expected tokenizer=<VQGAN file> beside it")
+    found: PredictorFile = _checked(weights.where, with_heads, weights.architecture, {"predictor_heads": heads})
+    codes: TokenizerConfig = tokenizer.architecture.tokenizer
+    _check_codes(tokenizer, found.vocabulary.codebook)
+    if found.trained_on not in ("", fingerprint(_fill(Tokenizer(codes), tokenizer.state, tokenizer.where))):
+        raise UserError(
+            f"tokenizer={tokenizer.where}: {weights.where} was trained on another; expected the one it knows"
+        )
+    size = (found.grid[0] * codes.stride, found.grid[1] * codes.stride)
+    names = ("token_emb.", "blocks.", "norm.")
+    state = {key: value for key, value in weights.state.items() if key.startswith(names)}
+    state |= {f"tokenizer.{key}": value for key, value in _tokenizer_alone(tokenizer.state).items()}
+    return weights.where, state, TokenEncoderFile(found.predictor, found.vocabulary, codes, size)
+
+
+def _tokenizer_alone(state: State) -> State:
+    """A tokenizer's tensors without its decoder."""
+    return {key: value for key, value in state.items() if not key.startswith("decoder.")}
+
+
+def _make_encoder(
+    file: EncoderFile | TokenEncoderFile,
+    size: tuple[int, int],
+    dropout: float,
+    drop_path: float,
+    tokenizer_norm: bool,
+    attention: AttentionConfig | None = None,
+    dynamic: bool = False,
+) -> Encoder | TokenEncoder:
+    """The encoder of a file for other sizes and rates. ValueError where it cannot be."""
+    if isinstance(file, TokenEncoderFile):
+        if dynamic or attention not in (None, PLAIN):
+            raise UserError(
+                "attention: an encoder over tokens has neither windows, relative positions nor dynamic sizes"
+            )
+        predictor = replace(file.predictor, dropout=dropout)
+        return TokenEncoder(predictor, file.vocabulary, file.tokenizer, size, drop_path)
+    config = replace(
+        file.encoder,
+        dropout=dropout,
+        drop_path=drop_path,
+        tokenizer_norm=tokenizer_norm or file.encoder.pre_norm,
+        input_dropout=dropout,
+    )
+    return Encoder(config, size, file.patch_size, attention or file.attention, dynamic)
+
+
+def _fitted(state: State, file: EncoderFile | TokenEncoderFile, encoder: Encoder | TokenEncoder) -> State:
     """A file's encoder tensors as `encoder` wants them: positions of its size, and only the parts that it has."""
+    if isinstance(encoder, TokenEncoder):
+        return _resample_all(state, file.grid, encoder.grid)
     state, expected = dict(state), encoder.state_dict()
     if not encoder.config.tokenizer_norm:
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}
@@ -256,13 +332,16 @@ def _fitted(state: State, file: EncoderFile, encoder: Encoder) -> State:
 
 def _resample_relative(table: Tensor, like: Tensor, key: str, file: EncoderFile, encoder: Encoder) -> Tensor:
     """A relative table for the grid that its block sees in `encoder`."""
-    if key.endswith("relative_position_bias_table"):
-        if file.attention.class_token and not encoder.attention.class_token:
-            table = table[:-3]  # to, from and between class tokens
-        return resize_table(table.float(), file.grid, encoder.grid, encoder.prefix)
-    if table.shape == like.shape:
-        return table
-    return functional.interpolate(table.float().t().unsqueeze(0), size=len(like), mode="linear")[0].t()
+    if not key.endswith("relative_position_bias_table"):
+        if table.shape == like.shape:
+            return table
+        return functional.interpolate(table.float().t().unsqueeze(0), size=len(like), mode="linear")[0].t()
+    if file.attention.class_token and not encoder.attention.class_token:
+        table = table[:-3]  # to, from and between class tokens
+    block = int(key.split(".")[1])
+    old, new = file.attention.windows(file.encoder.depth)[block], encoder.blocks[block].window
+    old, new = (old, old) if old else file.grid, (new, new) if new else encoder.grid
+    return resize_table(table.float(), old, new, encoder.prefix)
 
 
 def load_classifier(source: Source, img_size: int | tuple[int, int] | None = None) -> Classifier:
@@ -276,9 +355,13 @@ def load_classifier(source: Source, img_size: int | tuple[int, int] | None = Non
     file: ClassifierFile = weights.architecture
     size = file.encoder.image_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else tuple(size)
-    encoder = Encoder(file.encoder.encoder, size, file.encoder.patch_size, file.encoder.attention)
+    stored = file.encoder
+    if isinstance(stored, TokenEncoderFile):
+        encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, size)
+    else:
+        encoder = Encoder(stored.encoder, size, stored.patch_size, stored.attention)
     model = Classifier(encoder, file.classes, file.pooling, file.norm, file.class_names, file.mean, file.std)
-    fitted = _fitted(weights.part("encoder."), file.encoder, encoder)
+    fitted = _fitted(weights.part("encoder."), stored, encoder)
     return _fill(model, _replace_part(weights.state, "encoder.", fitted), weights.where)
 
 
@@ -286,8 +369,8 @@ def load_classifier(source: Source, img_size: int | tuple[int, int] | None = Non
 
 
 def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int] | None = None) -> None:
-    """Write an ADDP, Tokenizer, TokenPredictor, Encoder or Classifier as one safetensors file with its architecture in
-    the metadata.
+    """Write an ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier as one safetensors file with its
+    architecture in the metadata.
 
     grid: the token grid of a TokenPredictor. The file appears whole or not at all; OSError where it cannot be written.
     """
@@ -427,9 +510,10 @@ def _describe_kind(weights: Weights) -> str:
         "predictor": "this is a MAGE checkpoint: pass it as predictor=",
         "tokenizer": "this is a VQGAN checkpoint: pass it as tokenizer=",
         "encoder": "this is a ViT encoder's checkpoint (MAE, timm or exported): load_encoder reads it",
+        "token_encoder": "this is an encoder over token ids",
         "classifier": "this is a fine-tuned classifier",
     }
-    return hint[weights.kind]
+    return hint.get(weights.kind, f"this is the checkpoint of a {weights.kind}")
 
 
 def _read_part(source: Source, kind: str, **heads: int) -> Weights:
@@ -500,6 +584,10 @@ def _architecture_of(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
         return "predictor", PredictorFile(module.config, grid, module.vocabulary, module.trained_on)
     if isinstance(module, Encoder):
         return "encoder", EncoderFile(module.config, module.image_size, module.patch_size, module.attention)
+    if isinstance(module, TokenEncoder):
+        tokenizer = module.tokenizer.config
+        file = TokenEncoderFile(module.predictor_config, module.vocabulary, tokenizer, module.image_size)
+        return "token_encoder", file
     if isinstance(module, Classifier):
         _, encoder = _architecture_of(module.encoder, None)
         return "classifier", ClassifierFile(
@@ -511,7 +599,7 @@ def _architecture_of(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
             module.mean,
             module.std,
         )
-    names = "ADDP, Tokenizer, TokenPredictor, Encoder or Classifier"
+    names = "ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier"
     raise TypeError(f"cannot save a {type(module).__name__}; expected {names}")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from addp_core.encoder import Encoder
 from addp_core.layers import LayerNorm
+from addp_core.token_encoder import TokenEncoder
 from addp_core.tokenizer import to_map
 
 HEAD_STD = 2e-5  # of a new head's weights, as published fine-tuning draws them
@@ -31,7 +32,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | TokenEncoder,
         classes: int,
         pooling: Literal["avg", "token"] = "avg",
         norm: Literal["layer", "batch"] = "layer",
@@ -42,6 +43,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.norm = encoder, norm
         self.class_names, self.mean, self.std = tuple(class_names), tuple(mean), tuple(std)
+        if isinstance(encoder, TokenEncoder):
+            encoder.mean, encoder.std = self.mean, self.std  # it has to undo them
         self.num_features = self.head_hidden_size = self.embed_dim = width = encoder.config.width
         self.fc_norm = LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.feature_info = [
@@ -125,7 +128,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.head: nn.Module = nn.Identity()
         if num_classes:
-            device = self.encoder.pos_embed.device
+            device = next(self.encoder.parameters()).device
             self.head = nn.Linear(self.num_features, num_classes, device=device)
             nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
             nn.init.zeros_(self.head.bias)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from addp_core.attention import AttentionConfig
-from addp_core.layers import PLAIN, Dropout, LayerNorm, check_heads, init_transformer, learned, transformer_blocks
+from addp_core.layers import (
+    PLAIN,
+    Dropout,
+    LayerNorm,
+    check_heads,
+    init_transformer,
+    learned,
+    take_rows,
+    transformer_blocks,
+)
 from addp_core.tokenizer import to_map
 
 
@@ -34,6 +43,9 @@ class EncoderConfig:
     ] = False
     input_dropout: Annotated[float, Interval(ge=0, lt=1), "after `tokenizer_norm`, where that is on"] = 0.1
     layer_scale: Annotated[bool, "learned scales on the branches of each block (BEiT's; ADDP has none)"] = False
+    pre_norm: Annotated[
+        bool, "`tokenizer_norm` is the ViT's own (CLIP's), and transfer keeps it (ADDP's is dropped)"
+    ] = False
 
     def __post_init__(self):
         check_heads("heads", self.heads, self.width)
@@ -47,65 +59,17 @@ SIZES = {
 }
 
 
-class Encoder(nn.Module):
-    """ViT with learned positions and a class token, over images of `image_size` (height, width) cut into `patch_size`
-    squares.
+class FeatureEncoder(nn.Module):
+    """What tasks read of an encoder that has `blocks` and a `patch_size`."""
 
-    attention: windows and relative positions, for dense prediction. dynamic: images may have any size that is a
-    multiple of the patch; absolute positions are then resampled, relative ones interpolated, at each call.
-    """
+    checkpointing = False
+    """Whether training computes the blocks' activations a second time rather than keep them."""
+    prefix = 1
+    """Tokens before the patches."""
 
-    def __init__(
-        self,
-        config: EncoderConfig,
-        image_size: tuple[int, int],
-        patch_size: int = 16,
-        attention: AttentionConfig = PLAIN,
-        dynamic: bool = False,
-    ):
-        super().__init__()
-        self.config, self.image_size, self.patch_size = config, tuple(image_size), patch_size
-        self.attention, self.dynamic = attention, dynamic
-        self.checkpointing = False
-        """Whether training computes the blocks' activations a second time rather than keep them."""
-        if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(
-                f"image size {image_size[0]} x {image_size[1]}: expected multiples of the patch size {patch_size}"
-            )
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.patch_embed = PatchEmbed(self.image_size, patch_size, 3, config.width, strict_img_size=not dynamic)
-        if attention.class_token:
-            self.cls_token = learned(1, 1, config.width)
-        self.pos_embed = learned(1, 1 + self.grid[0] * self.grid[1], config.width)
-        if config.tokenizer_norm:
-            self.tokenizer_norm = LayerNorm(config.width)
-            self.tokenizer_dropout = Dropout(config.input_dropout)
-        self.blocks = transformer_blocks(
-            config.width,
-            config.depth,
-            config.heads,
-            config.dropout,
-            config.drop_path,
-            config.layer_scale,
-            attention,
-            self.grid,
-        )
-        self.norm = LayerNorm(config.width)
-        init_transformer(self)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
-
-    def forward(self, images: Tensor, extra: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """Float[B,3,H,W] normalised -> Float[B,1+N,W] after the final norm, class token first.
-
-        extra: Float[B,E,W], further tokens that the image attends to; they are not part of the output.
-        at: Long[B,Q], patches whose features are wanted, instead of the class token and all -> Float[B,Q,W].
-        """
-        x = self.embed(images, extra)
-        if at is None:
-            at = torch.arange(-1, self.pos_embed.shape[1] - 1, device=x.device).expand(len(x), -1)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.norm(self.blocks[-1](x, at=1 + at))
+    def embed(self, images: Tensor) -> Tensor:
+        """Float[B,3,H,W] normalised -> Float[B,1+N,W], what the first block sees."""
+        raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] normalised -> Float[B,1+N,W], class token (where it attends) first, without the final norm."""
@@ -133,6 +97,75 @@ class Encoder(nn.Module):
                 outputs[i] = x
         return [outputs[i] for i in wanted]
 
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patches of Float[B,3,H,W]."""
+        return (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+
+
+class Encoder(FeatureEncoder):
+    """ViT with learned positions and a class token, over images of `image_size` (height, width) cut into `patch_size`
+    squares.
+
+    attention: windows and relative positions, for dense prediction. dynamic: images may have any size that is a
+    multiple of the patch; absolute positions are then resampled, relative ones interpolated, at each call.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        image_size: tuple[int, int],
+        patch_size: int = 16,
+        attention: AttentionConfig = PLAIN,
+        dynamic: bool = False,
+    ):
+        super().__init__()
+        self.config, self.image_size, self.patch_size = config, tuple(image_size), patch_size
+        self.attention, self.dynamic = attention, dynamic
+        if image_size[0] % patch_size or image_size[1] % patch_size:
+            raise ValueError(
+                f"image size {image_size[0]} x {image_size[1]}: expected multiples of the patch size {patch_size}"
+            )
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.patch_embed = PatchEmbed(self.image_size, patch_size, 3, config.width, strict_img_size=not dynamic)
+        if attention.class_token:
+            self.cls_token = learned(1, 1, config.width)
+        self.pos_embed = learned(1, 1 + self.grid[0] * self.grid[1], config.width)
+        if config.tokenizer_norm:
+            self.tokenizer_norm = LayerNorm(config.width)
+            self.tokenizer_dropout = Dropout(config.input_dropout)
+        self.blocks = transformer_blocks(
+            config.width,
+            config.depth,
+            config.heads,
+            config.dropout,
+            config.drop_path,
+            config.layer_scale,
+            attention,
+            self.grid,
+        )
+        self.norm = LayerNorm(config.width)
+        init_transformer(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
+
+    def forward(self, images: Tensor, extra: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Float[B,3,H,W] normalised -> Float[B,1+N,W] after the final norm, class token (where it attends) first.
+
+        extra: Float[B,E,W], further tokens that the image attends to; they are not part of the output. ValueError
+        where attention is windowed, relative or dynamic.
+        at: Long[B,Q], patches whose features are wanted, instead of the class token and all -> Float[B,Q,W].
+        """
+        if self.attention != PLAIN or self.dynamic:
+            if extra is not None:
+                raise ValueError("extra: tokens without a place need plain attention")
+            x = self.norm(self.forward_features(images))
+            return x if at is None else take_rows(x, self.prefix + at)
+        x = self.embed(images, extra)
+        if at is None:
+            at = torch.arange(-1, self.pos_embed.shape[1] - 1, device=x.device).expand(len(x), -1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.norm(self.blocks[-1](x, at=1 + at))
+
     def embed(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
         """Float[B,3,H,W] normalised -> Float[B,1+N(+E),W]: class token, patches with positions, extra tokens."""
         x = self.patch_embed(images)
@@ -151,10 +184,6 @@ class Encoder(nn.Module):
     def prefix(self) -> int:
         """Tokens before the patches."""
         return int(self.attention.class_token)
-
-    def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of the patches of Float[B,3,H,W]."""
-        return (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay spares, beside one-dimensional ones (App. D.2; BEiT's and ViTDet's rule)."""

@@ -1,8 +1,10 @@
-"""Foreign layouts of weights -> our names: published ADDP, MAGE and VQGAN files, MAE- and timm-style ViTs; and back.
+"""Foreign layouts of weights -> our names, and back: published ADDP, MAGE and VQGAN files, MAE-, BEiT- and timm-style
+ViTs.
 
 One function maps each layout and reads the architecture off the shapes; the rest of the project knows our names alone.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.attention import AttentionConfig
@@ -63,10 +66,30 @@ class EncoderFile:
 
 
 @dataclass(frozen=True)
+class TokenEncoderFile:
+    """Architecture written beside the weights of an encoder over token ids, its tokenizer among them."""
+
+    predictor: PredictorConfig
+    vocabulary: Vocabulary
+    tokenizer: TokenizerConfig
+    image_size: tuple[int, int]
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a token spans, per side."""
+        return self.tokenizer.stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.tokenizer.grid(self.image_size)
+
+
+@dataclass(frozen=True)
 class ClassifierFile:
     """Architecture written beside a classifier's weights, and what its images and answers are."""
 
-    encoder: EncoderFile
+    encoder: EncoderFile | TokenEncoderFile
     classes: int
     pooling: str
     norm: str
@@ -80,6 +103,7 @@ ARCHITECTURES: dict[str, type] = {
     "tokenizer": TokenizerFile,
     "predictor": PredictorFile,
     "encoder": EncoderFile,
+    "token_encoder": TokenEncoderFile,
     "classifier": ClassifierFile,
 }
 
@@ -246,19 +270,74 @@ def _convert_vqgan(where: str, state: State, overrides: Mapping[str, int]) -> tu
 
 
 def _convert_vit(where: str, state: State, overrides: Mapping[str, int]) -> tuple[State, EncoderFile]:
-    """MAE and timm ViTs: the encoder's tensors; decoders, heads and pooling norms are left out."""
-    ours = {key: value for key, value in state.items() if key.startswith(_ENCODER)}
-    ignored = ("decoder_", "mask_token", "head.", "fc_norm.")
-    strange = [key for key in state if key not in ours and not key.startswith(ignored)]
+    """MAE, BEiT and timm ViTs: the encoder's tensors; decoders, heads and pooling norms are left out."""
+    named = _vit_names(state)
+    ours = {key: value for key, value in named.items() if key.startswith(_ENCODER)}
+    ignored = ("decoder_", "mask_token", "head.", "lm_head.", "fc_norm.", "head_drop.")
+    strange = [key for key in named if key not in ours and not key.startswith(ignored)]
     if strange:
         raise UserError(f"{where}: a ViT with tensors that this encoder has no place for: {', '.join(strange)}")
-    _require(where, ours, ("cls_token", "pos_embed", "patch_embed.proj.weight"))
+    _require(where, ours, ("cls_token", "patch_embed.proj.weight"))
     width, patch = ours["cls_token"].shape[-1], ours["patch_embed.proj.weight"].shape[-1]
-    if "norm.weight" not in ours:  # average-pooling ViTs have fc_norm instead; forward_features uses neither
-        ours |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-    grid = _square_grid(where, ours["pos_embed"].shape[1] - 1)
-    config = EncoderConfig(width, _depth(ours, "blocks."), overrides.get("encoder_heads", _usual_heads(width)))
-    return ours, EncoderFile(config, (grid[0] * patch, grid[1] * patch), patch)
+    depth, table = _depth(ours, "blocks."), ours.get(f"blocks.0.{_TABLE}")
+    if "pos_embed" in ours:
+        tokens = ours["pos_embed"].shape[1] - 1
+        if not _is_square(tokens) and _is_square(tokens + 1):  # the class token of DeiT III has no position
+            tokens, ours["pos_embed"] = tokens + 1, functional.pad(ours["pos_embed"], (0, 0, 1, 0))
+        grid = _square_grid(where, tokens)
+    elif table is not None:
+        grid = _table_grid(where, table)
+        ours["pos_embed"] = torch.zeros(1, 1 + grid[0] * grid[1], width)
+    else:
+        raise UserError(f"{where}: a ViT without positions; expected pos_embed or relative_position_bias_table")
+    # average-pooling ViTs have fc_norm in place of the final norm, CLIP's no bias on the patches
+    absent = {"norm.weight": torch.ones, "norm.bias": torch.zeros, "patch_embed.proj.bias": torch.zeros}
+    ours = {key: value(width) for key, value in absent.items()} | ours
+    pre_norm, heads = "tokenizer_norm.weight" in ours, _usual_heads(width) if table is None else table.shape[1]
+    config = EncoderConfig(
+        width,
+        depth,
+        overrides.get("encoder_heads", heads),
+        tokenizer_norm=pre_norm,
+        layer_scale="blocks.0.ls1.gamma" in ours,
+        pre_norm=pre_norm,
+    )
+    attention = PLAIN if table is None else AttentionConfig(relative="table")
+    return ours, EncoderFile(config, (grid[0] * patch, grid[1] * patch), patch, attention)
+
+
+_TABLE = "relative.relative_position_bias_table"  # within a block
+
+
+def _vit_names(state: State) -> State:
+    """A ViT's tensors under timm's names for the plain ViT and, where it has none, ours: BEiT's biases, scales and
+    tables, CLIP's norm in front.
+    """
+    named: State = {}
+    for key, value in state.items():
+        if key.endswith(("relative_position_index", ".k_bias", ".v_bias")):
+            continue
+        block, _, rest = key.rpartition(".attn.")
+        if rest == "q_bias":  # keys have no bias: it would shift all scores of a query alike
+            named[f"{block}.attn.qkv.bias"] = torch.cat([value, torch.zeros_like(value), state[f"{block}.attn.v_bias"]])
+        elif rest == "relative_position_bias_table":
+            named[f"{block}.{_TABLE}"] = value
+        elif key.startswith("norm_pre."):
+            named[f"tokenizer_norm.{key.removeprefix('norm_pre.')}"] = value
+        else:
+            named[re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)] = value
+    shared = named.pop("rel_pos_bias.relative_position_bias_table", None)
+    for key in [f"blocks.{i}.{_TABLE}" for i in range(_depth(state, "blocks."))] if shared is not None else []:
+        named[key] = named[key] + shared if key in named else shared.clone()
+    return named
+
+
+def _table_grid(where: str, table: Tensor) -> tuple[int, int]:
+    """Rows and columns behind a table of biases Float[entries,heads], three entries of which are a class token's."""
+    side = math.isqrt(len(table) - 3)
+    if side * side != len(table) - 3 or side % 2 == 0:
+        raise UserError(f"{where}: {len(table)} relative biases are no square grid's; expected (2 side - 1)^2 + 3")
+    return (side + 1) // 2, (side + 1) // 2
 
 
 def _predictor_config(where: str, state: State, overrides: Mapping[str, int]) -> PredictorConfig:
@@ -307,10 +386,13 @@ def _usual_heads(width: int) -> int:
 
 
 def _square_grid(where: str, tokens: int) -> tuple[int, int]:
-    side = round(tokens**0.5)
-    if side * side != tokens:
+    if not _is_square(tokens):
         raise UserError(f"{where}: {tokens} positions are no square grid; expected one that stores its image size")
-    return side, side
+    return math.isqrt(tokens), math.isqrt(tokens)
+
+
+def _is_square(tokens: int) -> bool:
+    return math.isqrt(tokens) ** 2 == tokens
 
 
 def _require(where: str, state: Mapping[str, Any], keys: Iterable[str]) -> None:
