@@ -96,9 +96,18 @@ class _Loaded:
 class _Rows(Dataset):
     """Micro-step -> the rows `rows` of its batch."""
 
-    def __init__(self, source: ImageSource, transform: Callable, collate: Callable, seed: int, batch: int, rows: slice):
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable,
+        collate: Callable,
+        seed: int,
+        batch: int,
+        rows: slice,
+        repeats: int,
+    ):
         self.source, self.transform, self.collate = source, transform, collate
-        self.seed, self.batch, self.rows = seed, batch, rows
+        self.seed, self.batch, self.rows, self.repeats = seed, batch, rows, repeats
         self._order = lru_cache(2)(self._permutation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,7 +133,7 @@ class _Rows(Dataset):
 
     def _sample(self, position: int, errors: list[tuple[str, str]]) -> tuple[Any, int, int] | None:
         """(what the transform made of it, label, index) at this position of the run; None where nothing can be read."""
-        epoch, place = divmod(position, len(self.source))
+        epoch, place = divmod(position // self.repeats, len(self.source))
         order = self._order(epoch)
         for offset in range(min(len(order), TRIES)):
             index = int(order[(place + offset) % len(order)])
@@ -177,6 +186,8 @@ class Stream:
     draw from `random`, numpy and torch, which are seeded for each image. `batch` counts the images of one micro-step
     over all processes. A task whose transform gives more than an image brings
     `collate(samples, labels, indices, errors)`: what it returns has `errors` and a length, as a `Batch` does.
+    `repeats`: times that an image is shown in a row, each time transformed anew (repeated augmentation, arXiv
+    1901.09335; timm's sampler for it is tied to epochs and processes); `len()` positions then see fewer images.
     """
 
     def __init__(
@@ -188,6 +199,7 @@ class Stream:
         seed: int,
         batch: int,
         collate: Callable[..., Any] = _stacked,
+        repeats: int = 1,
     ):
         if batch < 1:
             raise UserError(f"batch: {batch}, expected at least 1")
@@ -196,7 +208,7 @@ class Stream:
             side = math.ceil(max(config.hw) / math.sqrt(config.scale[0] * min(config.ratio[0], 1 / config.ratio[1])))
             source = Cached(source, side, config.cache_gb)
         self.source, self.transform, self.config, self.seed, self.batch = source, transform, config, seed, batch
-        self.collate = collate
+        self.collate, self.repeats = collate, repeats
         self.errors: dict[str, str] = {}  # name -> reason of every unreadable image this process has met
 
     def __len__(self) -> int:
@@ -220,7 +232,7 @@ class Stream:
         batch is made again; the third death in a row is raised. Raises `UserError` past `max_errors`.
         """
         rows = self.rows(rank, world)
-        dataset = _Rows(self.source, self.transform, self.collate, self.seed, self.batch, rows)
+        dataset = _Rows(self.source, self.transform, self.collate, self.seed, self.batch, rows, self.repeats)
         running: list[Iterator] = []
 
         def stop() -> None:

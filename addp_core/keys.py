@@ -50,6 +50,14 @@ def _adapter(tp: Any) -> TypeAdapter:
     return TypeAdapter(Union[tuple(options_of(tp))])  # noqa: UP007 (a union of a computed tuple)
 
 
+def with_defaults(section: type, **defaults: Any) -> type:
+    """The same section with other defaults, for a verb that needs them."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in defaults.items()]
+    namespace = {"__doc__": section.__doc__}
+    return dataclasses.make_dataclass(section.__name__, fields, bases=(section,), namespace=namespace)
+
+
 @functools.cache
 def keys_of(cls: type) -> dict[str, Key]:
     """The fields of a dataclass that its constructor takes, by name."""

@@ -73,9 +73,13 @@ class DataConfig:
 
 
 class ImageSource:
-    """Images with random access. `classes[label]` names a label; it is empty where the images have none (label -1)."""
+    """Images with random access. `classes[label]` names a label; it is empty where the images have none (label -1).
+
+    labels: Long[n], where they are known without reading an image.
+    """
 
     classes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -123,14 +127,14 @@ class Files(ImageSource):
     ):
         self.root, self.classes = root, tuple(classes)
         self._names = _Names(names)
-        self._labels = np.full(len(names), -1) if labels is None else np.asarray(labels, dtype=np.int64)
+        self.labels = np.full(len(names), -1) if labels is None else np.asarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def load(self, index: int) -> tuple[bytes, int]:
         with open(os.path.join(self.root, self._names[index]), "rb") as file:
-            return file.read(), int(self._labels[index])
+            return file.read(), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._names[index])
@@ -242,7 +246,7 @@ class Cached(ImageSource):
     """
 
     def __init__(self, source: ImageSource, side: int, gigabytes: float):
-        self.classes = source.classes
+        self.classes, self.labels = source.classes, source.labels
         self._source, self._side = source, side
         self._held: list[tuple[np.ndarray | ImageError, tuple[int, int], int] | None] = [None] * len(source)
         room = gigabytes * 2**30

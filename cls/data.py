@@ -1,0 +1,58 @@
+"""Labelled images for training and for validation, under the same labels."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from addp_core.errors import UserError
+from addp_core.sources import Cached, DataConfig, ImageSource, open_source
+
+SHARE_224, LARGE = 0.875, 224  # evaluation crops this share of the shorter side, up to this size (App. D.2)
+
+
+def open_splits(config: DataConfig, val: str = "") -> tuple[ImageSource, ImageSource]:
+    """The images to train on, and those of the set's `val` split or of the set `val`; a label means the same in both.
+
+    UserError where images have no classes, or where a class of the one is missing in the other.
+    """
+    train = open_source(config)
+    if not train.classes:
+        raise UserError(f"data.source: {config.source} has no class folders; expected <class>/<image>, or labels")
+    test = open_source(replace(config, source=val or config.source), "val", train.classes)
+    where = val or config.source
+    if test.classes and len(test.classes) > len(train.classes):
+        raise UserError(
+            f"val: {where} has {len(test.classes)} classes, expected at most the {len(train.classes)} of data.source"
+        )
+    check_labels(train, config.source)
+    check_labels(test, where)
+    return train, test
+
+
+def check_labels(source: ImageSource, where: str) -> None:
+    """UserError where a label lies outside the classes, or a class has no image; of sets that tell labels at once."""
+    if source.labels is None:
+        return
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    if len(counts) > len(source.classes):
+        raise UserError(f"{where}: found label {len(counts) - 1}, expected 0 to {len(source.classes) - 1}")
+    missing = [name for name, count in zip(source.classes, counts, strict=True) if not count]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(
+            f"{where}: no image of {len(missing)} of the {len(source.classes)} classes: {shown}; "
+            "expected every class in training and in validation"
+        )
+
+
+def evaluation_share(size: tuple[int, int], share: float | None) -> float:
+    """The share of the shorter side that evaluation crops: as given, or the published rule."""
+    return share if share is not None else SHARE_224 if max(size) <= LARGE else 1.0
+
+
+def held(source: ImageSource, config: DataConfig, share: float) -> ImageSource:
+    """The source in memory where `data.cache` says so, with the pixels that an evaluation crop of this share needs."""
+    if config.cache != "ram":
+        return source
+    return Cached(source, math.ceil(max(config.hw) / share), config.cache_gb)
