@@ -17,6 +17,8 @@ from addp_core.errors import UserError
 from addp_core.files import replacing, write_atomically
 from addp_core.images import ImageError, Picture, image_errors
 
+REPORT = "evaluation.json"  # in the folder of `addp evaluate`
+
 ModelSource = Annotated[
     str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"
 ]

@@ -24,13 +24,12 @@ from addp_core.images import ImageError
 from addp_core.sampler import SampleConfig
 from addp_core.sources import Files, ImageSource, open_source
 from gen import generate
-from gen.common import DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named, pick_state
+from gen.common import REPORT, DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named, pick_state
 from gen.features import Extractor, Features, cached, content, extract, only, open_extractor, read_statistics
 from gen.metrics import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
 
 log = logging.getLogger("addp")
 
-REPORT = "evaluation.json"
 FEW = 10_000  # images, below which FID is known to be too high
 
 
