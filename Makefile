@@ -3,7 +3,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
-EXTRAS  ?= test,gen,det
+EXTRAS  ?= test,gen,det,seg
 WORKERS ?= 2
 DEMO    ?= runs/demo
 

@@ -29,13 +29,21 @@ def start_runner(cfg: Any) -> AddpRunner:
 
 
 @contextmanager
-def telling_data_errors() -> Iterator[None]:
-    """A UserError of a loading process arrives with that process's traceback around it; its line alone goes on."""
+def loading(runner: AddpRunner) -> Iterator[None]:
+    """Within it the runner's loading processes live. A UserError of one of them arrives with that process's traceback
+    around it; its line alone goes on.
+    """
     try:
         yield
     except UserError as error:
         last = str(error).splitlines()[-1]
         raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+    finally:
+        # Else multiprocessing would wait at the interpreter's end for processes that do not heed its SIGTERM.
+        for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+            iterator = getattr(getattr(loop, "dataloader", None), "_iterator", None)
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
 
 
 class Painter:

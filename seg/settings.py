@@ -1,8 +1,11 @@
 """Between typed settings and mmengine's config: what a segmentor is, how it is tested, what fills a config's places."""
 
+import contextlib
+import io
 import json
 import logging
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,20 +65,27 @@ def config_names() -> list[str]:
 
 def read_config(name: str) -> Any:
     """An mmengine Config by its name. UserError where there is none."""
-    from mmengine.config import Config
-
     path = CONFIGS / f"{name}.py"
     if not path.is_file():
         known = config_names()
         raise UserError(f"config: no config {name!r}; there are {', '.join(known)}{nearest(name, known)}")
-    return Config.fromfile(path)
+    return _from_file(path)
 
 
 def base_config() -> Any:
     """What all configs share."""
-    from mmengine.config import Config
+    return _from_file(BASE)
 
-    return Config.fromfile(BASE)
+
+def _from_file(path: Path) -> Any:
+    """The Config of a file; imports what registers our parts. mmseg has remarks on what it was built without, some on
+    stdout, which is for results.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"mm(cv|engine|seg)\b")
+    with contextlib.redirect_stdout(io.StringIO()):
+        from mmengine.config import Config
+
+        return Config.fromfile(path)
 
 
 def fill_model(cfg: Any, segmentor: Segmentor) -> None:

@@ -78,7 +78,7 @@ def run(recipe: Recipe) -> None:
 
 def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[dict[str, float], dict[str, Any]]:
     """mmengine's test loop -> (means in percent, each class's)."""
-    from seg.launch import start_runner, telling_data_errors
+    from seg.launch import loading, start_runner
     from seg.runner import fill
 
     for part in ("train", "val"):
@@ -93,7 +93,7 @@ def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[di
     runner = start_runner(cfg)
     if state is not None:
         fill(getattr(runner.bare, "module", runner.bare), state, recipe.model)
-    with telling_data_errors():
+    with loading(runner):
         figures = runner.test()
     [metric] = runner.test_loop.evaluator.metrics
     return figures, getattr(metric, "per_class", {})

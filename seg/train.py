@@ -218,12 +218,14 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
 
 def train(cfg: Any, segmentor: Segmentor, out: Path, text: str) -> None:
     """Run mmengine's Runner to the end, evaluate, write the file."""
-    from seg.launch import start_runner, telling_data_errors
+    from mmengine.dist import barrier
+
+    from seg.launch import loading, start_runner
 
     runner = start_runner(cfg)
     folder = runner.folder
     try:
-        with telling_data_errors():
+        with loading(runner):
             runner.train()
             if folder.evaluated != runner.iter:  # stopped between the last step and the end of its evaluation
                 runner.val_loop.run()
@@ -232,6 +234,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, text: str) -> None:
             save_segmentor(segmentor, runner.bare.state_dict(), out / MODEL_FILE)
             mark_finished(out, text, {"step": runner.iter // folder.accumulate, **folder.figures})
             log.info("seg: finished: %s", out / MODEL_FILE)
+        barrier()  # no process leaves before the file is there
     except OSError as error:
         raise UserError(
             f"{out}: could not be written ({error.strerror or error}); make room and start again"
