@@ -14,6 +14,7 @@ _EXPORTS = {
     "Encoder": "encoder",
     "inpaint": "sampler",
     "load_addp": "checkpoint",
+    "load_classifier": "checkpoint",
     "load_encoder": "checkpoint",
     "load_predictor": "checkpoint",
     "load_tokenizer": "checkpoint",

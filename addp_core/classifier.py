@@ -42,6 +42,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.encoder, self.norm = encoder, norm
+        encoder.norm.requires_grad_(False)  # nothing here reads it
         self.class_names, self.mean, self.std = tuple(class_names), tuple(mean), tuple(std)
         if isinstance(encoder, TokenEncoder):
             encoder.mean, encoder.std = self.mean, self.std  # it has to undo them

@@ -308,7 +308,7 @@ def write_confusion(scores: Scores, names: tuple[str, ...], out: Path) -> None:
     side = min(max(4.0, 0.3 * len(names)), 12.0)
     figure = Figure(figsize=(side + 1, side))
     axes = figure.add_subplot(title=f"top-1 {scores.figures['top1']:.1f} %", xlabel="answer", ylabel="true class")
-    figure.colorbar(axes.imshow(share, vmin=0, vmax=1, cmap="viridis"), label="share of the true class")
+    figure.colorbar(axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis"), label="share of the true class")
     if len(names) <= 40:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
