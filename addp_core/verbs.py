@@ -14,6 +14,7 @@ VERBS = {  # verb: (module, one line of help); modules are imported when their v
     "seg train": ("seg.train", "UperNet over the encoder on ADE20K"),
     "seg test": ("seg.test", "mIoU of a trained segmentor, or of class maps on the disk"),
     "seg predict": ("seg.predict", "paint the class maps of pictures beside them"),
+    "seg cost": ("tools.seg_cost", "seconds and memory of a segmentor's training step and test crop"),
     "det train": ("det.train", "train a detector on COCO: ViTDet's Mask R-CNN over an encoder"),
     "det eval": ("det.eval", "average precision of boxes and masks on COCO"),
     "det predict": ("det.predict", "draw boxes, masks and scores on a folder of images"),

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
+from addp_core.compute import arithmetic
 from addp_core.engine import leave_group
 from addp_core.errors import UserError
 from seg import backbone, dataset, evaluation  # noqa: F401 (what they register is called by name)
 from seg.runner import AddpRunner, fill
 from seg.settings import Segmentor, TestConfig, base_config, fill_model, fill_test, world
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_runner(cfg: Any) -> AddpRunner:
@@ -46,28 +46,31 @@ def loading(runner: AddpRunner) -> Iterator[None]:
                 iterator._shutdown_workers()
 
 
+def build(cfg: Any) -> nn.Module:
+    """The model of a filled config, without a Runner."""
+    init_default_scope("mmseg")
+    return MODELS.build(cfg.model)
+
+
 class Painter:
     """A segmentor that answers pictures on the disk with class maps; `test` says how."""
 
     def __init__(self, segmentor: Segmentor, state: dict[str, Tensor], where: str, test: TestConfig, precision: str):
-        from mmengine.dataset import Compose, pseudo_collate
-
-        init_default_scope("mmseg")
         cfg = base_config()
         fill_model(cfg, segmentor)
         fill_test(cfg, test)
         steps = without_labels(cfg.test_dataloader.dataset.pipeline)
         self.pipeline, self.collate = Compose(steps), pseudo_collate
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = MODELS.build(cfg.model)
+        model = build(cfg)
         fill(getattr(model, "module", model), state, where)
-        self.model, self.dtype = model.to(self.device).eval(), DTYPES.get(precision)
+        self.model, self.precision = model.to(self.device).eval(), precision
 
     @torch.inference_mode()
     def __call__(self, path: str) -> Tensor:
         """Long[H,W] on the CPU, the class of each pixel of the picture, from 0. UserError where it cannot be read."""
         data = self.collate([self.pipeline({"img_path": path})])
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with arithmetic(self.precision, self.device):
             [sample] = self.model.test_step(data)
         return sample.pred_sem_seg.data.squeeze(0).cpu()
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from addp_core.errors import UserError
 from addp_core.files import replacing
 from seg.scenes import SUFFIXES, palette, read_picture
-from seg.settings import TestConfig, load_segmentor
+from seg.settings import TestConfig, import_mmseg, load_segmentor
 from seg.test import MAPS
 
 log = logging.getLogger("addp")
@@ -43,6 +43,7 @@ def run(recipe: Recipe) -> None:
 
     segmentor, state = load_segmentor(recipe.model)
     root, pictures = find_pictures(recipe)
+    import_mmseg()
     from seg.launch import Painter
 
     processes = PartialState(cpu=not torch.cuda.is_available())

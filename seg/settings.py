@@ -1,6 +1,7 @@
 """Between typed settings and mmengine's config: what a segmentor is, how it is tested, what fills a config's places."""
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -78,14 +79,18 @@ def base_config() -> Any:
 
 
 def _from_file(path: Path) -> Any:
-    """The Config of a file; imports what registers our parts. mmseg has remarks on what it was built without, some on
-    stdout, which is for results.
-    """
+    import_mmseg()
+    from mmengine.config import Config
+
+    return Config.fromfile(path)
+
+
+def import_mmseg() -> None:
+    """Import it without its remarks on what it was built without, some of them on stdout, which is for results."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"mm(cv|engine|seg)\b")
     with contextlib.redirect_stdout(io.StringIO()):
-        from mmengine.config import Config
-
-        return Config.fromfile(path)
+        importlib.import_module("mmseg.datasets")
+        importlib.import_module("mmseg.models")
 
 
 def fill_model(cfg: Any, segmentor: Segmentor) -> None:
