@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -346,7 +347,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def show(out: Path, mode: str) -> None:
     """The table of a finished run on stdout."""
-    if int(PartialState().process_index) or not (out / RESULTS).exists():
+    if os.environ.get("RANK", "0") != "0" or not (out / RESULTS).exists():
         return
     results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
     sys.stdout.write(table(results) if mode == "fast" else json.dumps(results, indent=1) + "\n")
