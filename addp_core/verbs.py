@@ -17,6 +17,7 @@ VERBS = {  # verb: (module, one line of help); modules are imported when their v
     "seg cost": ("tools.seg_cost", "seconds and memory of a segmentor's training step and test crop"),
     "det train": ("det.train", "train a detector on COCO: ViTDet's Mask R-CNN over an encoder"),
     "det eval": ("det.eval", "average precision of boxes and masks on COCO"),
+    "det cost": ("tools.det_cost", "seconds and memory of a detector's training step"),
     "det predict": ("det.predict", "draw boxes, masks and scores on a folder of images"),
     "export": ("tools.export", "write a checkpoint in another layout"),
     "sweep": ("tools.sweep", "compare starts: the same small grid and seeds for each"),

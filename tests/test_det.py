@@ -339,7 +339,7 @@ MISTAKES = {
     ("train", "detector.scales=[8]"): "detector.scales: found [8.0], expected some of [4, 2, 1, 0.5]",
     ("train", "attention.class_token=true"): "attention.class_token: found true, expected false where window > 0",
     ("train", "model=nowhere"): "nowhere: no such file",
-    ("train", "model={run}"): "expected a checkpoint with a pixel encoder",
+    ("train", "model={run}"): "this is the checkpoint of a detector; expected a checkpoint with an encoder",
     ("train", "model=base"): "expected init=random beside it",
     ("train", "data=nowhere"): "data.root: nowhere is not a folder",
     ("train", "data.scale=[2,1]"): "data.scale: [2.0, 1.0], expected 0 < low <= high",
@@ -377,6 +377,15 @@ def test_mistakes_end_in_one_line(workshop, tmp_path, capsys, action, setting):
     arguments = [a for a in arguments if a.partition("=")[0] != setting.partition("=")[0]]
     assert main([*arguments, setting]) == 2
     assert message in last_line(capsys)
+
+
+def test_cost_measures_both_ways(capsys):
+    settings = ["size=64", "steps=1", "objects=2", "attention.window=3", "json=true"]
+    settings += ["model=tiny", "detector={channels: 16, convs: 8, fc: 16, proposals: 20, samples: 8}"]
+    assert main(["det", "cost", *settings]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures) == ["on", "off"]
+    assert all(of["seconds_per_image"] > 0 and of["peak_memory_bytes"] > 0 for of in figures.values())
 
 
 def test_categories_of_both_parts_must_agree(workshop, tmp_path, capsys):
