@@ -43,7 +43,7 @@ CHUNK = 1 << 24
 
 # Keys that change how a run is watched, stored or computed, not what it computes: a run may continue with other values.
 COMPUTE_ONLY = frozenset(
-    {"out", "data.workers", "data.prefetch", "data.max_errors"}
+    {"out", "checkpointing", "data.workers", "data.prefetch", "data.max_errors"}
     | {f"train.{key}" for key in ("compile", "channels_last", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "max_nonfinite")}
 )
