@@ -356,10 +356,13 @@ def load_classifier(source: Source, img_size: int | tuple[int, int] | None = Non
     size = file.encoder.image_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     stored = file.encoder
-    if isinstance(stored, TokenEncoderFile):
-        encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, size)
-    else:
-        encoder = Encoder(stored.encoder, size, stored.patch_size, stored.attention)
+    try:
+        if isinstance(stored, TokenEncoderFile):
+            encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, size)
+        else:
+            encoder = Encoder(stored.encoder, size, stored.patch_size, stored.attention)
+    except ValueError as error:
+        raise UserError(f"img_size={img_size}: {error}") from error
     model = Classifier(encoder, file.classes, file.pooling, file.norm, file.class_names, file.mean, file.std)
     fitted = _fitted(weights.part("encoder."), stored, encoder)
     return _fill(model, _replace_part(weights.state, "encoder.", fitted), weights.where)

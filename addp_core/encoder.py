@@ -173,7 +173,7 @@ class Encoder(FeatureEncoder):
         if (grid := self.grid_of(images)) != self.grid:
             positions = resample_positions(positions, self.grid, grid)
         if self.attention.class_token:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + positions
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + positions
         else:
             x = x + positions[:, 1:]
         if extra is not None:

@@ -11,16 +11,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.attention import AttentionConfig
+from addp_core.classifier import Classifier
 from addp_core.decoder import DecoderConfig
 from addp_core.encoder import EncoderConfig
 from addp_core.errors import UserError
 from addp_core.layers import PLAIN
 from addp_core.predictor import PredictorConfig
+from addp_core.token_encoder import TokenEncoder
 from addp_core.tokenizer import TokenizerConfig, Vocabulary
 
 HEAD_WIDTH = 64  # of every published ViT: heads = width / 64
@@ -200,6 +202,48 @@ def to_published(model: ADDP) -> State:
     published = {_published_name(key): value.detach().to("cpu") for key, value in model.state_dict().items()}
     published |= {"token_predictor." + key: value for key, value in published.items() if key.startswith("vqgan.")}
     return published | _unused_published(model.config)
+
+
+def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
+    """A classifier (or with 0 classes an encoder with a new norm) as timm's `VisionTransformer`: its tensors, and the
+    arguments that build it. ValueError for what timm's plain ViT does not have.
+    """
+    encoder = model.encoder
+    if isinstance(encoder, TokenEncoder):
+        raise ValueError("timm's ViTs read pixels, and this encoder tokens; layout=onnx takes it")
+    if encoder.attention != PLAIN:
+        raise ValueError("timm's plain ViT has neither windows nor relative positions; layout=onnx takes them")
+    config, state = encoder.config, {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    arguments = {
+        "img_size": list(encoder.image_size),
+        "patch_size": encoder.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "global_pool": model.pooling,
+        "fc_norm": True,
+        "pre_norm": config.tokenizer_norm,
+        "num_classes": model.num_classes,
+    }
+    if config.layer_scale:
+        arguments["init_values"] = 1.0
+    if model.norm == "batch":  # a fixed scale and shift, which the head takes over
+        arguments["final_norm"] = False
+        _fold_norm(state, model.fc_norm)
+    named = {key.removeprefix("encoder."): value for key, value in state.items()}
+    named = {key: value for key, value in named.items() if not key.startswith("norm.")}
+    if config.tokenizer_norm:
+        named["pos_embed"][:, 1:] += named.pop("patch_embed.proj.bias")  # timm has no such bias before a norm
+        named = {re.sub(r"^tokenizer_norm\.", "norm_pre.", key): value for key, value in named.items()}
+    return named, arguments
+
+
+def _fold_norm(state: State, norm: nn.BatchNorm1d) -> None:
+    """Move a batch norm without affine parameters into the head behind it."""
+    mean, scale = state.pop("fc_norm.running_mean"), (state.pop("fc_norm.running_var") + norm.eps).rsqrt()
+    state.pop("fc_norm.num_batches_tracked")
+    state["head.weight"] = state["head.weight"] * scale
+    state["head.bias"] = state["head.bias"] - state["head.weight"] @ mean
 
 
 def _unused_published(config: ADDPConfig) -> State:

@@ -48,7 +48,7 @@ class TokenEncoder(FeatureEncoder):
     def embed(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] normalised -> Float[B,1+N,W]: the class slot and the embedded ids."""
         ids = self.tokenize(images)
-        return self.token_emb(torch.cat([ids.new_full((len(ids), 1), self.vocabulary.class_id), ids], 1))
+        return self.token_emb(torch.cat([ids.new_full((ids.shape[0], 1), self.vocabulary.class_id), ids], 1))
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:

@@ -77,6 +77,9 @@ PACKAGES = dict(
         _package("mmseg", "onedl-mmsegmentation", "mmsegmentation", extra="seg"),
         _package("mmcv", "onedl-mmcv", "mmcv", extra="seg"),
         _package("mmengine", "onedl-mmengine", "mmengine", extra="seg"),
+        _package("onnx", extra="onnx"),
+        _package("onnxscript", extra="onnx"),
+        _package("onnxruntime", extra="onnx"),
     ]
 )
 CORE = (
@@ -96,10 +99,10 @@ TASKS = {
     "gen": Task("gen", (*CORE, "matplotlib"), {"torch_fidelity": "FID, IS, precision and recall"}),
     "cls": Task("cls", CORE),
     "det": Task(
-        "det", (*CORE, "pycocotools"), {"detectron2": "the paper's engine; det.engine=torchvision does without"}
+        "det", (*CORE, "pycocotools"), {"detectron2": "the paper's engine; engine=torchvision does without"}
     ),
     "seg": Task("seg", (*CORE, "mmseg", "mmcv", "mmengine")),
-    "export": Task("tools", CORE),
+    "export": Task("tools", CORE, dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "layout=onnx")),
     "throughput": Task("tools", (*CORE, "fvcore")),
     "toy": Task("tools", ("numpy", "PIL", "sklearn", "scipy")),
 }

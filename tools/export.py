@@ -1,29 +1,70 @@
-"""`addp export`: a checkpoint in another layout, checked by reading it back."""
+"""`addp export`: a checkpoint in another layout, checked by reading it back.
 
+`timm` and `onnx` need nothing of this project where they are used. Their outputs are compared with the model's own on
+random images before the export counts as done.
+"""
+
+import json
 import logging
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+import timm
 import torch
 from annotated_types import Ge
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from addp_core.checkpoint import load_addp, read_tensors, read_weights, save_model, save_published, stated_heads
+from addp_core.checkpoint import (
+    MODEL_FILE,
+    load_addp,
+    load_classifier,
+    load_encoder,
+    read_tensors,
+    read_weights,
+    save_model,
+    save_published,
+    stated_heads,
+)
+from addp_core.classifier import Classifier
+from addp_core.encoder import SIZES
 from addp_core.errors import UserError
-from addp_core.layouts import published_addp_names
+from addp_core.files import replacing, write_atomically
+from addp_core.layouts import published_addp_names, to_timm
+from addp_core.rng import generator
+from cls.data import evaluation_share
 
 log = logging.getLogger("addp")
+
+TOLERANCE = 1e-4  # of the largest difference, relative to the largest output
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+SUFFIX = {"addp": ".safetensors", "published": ".pth", "encoder": ".safetensors", "timm": "", "onnx": ".onnx"}
 
 
 @dataclass
 class Recipe:
     """Keys of `addp export`."""
 
-    model: Annotated[str, "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"]
-    out: Annotated[str, "file to write: .safetensors (ours) or .pth (published)"]
+    model: Annotated[
+        str,
+        "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file; for timm and onnx "
+        "also a run of `addp finetune` or `addp linprobe`, or a ViT file",
+    ]
+    out: Annotated[
+        str, "file to write, .safetensors (addp, encoder), .pth (published) or .onnx, or the folder of layout=timm"
+    ]
     layout: Annotated[
-        Literal["addp", "published", "encoder"], "ours, the authors' (reads in their code), or the pixel encoder alone"
+        Literal["addp", "published", "encoder", "timm", "onnx"],
+        "ours, the authors' (reads in their code), the pixel encoder alone, a folder for timm.create_model, or ONNX",
     ] = "addp"
+    img_size: Annotated[
+        int | None, Ge(1), "timm, onnx: side of the images in pixels (default: the classifier's own, encoders: 224)"
+    ] = None
+    tokenizer_norm: Annotated[bool, "timm, onnx: keep ADDP's norm on the embedded patches (transfers drop it)"] = False
     tokenizer: Annotated[str, "for a model file without one"] = ""
     predictor: Annotated[str, "for a model file without one"] = ""
     encoder_heads: Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"] = None
@@ -32,33 +73,189 @@ class Recipe:
     predictor_decoder_heads: Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"] = None
 
 
-SUFFIX = {"addp": ".safetensors", "published": ".pth", "encoder": ".safetensors"}
-
-
 def run(recipe: Recipe) -> None:
-    """Write the file and compare what reads back with what was written. UserError where the layout cannot hold the
-    model.
+    """Write the layout and compare what reads back with what was written. UserError where the layout cannot hold the
+    model, RuntimeError where the outputs differ.
     """
     out = Path(recipe.out)
-    if out.suffix != SUFFIX[recipe.layout]:
+    if recipe.layout == "timm" and (out.is_file() or out.suffix in (".safetensors", ".pth", ".onnx")):
+        raise UserError(f"out: found {out.name}, expected a folder for layout=timm")
+    if recipe.layout != "timm" and out.suffix != SUFFIX[recipe.layout]:
         raise UserError(
             f"out: found {out.name}, expected a name that ends in {SUFFIX[recipe.layout]} for layout={recipe.layout}"
         )
-    model = load_addp(
-        recipe.model, tokenizer=recipe.tokenizer or None, predictor=recipe.predictor or None, **stated_heads(recipe)
-    )
-    part = model.denoiser.encoder if recipe.layout == "encoder" else model
+    foreign = {"timm": export_timm, "onnx": export_onnx}.get(recipe.layout)
+    for key in ("img_size", "tokenizer_norm"):
+        if foreign is None and getattr(recipe, key):
+            raise UserError(f"{key}: layout={recipe.layout} keeps the model as it is; expected layout=timm or onnx")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_published(model, out) if recipe.layout == "published" else save_model(part, out)
+        if foreign is None:
+            _export_ours(recipe, out)
+        else:
+            foreign(recipe, out)
     except ValueError as error:
         raise UserError(f"layout={recipe.layout}: {error}") from error
     except OSError as error:
         raise UserError(
             f"out: {out} cannot be written ({error.strerror or error}); expected room and permission"
         ) from error
+    size = sum(p.stat().st_size for p in out.iterdir()) if out.is_dir() else out.stat().st_size
+    log.info("%s: %.1f MB", out, size / 1e6)
+
+
+def _export_ours(recipe: Recipe, out: Path) -> None:
+    model = load_addp(
+        recipe.model, tokenizer=recipe.tokenizer or None, predictor=recipe.predictor or None, **stated_heads(recipe)
+    )
+    part = model.denoiser.encoder if recipe.layout == "encoder" else model
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_published(model, out) if recipe.layout == "published" else save_model(part, out)
     again = published_addp_names(read_tensors(out)) if recipe.layout == "published" else read_weights(out).state
     written = part.state_dict()
     if again.keys() != written.keys() or not all(torch.equal(value, again[key]) for key, value in written.items()):
         raise RuntimeError(f"{out}: what reads back differs from what was written")
-    log.info("%s: %.1f MB", out, out.stat().st_size / 1e6)
+
+
+def load_exported(recipe: Recipe) -> Classifier:
+    """The classifier in the file, or the encoder with no head (`num_classes` 0)."""
+    if read_weights(recipe.model).kind == "classifier":
+        if recipe.tokenizer_norm:
+            raise UserError(f"tokenizer_norm: {recipe.model} is a classifier, which has it or not; leave the key out")
+        return load_classifier(recipe.model, recipe.img_size)
+    options = {"encoder_heads": recipe.encoder_heads, "tokenizer_norm": recipe.tokenizer_norm}
+    if recipe.tokenizer:
+        options["tokenizer"] = recipe.tokenizer
+    return Classifier(load_encoder(recipe.model, recipe.img_size or 224, **options), 0).eval()
+
+
+# -------------------- timm
+
+
+def export_timm(recipe: Recipe, out: Path) -> None:
+    """A folder of model.safetensors and config.json: `timm.create_model("local-dir:<folder>", pretrained=True)`, and
+    as a repository of the hub, "hf-hub:<owner>/<name>".
+    """
+    model = load_exported(recipe)
+    state, arguments = to_timm(model)
+    height, width = model.encoder.image_size
+    config = {
+        "architecture": f"vit_{_size_name(model.embed_dim)}_patch16_224",  # of which the arguments replace all
+        "num_classes": model.num_classes,
+        "num_features": model.embed_dim,
+        "global_pool": model.pooling,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": "addp",
+            "custom_load": False,
+            "input_size": [3, height, width],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": evaluation_share((height, width), None),
+            "crop_mode": "center",
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "num_classes": model.num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    if model.class_names:
+        config["label_names"] = list(model.class_names)
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / MODEL_FILE) as temporary:
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
+    write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.inference_mode():
+        images = _images(model, 2)
+        _compare(out, "tokens", model.forward_features(images), again.forward_features(images))
+        _compare(out, "logits" if model.num_classes else "pooled features", model(images), again(images))
+
+
+def _size_name(width: int) -> str:
+    return next((name for name, size in SIZES.items() if size["width"] == width), "base")
+
+
+# -------------------- ONNX
+
+
+def export_onnx(recipe: Recipe, out: Path) -> None:
+    """One file from images (Float[batch,3,H,W], normalised) to logits, or for an encoder to its tokens before the final
+    norm (Float[batch,1+N,W]). Mean, std and class names are in its metadata.
+    """
+    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"layout=onnx: not installed: {', '.join(missing)}; pip install 'addp[onnx]'")
+    model = load_exported(recipe)
+    name, module = ("logits", model) if model.num_classes else ("features", _Features(model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    program = _quietly(
+        lambda: torch.onnx.export(
+            module,
+            (_images(model, 2),),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=[name],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    )
+    about = {"mean": model.mean, "std": model.std, "class_names": model.class_names}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value})
+    with replacing(out) as temporary:
+        program.save(temporary, external_data=False)
+
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        images = _images(model, batch)
+        (found,) = session.run([name], {"images": images.numpy()})
+        with torch.inference_mode():
+            _compare(out, f"{name} of {batch}", module(images), torch.from_numpy(found))
+
+
+class _Features(nn.Module):
+    """An encoder whose call is `forward_features`."""
+
+    def __init__(self, model: Classifier):
+        super().__init__()
+        self.encoder = model.encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.forward_features(images)
+
+
+def _quietly(function: Callable):
+    """The exporter's notes on its own passes are of no use to the user."""
+    level = logging.getLogger("onnxscript").level
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function()
+    finally:
+        logging.getLogger("onnxscript").setLevel(level)
+
+
+# -------------------- comparing
+
+
+def _images(model: Classifier, batch: int) -> Tensor:
+    """Random images Float[batch,3,H,W] of the model's size, as if normalised."""
+    return torch.randn(batch, 3, *model.encoder.image_size, generator=generator("export", batch))
+
+
+def _compare(out: Path, what: str, wanted: Tensor, found: Tensor) -> None:
+    """RuntimeError, and the export removed, where two outputs differ by more than rounding."""
+    difference = (found - wanted).abs().max().item()
+    relative = difference / max(wanted.abs().max().item(), 1e-12)
+    if not relative <= TOLERANCE:
+        for path in out.iterdir() if out.is_dir() else [out]:
+            if path.name in (MODEL_FILE, "config.json", out.name):
+                path.unlink()
+        raise RuntimeError(
+            f"{out}: its {what} differ from PyTorch's by {difference:.3g} ({relative:.2g} of the largest); removed"
+        )
+    log.info("%s differ from PyTorch's by at most %.2g (%.1g of the largest)", what, difference, relative)
