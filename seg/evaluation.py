@@ -29,7 +29,7 @@ class ClassIoU(IoUMetric):
         self.per_class = {key: 100 * np.asarray(found[key]) for key in ("IoU", "Acc")}
         share = labelled.max() / labelled.sum().clamp(min=1)
         constant = 100 * float(share) / max(int((labelled > 0).sum()), 1)
-        return {key: float(value) for key, value in figures.items()} | {"constant_mIoU": round(constant, 2)}
+        return {key: round(float(value), 2) for key, value in (figures | {"constant_mIoU": constant}).items()}
 
 
 @MODELS.register_module()

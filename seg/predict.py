@@ -1,7 +1,7 @@
 """`addp seg predict`: each picture beside its class map, with a legend of the classes found and their shares.
 
 Writes `<out>/<name>.png`, and the bare map to `<out>/maps/<name>.png`: numbered as the annotations (0 is unused, the
-first class is 1) and in the legend's colours. Pictures whose map is there already are passed over.
+first class is 1) and in the legend's colours.
 """
 
 import logging
@@ -37,7 +37,7 @@ class Recipe:
 
 
 def run(recipe: Recipe) -> None:
-    """Paint the pictures that are not there yet; several processes share them."""
+    """Paint the pictures; several processes share them."""
     import torch
     from accelerate import PartialState
 
@@ -52,12 +52,10 @@ def run(recipe: Recipe) -> None:
     mine = pictures[processes.process_index :: processes.num_processes]
     for path in tqdm(mine, unit="img", disable=not processes.is_main_process):
         name = path.relative_to(root).with_suffix(".png")
-        if (out / MAPS / name).exists():
-            continue
         labels = painter(str(path)).numpy()
         sheet = paint(read_picture(path), labels, segmentor.classes, colours, recipe.paint)
         write(sheet, out / name)
-        write(numbered(labels, colours), out / MAPS / name)  # last: where it is, its picture is done
+        write(numbered(labels, colours), out / MAPS / name)
     processes.wait_for_everyone()
     if processes.is_main_process:
         log.info("seg predict: %d pictures in %s", len(pictures), out)
@@ -110,4 +108,4 @@ def write(image: Image.Image, path: Path) -> None:
         with replacing(path) as temporary:
             image.save(temporary, format="PNG")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); start again to continue") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room and start again") from error

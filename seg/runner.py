@@ -84,7 +84,7 @@ class AddpRunner(Runner):
         """The resolved config, once: a continued run has the same."""
         path = Path(self.work_dir) / "config.py"
         if is_main_process() and not path.exists():
-            path.write_text(self.cfg.text if self.cfg.filename is None else self.cfg.pretty_text)
+            path.write_text(self.cfg.pretty_text)
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

@@ -118,7 +118,7 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
     """
     try:
         with image_errors(), Image.open(path) as image:
-            labels = np.array(image)
+            labels = np.array(image).astype(np.int32)
     except ImageError as error:
         raise UserError(f"{path}: {error}") from error
     if labels.ndim != 2:

@@ -157,8 +157,13 @@ def fill_runtime(cfg: Any, out: Path, workers: int | None, source: str = "", tab
             }
 
 
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def world() -> int:
-    """The number of processes that torchrun or another launcher started."""
+    """How many processes torchrun or another launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

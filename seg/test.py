@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
 from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs
-from seg.settings import TestConfig, base_config, fill_model, fill_runtime, fill_test, load_segmentor
+from seg.settings import TestConfig, base_config, fill_model, fill_runtime, fill_test, load_segmentor, rank
 
 log = logging.getLogger("addp")
 
@@ -47,7 +47,8 @@ def run(recipe: Recipe) -> None:
     data, out = recipe.data, Path(recipe.out)
     classes = class_names(data.source, data.classes)
     pairs = find_pairs(data.source, "val")
-    check_pairs(pairs, len(classes), data.check)
+    if rank() == 0:
+        check_pairs(pairs, len(classes), data.check)
     cfg, state = base_config(), None
     if recipe.model:
         segmentor, state = load_segmentor(recipe.model)

@@ -23,6 +23,7 @@ from seg.settings import (
     TestConfig,
     fill_model,
     fill_runtime,
+    rank,
     read_config,
     save_segmentor,
     world,
@@ -90,7 +91,7 @@ def run(recipe: Recipe) -> None:
         return
     try:
         classes = class_names(recipe.data.source, recipe.data.classes)
-        for split in ("train", "val"):
+        for split in ("train", "val") if rank() == 0 else ():
             check_pairs(find_pairs(recipe.data.source, split), len(classes), recipe.data.check)
         segmentor = describe(recipe, cfg, classes)
         fill_config(cfg, recipe, segmentor)
@@ -196,7 +197,7 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
     )
     if train.precision != "fp32":
         wrapper.update(type="AmpOptimWrapper", dtype={"bf16": "bfloat16", "fp16": "float16"}[train.precision])
-        cfg.val_cfg.fp16 = True
+        cfg.val_cfg.fp16 = train.precision == "fp16"  # mmengine's loop knows no bf16
     length, warm = train.steps * parts, train.warmup_steps * parts
     cfg.train_cfg.update(max_iters=length, val_interval=min(train.evaluate_every * parts, length))
     rise, fall = cfg.param_scheduler

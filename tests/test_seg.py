@@ -303,6 +303,13 @@ def test_configs_hold_the_papers_recipe():
         ]
 
 
+def test_cost_of_a_crop(capsys):
+    assert main(["seg", "cost", "config=upernet_addp-tiny_500_ade20k-512x512", "crop=32", "steps=1", "json=true"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["crop"] == 32
+    assert all(figures[part]["seconds_per_crop"] > 0 for part in ("test", "train"))
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
