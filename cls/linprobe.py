@@ -1,7 +1,7 @@
 """`addp linprobe`: what a linear layer makes of a frozen encoder's features (App. D.2).
 
 mode=full is the published protocol: random crops, LARS, a batch norm without affine parameters before the head.
-mode=fast computes the features of each image once and sweeps learning rates over them, block by block (sweep.py).
+mode=fast computes the features of each image once and sweeps learning rates over them, block by block (heads.py).
 """
 
 import logging
@@ -27,7 +27,7 @@ from addp_core.errors import UserError
 from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
 from addp_core.sources import ImageSource
-from cls import sweep
+from cls import heads
 from cls.data import evaluation_share, held, open_splits
 from cls.evaluation import score
 from cls.features import Features, Pooling, block_number, cut
@@ -79,7 +79,7 @@ class Recipe:
     ] = "imagenet"
     pooling: Annotated[Pooling, "full: what the head sees: the mean of the patches, or the class token"] = "avg"
     block: Annotated[int, "full: the block whose features are probed, from 1, or from the end as -1"] = -1
-    fast: sweep.FastConfig = field(default_factory=sweep.FastConfig)
+    fast: heads.FastConfig = field(default_factory=heads.FastConfig)
     train: ProbeTrain = field(default_factory=ProbeTrain)
     eval_crop: Annotated[
         float | None,
@@ -94,7 +94,7 @@ def run(recipe: Recipe) -> None:
     """Probe, or continue; ends with results.json and `<out>/model.safetensors`, a classifier."""
     text = dump(recipe)
     if prepare_out(recipe.out, text):
-        sweep.show(Path(recipe.out), recipe.mode)
+        heads.show(Path(recipe.out), recipe.mode)
         return
     train_set, val_set = open_splits(recipe.data, recipe.val)
     torch.manual_seed(recipe.train.seed)
@@ -107,7 +107,7 @@ def run(recipe: Recipe) -> None:
         patch_size=recipe.patch_size,
     )
     if recipe.mode == "fast":
-        sweep.run(recipe, encoder, train_set, val_set, text)
+        heads.run(recipe, encoder, train_set, val_set, text)
         return
     classifier = build(recipe, encoder, train_set.classes)
     share = evaluation_share(recipe.data.hw, recipe.eval_crop)
@@ -115,7 +115,7 @@ def run(recipe: Recipe) -> None:
     transform = pretrain_transform(recipe.data)
     stream = Stream(train_set, transform, recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch)
     train(stage, stream, recipe.train, recipe.out, text)
-    sweep.show(Path(recipe.out), recipe.mode)
+    heads.show(Path(recipe.out), recipe.mode)
 
 
 def build(recipe: Recipe, encoder: Encoder, classes: tuple[str, ...]) -> Classifier:

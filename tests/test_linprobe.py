@@ -12,7 +12,7 @@ from tiny import tiny_addp
 from torch import nn
 
 import cls.features
-import cls.sweep
+import cls.heads
 from addp_core import load_encoder, save_model
 from addp_core.checkpoint import load_classifier
 from addp_core.cli import main
@@ -116,9 +116,9 @@ class Kill:
 
 
 def test_a_killed_sweep_continues_as_if_never_stopped(room, tmp_path, monkeypatch):
-    shards, heads = Kill(cls.features.save_file, 4), Kill(cls.sweep.save_file, 2)
+    shards, heads = Kill(cls.features.save_file, 4), Kill(cls.heads.save_file, 2)
     monkeypatch.setattr(cls.features, "save_file", shards)
-    monkeypatch.setattr(cls.sweep, "save_file", heads)
+    monkeypatch.setattr(cls.heads, "save_file", heads)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     settings = ("fast.mirrored=true", "data.max_errors=1")
     assert fast(room, cut, *settings) == 1  # in the features

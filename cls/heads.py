@@ -356,8 +356,8 @@ def show(out: Path, mode: str) -> None:
 def table(results: dict[str, Any]) -> str:
     """A line a row, the picked one with a star."""
     rows = results["rows"]
-    heads = {"held_out": "held out", "top1": "top-1", "top5": "top-5", "knn": "k-NN"}
-    lines = [["block", "pooling", "lr", *(heads[name] for name in shown(rows[0])), ""]]
+    titles = {"held_out": "held out", "top1": "top-1", "top5": "top-5", "knn": "k-NN"}
+    lines = [["block", "pooling", "lr", *(titles[name] for name in shown(rows[0])), ""]]
     for row in rows:
         figures = [f"{row[name]:.2f}" for name in shown(row)]
         lines.append(
