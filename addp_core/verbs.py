@@ -10,6 +10,7 @@ VERBS = {  # verb: (module, one line of help); modules are imported when their v
     "generate": ("gen.generate", "write generated images and a grid of them"),
     "inpaint": ("gen.inpaint", "fill a hole in a picture, or paint on beyond its sides"),
     "figures": ("gen.figures", "draw the paper's figures of any checkpoint"),
+    "app": ("gen.app", "a local page to generate and inpaint"),
     "evaluate": ("gen.evaluate", "FID, IS, precision, recall and KID of generated images"),
     "seg train": ("seg.train", "UperNet over the encoder on ADE20K"),
     "seg test": ("seg.test", "mIoU of a trained segmentor, or of class maps on the disk"),

@@ -72,6 +72,7 @@ PACKAGES = dict(
         _package("sklearn", "scikit-learn"),
         _package("scipy"),
         _package("torch_fidelity", "torch-fidelity", extra="gen"),
+        _package("gradio", extra="app"),
         _package("pycocotools", extra="det"),
         _package("detectron2"),
         _package("mmseg", "onedl-mmsegmentation", "mmsegmentation", extra="seg"),
@@ -96,11 +97,13 @@ CORE = (
 )
 TASKS = {
     "pretrain": Task("pretrain", (*CORE, "matplotlib")),
-    "gen": Task("gen", (*CORE, "matplotlib"), {"torch_fidelity": "FID, IS, precision and recall"}),
-    "cls": Task("cls", CORE),
-    "det": Task(
-        "det", (*CORE, "pycocotools"), {"detectron2": "the paper's engine; engine=torchvision does without"}
+    "gen": Task(
+        "gen",
+        (*CORE, "matplotlib"),
+        {"torch_fidelity": "FID, IS, precision and recall", "gradio": "the page of addp app"},
     ),
+    "cls": Task("cls", CORE),
+    "det": Task("det", (*CORE, "pycocotools"), {"detectron2": "the paper's engine; engine=torchvision does without"}),
     "seg": Task("seg", (*CORE, "mmseg", "mmcv", "mmengine")),
     "export": Task("tools", CORE, dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "layout=onnx")),
     "throughput": Task("tools", (*CORE, "fvcore")),
