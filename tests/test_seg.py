@@ -141,9 +141,13 @@ def test_two_processes(scenes, encoder_file, tmp_path):
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command_line = [sys.executable, "-m", "addp_core", *args]
         running.append(subprocess.Popen(command_line, env=os.environ | group, stderr=subprocess.PIPE, text=True))
-    for process in running:
-        errors = process.communicate(timeout=400)[1]
-        assert process.returncode == 0, errors[-3000:]
+    try:
+        for process in running:
+            errors = process.communicate(timeout=600)[1]
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in running:
+            process.kill()
     assert json.loads((tmp_path / "run" / "finished.json").read_text())["aAcc"] >= 0
 
 
