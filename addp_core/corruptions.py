@@ -2,8 +2,8 @@
 
 Names, order and the parameters of the five severities are the published ones, which are for pictures of 224 x 224.
 For another size, lengths (radii, shifts, flakes) scale with the shorter side; amounts (noise, contrast, the share of
-pixels that pixelate keeps, JPEG quality) stay. What differs from the published programs, so that figures on these pictures are close to those on the
-real set but not the same:
+pixels that pixelate keeps, JPEG quality) stay. What differs from the published programs, so that figures on these
+pictures are near those on the real set but not the same:
 
     glass_blur         pixels take their neighbours' place independently of each other instead of swapping in turn
     motion_blur, snow  the trail's kernel is ours, not ImageMagick's
