@@ -337,14 +337,14 @@ def _convert_vit(where: str, state: State, overrides: Mapping[str, int]) -> tupl
     # average-pooling ViTs have fc_norm in place of the final norm, CLIP's no bias on the patches
     absent = {"norm.weight": torch.ones, "norm.bias": torch.zeros, "patch_embed.proj.bias": torch.zeros}
     ours = {key: value(width) for key, value in absent.items()} | ours
-    pre_norm, heads = "tokenizer_norm.weight" in ours, _usual_heads(width) if table is None else table.shape[1]
+    heads = _usual_heads(width) if table is None else table.shape[1]
     config = EncoderConfig(
         width,
         depth,
         overrides.get("encoder_heads", heads),
-        tokenizer_norm=pre_norm,
+        tokenizer_norm="tokenizer_norm.weight" in ours,
         layer_scale="blocks.0.ls1.gamma" in ours,
-        pre_norm=pre_norm,
+        pre_norm="norm_pre.weight" in state,
     )
     attention = PLAIN if table is None else AttentionConfig(relative="table")
     return ours, EncoderFile(config, (grid[0] * patch, grid[1] * patch), patch, attention)

@@ -4,16 +4,19 @@
 published weights of ViT-B and ViT-L. A file without a head leaves the new one as it is.
 """
 
+import logging
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from addp_core.checkpoint import load_encoder
 from addp_core.classifier import Classifier
 from addp_core.encoder import SIZES, Encoder, EncoderConfig
-from addp_core.layouts import encoder_names
+from addp_core.layouts import encoder_names, strip
+
+log = logging.getLogger("addp")
 
 HUB = "Changyao/ADDP"  # the authors' repository
 
@@ -61,8 +64,10 @@ class TimmClassifier(Classifier):
         proj_drop_rate: float = 0.0,
         pre_norm: bool = False,
         dynamic_img_size: bool = False,
+        drop_rate: float = 0.0,
     ):
-        """timm's names for the options of `Encoder` and `Classifier`; `pre_norm` is ADDP's `tokenizer_norm`.
+        """timm's names for the options of `Encoder` and `Classifier`; `pre_norm` is ADDP's `tokenizer_norm`,
+        `drop_rate` acts before the head.
 
         ValueError for other than three channels.
         """
@@ -71,7 +76,13 @@ class TimmClassifier(Classifier):
         config = EncoderConfig(embed_dim, depth, num_heads, proj_drop_rate, drop_path_rate, pre_norm, proj_drop_rate)
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         super().__init__(Encoder(config, size, patch_size, dynamic=dynamic_img_size), num_classes, global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
         self.register_load_state_dict_pre_hook(_read_foreign)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens Float[B,1+N,W] -> logits Float[B,classes], or what the head sees, Float[B,W]."""
+        x = self.head_drop(super().forward_head(x, pre_logits=True))
+        return x if pre_logits else self.head(x)
 
     def load_pretrained(self, path: str) -> None:
         """timm's: the encoder of a file in any layout; the head stays as it is. UserError as `load_encoder`."""
@@ -83,18 +94,28 @@ class TimmClassifier(Classifier):
 
 
 def _read_foreign(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: another layout's tensors under this model's names, with the model's own head."""
-    if prefix or any(key.startswith("encoder.") for key in state):
+    """Before `load_state_dict`: other layouts and sizes under this model's names; a head that does not fit is dropped,
+    and said to be.
+    """
+    if prefix:
         return
-    read = load_encoder(
-        encoder_names(state),
-        model.encoder.image_size,
-        encoder_heads=model.encoder.config.heads,
-        tokenizer_norm=model.encoder.config.tokenizer_norm,
-    )
-    own = {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
+    own, config = model.state_dict(), model.encoder.config
+    given = {key: value for key, value in state.items() if not key.startswith("encoder.")}
+    ours = len(given) < len(state)
+    rest = {key: value for key, value in own.items() if not key.startswith("encoder.")}
+    if ours and all(key in given and given[key].shape == value.shape for key, value in rest.items()):
+        rest = given
+    elif ours and "head.weight" in given:
+        log.warning("the checkpoint's head for %d classes is dropped", len(given["head.weight"]))
+    if ours and state["encoder.pos_embed"].shape == own["encoder.pos_embed"].shape:
+        encoder = {key: value for key, value in state.items() if key.startswith("encoder.")}
+    else:
+        part = strip(state, "encoder.") if ours else encoder_names(state)
+        options = {"encoder_heads": config.heads, "tokenizer_norm": config.tokenizer_norm}
+        read = load_encoder(part, model.encoder.image_size, **options)
+        encoder = {f"encoder.{key}": value for key, value in read.state_dict().items()}
     state.clear()
-    state.update(own, **{f"encoder.{key}": value for key, value in read.state_dict().items()})
+    state.update(rest, **encoder)
 
 
 def _build(name: str, size: str, pretrained: bool, **options: Any) -> nn.Module:
