@@ -1,6 +1,6 @@
 # ruff: noqa: C408 (calls of dict are how such configs are written)
-# UperNet over one ViT on ADE20K, in mmengine's form: what all sizes share (App. D). For `addp seg train`; custom_imports
-# registers our parts wherever mmengine reads it.
+# UperNet over one ViT on ADE20K, in mmengine's form: what all sizes share (App. D). For `addp seg train`;
+# custom_imports registers our parts wherever mmengine reads it.
 custom_imports = dict(imports=["seg.backbone", "seg.dataset", "seg.evaluation", "seg.runner"])
 default_scope = "mmseg"
 runner_type = "AddpRunner"
