@@ -300,9 +300,9 @@ class _Run:
                 last = self.step == self.total
                 if self.step % config.log_every == 0 or last:
                     self._log()
-                if last or (config.preview_every and self.step % config.preview_every == 0):
+                if not last and config.preview_every and self.step % config.preview_every == 0:
                     self._preview()
-                if last or (config.evaluate_every and self.step % config.evaluate_every == 0):
+                if not last and config.evaluate_every and self.step % config.evaluate_every == 0:
                     self._evaluate()
                 if last or stop or interrupt or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self._checkpoint(must=last or stop or interrupt)
@@ -310,6 +310,9 @@ class _Run:
                     if self.main:
                         log.info("stopped by a signal after step %d; the same command continues", self.step)
                     raise SystemExit(1 if interrupt else 0)
+            # After the last checkpoint, so that nothing that fails in them costs a step of training.
+            self._preview()
+            self._evaluate()
             self._export()
         finally:
             if hasattr(batches, "close"):

@@ -330,7 +330,7 @@ class Report:
 
         self.out, self.total = out, total
         self.metrics = out / "metrics.jsonl"
-        write_atomically(self.metrics, b"".join(_lines_until(self.metrics, step)))
+        write_atomically(self.metrics, b"".join(_lines_until(self.metrics, step, total)))
         self.file = self.metrics.open("a")
         self.board = SummaryWriter(str(out / "tb"), purge_step=step + 1)
         shown = sys.stderr.isatty()
@@ -424,11 +424,13 @@ class Report:
             log.warning("%s/%s: not written (%s); the run continues", self.out, what, _reason(error))
 
 
-def _lines_until(metrics: Path, step: int) -> Iterator[bytes]:
-    """The whole lines of metrics.jsonl up to `step`."""
+def _lines_until(metrics: Path, step: int, total: int) -> Iterator[bytes]:
+    """The whole lines of metrics.jsonl that a run which continues from `step` does not write again."""
     if not metrics.exists():
         return
     for line in metrics.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):  # a line cut off by a kill
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            figures = json.loads(line)
+            again = figures["step"] == total and "img_s" not in figures  # the evaluation at the end
+            if line.endswith(b"\n") and figures["step"] <= step and not again:
                 yield line

@@ -660,3 +660,21 @@ def test_randomness_is_a_function_of_the_step(tmp_path):
     assert metrics(tmp_path / "plain") == metrics(tmp_path / "greedy")
     assert seed_for(0, "step", 1, 0) != seed_for(0, "step", 1, 1)
     assert math.isfinite(metrics(tmp_path / "plain")[0]["loss"])
+
+
+@pytest.mark.parametrize("method", ["preview", "evaluate", "export"])
+def test_what_fails_after_the_last_step_costs_none(method, tmp_path, whole, monkeypatch, caplog):
+    def broken(self, *_):
+        raise RuntimeError("no figure today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyStage, method, broken)
+        with pytest.raises(RuntimeError, match="no figure today"):
+            run([f"out={tmp_path}", "train.preview_every=0"])
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "addp"):
+        run([f"out={tmp_path}", "train.preview_every=0"])
+    assert "continues from step 12" in caplog.text
+    for name in ("model.safetensors", "model-ema.safetensors"):
+        ours, theirs = load_file(tmp_path / name), load_file(whole / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
