@@ -251,7 +251,10 @@ def _read_encoder(
         file = EncoderFile(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
         return weights.where, weights.part("denoiser.encoder."), file
     if weights.kind == "classifier":
-        return weights.where, weights.part("encoder."), weights.architecture.encoder
+        file = weights.architecture.encoder
+        if isinstance(file, EncoderFile):  # a norm that it was trained with is its own by now
+            file = replace(file, encoder=replace(file.encoder, pre_norm=file.encoder.tokenizer_norm))
+        return weights.where, weights.part("encoder."), file
     if weights.kind in ("encoder", "token_encoder"):
         return weights.where, weights.state, weights.architecture
     raise UserError(

@@ -186,9 +186,10 @@ class Encoder(FeatureEncoder):
         return int(self.attention.class_token)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay spares, beside one-dimensional ones (App. D.2; BEiT's and ViTDet's rule)."""
-        ends = ("rel_pos_h", "rel_pos_w", "relative_position_bias_table")
-        return {"pos_embed", "cls_token"} | {name for name, _ in self.named_parameters() if name.endswith(ends)}
+        """Parameters that weight decay spares, beside one-dimensional ones (App. D.2). Relative positions decay, as in
+        the published recipes of ViTDet and BEiT.
+        """
+        return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, str]:
         """timm's description of the layers for layer-wise decay: what embeds is layer 0, block i is layer i + 1.

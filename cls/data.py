@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -21,9 +22,11 @@ def open_splits(config: DataConfig, val: str = "") -> tuple[ImageSource, ImageSo
         raise UserError(f"data.source: {config.source} has no class folders; expected <class>/<image>, or labels")
     test = open_source(replace(config, source=val or config.source), "val", train.classes)
     where = val or config.source
-    if test.classes and len(test.classes) > len(train.classes):
+    if test.classes != train.classes:  # shards and hub sets bring names of their own
+        pairs = zip_longest(train.classes, test.classes, fillvalue="none")
+        label, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise UserError(
-            f"val: {where} has {len(test.classes)} classes, expected at most the {len(train.classes)} of data.source"
+            f"val: class {label} of {where} is {theirs}, that of {config.source} {ours}; expected the same classes"
         )
     check_labels(train, config.source)
     check_labels(test, where)

@@ -4,7 +4,6 @@ Validation runs every `train.evaluate_every` steps; the best weights so far are 
 ones in model.safetensors. Both feed `addp robustness` and `addp export`.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,18 +24,20 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from addp_core.checkpoint import load_encoder, read_weights, save_model
+from addp_core.checkpoint import read_weights, save_model
 from addp_core.classifier import Classifier
 from addp_core.config import dump
 from addp_core.data import Batch, DataConfig, Stream
 from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
 from addp_core.errors import UserError
-from addp_core.files import replacing, write_atomically
+from addp_core.files import write_atomically
 from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
 from addp_core.sources import ImageSource
+from addp_core.start import Start
 from cls.data import evaluation_share, held, open_splits
 from cls.evaluation import Scores, score
+from cls.results import keep_best
 
 log = logging.getLogger("addp")
 
@@ -44,7 +45,6 @@ NORMALISATION = {
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
 }
-BEST_MODEL, BEST_NOTE = "model-best.safetensors", "best.json"
 
 
 @dataclass
@@ -79,24 +79,13 @@ FinetuneTrain = with_defaults(
 )
 
 
-@dataclass
-class Recipe:
+@dataclass(kw_only=True)
+class Recipe(Start):
     """Keys of `addp finetune`."""
 
     out: Annotated[str, "run folder"]
-    model: Annotated[
-        str,
-        "a run of `addp pretrain` or of this verb, a file (ADDP, MAE, BEiT, timm ViT), hf://owner/repository/file, "
-        "or with init=random a size (tiny, small, base, large)",
-    ]
     data: FinetuneData = field(default_factory=FinetuneData)
     val: Annotated[str, "images to validate on (default: the `val` split of data)"] = ""
-    init: Annotated[
-        Literal["pretrained", "random"], "the file's weights, or its architecture with weights drawn from the seed"
-    ] = "pretrained"
-    patch_size: Annotated[int | None, Ge(1), "pixels, where `model` is a size (default: 16)"] = None
-    encoder_heads: Annotated[int | None, Ge(1), "of a file whose heads are not width/64"] = None
-    tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipe drops it)"] = False
     pooling: Annotated[Literal["avg", "token"], "what the head sees: the mean of the patches, or the class token"] = (
         "avg"
     )
@@ -156,16 +145,7 @@ def build(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
     """The classifier at the start: the encoder that the recipe names and a head for these classes."""
     torch.manual_seed(recipe.train.seed)
     mean, std = NORMALISATION[recipe.normalisation]
-    encoder = load_encoder(
-        recipe.model,
-        recipe.data.hw,
-        encoder_heads=recipe.encoder_heads,
-        dropout=recipe.dropout,
-        drop_path=recipe.drop_path,
-        tokenizer_norm=recipe.tokenizer_norm,
-        init=recipe.init,
-        patch_size=recipe.patch_size,
-    )
+    encoder = recipe.encoder(recipe.data.hw, dropout=recipe.dropout, drop_path=recipe.drop_path)
     model = Classifier(encoder, len(classes), recipe.pooling, class_names=classes, mean=mean, std=std)
     if recipe.init == "pretrained":
         _take_head(model, recipe.model)
@@ -276,22 +256,8 @@ class FinetuneStage(Stage):
         if PartialState().is_main_process:
             if recipe.confusion:
                 write_confusion(scores, self.model.class_names, out)
-            self._keep_best(model, step, scores, out)
+            keep_best(model, step, scores, out)
         return scores.figures
-
-    def _keep_best(self, model: nn.Module, step: int, scores: Scores, out: Path) -> None:
-        results = {"images": scores.images, "classes": self.model.num_classes, "last": {"step": step, **scores.figures}}
-        best = results["last"]
-        note = out / BEST_NOTE
-        if note.exists():
-            before = json.loads(note.read_text(encoding="utf-8"))
-            # A run that fell back to an older checkpoint meets its best step a second time.
-            best = best if best["top1"] > before["top1"] or step == before["step"] else before
-        if best is results["last"]:
-            with replacing(out / BEST_MODEL) as path:
-                save_model(model, path)
-            write_atomically(note, json.dumps(best).encode())
-        write_atomically(out / "results.json", json.dumps({**results, "best": best}, indent=1).encode())
 
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(model, path)

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from addp_core.checkpoint import load_encoder, save_model
+from addp_core.checkpoint import save_model
 from addp_core.classifier import Classifier, normalise
 from addp_core.config import dump
 from addp_core.data import Batch, DataConfig, Stream, pretrain_transform
@@ -27,6 +27,7 @@ from addp_core.errors import UserError
 from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
 from addp_core.sources import ImageSource
+from addp_core.start import Start
 from cls import heads
 from cls.data import evaluation_share, held, open_splits
 from cls.evaluation import score
@@ -51,16 +52,11 @@ ProbeTrain = with_defaults(
 )
 
 
-@dataclass
-class Recipe:
+@dataclass(kw_only=True)
+class Recipe(Start):
     """Keys of `addp linprobe`."""
 
     out: Annotated[str, "run folder"]
-    model: Annotated[
-        str,
-        "a run of `addp pretrain` or `addp finetune`, a file (ADDP, MAE, BEiT, timm ViT), hf://owner/repository/file, "
-        "or with init=random a size (tiny, small, base, large)",
-    ]
     data: ProbeData = field(default_factory=ProbeData)
     val: Annotated[str, "images to validate on (default: the `val` split of data)"] = ""
     mode: Annotated[
@@ -68,12 +64,6 @@ class Recipe:
         "full: the published training of one head, as `train` says; fast: features computed once, many heads, as "
         "`fast` says (of `train` only seed and precision)",
     ] = "full"
-    init: Annotated[
-        Literal["pretrained", "random"], "the file's weights, or its architecture with weights drawn from the seed"
-    ] = "pretrained"
-    patch_size: Annotated[int | None, Ge(1), "pixels, where `model` is a size (default: 16)"] = None
-    encoder_heads: Annotated[int | None, Ge(1), "of a file whose heads are not width/64"] = None
-    tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipe drops it)"] = False
     normalisation: Annotated[
         Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
     ] = "imagenet"
@@ -98,14 +88,7 @@ def run(recipe: Recipe) -> None:
         return
     train_set, val_set = open_splits(recipe.data, recipe.val)
     torch.manual_seed(recipe.train.seed)
-    encoder = load_encoder(
-        recipe.model,
-        recipe.data.hw,
-        encoder_heads=recipe.encoder_heads,
-        tokenizer_norm=recipe.tokenizer_norm,
-        init=recipe.init,
-        patch_size=recipe.patch_size,
-    )
+    encoder = recipe.encoder(recipe.data.hw)
     if recipe.mode == "fast":
         heads.run(recipe, encoder, train_set, val_set, text)
         return

@@ -10,14 +10,14 @@ from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 
-from addp_core.checkpoint import load_encoder
 from addp_core.config import dump
 from addp_core.data import DataConfig, Stream
 from addp_core.encoder import AttentionConfig, Encoder
 from addp_core.engine import TrainConfig, prepare_out, train
 from addp_core.errors import UserError
+from addp_core.start import Start
 from det.augment import ScaleJitter, collate
 from det.coco import CocoSet, open_coco
 from det.config import CocoConfig, DetectorConfig, DetectorFile, vitdet_attention
@@ -27,19 +27,11 @@ from det.stage import DetStage
 log = logging.getLogger("addp")
 
 
-@dataclass
-class Recipe:
+@dataclass(kw_only=True)
+class Recipe(Start):
     """Keys of `addp det train`."""
 
     out: Annotated[str, "run folder"]
-    model: Annotated[
-        str,
-        "the encoder: a run or file of ADDP, MAE, timm or BEiT, or hf://owner/repository/file; "
-        "with init=random also tiny, small, base, large",
-    ]
-    init: Annotated[Literal["pretrained", "random"], "random: the same architecture with fresh weights"] = "pretrained"
-    encoder_heads: Annotated[int | None, Ge(1), "where they are not width/64"] = None
-    tokenizer_norm: Annotated[bool, "keep ADDP's norm on the embedded patches"] = False
     engine: Annotated[
         Literal["auto", "detectron2", "torchvision"], "auto: detectron2 where it is installed, else torchvision"
     ] = "auto"
@@ -100,12 +92,7 @@ def open_sets(config: CocoConfig) -> dict[str, CocoSet]:
 def build_encoder(recipe: Recipe) -> Encoder:
     """The recipe's encoder for squares of `data.size`."""
     torch.manual_seed(recipe.train.seed)
-    options = {"drop_path": recipe.drop_path, "tokenizer_norm": recipe.tokenizer_norm, "attention": recipe.attention}
-    options |= {"encoder_heads": recipe.encoder_heads, "dynamic": True, "init": recipe.init}
-    try:
-        encoder = load_encoder(recipe.model, recipe.data.size, **options)
-    except UserError as error:
-        raise UserError(str(error).replace("img_size", "data.size")) from error  # the key that the user knows
+    encoder = recipe.encoder(recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True)
     if not isinstance(encoder, Encoder):
         raise UserError(
             f"model: {recipe.model} sees token ids, not pixels; expected an encoder of pixels (ADDP, MAE, ViT)"

@@ -215,9 +215,9 @@ def test_maps_are_the_tokens_of_their_blocks():
 
 
 def test_what_weight_decay_spares():
-    table, axes = (encoder(AttentionConfig(relative=kind)) for kind in ("table", "decomposed"))
-    assert "blocks.0.relative.relative_position_bias_table" in table.no_weight_decay()
-    assert {"blocks.3.relative.rel_pos_h", "blocks.3.relative.rel_pos_w"} <= axes.no_weight_decay()
+    """Positions and class token; relative positions decay, as in ViTDet's and BEiT's recipes."""
+    for kind in ("table", "decomposed"):
+        assert encoder(AttentionConfig(relative=kind)).no_weight_decay() == {"pos_embed", "cls_token"}
 
 
 # -------------------- files

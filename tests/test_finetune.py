@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import tarfile
 
 import numpy as np
 import pytest
@@ -177,6 +178,24 @@ def refusal(capsys, *words) -> str:
     return lines[-1]
 
 
+def test_what_a_classifier_was_trained_with_goes_on(images, pretrained, tmp_path):
+    first = tmp_path / "first"
+    assert main(settings(images, pretrained, first, "train.steps=1", "tokenizer_norm=true")) == 0
+    assert load_encoder(first, 8).config.tokenizer_norm
+    assert not load_encoder(pretrained, 8).config.tokenizer_norm
+
+
+def test_token_input(images, tmp_path):
+    """MAGE's row: the encoder over ids, with the tokenizer in its own file."""
+    model = tiny_addp(image_size=(8, 8))
+    model.predictor.trained_on = ""
+    save_model(model.predictor, tmp_path / "mage.safetensors", (4, 4))
+    save_model(model.tokenizer, tmp_path / "vqgan.safetensors")
+    words = [f"tokenizer={tmp_path / 'vqgan.safetensors'}", "train.steps=2"]
+    assert main(settings(images, tmp_path / "mage.safetensors", tmp_path / "run", *words)) == 0
+    assert load_classifier(tmp_path / "run").encoder.grid == (4, 4)
+
+
 def test_wrong_input(images, pretrained, tmp_path, capsys):
     copy = tmp_path / "set"
     shutil.copytree(images, copy)
@@ -199,6 +218,15 @@ def test_wrong_input(images, pretrained, tmp_path, capsys):
         lines = [f"red/{i}.png {label}" for i, label in enumerate(labels)]
         (listed / "meta" / f"{split}.txt").write_text("\n".join(lines))
     assert "label 7, but there are 2 classes" in refusal(capsys, *settings(listed, pretrained, tmp_path / "d"))
+
+    tars = tmp_path / "tars"
+    for split, names in (("train", ("blue", "red")), ("val", ("green", "red"))):
+        (tars / split).mkdir(parents=True)
+        with tarfile.open(tars / split / "0.tar", "w") as tar:
+            for name in names:
+                tar.add(images / "train" / name / "0.png", f"{name}/0.png")
+    said = refusal(capsys, *settings(tars, pretrained, tmp_path / "t"))
+    assert f"class 0 of {tars} is green, that of {tars} blue; expected the same classes" in said
 
     odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "train.batch=7", "augment.mixup=0.8"))
     assert odd.startswith("addp: train.batch: 7 images of a micro-step cannot be mixed in pairs")

@@ -1,0 +1,48 @@
+"""The encoder that a transfer starts from: the keys that its recipes share, and what they build."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+
+from addp_core.checkpoint import load_encoder
+from addp_core.encoder import Encoder
+from addp_core.errors import UserError
+from addp_core.token_encoder import TokenEncoder
+
+
+@dataclass(kw_only=True)
+class Start:
+    """Keys of a transfer that say which encoder it starts from."""
+
+    model: Annotated[
+        str,
+        "a run, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT), hf://owner/repository/file, or with init=random "
+        "a size (tiny, small, base, large)",
+    ]
+    init: Annotated[
+        Literal["pretrained", "random"], "the file's weights, or its architecture with weights drawn from the seed"
+    ] = "pretrained"
+    patch_size: Annotated[int | None, Ge(1), "pixels, where `model` is a size (default: 16)"] = None
+    encoder_heads: Annotated[int | None, Ge(1), "of a file whose heads are not width/64"] = None
+    tokenizer: Annotated[str, "for an encoder over token ids: the VQGAN of a MAGE file that does not hold it"] = ""
+    tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipes drop it)"] = False
+
+    def encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
+        """The encoder for images of this size (height, width); `options` as those of `load_encoder`.
+
+        UserError as there, with the names of a recipe's keys.
+        """
+        try:
+            return load_encoder(
+                self.model,
+                size,
+                init=self.init,
+                patch_size=self.patch_size,
+                encoder_heads=self.encoder_heads,
+                tokenizer=self.tokenizer or None,
+                tokenizer_norm=self.tokenizer_norm,
+                **options,
+            )
+        except UserError as error:
+            raise UserError(str(error).replace("img_size", "data.size")) from error
