@@ -8,7 +8,7 @@ from tiny import tiny_addp
 from addp_core import sample, save_model
 
 gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'addp[app]'")
-app = pytest.importorskip("gen.app")
+app, page = pytest.importorskip("gen.app"), pytest.importorskip("gen.page")
 HW = (8, 12)
 SAMPLING = (3, "cosine", 6.0, 1.0, 0, "confidence")
 
@@ -17,7 +17,7 @@ SAMPLING = (3, "cosine", 6.0, 1.0, 0, "confidence")
 def studio():
     model = tiny_addp(HW)
     model.predictor = None
-    return app.Studio(model, app.Recipe(model="tiny", max_n=3, max_steps=5, max_pixels=2000))
+    return page.Studio(model, app.Recipe(model="tiny", max_n=3, max_steps=5, max_pixels=2000))
 
 
 def test_every_step_is_shown_and_the_last_one_is_the_image(studio):

@@ -281,7 +281,7 @@ def test_rates_fall_from_block_to_block():
     assert rates["backbone.encoder.patch_embed.proj.weight"] == rates["backbone.encoder.pos_embed"] == 0.5**5
     decays = {name: groups[id(p)]["weight_decay"] for name, p in trained.items()}
     spared = {name for name, value in decays.items() if value == 0}
-    expected = {name for name, p in trained.items() if p.ndim == 1 or "pos_embed" in name or "bias_table" in name}
+    expected = {name for name, p in trained.items() if p.ndim == 1 or "pos_embed" in name}
     assert spared == expected
 
 
