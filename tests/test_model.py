@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from addp_core.encoder import SIZES, Encoder, EncoderConfig
 from addp_core.predictor import PredictorConfig, TokenPredictor
 from addp_core.rng import generator
 from addp_core.tokenizer import Tokenizer, TokenizerConfig, Upsample, Vocabulary
+from pretrain.predictor import MaskedTokenModel
 
 B, H, W = 3, 8, 12
 N = 24  # a 4 x 6 grid
@@ -318,3 +320,19 @@ def test_impossible_ratios_are_refused(bad):
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ProcessConfig().target = "z_0"
+
+
+def test_the_predictors_context_is_what_it_knows_beyond_frequencies():
+    """By hand: entropy of the smoothed frequencies of the masked ids, minus the loss."""
+    model = tiny_addp()
+    ids = torch.randint(24, (3, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 24, dtype=torch.bool)
+    mask[:, ::2] = True
+    found = MaskedTokenModel(model.predictor, 0.1)(ids, mask, mask)
+    size = model.predictor.logits(ids, mask, mask).shape[-1]
+    counts = Counter(ids[mask].tolist())
+    guess = [0.9 * counts[code] / 36 + 0.1 / size for code in range(size)]
+    assert found["context"].item() == pytest.approx(
+        -sum(p * math.log(p) for p in guess) - found["loss"].item(), abs=1e-4
+    )
+    assert found["context"] < 0  # random weights know less than frequencies
