@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -21,7 +22,7 @@ from addp_core.layers import Block
 from tools import published, throughput, timing
 from tools.flops import count, sampling_flop, training_flop
 from tools.throughput import Recipe
-from tools.timing import Parts, peak_memory, reset_peak_memory
+from tools.timing import Parts
 
 CPU, Clone = torch.device("cpu"), published.Clone
 # What `tools/published.py` needs of the authors' repository, in miniature, with what it must stand in for.
@@ -180,10 +181,13 @@ def test_a_wrapped_module_is_called_and_looks_like_itself():
 
 
 def test_peak_memory():
-    reset_peak_memory(CPU)
-    before = peak_memory(CPU)
-    held = torch.ones(2**24)  # 64 MiB
-    assert peak_memory(CPU) > before + 2**25 > held.nbytes // 2
+    # In a process of its own: some systems cannot lower the mark, and this one may have been larger before.
+    script = (
+        "import torch; from tools.timing import peak_memory, reset_peak_memory; cpu = torch.device('cpu'); "
+        "reset_peak_memory(cpu); before = peak_memory(cpu); held = torch.ones(2**27); print(peak_memory(cpu) - before)"
+    )
+    grown = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    assert 2**28 < grown < 2**30  # 2**29 bytes, give or take what importing left behind
 
 
 def test_matmul_peak_does_not_wait_for_slow_types(monkeypatch):
