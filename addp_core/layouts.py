@@ -418,7 +418,7 @@ def _make_vocabulary(embeddings: Tensor, codebook: int | None) -> Vocabulary:
     if codebook is None:
         codebook = max(len(embeddings) - Vocabulary.unused - 1, 1)
     unused = len(embeddings) - codebook - 1
-    return Vocabulary(codebook, unused, min(Vocabulary.class_slot, unused - 1))
+    return Vocabulary.with_slots(codebook, unused)
 
 
 def _depth(state: Iterable[str], prefix: str) -> int:

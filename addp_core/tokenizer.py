@@ -67,6 +67,11 @@ class Vocabulary:
         if not 0 <= self.class_slot < self.unused:
             raise ValueError(f"class_slot: found {self.class_slot}, expected one of the {self.unused} unused slots")
 
+    @classmethod
+    def with_slots(cls, codebook: int, unused: int) -> "Vocabulary":
+        """With `unused` slots, the class slot the published one, or the last where there are fewer."""
+        return cls(codebook, unused, min(cls.class_slot, unused - 1))
+
     @property
     def size(self) -> int:
         return self.codebook + self.unused + 1

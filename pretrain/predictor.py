@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,6 +53,12 @@ class Recipe:
     ]
     data: DataConfig = field(default_factory=DataConfig)
     model: PredictorConfig = field(default_factory=PredictorConfig)
+    unused_ids: Annotated[
+        int,
+        Ge(1),
+        "ids beside the codebook's and the mask's, one of them the class slot's; published: 1000 (MaskGIT's "
+        "classes). None is ever right, and a small network spends its first thousands of steps on learning that",
+    ] = Vocabulary.unused
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -66,7 +72,8 @@ def run(recipe: Recipe) -> None:
     tokenizer = load_tokenizer(recipe.tokenizer)
     grid = token_grid(tokenizer.config, recipe.data)
     torch.manual_seed(recipe.train.seed)
-    predictor = TokenPredictor(recipe.model, grid[0] * grid[1], Vocabulary(tokenizer.config.codebook))
+    vocabulary = Vocabulary.with_slots(tokenizer.config.codebook, recipe.unused_ids)
+    predictor = TokenPredictor(recipe.model, grid[0] * grid[1], vocabulary)
     predictor.trained_on = fingerprint(tokenizer)
     stage = PredictorStage(predictor, tokenizer, grid, recipe.masking, example_images(source, recipe.data, EXAMPLES))
     stream = Stream(

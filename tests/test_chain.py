@@ -362,3 +362,21 @@ def test_missing_parts_say_where_they_are_published(workshop, tmp_path, capsys):
 
 def test_export_names(workshop, tmp_path, capsys):
     wrong(capsys, ["export", f"model={workshop / 'run'}", f"out={tmp_path / 'm.pth'}"], "ends in .safetensors")
+
+
+def test_unused_ids_reach_the_model(workshop, tmp_path):
+    """The vocabulary that the predictor is trained with is the one that ADDP predicts over."""
+    predictor = [
+        "predictor",
+        str(workshop / "stages" / "predictor.yaml"),
+        *data(workshop),
+        f"tokenizer={workshop / 'run' / 'tokenizer'}",
+    ]
+    given = ["data.size=[16,24]", "data.workers=0", "train.steps=1", "unused_ids=2"]
+    assert main([*predictor, *given, f"out={tmp_path / 'predictor'}"]) == 0
+    pretrain = ["pretrain", str(workshop / "pretrain.yaml"), *data(workshop), "train.steps=1"]
+    parts = [f"tokenizer={workshop / 'run' / 'tokenizer'}", f"predictor={tmp_path / 'predictor'}"]
+    assert main([*pretrain, *parts, f"out={tmp_path / 'run'}"]) == 0
+    vocabulary = load_addp(tmp_path / "run").config.vocabulary
+    assert (vocabulary.size, vocabulary.class_id, vocabulary.mask_id) == (32 + 2 + 1, 33, 34)
+    assert load_addp(workshop / "run").config.vocabulary.size == 32 + 1000 + 1
