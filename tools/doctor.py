@@ -110,8 +110,8 @@ TASKS = {
     "toy": Task("tools", ("numpy", "PIL", "sklearn", "scipy")),
 }
 DETECTRON2 = (  # there is no release of it on the index
-    f"{PIP} 'setuptools<81' 'omegaconf<2.4' && "
-    f"{PIP} --no-build-isolation 'git+https://github.com/facebookresearch/detectron2' (builds for some minutes)"
+    f"{PIP} 'omegaconf<2.4' hydra-core shapely && "
+    f"{PIP} --no-build-isolation --no-deps 'git+https://github.com/facebookresearch/detectron2' (builds for some minutes)"
 )
 
 PROBE = """
