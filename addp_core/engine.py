@@ -49,6 +49,7 @@ __all__ = ["Draw", "Stage", "TrainConfig", "learning_rate", "make_optimizer", "p
 
 log = logging.getLogger("addp")
 
+MODELS = "models"  # folder of the weights kept on the way
 FAILED_CHECKPOINTS = 3  # in a row, until the run stops
 ELSEWHERE = "the first process knows why"
 
@@ -304,6 +305,8 @@ class _Run:
                     self._preview()
                 if not last and config.evaluate_every and self.step % config.evaluate_every == 0:
                     self._evaluate()
+                if not last and config.export_every and self.step % config.export_every == 0:
+                    self._export(self.out / MODELS / f"step-{self.step}")
                 if last or stop or interrupt or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
                     self._checkpoint(must=last or stop or interrupt)
                 if (stop or interrupt) and not last:
@@ -313,7 +316,11 @@ class _Run:
             # After the last checkpoint, so that nothing that fails in them costs a step of training.
             self._preview()
             self._evaluate()
-            self._export()
+            if self.report:
+                self.report.curves()
+            self._export(self.out)
+            if self.main:
+                log.info("%s: finished after %d steps: %s", self.stage.name, self.step, self.out / MODEL_FILE)
         finally:
             if hasattr(batches, "close"):
                 batches.close()
@@ -447,27 +454,28 @@ class _Run:
         if self.report and figures:
             self.report.evaluation(self.step, figures)
 
-    def _export(self) -> None:
+    def _export(self, folder: Path) -> None:
+        """Writes the model, and the average where there is one, into `folder`, which then reads like a run folder."""
         models, error = {MODEL_FILE: self._whole()}, None
         if self.ema:
             models["model-ema.safetensors"] = self.ema.module
-        if self.report:
-            self.report.curves()
+        if self.main:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 for name, model in models.items():
-                    with replacing(self.out / name) as path:
+                    with replacing(folder / name) as path:
                         self.stage.export(model.eval(), path)
-                mark_finished(self.out, self.recipe_text, {"step": self.step, "skipped": self.skipped})
+                if folder == self.out:
+                    mark_finished(self.out, self.recipe_text, {"step": self.step, "skipped": self.skipped})
             except OSError as caught:
                 error = caught
         if self._anywhere(error is not None):  # and no process goes on before the files are there
             reason = (error.strerror or error) if error else ELSEWHERE
             raise UserError(
-                f"{self.out}: the trained model could not be written ({reason}); "
+                f"{folder}: the trained model could not be written ({reason}); "
                 "the last checkpoint is intact: make room and start the same command again"
             ) from error
-        if self.main:
-            log.info("%s: finished after %d steps: %s", self.stage.name, self.step, self.out / MODEL_FILE)
+        self.model.train()
 
 
 def _accelerator(stage: Stage, config: TrainConfig) -> Accelerator:

@@ -50,6 +50,9 @@ class TrainConfig:
     preview_every: Annotated[int, Ge(0), "steps between preview pictures; 0: at the end only"] = 0
     evaluate_every: Annotated[int, Ge(0), "steps between evaluations, for tasks that have one; 0: at the end only"] = 0
     checkpoint_every: Annotated[int, Ge(0), "steps between checkpoints; 0: at the end and on a signal only"] = 1000
+    export_every: Annotated[
+        int, Ge(0), "steps between weights kept for good in models/step-N, which reads like a run; 0: at the end only"
+    ] = 0
     keep: Annotated[int, Ge(1), "checkpoints kept; two or more leave one to fall back to"] = 2
     max_nonfinite: Annotated[int, Ge(1), "steps in a row without a finite loss and gradient until the run stops"] = 10
 

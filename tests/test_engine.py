@@ -600,6 +600,21 @@ def test_keys_that_change_no_result_may_change(tmp_path, whole):
     assert_same(out, whole)
 
 
+def test_weights_kept_on_the_way(tmp_path, whole):
+    """They change nothing, and are what a run of that length under this schedule has: its checkpoint, as a file."""
+    run([f"out={tmp_path}", "train.export_every=4", "train.checkpoint_every=4", "train.keep=9", "train.ema=0.9"])
+    kept = tmp_path / "models"
+    assert sorted(folder.name for folder in kept.iterdir()) == ["step-4", "step-8"]
+    for folder in kept.iterdir():
+        weights = load_file(folder / "model.safetensors")
+        saved = torch.load(tmp_path / "checkpoints" / folder.name / "training.pt", weights_only=True)
+        assert all(torch.equal(weights[name], saved["model"][name]) for name in weights)
+        averaged = load_file(folder / "model-ema.safetensors")
+        assert all(torch.equal(averaged[name], saved["ema"][name]) for name in averaged)
+    run([f"out={tmp_path / 'plain'}", "train.export_every=4"])
+    assert_same(tmp_path / "plain", whole)
+
+
 def test_a_finished_run_may_be_extended(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     run([f"out={tmp_path}"])
