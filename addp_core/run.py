@@ -45,7 +45,7 @@ CHUNK = 1 << 24
 COMPUTE_ONLY = frozenset(
     {"out", "checkpointing", "data.workers", "data.prefetch", "data.max_errors"}
     | {f"train.{key}" for key in ("compile", "channels_last", "log_every", "checkpoint_every", "keep")}
-    | {f"train.{key}" for key in ("preview_every", "evaluate_every", "max_nonfinite")}
+    | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
 )
 # Keys that set a run's length: a run may be extended, and then counts as unfinished until it has reached the new end.
 LENGTH = frozenset({"train.steps", "train.epochs"})
@@ -69,7 +69,7 @@ def prepare_out(out: str | Path, recipe_text: str) -> Path | None:
         try:
             (out / "checkpoints").mkdir(parents=True, exist_ok=True)
             (out / "images").mkdir(exist_ok=True)
-            _lock(out)
+            lock(out)
             _remove_leftovers(out)
             _accept_recipe(out, recipe)
             write_atomically(out / "recipe.yaml", recipe_text.encode())
@@ -86,10 +86,10 @@ def prepare_out(out: str | Path, recipe_text: str) -> Path | None:
 
 def release_out(out: str | Path) -> None:
     """Gives the lock on the folder back; does nothing where this process holds none."""
-    lock = _locks.pop(Path(out).resolve(), None)
-    if lock is not None:
-        os.ftruncate(lock, 0)
-        os.close(lock)
+    file = _locks.pop(Path(out).resolve(), None)
+    if file is not None:
+        os.ftruncate(file, 0)
+        os.close(file)
 
 
 def mark_finished(out: Path, recipe_text: str, summary: Mapping[str, Any]) -> None:
@@ -102,24 +102,28 @@ def mark_finished(out: Path, recipe_text: str, summary: Mapping[str, Any]) -> No
 _locks: dict[Path, int] = {}
 
 
-def _lock(out: Path) -> None:
+def lock(out: Path, shared: bool = False) -> None:
+    """Holds the folder `out` until `release_out` or the end of this process, alone or with others that share it.
+
+    UserError where another process holds it.
+    """
     # A POSIX lock ends with its process, however that ended, so a killed run leaves no stale lock; unlike flock it is
     # not inherited by data loader workers, which outlive a killed parent by seconds.
     key = out.resolve()
     if key in _locks:
         return
-    lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = os.read(lock, 1000).decode(errors="replace").strip() or "another process"
-            os.close(lock)
+            owner = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+            os.close(file)
             raise UserError(f"out={out}: {owner} works in this folder; wait for it or choose another one") from None
         log.warning("out=%s: this file system has no locks (%s); start only one run here", out, _reason(error))
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    _locks[key] = lock
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    _locks[key] = file
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -137,13 +137,18 @@ def open_coco(config: CocoFiles, split: str, empty: bool = True) -> CocoSet:
 
     empty: keep images without objects.
     """
+    return CocoSet(*locate(config, split), config.max_errors, empty)
+
+
+def locate(config: CocoFiles, split: str) -> tuple[Path, Path]:
+    """(annotation file, folder of images) of a part. UserError where there is none; nothing is read."""
     names = [f"annotations/instances_{split}{year}.json" for year in ("2017", "")]
     annotations = _find(config, f"{split}_annotations", names)
     folders = [f"{split}2017", f"images/{split}2017", f"images/{split}", split, "images"]
     images = _find(config, f"{split}_images", folders)
     if not images.is_dir():
         raise UserError(f"data.{split}_images: {images} is not a folder; expected the folder of the images")
-    return CocoSet(annotations, images, config.max_errors, empty)
+    return annotations, images
 
 
 def _find(config: CocoFiles, key: str, usual: Sequence[str]) -> Path:

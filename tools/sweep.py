@@ -3,14 +3,13 @@
 Every arm tries the whole grid with the first seed; its best setting is repeated with the other seeds, and the table
 gives mean and standard deviation. Picking and reporting use the same validation images: fair between arms, optimistic
 for all of them. Each cell is a run of its own in `out/<arm>/<setting>-seed<n>`; a second start repeats no finished one.
+The links `out/<arm>/best-seed<n>` lead to the runs of the best setting.
 """
 
 import itertools
 import json
 import logging
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ from addp_core.config import dump
 from addp_core.errors import UserError, nearest
 from addp_core.files import write_atomically
 from addp_core.verbs import VERBS
+from tools.children import Children, Stopped
 
 log = logging.getLogger("addp")
 
 Settings = dict[str, Any]
-RESULTS, CELL = "results.json", "cell.json"
+RESULTS, METRICS, FINISHED, CELL = "results.json", "metrics.jsonl", "finished.json", "cell.json"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Recipe:
     """Keys of `addp sweep`."""
 
     out: Annotated[str, "folder for the runs, sweep.json and sweep.md"]
-    verb: Annotated[str, "a verb that writes results.json: finetune, linprobe, det train, seg train"]
+    verb: Annotated[str, "a training that ends with figures: finetune, linprobe, det train, seg train"]
     arms: Annotated[
         dict[str, Settings], MinLen(1), "name of a start -> its settings; {seed} in a value stands for the seed"
     ]
@@ -47,8 +47,13 @@ class Recipe:
         default_factory=lambda: [0, 1, 2]
     )
     seed_key: Annotated[str, "key of the seed"] = "train.seed"
-    metric: Annotated[str, "figure of results.json to pick by, larger is better; dots lead inwards"] = "last.top1"
+    metric: Annotated[
+        str,
+        "figure to pick by, larger is better: of results.json (dots lead inwards), or of the last line of "
+        "metrics.jsonl where there is none (det: box_AP, seg: mIoU)",
+    ] = "last.top1"
     jobs: Annotated[int, Ge(1), "runs at a time"] = 1
+    processes: Annotated[int, Ge(1), "of each run, by torchrun"] = 1
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,21 @@ def run(recipe: Recipe) -> None:
     write_atomically(out / "recipe.yaml", dump(recipe).encode())
     settings = [tuple(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
     first = [Cell(arm, setting, recipe.seeds[0]) for arm in recipe.arms for setting in settings]
-    scores = _scores(recipe, first)
     best = {}
-    for arm in recipe.arms:
-        tried = {cell: score for cell, score in scores.items() if cell.arm == arm and score is not None}
-        if tried:
-            best[arm] = max(tried, key=tried.get).setting
-    others = [Cell(arm, setting, seed) for seed in recipe.seeds[1:] for arm, setting in best.items()]
-    scores |= _scores(recipe, others)
+    try:
+        with Children() as children:
+            scores = _scores(recipe, first, children)
+            for arm in recipe.arms:
+                tried = {cell: score for cell, score in scores.items() if cell.arm == arm and score is not None}
+                if tried:
+                    best[arm] = max(tried, key=tried.get).setting
+            others = [Cell(arm, setting, seed) for seed in recipe.seeds[1:] for arm, setting in best.items()]
+            scores |= _scores(recipe, others, children)
+    except Stopped:
+        log.warning("stopped; the same command continues")
+        raise SystemExit(1) from None
+    for arm, setting in best.items():
+        _link([cell for cell in (Cell(arm, setting, seed) for seed in recipe.seeds) if scores[cell] is not None], out)
     summary = {}
     for arm, setting in best.items():
         values = [scores[Cell(arm, setting, seed)] for seed in recipe.seeds]
@@ -103,42 +115,61 @@ def run(recipe: Recipe) -> None:
         raise RuntimeError(f"{len(failed)} runs failed: {', '.join(failed)}; their log is {out}/<arm>/<run>/log.txt")
 
 
-def _scores(recipe: Recipe, cells: list[Cell]) -> dict[Cell, float | None]:
+def _scores(recipe: Recipe, cells: list[Cell], children: Children) -> dict[Cell, float | None]:
     """The metric of each cell, None where its run failed."""
     with ThreadPoolExecutor(recipe.jobs) as pool, tqdm(total=len(cells), unit="run", disable=not cells) as bar:
         scores = {}
-        for cell, score in zip(cells, pool.map(lambda cell: _score(recipe, cell), cells), strict=True):
+        found = pool.map(lambda cell: _score(recipe, cell, children), cells)
+        for cell, score in zip(cells, found, strict=True):
             scores[cell] = score
             bar.update()
             log.info("%s: %s", cell.name, "failed" if score is None else f"{score:.2f}")
         return scores
 
 
-def _score(recipe: Recipe, cell: Cell) -> float | None:
+def _score(recipe: Recipe, cell: Cell, children: Children) -> float | None:
     folder = Path(recipe.out) / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     given = {**recipe.set, **recipe.arms[cell.arm], **dict(cell.setting), recipe.seed_key: cell.seed, "out": folder}
-    words = [f"{key}={_word(value, cell.seed)}" for key, value in given.items()]
+    words = [f"{key}={word(value, cell.seed)}" for key, value in given.items()]
     command = [*recipe.verb.split(), *([recipe.recipe] if recipe.recipe else []), *words]
     note = folder / CELL
     if note.exists() and (kept := json.loads(note.read_text(encoding="utf-8")))["command"] == command:
         return kept["score"]
-    with (folder / "log.txt").open("a") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "addp_core", *command], stdout=file, stderr=file, env=dict(os.environ)
-        )
-    if done.returncode:
+    # a training that a signal has stopped leaves with 0, and perhaps with figures of the middle
+    if children.addp(command, folder / "log.txt", recipe.processes) or not (folder / FINISHED).exists():
         return None
-    score = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    score = figures(folder)
     for part in recipe.metric.split("."):
         if part not in score:
-            raise UserError(f"metric: {folder / RESULTS} has no {part!r}; expected one of {', '.join(score)}")
+            raise UserError(f"metric: {folder} has no {part!r}; expected one of {', '.join(score)}")
         score = score[part]
     write_atomically(note, json.dumps({"command": command, "score": score}).encode())
     return score
 
 
-def _word(value: Any, seed: int) -> str:
+def figures(run: Path) -> dict[str, Any]:
+    """What a finished training was found to be worth: its results.json, or the last line of its metrics.jsonl."""
+    if (run / RESULTS).exists():
+        return json.loads((run / RESULTS).read_text(encoding="utf-8"))
+    return json.loads((run / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+
+
+def best_run(arm: Path, seed: int) -> Path:
+    """The link in an arm's folder to its best setting's run with this seed."""
+    return arm / f"best-seed{seed}"
+
+
+def _link(cells: list[Cell], out: Path) -> None:
+    """Links to the runs of an arm's best setting, in place of those to what was best before."""
+    arm = out / cells[0].arm
+    for stale in arm.glob("best-seed*"):
+        stale.unlink()
+    for cell in cells:
+        best_run(arm, cell.seed).symlink_to(Path(cell.name).name, target_is_directory=True)
+
+
+def word(value: Any, seed: int) -> str:
     """A value as the command line takes it."""
     return value.replace("{seed}", str(seed)) if isinstance(value, str) else json.dumps(value, default=str)
 
