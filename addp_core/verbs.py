@@ -22,6 +22,7 @@ VERBS = {  # verb: (module, one line of help); modules are imported when their v
     "det predict": ("det.predict", "draw boxes, masks and scores on a folder of images"),
     "export": ("tools.export", "write a checkpoint in another layout"),
     "sweep": ("tools.sweep", "compare starts: the same small grid and seeds for each"),
+    "report": ("tools.report", "write report.html and report.md of a bench folder"),
     "throughput": ("tools.throughput", "measure images/s, GFLOP, MFU and memory, part by part"),
     "toy": ("tools.toy", "write small data sets in the formats of ImageNet, COCO and ADE20K"),
     "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
