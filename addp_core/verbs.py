@@ -20,6 +20,7 @@ VERBS = {  # verb: (module, one line of help); modules are imported when their v
     "det eval": ("det.eval", "average precision of boxes and masks on COCO"),
     "det cost": ("tools.det_cost", "seconds and memory of a detector's training step"),
     "det predict": ("det.predict", "draw boxes, masks and scores on a folder of images"),
+    "bench": ("tools.bench", "every benchmark from one checkpoint or several: one table, one report"),
     "export": ("tools.export", "write a checkpoint in another layout"),
     "sweep": ("tools.sweep", "compare starts: the same small grid and seeds for each"),
     "report": ("tools.report", "write report.html and report.md of a bench folder"),

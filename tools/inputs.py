@@ -1,0 +1,274 @@
+"""What `addp bench` starts from: its checkpoints, data sets and packages, looked at before its first step."""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from addp_core.config import find_recipe, load
+from addp_core.errors import UserError
+from addp_core.files import write_atomically
+from addp_core.images import EXTENSIONS, ImageError
+from addp_core.verbs import VERBS
+from tools import doctor
+
+ROOMS = {"generation": "gen", "finetune": "cls", "linprobe": "cls", "robustness": "cls", "det": "det", "seg": "seg"}
+PICTURES = 4  # of each set, to paint on
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A start: a column's name, its checkpoint, and what the file says about itself."""
+
+    name: str
+    model: str
+    init: str  # pretrained | random
+    digest: str  # of architecture and weights
+    parameters: int | None  # of the encoder
+    image_size: tuple[int, int]
+    generates: bool
+
+    def about(self) -> dict[str, Any]:
+        """As bench.json has it: with the pretraining's budget, where its run folder tells."""
+        found = {"model": self.model, "init": self.init, "parameters": self.parameters}
+        found |= {"images_seen": None, "run": None, "seconds": None}
+        metrics = Path(self.model) / "metrics.jsonl"
+        if self.init == "random" or not metrics.is_file():
+            return found
+        seen, seconds = 0, 0.0
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            figures = json.loads(line)
+            if "images" in figures and figures.get("img_s"):
+                seconds += (figures["images"] - seen) / figures["img_s"]
+                seen = figures["images"]
+        return found | {"images_seen": seen or None, "run": self.model, "seconds": round(seconds, 1) or None}
+
+
+def open_arms(models: dict[str, str], random: bool) -> list[Arm]:
+    """The checkpoints, read once, and the arm "random". UserError, with the key, where one cannot be read."""
+    import torch
+
+    from addp_core.checkpoint import load_encoder, read_weights
+
+    arms = []
+    for name, model in models.items():
+        with naming(f"models.{name}"):
+            weights = read_weights(model)
+            file = weights.architecture
+            size = getattr(file, "image_size", None) or getattr(
+                getattr(file, "encoder", None), "image_size", (224, 224)
+            )
+            parameters = None
+            if weights.kind != "predictor":  # MAGE's, which needs a tokenizer to be an encoder
+                encoder = load_encoder(model, size, init="random")
+                parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        state = hashlib.sha256(f"{weights.kind} {file}".encode())
+        for key, value in sorted(weights.state.items()):
+            state.update(key.encode())
+            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        arms.append(Arm(name, model, "pretrained", state.hexdigest(), parameters, tuple(size), weights.kind == "addp"))
+    if random:
+        first = arms[0]
+        shape = hashlib.sha256(f"random {first.image_size} {first.parameters} {first.digest}".encode()).hexdigest()
+        arms.append(Arm("random", first.model, "random", shape, first.parameters, first.image_size, False))
+    return arms
+
+
+# -------------------- data
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A validation picture to paint on: where it is put, its size (width, height) and its file's content."""
+
+    path: Path
+    size: tuple[int, int]
+    content: bytes
+
+
+@dataclass
+class Inputs:
+    """Data sets that were looked at: a digest of each path's listing, and pictures of the validation part of some."""
+
+    out: Path
+    listings: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+
+    def folder(self, name: str) -> Path:
+        return self.out / "inputs" / name
+
+    def write(self) -> None:
+        """Put the pictures where the commands look for them."""
+        for name, pictures in self.pictures.items():
+            self.folder(name).mkdir(parents=True, exist_ok=True)
+            for picture in pictures:
+                if not picture.path.exists():
+                    write_atomically(picture.path, picture.content)
+
+    def keep(self, name: str, source: Any) -> None:
+        """Remember a few pictures of an ImageSource, evenly spread; those that cannot be read are passed over."""
+        count = min(PICTURES, len(source))
+        self.pictures[name] = []
+        for number in range(count):
+            index = number * len(source) // count
+            suffix = Path(source.name(index)).suffix.lower()
+            try:
+                picture = source.picture(index)[0]
+                content = source.load(index)[0]
+            except (ImageError, OSError):
+                continue
+            path = self.folder(name) / f"{number:03d}{suffix if suffix in EXTENSIONS else '.png'}"
+            self.pictures[name].append(Picture(path, (picture.width, picture.height), content))
+
+
+def open_sets(recipe: Any, wanted: set[str]) -> Inputs:
+    """Look at every set of `recipe.data` that the wanted benchmarks read. UserError, with the key, for what is not
+    there or not laid out as expected.
+    """
+    inputs, data = Inputs(Path(recipe.out)), recipe.data
+    for name, path in vars(data).items():
+        if path:
+            with naming(f"data.{name}"):
+                inputs.listings[path] = listing(path)
+                OPENERS[name](recipe, path, inputs, wanted)
+    return inputs
+
+
+def _open_imagenet(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None:
+    from addp_core.sources import open_source
+
+    source = open_source(path, "val")
+    if not source.classes and wanted & {"finetune", "linprobe", "robustness"}:
+        raise UserError(f"data.source: {path} has no class folders; expected train/<class>/ and val/<class>/")
+    if Path(path).is_dir() and not (Path(path) / "meta").is_dir():
+        missing = [part for part in ("train", "val") if not (Path(path) / part).exists()]
+        if missing and not any(Path(path).glob("*.tar")):
+            raise UserError(f"data.source: {path} has no {missing[0]}/; expected train/<class>/ and val/<class>/")
+    inputs.keep("imagenet", source)
+
+
+def _open_variant(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None:
+    from addp_core.sources import open_source
+
+    open_source(path, recipe.robustness.set.get("split", "val"))
+
+
+def _open_corruptions(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None:
+    from cls.robustness import cells_on_disk
+
+    cells_on_disk(Path(path).expanduser(), bool(recipe.robustness.set.get("allow_missing")))
+
+
+def _open_coco(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None:
+    if "det" not in wanted:
+        return
+    from det.coco import locate, open_coco
+    from det.config import CocoFiles
+
+    keys = {key.removeprefix("data."): value for key, value in recipe.det.set.items() if key.startswith("data.")}
+    files = CocoFiles(**{"root": path} | {key: value for key, value in keys.items() if key in vars(CocoFiles())})
+    locate(files, "train")  # hundreds of megabytes to read, which is the training's to do
+    inputs.keep("coco", open_coco(files, "val"))
+
+
+def _open_scenes(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None:
+    if "seg" not in wanted:
+        return
+    from addp_core.sources import Files
+    from seg.scenes import class_names, find_pairs
+
+    class_names(path, recipe.seg.set.get("data.classes", ""))
+    find_pairs(path, "train")
+    pairs = find_pairs(path, "val")
+    inputs.keep("ade20k", Files(Path(), [str(pair.picture) for pair in pairs]))
+
+
+OPENERS = {
+    "imagenet": _open_imagenet,
+    "imagenet_a": _open_variant,
+    "imagenet_r": _open_variant,
+    "sketch": _open_variant,
+    "imagenet_c": _open_corruptions,
+    "coco": _open_coco,
+    "ade20k": _open_scenes,
+}
+
+
+def listing(path: str) -> str:
+    """A digest of a set without reading it: the names in two levels of folders, and size and time of what there is no
+    picture (annotations, lists, archives). A path that is none (a hub set) stands for itself.
+    """
+    root, found = Path(path).expanduser(), []
+
+    def look(folder: Path, depth: int) -> None:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                found.append(str(Path(entry.path).relative_to(root)))
+                if entry.is_dir():
+                    if depth:
+                        look(Path(entry.path), depth - 1)
+                elif Path(entry.name).suffix.lower() not in EXTENSIONS:
+                    stat = entry.stat()
+                    found.append(f"{stat.st_size} {stat.st_mtime_ns}")
+
+    if root.is_dir():
+        look(root, 1)
+    elif root.is_file():
+        found += [str(root.stat().st_size), str(root.stat().st_mtime_ns)]
+    else:
+        found.append(path)
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def in_middle(size: tuple[int, int]) -> list[int]:
+    """The box over the middle quarter of a picture's central square: left, top, right, bottom."""
+    width, height = size
+    half = min(size) // 2
+    left, top = (width - half) // 2, (height - half) // 2
+    return [left, top, left + half, top + half]
+
+
+# -------------------- packages and recipes
+
+
+def check_packages(benchmarks: set[str]) -> None:
+    """UserError where a package that one of them needs is not installed."""
+    for benchmark in sorted(benchmarks):
+        needs = doctor.TASKS[ROOMS[benchmark]].needs + (("torch_fidelity",) if benchmark == "generation" else ())
+        for module in needs:
+            if importlib.util.find_spec(module) is None:
+                raise UserError(
+                    f"{benchmark}: the package {module!r} is not installed; add it with: {doctor.command_for(module)}; "
+                    "or name the other benchmarks in bench.only"
+                )
+
+
+def typed(words: list[str], benchmark: str) -> Any:
+    """The recipe that `addp <words>` would run with. UserError, with the benchmark, where it would be refused."""
+    verb = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
+    rest = words[len(verb.split()) :]
+    module = importlib.import_module(VERBS[verb][0])
+    named = rest[0] if rest and "=" not in rest[0] else None
+    try:
+        path = find_recipe(module, named) if named else None
+        return load(module.Recipe, path, rest[1:] if named else rest)
+    except UserError as error:
+        raise UserError(f"{benchmark}: {error}") from error
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors name the bench's key instead of a verb's."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        named = re.match(r"(data\.\w+|imagenet_c): ", text)
+        raise UserError(f"{key}: {text[named.end() :] if named else text}") from error
