@@ -129,6 +129,7 @@ td .good { color: var(--good); }
 td .bad { color: var(--bad); }
 .paper > *, .chance > * { color: var(--dim); font-weight: 400; font-style: italic; }
 .paper > *, .paper > th:first-child { background: var(--card); }
+.paper > th:first-child { white-space: nowrap; }
 .sum > * { font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 1rem;
   margin: .8rem 0; }

@@ -60,7 +60,8 @@ class Metric:
     lower: bool = False  # the lower, the better
     detail: bool = False  # not in the first table
     rare: bool = False  # no column before it has been measured
-    curve: str = ""  # its key in a run's metrics.jsonl, if that has it
+    curve: str = ""  # its key in a run's metrics.jsonl, if that has it,
+    factor: float = 1.0  # and what that is multiplied by
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,17 @@ BENCHMARKS = {
             Metric("r", "R ↑"),
             Metric("sketch", "Sketch ↑"),
             Metric("c", "C ↑"),
+            Metric("c_generated", "C, generated ↑", rare=True),
             Metric("average", "average ↑"),
         ),
     ),
     "det": Benchmark(
         "Detection",
         "Average precision in per cent, over IoU from 0.5 to 0.95, of Mask R-CNN on COCO's format.",
-        (Metric("box_ap", "box AP ↑", curve="box_AP"), Metric("mask_ap", "mask AP ↑", curve="mask_AP")),
+        (
+            Metric("box_ap", "box AP ↑", curve="box_AP", factor=100),
+            Metric("mask_ap", "mask AP ↑", curve="mask_AP", factor=100),
+        ),
         MAE + MAGE,
     ),
     "seg": Benchmark(
@@ -162,7 +167,8 @@ class Bench:
         self.out = out
         self.arms: dict[str, dict[str, Any]] = content["arms"]
         self.steps: list[dict[str, Any]] = [{"scores": {}, "error": ""} | step for step in content["steps"]]
-        self._step = {(step["benchmark"], step["arm"]): step for step in self.steps}
+        taken = [step for step in self.steps if step["state"] != "left out"]
+        self._step = {(step["benchmark"], step["arm"]): step for step in taken}
         self.chance: dict[str, dict[str, float]] = content.get("chance", {})
         self.versions: dict[str, str] = content.get("versions", {})
         self.hardware: str = content.get("hardware", "")
@@ -194,7 +200,7 @@ class Bench:
 
     def taking_part(self) -> list[str]:
         """Benchmarks with a step that is not left out, in the order of the report."""
-        wanted = {step["benchmark"] for step in self.steps if step["state"] != "left out"}
+        wanted = {benchmark for benchmark, _ in self._step}
         return [name for name in BENCHMARKS if name in wanted]
 
     def metrics(self, benchmark: str, headline: bool = False) -> list[Metric]:
@@ -205,7 +211,9 @@ class Bench:
 
     def chance_of(self, benchmark: str, metric: Metric) -> float | None:
         """The score of one who does not look; of the robustness average where that of all four is known."""
-        known = self.chance.get(benchmark, {})
+        known = dict(self.chance.get(benchmark, {}))
+        if "c_generated" in known:
+            known.setdefault("c", known["c_generated"])
         if metric.key == "average" and all(key in known for key in QUARTERS):
             return statistics.mean(known[key] for key in QUARTERS)
         return known.get(metric.key)
@@ -451,21 +459,20 @@ def _each_seed(bench: Bench, benchmark: str, metrics: Sequence[Metric]) -> Itera
 def _curves(bench: Bench, benchmark: str, metrics: Sequence[Metric]) -> Iterator[Block]:
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for arm in bench.arms:
-        step = bench.step(benchmark, arm)
-        folder = bench.out / ((step or {}).get("folder") or f"{benchmark}/{arm}")
-        if step is not None:
-            # the sweep links the runs of its best setting
-            found = sorted({*folder.glob("best-seed*/metrics.jsonl"), *folder.glob("*/best-seed*/metrics.jsonl")})
-            runs[arm] = [lines for path in found if (lines := read_metrics(path))]
+        folders = (bench.out / folder for folder in (bench.step(benchmark, arm) or {}).get("runs", {}).values())
+        runs[arm] = [lines for folder in folders if (lines := read_metrics(folder / "metrics.jsonl"))]
     # the fast linear probe measures blocks, not steps
     blocks = any("block" in line for of_arm in runs.values() for lines in of_arm for line in lines)
     x = "block" if blocks else "step"
     panels = []
-    for key, title in (("loss", "training loss"), *((metric.curve, metric.name) for metric in metrics if metric.curve)):
-        curves = {arm: [curve for lines in of_arm if (curve := points(lines, key, x))] for arm, of_arm in runs.items()}
+    for metric in (Metric("loss", "training loss", curve="loss"), *(metric for metric in metrics if metric.curve)):
+        curves = {}
+        for arm, of_arm in runs.items():
+            found = [points(lines, metric.curve, x) for lines in of_arm]
+            curves[arm] = [[(at, metric.factor * value) for at, value in curve] for curve in found if curve]
         curves = {arm: seeds for arm, seeds in curves.items() if seeds}
         if any(len(curve) > 1 for seeds in curves.values() for curve in seeds):
-            panels.append(Panel(title, x, curves, marked=blocks))
+            panels.append(Panel(metric.name, x, curves, marked=blocks))
     if panels:
         yield Heading("Curves of the best setting's runs", 3)
         yield _drawings(panels, list(bench.arms))
