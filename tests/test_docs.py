@@ -1,0 +1,49 @@
+"""README.md and docs/architecture.md name only what exists: files, modules, verbs, and names defined in the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from addp_core.verbs import VERBS
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("addp_core", "pretrain", "gen", "cls", "det", "seg", "tools", "tests", "docs")
+PAGES = ("README.md", "docs/architecture.md")
+
+
+def quoted(page: str) -> list[str]:
+    """What stands in backticks, outside of blocks of code."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_is_there(page):
+    paths = [
+        word for text in quoted(page) for word in text.split() if re.fullmatch(rf"({'|'.join(ROOMS)})/[\w./]*", word)
+    ]
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_verb_is_one(page):
+    code = re.findall(r"(?:^|[`\s])addp ((?:det |seg )?[a-z]+)", "\n".join(quoted(page)))
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    code += re.findall(r"(?:^addp|-m addp_core) ((?:det |seg )?[a-z]+)", "\n".join(blocks), flags=re.MULTILINE)
+    assert len(code) > 5
+    assert sorted({verb for verb in code if verb not in VERBS}) == []
+
+
+def test_the_architecture_page_names_what_is_defined():
+    sources = [path.read_text(encoding="utf-8") for room in ROOMS[:-2] for path in (ROOT / room).glob("*.py")]
+    words = {word for text in quoted("docs/architecture.md") for word in [text.split("(")[0]] if word.isidentifier()}
+    unknown = {word for word in words if not any(re.search(rf"\b{word}\b", source) for source in sources)}
+    assert unknown == set()
+
+
+def test_every_module_is_in_the_architecture_page():
+    text = " ".join(quoted("docs/architecture.md"))
+    modules = {f"addp_core/{path.name}" for path in (ROOT / "addp_core").glob("*.py") if not path.name.startswith("__")}
+    assert {name for name in modules if name not in text} == set()
