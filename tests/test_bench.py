@@ -76,11 +76,12 @@ def room(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch) -> Path:
-    """Children run the script above; the folder that it reads and writes."""
+    """Children run the script above, no report is drawn; the folder that the script reads and writes."""
     play = tmp_path / "play"
     play.mkdir()
     (play / "fake.py").write_text(FAKE)
     monkeypatch.setenv("PLAY", str(play))
+    monkeypatch.setattr(bench, "write_report", lambda out: out / "report.html")
     monkeypatch.setattr(children, "ADDP", [sys.executable, str(play / "fake.py")])
     return play
 
@@ -133,7 +134,7 @@ def test_steps_tables_and_what_a_second_start_repeats(room, fake, tmp_path, caps
     assert [row.split()[0] for row in rows] == ["a", "b", "random"]
     assert all("50.00 ± 0.00" in row and "25.00 ± 0.00" in row for row in rows)
     assert re.split(r" {2,}", chance.strip())[:4] == ["chance", "10.00", "10.00", "16.67"]
-    assert Path(report).parent == out
+    assert Path(report) == out / "report.html"
     found = content(out)
     assert [(name, arm["init"], arm["images_seen"]) for name, arm in found["arms"].items()] == [
         ("a", "pretrained", None),
@@ -157,14 +158,16 @@ def test_steps_tables_and_what_a_second_start_repeats(room, fake, tmp_path, caps
 
     assert again() == []
     assert capsys.readouterr().out == table
-    assert again("jobs=2", "det.set={data.workers: 0}", "price_per_hour=3") == [
+    assert again("jobs=2", "det.set={data.workers: 0}", "price_per_hour=3") == []  # of no matter for the figures
+    wider = "det.grid={train.lr: [0.1, 0.2]}"
+    assert again(wider) == [
         f"{words} det/{arm}{rest}"
         for arm in ("a", "b", "random")
         for words, rest in (("sweep", ""), ("det", "/pictures"))
-    ]  # the command is another, the results are not: nothing is moved aside
-    assert not (out / "before").exists()
+    ]
+    assert not (out / "before").exists()  # the runs that are there are good for the wider sweep, too
     # other settings of one benchmark, and what depends on it
-    ran = again("finetune.set={train.steps: 7}", "det.set={data.workers: 0}")
+    ran = again("finetune.set={train.steps: 7}", wider)
     assert {words.split()[1].split("/")[0] for words in ran} == {"finetune", "robustness"}
     assert sorted(path.name for path in (out / "before").iterdir())[:2] == ["finetune-a-1", "finetune-b-1"]
     assert (out / "before" / "finetune-a-1" / "a" / "best-seed0" / "results.json").exists()
@@ -322,6 +325,7 @@ def test_every_benchmark_for_real(room, tmp_path, monkeypatch, capsys):
         pictures = [out / path for path in steps[name]["pictures"]]
         assert len(pictures) >= 2
         assert all(path.stat().st_size > 100 for path in pictures)
+    assert "data:image/" in (out / "report.html").read_text()
     assert content(out)["chance"]["finetune"] == {"top1": 10.0}
     assert content(out)["chance"]["robustness"]["a"] == pytest.approx(100 / 6)
     assert 0 < content(out)["chance"]["seg"]["miou"] < 30

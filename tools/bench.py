@@ -37,6 +37,7 @@ from addp_core.run import lock, release_out
 from tools import doctor
 from tools.children import ADDP, Children, Stopped
 from tools.inputs import Arm, check_packages, open_arms, open_sets
+from tools.report import write_report
 from tools.steps import BENCHMARKS, LOG, STEP, Evaluation, Step, Transfer, make_ready, plan, scores
 
 log = logging.getLogger("addp")
@@ -284,10 +285,6 @@ class Bench:
         """Write bench.json, report.html and report.md from what the steps left; the path of report.html."""
         with alone(self.out):
             write_atomically(self.out / REPORT, json.dumps(self.content(), indent=1).encode())
-            try:
-                from tools.report import write_report
-            except ImportError:
-                return self.out / REPORT
             return write_report(self.out)
 
     def content(self) -> dict[str, Any]:
