@@ -292,7 +292,7 @@ def _legend(bench: Bench) -> str:
     words = "Mean ± standard deviation over seeds. ↑: higher is better, ↓: lower."
     if bench.random:
         words += (
-            f" Below: the difference to {bench.random}; coloured where it is more than twice its standard error, "
+            f" Below or in brackets: the difference to {bench.random}; coloured where it is more than twice its standard error, "
             "grey where it is less or there is one seed."
         )
     return words
@@ -301,7 +301,8 @@ def _legend(bench: Bench) -> str:
 def _about_arm(bench: Bench, arm: str) -> list[str]:
     about = bench.arms[arm]
     parameters, seen = about.get("parameters"), about.get("images_seen")
-    return [f"{parameters / 1e6:.1f} M" if parameters else NONE, f"{seen:,}" if seen else NONE]
+    size = f"{parameters / 1e6:.1f} M" if (parameters or 0) >= 1e5 else f"{parameters:,}" if parameters else NONE
+    return [size, f"{seen:,}" if seen else NONE]
 
 
 def _cell(bench: Bench, benchmark: str, arm: str, metric: Metric) -> Cell:
