@@ -292,8 +292,8 @@ def _legend(bench: Bench) -> str:
     words = "Mean ± standard deviation over seeds. ↑: higher is better, ↓: lower."
     if bench.random:
         words += (
-            f" Below or in brackets: the difference to {bench.random}; coloured where it is more than twice its standard error, "
-            "grey where it is less or there is one seed."
+            f" Below or in brackets: the difference to {bench.random}; coloured where it is more than twice its "
+            "standard error, grey where it is less or there is one seed."
         )
     return words
 
