@@ -42,14 +42,13 @@ from addp_core.checkpoint import MODEL_FILE, fingerprint
 from addp_core.compute import accelerate_model
 from addp_core.errors import UserError
 from addp_core.files import replacing
-from addp_core.run import Checkpoints, Report, mark_finished, prepare_out, release_out
+from addp_core.run import MODELS, Checkpoints, Report, mark_finished, prepare_out, release_out
 from addp_core.stage import Draw, Stage, TrainConfig
 
 __all__ = ["Draw", "Stage", "TrainConfig", "learning_rate", "make_optimizer", "prepare_out", "train"]
 
 log = logging.getLogger("addp")
 
-MODELS = "models"  # folder of the weights kept on the way
 FAILED_CHECKPOINTS = 3  # in a row, until the run stops
 ELSEWHERE = "the first process knows why"
 

@@ -40,6 +40,7 @@ from addp_core.files import TEMPORARY, flush, write_atomically
 log = logging.getLogger("addp")
 
 CHUNK = 1 << 24
+MODELS = "models"  # folder of the weights kept on the way, models/step-N
 
 # Keys that change how a run is watched, stored or computed, not what it computes: a run may continue with other values.
 COMPUTE_ONLY = frozenset(

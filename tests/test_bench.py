@@ -18,7 +18,7 @@ from addp_core.cli import main
 from addp_core.config import find_recipe, load
 from addp_core.run import lock, release_out
 from tools import bench, children
-from tools.inputs import typed
+from tools.inputs import open_arms, typed
 from tools.steps import TRAININGS, as_words
 from tools.sweep import best_run
 
@@ -171,6 +171,28 @@ def test_steps_tables_and_what_a_second_start_repeats(room, fake, tmp_path, caps
     assert {words.split()[1].split("/")[0] for words in ran} == {"finetune", "robustness"}
     assert sorted(path.name for path in (out / "before").iterdir())[:2] == ["finetune-a-1", "finetune-b-1"]
     assert (out / "before" / "finetune-a-1" / "a" / "best-seed0" / "results.json").exists()
+
+
+def test_a_benchmark_for_some_arms(room, fake, tmp_path, capsys):
+    assert main(command(room, tmp_path, "det.arms=[a,random]", "linprobe.arms=[b]")) == 0
+    left = {step["name"]: step["error"] for step in content(tmp_path)["steps"] if step["state"] == "left out"}
+    assert {name for name in left if name[:3] in ("det", "lin")} == {"det/b", "linprobe/a", "linprobe/random"}
+    assert left["det/b"] == "not one of det.arms"
+    capsys.readouterr()
+    assert main(command(room, tmp_path, "seg.arms=[randm]")) == 2
+    assert "seg.arms: found 'randm', expected some of a, b, random; did you mean 'random'?" in capsys.readouterr().err
+
+
+def test_weights_kept_on_the_way_know_their_budget(room, tmp_path):
+    lines = [{"step": step, "images": 4 * step, "img_s": 2.0} for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = tmp_path / "models" / "step-20"
+    kept.mkdir(parents=True)
+    for folder in (tmp_path, kept):
+        (folder / "model.safetensors").write_bytes((room / "a" / "model.safetensors").read_bytes())
+    whole, half, _ = [arm.about() for arm in open_arms({"whole": str(tmp_path), "half": str(kept)}, random=True)]
+    assert (whole["images_seen"], whole["seconds"]) == (120, 60)
+    assert (half["images_seen"], half["seconds"], half["run"]) == (80, 40, str(tmp_path))
 
 
 def test_a_changed_checkpoint_or_set_is_noticed(room, fake, tmp_path):

@@ -111,7 +111,7 @@ TASKS = {
 }
 DETECTRON2 = (  # there is no release of it on the index
     f"{PIP} 'omegaconf<2.4' hydra-core shapely && "
-    f"{PIP} --no-build-isolation --no-deps 'git+https://github.com/facebookresearch/detectron2' (builds for some minutes)"
+    f"{PIP} --no-build-isolation --no-deps 'git+https://github.com/facebookresearch/detectron2' (builds for minutes)"
 )
 
 PROBE = """

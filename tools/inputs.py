@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from addp_core.config import find_recipe, load
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
 from addp_core.images import EXTENSIONS, ImageError
+from addp_core.run import MODELS
 from addp_core.verbs import VERBS
 from tools import doctor
 
@@ -39,16 +41,24 @@ class Arm:
         """As bench.json has it: with the pretraining's budget, where its run folder tells."""
         found = {"model": self.model, "init": self.init, "parameters": self.parameters}
         found |= {"images_seen": None, "run": None, "seconds": None}
-        metrics = Path(self.model) / "metrics.jsonl"
+        run, last = _pretraining(Path(self.model))
+        metrics = run / "metrics.jsonl"
         if self.init == "random" or not metrics.is_file():
             return found
         seen, seconds = 0, 0.0
         for line in metrics.read_text(encoding="utf-8").splitlines():
             figures = json.loads(line)
-            if "images" in figures and figures.get("img_s"):
+            if "images" in figures and figures.get("img_s") and figures["step"] <= last:
                 seconds += (figures["images"] - seen) / figures["img_s"]
                 seen = figures["images"]
-        return found | {"images_seen": seen or None, "run": self.model, "seconds": round(seconds, 1) or None}
+        return found | {"images_seen": seen or None, "run": str(run), "seconds": round(seconds, 1) or None}
+
+
+def _pretraining(model: Path) -> tuple[Path, float]:
+    """The run folder that a start comes from, and its last step: models/step-N holds weights kept on the way."""
+    if model.parent.name == MODELS and (step := re.fullmatch(r"step-(\d+)", model.name)):
+        return model.parent.parent, int(step[1])
+    return model, math.inf
 
 
 def open_arms(models: dict[str, str], random: bool) -> list[Arm]:

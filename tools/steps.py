@@ -18,7 +18,7 @@ import yaml
 
 import addp_core
 from addp_core.config import dump
-from addp_core.errors import UserError
+from addp_core.errors import UserError, nearest
 from addp_core.run import COMPUTE_ONLY
 from tools import sweep
 from tools.children import command_line
@@ -41,6 +41,7 @@ class Evaluation:
         dict[str, Any], f"settings of its verb; {BEST}finetune/random stands for the best run of that step"
     ] = field(default_factory=dict)
     seeds: Annotated[list[int] | None, "instead of the bench's"] = None
+    arms: Annotated[list[str], "the models, and random, that it is for; none: all"] = field(default_factory=list)
 
 
 @dataclass
@@ -158,15 +159,19 @@ def plan(recipe: Any, arms: Sequence[Arm], inputs: Inputs) -> dict[str, Step]:
 
 def _benchmark(recipe: Any, name: str, arms: Sequence[Arm], inputs: Inputs) -> Iterator[Step]:
     """A benchmark's step for each arm."""
+    keys, names = getattr(recipe, name), [arm.name for arm in arms]
+    for unknown in set(keys.arms) - set(names):
+        raise UserError(f"{name}.arms: found {unknown!r}, expected some of {', '.join(names)}{nearest(unknown, names)}")
     for arm in arms:
         step = Step(name, arm, Path(recipe.out), processes=recipe.bench.processes)
-        keys = getattr(recipe, name)
         step.seeds = keys.seeds or (recipe.finetune.seeds if name == "robustness" else None) or recipe.seeds
         sets = [TRAININGS[name].data] if name in TRAININGS else ["imagenet"]
         if name == "robustness":
             sets = [key for key in ROBUSTNESS if getattr(recipe.data, key, "")] or ["imagenet_a"]
         lacking = [key for key in sets if not getattr(recipe.data, key)]
-        if lacking and not (name == "robustness" and "corrupt" in keys.set):
+        if keys.arms and arm.name not in keys.arms:
+            step.left_out = f"not one of {name}.arms"
+        elif lacking and not (name == "robustness" and "corrupt" in keys.set):
             step.left_out = f"data.{lacking[0]} is not given"
         elif name == "generation" and arm.init == "random":
             step.left_out = "an encoder of random weights generates nothing"
