@@ -456,7 +456,8 @@ def test_slurm_gets_a_job_a_step(room, fake, tmp_path, capsys, monkeypatch):
         (["data.imagenet_c={room}/toy/imagenet"], "data.imagenet_c: {room}/toy/imagenet lacks"),
         (["models={{a: {room}/c}}"], "models.a: {room}/c: no such file"),
         (["models={{random: {room}/a}}"], "models: 'random', expected a name"),
-        (["model={room}/a"], "models: expected either"),
+        (["model={room}/a"], "model: found '{room}/a' and models too"),
+        (["models={{}}"], "models: none given; expected model="),
         (["det.set={{train.step: 5}}"], "det: unknown key 'train.step'; did you mean 'train.steps'?"),
         (["det.grid={{train.lr: [0.1, -1]}}"], "det: train.lr: found -1"),
         (["finetune.recipe=tinny"], "finetune: no recipe named 'tinny'"),
@@ -484,7 +485,7 @@ def test_a_missing_package_is_named_before_the_start(room, fake, tmp_path, capsy
 
 @pytest.mark.parametrize("name", ["demo", "vit_b"])
 def test_named_recipes_hold_keys_of_their_verbs(name):
-    recipe = load(bench.Recipe, find_recipe(bench, name), [] if name == "demo" else ["model=x"])
+    recipe = load(bench.Recipe, find_recipe(bench, name))
     for benchmark, training in TRAININGS.items():
         keys = getattr(recipe, benchmark)
         first = {key: values[0] for key, values in keys.grid.items()}

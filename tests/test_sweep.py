@@ -41,7 +41,7 @@ def test_arms_over_grid_and_seeds(images, pretrained, tmp_path, capsys, caplog):
     path.write_text(json.dumps(recipe))
     assert main(["sweep", str(path), f"out={out}", "seeds=[0,3]"]) == 0
     assert {log: log.read_text() for log in logs} == logs  # nothing was repeated
-    assert len(list((out / "ours").glob("*seed3/results.json"))) == 1
+    assert len(list((out / "ours").glob("lr=*seed3/results.json"))) == 1
     links = sorted((out / "ours").glob("best-seed*"))
     assert [(link.name, json.loads((link / "finished.json").read_text())["step"]) for link in links] == [
         ("best-seed0", 1),

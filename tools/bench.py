@@ -106,8 +106,8 @@ class Recipe:
     seg: Transfer = field(default_factory=Transfer)
 
     def __post_init__(self) -> None:
-        if bool(self.model) == bool(self.models):
-            raise ValueError("models: expected either model=<run or file> or models={name: <run or file>, ...}")
+        if self.model and self.models:
+            raise ValueError(f"model: found {self.model!r} and models too, expected one of them")
         if self.model:
             self.models, self.model = {"addp": self.model}, ""
         for name in self.models:
@@ -154,6 +154,8 @@ class Bench:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.out = recipe, Path(recipe.out)
+        if not recipe.models:
+            raise UserError("models: none given; expected model=<run or file>, or models={name: <run or file>, ...}")
         arms = [*recipe.models, *(["random"] if recipe.random else [])]
         known = [*BENCHMARKS, *(f"{benchmark}/{arm}" for benchmark in BENCHMARKS for arm in arms)]
         for name in recipe.bench.only:
