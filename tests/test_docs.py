@@ -1,10 +1,15 @@
-"""README.md and docs/architecture.md name only what exists: files, modules, verbs, and names defined in the code."""
+"""The pages name only what exists: files, modules, verbs, names defined in the code; their commands are understood."""
 
+import importlib
+import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from addp_core.cli import split
+from addp_core.config import find_recipe, load
 from addp_core.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
@@ -47,3 +52,30 @@ def test_every_module_is_in_the_architecture_page():
     text = " ".join(quoted("docs/architecture.md"))
     modules = {f"addp_core/{path.name}" for path in (ROOT / "addp_core").glob("*.py") if not path.name.startswith("__")}
     assert {name for name in modules if name not in text} == set()
+
+
+def commands() -> list[list[str]]:
+    """What stands behind `addp` in the blocks of code of README.md and docs/results.md."""
+    found = []
+    for page in ("README.md", "docs/results.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+            for line in re.sub(r"\\\n", " ", block).splitlines():
+                words = shlex.split(line, comments=True)
+                for i, word in enumerate(words):
+                    if word in ("addp", "addp_core") and (i == 0 or words[i - 1] in ("-m", "&&")):
+                        found.append(list(itertools.takewhile(lambda other: other != "&&", words[i + 1 :])))
+    return found
+
+
+def test_every_command_is_understood():
+    """Verb, recipe, keys and values: a command of the pages fails for want of data only."""
+    assert len(commands()) > 40
+    for words in commands():
+        size = 2 if " ".join(words[:2]) in VERBS else 1
+        module = importlib.import_module(VERBS[" ".join(words[:size])][0])
+        recipe, settings = split(words[size:])
+        if recipe and "/" not in recipe and not recipe.endswith(".yaml"):
+            load(module.Recipe, find_recipe(module, recipe), settings)
+        elif not recipe and "<" not in " ".join(words):
+            load(module.Recipe, None, settings)
