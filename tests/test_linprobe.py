@@ -1,6 +1,9 @@
 """`addp linprobe`: both modes through the verb, continuing after a kill, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +182,22 @@ def test_full_mode_trains_the_head_alone_and_accumulates_exactly(room, tmp_path)
     assert found["best"]["top1"] >= found["last"]["top1"] > 90
     assert top1_of_file(room, out) == found["last"]["top1"]
     assert top1_of_file(room, out / "model-best.safetensors") == found["best"]["top1"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_head_of_one(room, tmp_path):
+    """The batch norm sees the features of both, so the halves of a batch are one batch."""
+    settings = "train.steps=8 train.batch=12 train.warmup_epochs=0 train.optimizer=sgd train.lr=0.2".split()
+    assert probe(room, tmp_path / "one", *settings) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    keys = [f"model={room / 'model.safetensors'}", f"data={room / 'data'}", "data.size=[8,12]", "data.workers=0"]
+    arguments = ["linprobe", *keys, "eval_batch=5", *settings, f"out={tmp_path / 'two'}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*torchrun, "-m", "addp_core", *arguments], check=True, env=environment, capture_output=True)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+    assert not torch.equal(one["head.weight"], torch.zeros_like(one["head.weight"]))
+    assert results(tmp_path / "two")["last"] == results(tmp_path / "one")["last"]
 
 
 def test_lars_scales_matrices_at_weight_decay_0_and_no_vectors():
