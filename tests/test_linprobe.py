@@ -187,7 +187,7 @@ def test_full_mode_trains_the_head_alone_and_accumulates_exactly(room, tmp_path)
 @pytest.mark.slow
 def test_two_processes_train_the_head_of_one(room, tmp_path):
     """The batch norm sees the features of both, so the halves of a batch are one batch."""
-    settings = "train.steps=8 train.batch=12 train.warmup_epochs=0 train.optimizer=sgd train.lr=0.2".split()
+    settings = ["train.steps=8", "train.batch=12", "train.warmup_epochs=0", "train.optimizer=sgd", "train.lr=0.2"]
     assert probe(room, tmp_path / "one", *settings) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     keys = [f"model={room / 'model.safetensors'}", f"data={room / 'data'}", "data.size=[8,12]", "data.workers=0"]
