@@ -59,10 +59,10 @@ class Painter:
         cfg = base_config()
         fill_model(cfg, segmentor)
         fill_test(cfg, test)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = build(cfg)  # first: it names the scope in which the steps are looked up
         steps = without_labels(cfg.test_dataloader.dataset.pipeline)
         self.pipeline, self.collate = Compose(steps), pseudo_collate
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = build(cfg)
         fill(getattr(model, "module", model), state, where)
         self.model, self.precision = model.to(self.device).eval(), precision
 

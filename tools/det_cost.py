@@ -10,7 +10,9 @@ import json
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Annotated, Any, Literal
 
 import torch
@@ -50,9 +52,10 @@ class Recipe:
 def run(recipe: Recipe) -> None:
     """Measure and write to stdout."""
     figures = {}
-    # the one that needs less memory first: what a process has once taken it may keep
     for checkpointing in {"both": (True, False), "on": (True,), "off": (False,)}[recipe.checkpointing]:
-        figures["on" if checkpointing else "off"] = measure(recipe, checkpointing)
+        # a process each: what one has once taken, it may keep
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            figures["on" if checkpointing else "off"] = pool.submit(measure, recipe, checkpointing).result()
     if recipe.json:
         sys.stdout.write(json.dumps(figures, indent=2) + "\n")
         return
