@@ -497,8 +497,10 @@ def _unwrap(where: str, content: Mapping[str, Any]) -> tuple[State, dict | None]
 
 
 def _stored_architecture(where: str, stored: Any) -> tuple[str, Any]:
+    kind = stored.get("kind") if isinstance(stored, dict) else None
+    if isinstance(kind, str) and kind not in ARCHITECTURES:
+        raise UserError(f"{where}: the weights of {kind!r}; expected one of {', '.join(ARCHITECTURES)}")
     try:
-        kind = stored["kind"]
         return kind, TypeAdapter(ARCHITECTURES[kind]).validate_python(stored["architecture"])
     except (KeyError, TypeError, ValidationError) as error:
         raise UserError(

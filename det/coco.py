@@ -21,6 +21,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from addp_core.data import tolerated
 from addp_core.errors import UserError, nearest
 from addp_core.images import ImageError, Picture, image_errors
 from addp_core.sources import ImageSource
@@ -81,7 +82,7 @@ class CocoSet(ImageSource):
     def _tolerate(self, total: int, max_errors: float) -> None:
         if not self.missing:
             return
-        limit = int(max_errors) if max_errors >= 1 else max(1, round(max_errors * total)) if max_errors else 0
+        limit = tolerated(max_errors, total)
         found = f"{len(self.missing)} of {total} image files are missing in {self.folder} ({_some(self.missing)})"
         if len(self.missing) > limit:
             raise UserError(

@@ -340,6 +340,12 @@ def test_architecture_of_another_version(tmp_path):
     fails(lambda: load_addp(tmp_path / "m.safetensors"), "does not fit this version")
 
 
+def test_weights_of_something_else(tmp_path):
+    text = json.dumps({"kind": "segmentor", "architecture": {}})
+    save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"addp": text})
+    fails(lambda: load_encoder(tmp_path / "m.safetensors", 64), "the weights of 'segmentor'", "expected one of addp")
+
+
 def test_misspelt_overrides(golden):
     with pytest.raises(TypeError, match="encoder_head'; did you mean 'encoder_heads'"):
         load_addp({"model": golden}, encoder_head=4)
