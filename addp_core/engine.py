@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import timm.optim
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, send_to_device
 from timm.utils import ModelEmaV3
@@ -497,6 +497,12 @@ def _accelerator(stage: Stage, config: TrainConfig) -> Accelerator:
     if accelerator.num_processes > 1:
         atexit.register(leave_group)
     return accelerator
+
+
+def process_state() -> PartialState:
+    """This process among those of a torchrun, and its device."""
+    # without `cpu`, processes on CPUs would not find each other
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def leave_group() -> None:

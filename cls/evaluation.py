@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from addp_core.classifier import RGB, normalise
 from addp_core.compute import arithmetic
 from addp_core.data import default_workers, start_worker, tolerated
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.images import ImageError
 from addp_core.sources import ImageSource
@@ -84,7 +84,7 @@ def answers(
     transform: as `eval_transform` gives; the images are then normalised by `mean` and `std`. Unreadable images are
     left out and named; UserError past `max_errors` (as in a recipe's `data`). title: of the progress bar; empty: none.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     wanted = list(range(len(source)) if indices is None else indices)
     mine = wanted[state.process_index :: state.num_processes]
     batches = [mine[first : first + batch] for first in range(0, len(mine), batch)]

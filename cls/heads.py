@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from accelerate import PartialState
 from annotated_types import Ge, Gt, Interval, Lt, MinLen
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,6 +27,7 @@ from addp_core.checkpoint import MODEL_FILE, save_model
 from addp_core.classifier import Classifier
 from addp_core.compute import accelerate_model
 from addp_core.encoder import Encoder
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.files import replacing, write_atomically
 from addp_core.images import eval_transform
@@ -115,7 +115,7 @@ class Heads:
 def run(recipe: "Recipe", encoder: Encoder, train_set: ImageSource, val_set: ImageSource, text: str) -> None:
     """Everything that is not on the disk yet; ends with the table on stdout and the best classifier in the folder."""
     config, out = recipe.fast, Path(recipe.out)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     every = config.blocks or range(1, len(encoder.blocks) + 1)
     blocks = sorted({block_number(encoder, block, "fast.blocks") for block in every})
     classes = len(train_set.classes)

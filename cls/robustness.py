@@ -34,7 +34,8 @@ from addp_core.classifier import Classifier
 from addp_core.compute import Precision, accelerate_model
 from addp_core.config import dump
 from addp_core.corruptions import CORRUPTIONS, SEVERITIES, SIDE, corrupted
-from addp_core.errors import UserError, nearest
+from addp_core.engine import process_state
+from addp_core.errors import UserError, calling, nearest
 from addp_core.files import write_atomically
 from addp_core.images import Picture, eval_transform
 from addp_core.rng import seed_for
@@ -55,6 +56,7 @@ SETS = {  # key: name
 OF_C = ("imagenet_c", "corrupt")
 AVERAGED = ("imagenet_a", "imagenet_r", "sketch")  # and one of OF_C
 PUBLISHED = {"imagenet_a": "imagenet_a_synsets.txt", "imagenet_r": "imagenet_r_synsets.txt"}  # timm's class lists
+KEYS = {"data.split": "split", "data.max_errors": "max_errors"}  # of a set -> of this recipe
 CELLS = "cells.json"  # in `out`: what was measured
 GROUPS = ("noise", "blur", "weather", "digital")  # folders that ImageNet-C's archives unpack to
 ALEXNET = {  # mean errors over the severities, by which mCE divides (Hendrycks and Dietterich, 2019)
@@ -145,7 +147,7 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"no set given; expected at least one of {', '.join(f'{key}=<folder>' for key in SETS)}")
     if all(getattr(recipe, key) for key in OF_C):
         raise UserError(f"{', '.join(OF_C)}: found both, expected one: results on the two are never mixed")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     model = load_classifier(recipe.model, recipe.size)
     names = names_of(model)
     bench = Bench(recipe, model, names)
@@ -340,7 +342,7 @@ class Bench:
                     logits_of(key, str(cell.path), folders, self.names)
                 cells += there
                 continue
-            with naming(key):
+            with calling(KEYS | {"data.source": key}):
                 source = self.sources[key] = open_source(DataConfig(source=where, split=self.recipe.split))
             self.columns(key, source)
             if key == "corrupt":
@@ -351,7 +353,7 @@ class Bench:
 
     def open(self, cell: Cell) -> ImageSource:
         if cell.path is not None:
-            with naming(cell.key):
+            with calling(KEYS | {"data.source": cell.key}):
                 return open_source(str(cell.path), self.recipe.split)
         source = self.sources[cell.key]
         if cell.key != "corrupt":
@@ -381,7 +383,7 @@ class Bench:
         over, targets = self.columns(cell.key, source)
         scores = Scores.of(len(over))
         recipe = self.recipe
-        with naming(cell.key):
+        with calling(KEYS | {"data.source": cell.key}):
             for seen in answers(
                 self.model,
                 source,

@@ -125,11 +125,6 @@ def detect_all(model: nn.Module, coco: CocoSet) -> list[dict[str, Any]]:
     return gather_object(results)
 
 
-def process_state() -> PartialState:
-    """The processes at work and this one's device."""
-    return PartialState(cpu=not torch.accelerator.is_available())  # or processes on CPUs would not find each other
-
-
 def check_categories(model: nn.Module, coco: CocoSet) -> None:
     """UserError where a detector's categories are not the set's."""
     ours, theirs = set(model.file.categories), set(coco.categories)

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from addp_core.compute import accelerate_model
 from addp_core.data import open_source
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.files import replacing
 from addp_core.images import ImageError
 from det.drawing import draw
 from det.eval import make_folder, write_json
-from det.model import load_detector, process_state, to_tensor
+from det.model import load_detector, to_tensor
 
 log = logging.getLogger("addp")
 

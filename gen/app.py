@@ -9,7 +9,8 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from gen.common import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_sampler, pick_state
+from addp_core.engine import process_state
+from gen.common import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_sampler
 
 
 @dataclass
@@ -32,7 +33,7 @@ def run(recipe: Recipe) -> None:
     """Serve the page until interrupted."""
     from gen.page import Studio, page  # gradio is an extra
 
-    model = load_sampler(recipe, pick_state().device)
+    model = load_sampler(recipe, process_state().device)
     page(Studio(model, recipe)).launch(
         server_name=recipe.host, server_port=recipe.port, share=False, max_file_size=f"{recipe.max_megabytes}mb"
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from accelerate import PartialState
 from annotated_types import Ge
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -25,11 +24,6 @@ ModelSource = Annotated[
 TokenizerSource = Annotated[str, "for a model file without one"]
 EncoderHeads = Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"]
 DecoderHeads = Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"]
-
-
-def pick_state() -> PartialState:
-    """This process among all of a torchrun, and its device. Without it, processes on CPUs would not find each other."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def load_named(recipe: Any, **options: Any) -> ADDP:

@@ -18,13 +18,14 @@ from accelerate import PartialState
 from annotated_types import Ge, Gt, Interval
 
 from addp_core.compute import Precision
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.files import TEMPORARY, write_atomically
 from addp_core.images import ImageError
 from addp_core.sampler import SampleConfig
 from addp_core.sources import Files, ImageSource, open_source
 from gen import generate
-from gen.common import REPORT, DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named, pick_state
+from gen.common import REPORT, DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named
 from gen.features import Extractor, Features, cached, content, extract, only, open_extractor, read_statistics
 from gen.metrics import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
 
@@ -77,7 +78,7 @@ class Recipe:
 
 def run(recipe: Recipe) -> None:
     """Generate what is missing, extract features, write the table to stdout and the report to `out`."""
-    out, state = Path(recipe.out), pick_state()
+    out, state = Path(recipe.out), process_state()
     rows = settings(recipe)
     given = generated_images(Path(recipe.images)) if recipe.images else None
     check_counts(len(given) if given else recipe.n, recipe.is_splits)

@@ -25,12 +25,13 @@ from addp_core.addp import ADDP
 from addp_core.compute import accelerate_model
 from addp_core.data import DataConfig, example_images
 from addp_core.diffusion import mask_ratios
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.files import replacing
 from addp_core.rng import generator
 from addp_core.sampler import SampleConfig, Step, sample
 from addp_core.sources import open_source
-from gen.common import REPORT, DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_named, pick_state
+from gen.common import REPORT, DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_named
 
 log = logging.getLogger("addp")
 
@@ -73,7 +74,7 @@ def run(recipe: Recipe) -> None:
             raise UserError(f"only: {name} needs {needs[name][0]}=")
         log.info("figures: no %s without %s=", name, needs[name][0])
         names.remove(name)
-    model = load_named(recipe, predictor=recipe.predictor or None).requires_grad_(False).to(pick_state().device)
+    model = load_named(recipe, predictor=recipe.predictor or None).requires_grad_(False).to(process_state().device)
     accelerate_model(model)
     out = Path(recipe.out)
     for name in names:

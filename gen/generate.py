@@ -18,6 +18,7 @@ from tqdm import tqdm
 from addp_core.addp import ADDP
 from addp_core.checkpoint import fingerprint
 from addp_core.compute import Precision, arithmetic
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
 from addp_core.sampler import SampleConfig, sample
@@ -29,7 +30,6 @@ from gen.common import (
     claim_folder,
     image_path,
     load_sampler,
-    pick_state,
     write_png,
 )
 
@@ -62,7 +62,7 @@ def run(recipe: Recipe) -> None:
     UserError where the folder cannot be written or holds images of other settings or weights.
     """
     gpu = torch.accelerator.is_available()
-    state = pick_state()
+    state = process_state()
     out = Path(recipe.out)
     if state.is_main_process:
         claim_folder(out, recipe, free={"out", "n", "grid"} | (set() if gpu else {"batch"}))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from addp_core.addp import ADDPConfig
 from addp_core.compute import Precision, arithmetic
+from addp_core.engine import process_state
 from addp_core.errors import UserError
 from addp_core.images import ImageError, eval_transform
 from addp_core.sampler import SampleConfig, inpaint
@@ -33,7 +34,6 @@ from gen.common import (
     image_path,
     load_named,
     load_sampler,
-    pick_state,
     read_picture,
     write_png,
 )
@@ -78,7 +78,7 @@ def run(recipe: Recipe) -> None:
     image, hole = canvas(recipe)
     hw = (image.shape[1], image.shape[2])
     check_size(hw, load_named(recipe).config)
-    out, device = Path(recipe.out), pick_state().device
+    out, device = Path(recipe.out), process_state().device
     claim_folder(out, recipe, free={"n"})
     model = load_sampler(recipe, device, image_size=hw)
     if not hole.any():

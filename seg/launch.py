@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from addp_core.compute import arithmetic
-from addp_core.engine import leave_group
+from addp_core.engine import leave_group, process_state
 from addp_core.errors import UserError
 from seg import backbone, dataset, evaluation  # noqa: F401 (what they register is called by name)
 from seg.runner import AddpRunner, fill
@@ -22,7 +21,7 @@ from seg.settings import Segmentor, TestConfig, base_config, fill_model, fill_te
 
 def start_runner(cfg: Any) -> AddpRunner:
     """A Runner on all processes of the launcher; on GPUs where there are any."""
-    PartialState(cpu=not torch.cuda.is_available())  # mmengine alone would not find processes on CPUs
+    process_state()  # mmengine alone would not find processes on CPUs
     if world() > 1:
         atexit.register(leave_group)
     return AddpRunner.from_cfg(cfg)

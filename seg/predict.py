@@ -38,15 +38,13 @@ class Recipe:
 
 def run(recipe: Recipe) -> None:
     """Paint the pictures; several processes share them."""
-    import torch
-    from accelerate import PartialState
-
     segmentor, state = load_segmentor(recipe.model)
     root, pictures = find_pictures(recipe)
     import_mmseg()
+    from addp_core.engine import process_state
     from seg.launch import Painter
 
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = process_state()
     painter = Painter(segmentor, state, recipe.model, recipe.test, recipe.precision)
     colours, out = palette(len(segmentor.classes)), Path(recipe.out)
     mine = pictures[processes.process_index :: processes.num_processes]
