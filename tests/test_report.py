@@ -173,23 +173,24 @@ def test_the_first_table(written):
     page = Reader((written / "report.html").read_text())
     table = page.tables[0]
     assert table[0] == ["", "Generation", "Fine-tuning", "Linear probe", "Robustness", "Detection", ""]
-    assert table[1][:4] == ["start", "FD ↓", "CS ↑", "top-1 ↑"]
+    assert table[1][:6] == ["start", "FD ↓", "CS ↑", "precision ↑", "recall ↑", "top-1 ↑"]
     assert table[1][-5:] == ["average ↑", "box AP ↑", "mask AP ↑", "encoder", "images seen"]
     small, named, random = (row(table, arm) for arm in ("small", NAMED, "random"))
     assert small[-2:] == ["1.2 M", "1,000"]
     assert small[1:3] == ["12.34", "3.21"]
-    assert small[3] == "52.0 ± 2.0 +6.7"  # 52 - 45.33
-    assert small[4] == "20.0 -5.0"
+    assert small[3:5] == ["0.50", "0.25"]
+    assert small[5] == "52.0 ± 2.0 +6.7"  # 52 - 45.33
+    assert small[6] == "20.0 -5.0"
     assert small[-5] == "26.0 ± 1.4"  # of 25 and 27, the means of each seed's four
-    assert named[3] == "61.0 ± 1.4 +15.7"  # of two seeds; the third one's run failed
+    assert named[5] == "61.0 ± 1.4 +15.7"  # of two seeds; the third one's run failed
     assert named[-4] == "failed"
-    assert random[1:4] == ["-", "-", "45.3 ± 0.6"]
-    assert random[5] == "blocked"
+    assert random[1:6] == ["-", "-", "-", "-", "45.3 ± 0.6"]
+    assert random[7] == "blocked"
     chance = row(table, "chance")
-    assert chance[3:5] == ["10.0", ""]
+    assert chance[5:7] == ["10.0", ""]
     assert chance[-5] == "25.0"
     paper = row(table, "paper: ADDP ViT-B")
-    assert paper[1:5] == ["-", "-", "83.9", "11.5"]  # its FID is no FD
+    assert paper[1:7] == ["-", "-", "-", "-", "83.9", "11.5"]  # its FID is no FD
     assert paper[-5:-2] == ["47.0", "51.7", "45.8"]
     of_generation = next(table for table in page.tables if "recall ↑" in table[0])
     assert [cells[0] for cells in of_generation] == ["start", "small", NAMED]  # nor are precision and recall the same
@@ -210,11 +211,9 @@ def test_what_the_page_holds(written):
     assert "gone.png: No such file or directory" in words
     assert "text.jpg: not a picture" in words
     assert text.count("data:image/png") == 1
-    # fine-tuning, against images seen (generation, fine-tuning, linear probe, robustness twice), pretraining
     assert "Scores against images seen" in words
-    assert (
-        text.count("data:image/svg") == 8
-    )  # against images seen: FD, CS, top-1 twice, A; fine-tuning; pretraining twice
+    # against images seen: FD, CS, precision, recall, top-1 twice, A; fine-tuning; pretraining twice
+    assert text.count("data:image/svg") == 10
     assert "Left out, for want of data or by choice: segmentation." in words
     assert "12 of 14 steps done, 1 failed, 1 blocked, last at 2026-01-02T03:04:05. a CPU" in words
 
@@ -240,6 +239,7 @@ def test_markdown_says_the_same(written):
     assert "](det/small/one.png)" in text
     assert "gone.png is not there" in text
     assert "*paper: ADDP ViT-L*" in text
+    assert "Drawn in the HTML: Generation: FD ↓ over images seen in pretraining" in text
 
 
 def test_colours_need_more_than_noise(written):
@@ -292,6 +292,7 @@ def test_one_arm_without_random_or_data(out):
     assert row(page.tables[0], "small")[1:2] == ["52.0 ± 2.0"]
     assert "Not comparable" not in text
     assert "difference to" not in text
+    assert page.tables[1][0] == ["start", "top-1 ↑", "best setting"]  # nothing of this size is in the paper
 
     toys = json.loads((out / "bench.json").read_text())
     (out / "toys").mkdir()
@@ -301,6 +302,32 @@ def test_one_arm_without_random_or_data(out):
     text = write_report(out).read_text()
     assert "the data are toys (imagenet, by addp toy)" in text
     assert "Price at 3 an hour" in text
+
+
+def test_beside_the_paper_where_data_and_size_are_its_own(out):
+    def full(bench):
+        for arm in bench["arms"].values():
+            arm["parameters"] = 85_798_656
+        bench["chance"]["finetune"]["top1"] = 0.1
+
+    edit(out, full)
+    tables = Reader(write_report(out).read_text()).tables
+    tuned = next(table for table in tables if table[0] == ["start", "top-1 ↑", "against the paper", "best setting"])
+    assert row(tuned, "small")[2] == "top-1 -31.9 (ADDP ViT-B)"  # 52.0 - 83.9
+    assert row(tuned, "random")[2] == "-"
+    robust = next(table for table in tables if "Sketch ↑" in table[0])
+    assert row(robust, "small")[-1].startswith("A -24.2, R -33.4")
+    assert row(robust, "small")[-1].endswith("average -21.0 (ADDP ViT-B)")
+    edit(out, lambda bench: bench["chance"]["finetune"].update(top1=10.0))
+    assert "(ADDP ViT-B)" not in write_report(out).read_text()
+
+
+def test_every_setting_that_was_tried(out):
+    assert "Every setting tried" not in write_report(out).read_text()
+    tried = {"lr=0.001,seed0": 50.0, "lr=0.01,seed0": None, "lr=0.001,seed1": 52.0, "lr=0.001,seed2": 54.0}
+    edit(out, lambda bench: next(s for s in bench["steps"] if s["name"] == "finetune/small").update(grid=tried))
+    words = "".join(Reader(write_report(out).read_text()).words)
+    assert "small  lr=0.001,seed0  50\nsmall  lr=0.01,seed0  -\n" in words
 
 
 def test_the_same_input_gives_the_same_bytes(written):

@@ -246,8 +246,8 @@ def _embedded(path: Path) -> tuple[bytes, str, int]:
 
 
 def to_markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
-    """The same in Markdown for a file in `folder`: pictures by relative links, no drawings."""
-    parts = [_markdown(block, folder) for block in (Heading(title, 1), *blocks) if not isinstance(block, Drawings)]
+    """The same in Markdown for a file in `folder`: pictures by relative links, drawings by their names."""
+    parts = [_markdown(block, folder) for block in (Heading(title, 1), *blocks)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -259,6 +259,8 @@ def _markdown(block: Block, folder: Path) -> str:
             return f"**{_plain(block.text)}**" if block.tone else _plain(block.text)
         case Table():
             return _markdown_table(block)
+        case Drawings():
+            return f"Drawn in the HTML: {'; '.join(_plain(about) for _, about in block.images)}."
         case Pictures():
             return "\n".join(
                 f"![{_plain(caption)}]({quote(os.path.relpath(path, folder))})" if path.is_file() else

@@ -31,7 +31,7 @@ from tools.document import (
     to_html,
     to_markdown,
 )
-from tools.paper import HEADLINE, PAPER, SOURCE
+from tools.paper import COUNTERPARTS, HEADLINE, PAPER, SOURCE
 
 log = logging.getLogger("addp")
 
@@ -58,7 +58,6 @@ class Metric:
     name: str
     digits: int = 1
     lower: bool = False  # the lower, the better
-    detail: bool = False  # not in the first table
     rare: bool = False  # no column before it has been measured
     curve: str = ""  # its key in a run's metrics.jsonl, if that has it,
     factor: float = 1.0  # and what that is multiplied by
@@ -74,7 +73,7 @@ class Benchmark:
     others: tuple[str, ...] = ()
 
 
-MAGE, MAE = ("MAGE ViT-B", "MAGE ViT-L"), ("MAE ViT-B", "MAE ViT-L")
+MAGE, MAE, RESNET = ("MAGE ViT-B", "MAGE ViT-L"), ("MAE ViT-B", "MAE ViT-L"), "ADDP ResNet-50"
 BENCHMARKS = {
     "generation": Benchmark(
         "Generation",
@@ -85,16 +84,16 @@ BENCHMARKS = {
             Metric("fd", "FD ↓", 2, lower=True, rare=True),
             Metric("is", "IS ↑"),
             Metric("cs", "CS ↑", 2, rare=True),
-            Metric("precision", "precision ↑", 2, detail=True),
-            Metric("recall", "recall ↑", 2, detail=True),
+            Metric("precision", "precision ↑", 2),
+            Metric("recall", "recall ↑", 2),
         ),
-        MAGE,
+        (*MAGE, RESNET),
     ),
     "finetune": Benchmark(
         "Fine-tuning",
         "Top-1 in per cent on validation images after training the whole encoder on labelled ones.",
         (Metric("top1", "top-1 ↑", curve="top1"),),
-        MAE + MAGE,
+        (*MAE, *MAGE, RESNET),
     ),
     "linprobe": Benchmark(
         "Linear probe",
@@ -203,9 +202,9 @@ class Bench:
         wanted = {benchmark for benchmark, _ in self._step}
         return [name for name in BENCHMARKS if name in wanted]
 
-    def metrics(self, benchmark: str, headline: bool = False) -> list[Metric]:
+    def metrics(self, benchmark: str) -> list[Metric]:
         """Those that some arm has, or, before anything is measured, the usual ones."""
-        known = [metric for metric in BENCHMARKS[benchmark].metrics if not (headline and metric.detail)]
+        known = BENCHMARKS[benchmark].metrics
         found = [metric for metric in known if any(self.values(benchmark, arm, metric) for arm in self.arms)]
         return found or [metric for metric in known if not metric.rare]
 
@@ -217,6 +216,14 @@ class Bench:
         if metric.key == "average" and all(key in known for key in QUARTERS):
             return statistics.mean(known[key] for key in QUARTERS)
         return known.get(metric.key)
+
+    def counterpart(self, arm: str) -> str | None:
+        """The paper's model that a pretrained arm is held against: of its size, where the data are the paper's."""
+        about = self.arms[arm]
+        if about.get("init") == "random" or self.unlike_paper():
+            return None
+        near = (name for name, size in COUNTERPARTS.items() if abs((about.get("parameters") or 0) / size - 1) < 0.1)
+        return next(near, None)
 
     def unlike_paper(self) -> str:
         """Why no number compares with the paper's; "": nothing speaks against it."""
@@ -262,7 +269,7 @@ def _overview(bench: Bench) -> Iterator[Block]:
             "initialisation under the same recipe, and with chance.",
             "warn",
         )
-    columns = [(benchmark, metric) for benchmark in bench.taking_part() for metric in bench.metrics(benchmark, True)]
+    columns = [(benchmark, metric) for benchmark in bench.taking_part() for metric in bench.metrics(benchmark)]
     groups = [
         ("", 1),
         *((BENCHMARKS[name].name, sum(b == name for b, _ in columns)) for name in bench.taking_part()),
@@ -389,7 +396,7 @@ def _against_images_seen(bench: Bench) -> Iterator[Block]:
     order = sorted(seen, key=seen.get)
     panels = []
     for benchmark in bench.taking_part():
-        for metric in bench.metrics(benchmark, headline=True):
+        for metric in bench.metrics(benchmark):
             scores = {arm: bench.values(benchmark, arm, metric) for arm in order}
             curve = [(float(seen[arm]), statistics.mean(values)) for arm, values in scores.items() if values]
             if len(curve) < 2:
@@ -413,25 +420,44 @@ def _section(bench: Bench, benchmark: str) -> Iterator[Block]:
     about, metrics = BENCHMARKS[benchmark], bench.metrics(benchmark)
     yield Heading(about.name)
     yield Text(about.about)
+    arms = {arm: step for arm in bench.arms if (step := bench.step(benchmark, arm))}
+    words = {  # a column where some arm has something to say
+        "against the paper": {arm: _against_paper(bench, benchmark, arm) for arm in arms},
+        "best setting": {arm: _setting(step) for arm, step in arms.items()},
+    }
+    words = {name: column for name, column in words.items() if set(column.values()) != {NONE}}
+    blank = [""] * len(words)
     rows = []
-    for arm in bench.arms:
-        if step := bench.step(benchmark, arm):
-            cells = [_cell(bench, benchmark, arm, metric) for metric in metrics]
-            rows.append(Row([arm, *cells, _setting(step)]))
+    for arm in arms:
+        cells = [_cell(bench, benchmark, arm, metric) for metric in metrics]
+        rows.append(Row([arm, *cells, *(column[arm] for column in words.values())]))
     if any(bench.chance_of(benchmark, metric) is not None for metric in metrics):
-        rows.append(Row(["chance", *(_chance(bench, benchmark, metric) for metric in metrics), ""], "chance"))
+        rows.append(Row(["chance", *(_chance(bench, benchmark, metric) for metric in metrics), *blank], "chance"))
     for model in (*HEADLINE, *about.others):
         published = [_published(bench, model, benchmark, metric) for metric in metrics]
         if any(text != NONE for text in published):
-            rows.append(Row([f"paper: {model}", *published, ""], "paper"))
-    head = ["start", *(metric.name for metric in metrics), "best setting"]
+            rows.append(Row([f"paper: {model}", *published, *blank], "paper"))
+    head = ["start", *(metric.name for metric in metrics), *words]
     yield Table(head, rows, caption=f"Rows named paper: {SOURCE}." if rows[-1].kind == "paper" else "")
     yield from _each_seed(bench, benchmark, metrics)
+    yield from _each_setting(bench, benchmark)
     yield from _curves(bench, benchmark, metrics)
     yield from _pictures(bench, benchmark)
     commands = [line for step in bench.steps if step["benchmark"] == benchmark for line in _commands(step)]
     if commands:
         yield Listing("Commands", "\n".join(commands))
+
+
+def _against_paper(bench: Bench, benchmark: str, arm: str) -> str:
+    """The differences to the paper's model of the same size, one for each metric that both have."""
+    model = bench.counterpart(arm)
+    differences = []
+    for metric in bench.metrics(benchmark) if model else ():
+        values, theirs = bench.values(benchmark, arm, metric), _published(bench, model, benchmark, metric)
+        if values and theirs != NONE:
+            difference = statistics.mean(values) - PAPER[model][benchmark][metric.key]
+            differences.append(f"{metric.name.rstrip(' ↑↓')} {difference:+.{metric.digits}f}")
+    return f"{', '.join(differences)} ({model})" if differences else NONE
 
 
 def _setting(step: Mapping[str, Any]) -> str:
@@ -455,6 +481,18 @@ def _each_seed(bench: Bench, benchmark: str, metrics: Sequence[Metric]) -> Itera
     if rows:
         yield Heading("Each seed", 3)
         yield Table(["start", "seed", *(metric.name for metric in metrics)], rows)
+
+
+def _each_setting(bench: Bench, benchmark: str) -> Iterator[Block]:
+    """What the small sweep found, of arms that tried more than one setting."""
+    lines = []
+    for arm in bench.arms:
+        step = bench.step(benchmark, arm) or {}
+        tried = step.get("grid") or {}
+        if len(tried) > len(step.get("seeds") or []):
+            lines += [f"{arm}  {name}  {NONE if score is None else f'{score:.4g}'}" for name, score in tried.items()]
+    if lines:
+        yield Listing("Every setting tried", "\n".join(lines))
 
 
 def _curves(bench: Bench, benchmark: str, metrics: Sequence[Metric]) -> Iterator[Block]:
