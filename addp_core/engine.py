@@ -57,8 +57,9 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
     """Runs or continues a training in the folder `out`; returns the path of its model.safetensors.
 
     `stream`: `batches(start, rank, world)` yields for ever this process's rows of micro-batch `start`, `start` + 1, ...
-    (tensors, dataclasses, lists or dicts of them); its length is the number of images. With `train.ema`,
-    model-ema.safetensors lies beside the model.
+    (tensors, dataclasses, lists or dicts of them); its length is the number of images. With `train.ema`, the averaged
+    weights lie beside the model in model-ema.safetensors; of a stage that evaluates they are the model, since the
+    figures are theirs, and the last ones lie in model-raw.safetensors.
 
     SIGTERM and SIGUSR1 finish the step, write a checkpoint and leave by SystemExit(0), SIGINT by SystemExit(1); a
     second SIGINT interrupts at once. UserError, one line: a folder that cannot be used, a checkpoint that does not fit,
@@ -454,9 +455,11 @@ class _Run:
             self.report.evaluation(self.step, figures)
 
     def _export(self, folder: Path) -> None:
-        """Writes the model, and the average where there is one, into `folder`, which then reads like a run folder."""
+        """Writes the model into `folder`, which then reads like a run folder; with `train.ema`, two of them."""
         models, error = {MODEL_FILE: self._whole()}, None
-        if self.ema:
+        if self.ema and type(self.stage).evaluate is not Stage.evaluate:
+            models = {MODEL_FILE: self.ema.module, "model-raw.safetensors": self._whole()}
+        elif self.ema:
             models["model-ema.safetensors"] = self.ema.module
         if self.main:
             try:

@@ -24,13 +24,14 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import load_file
-from toy_stage import Faults, Net, ToyStage, ToyStream, finish, run, start
+from toy_stage import Faults, Net, Recipe, ToyStage, ToyStream, finish, run, start
 
 from addp_core import engine
 from addp_core import run as run_folder
 from addp_core.engine import TrainConfig, learning_rate, make_optimizer, prepare_out
 from addp_core.errors import UserError
 from addp_core.rng import seed_for
+from addp_core.stage import Stage
 
 TIMED = ("img_s",)
 
@@ -60,7 +61,7 @@ def metrics(out: Path) -> list[dict]:
 
 def assert_same(out: Path, whole: Path) -> None:
     """Bit for bit: weights, buffers, average, optimizer, figures."""
-    for name in ("model.safetensors", "model-ema.safetensors"):
+    for name in ("model.safetensors", "model-raw.safetensors"):
         ours, theirs = load_file(out / name), load_file(whole / name)
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -123,7 +124,7 @@ def test_draw_gives_the_same_numbers_everywhere_or_one_process_its_own():
 def test_a_run_leaves_model_figures_and_pictures(whole):
     assert {path.name for path in whole.iterdir()} == {
         *("recipe.yaml", "metrics.jsonl", "tb", "images", "checkpoints", "finished.json", ".lock"),
-        *("model.safetensors", "model-ema.safetensors"),
+        *("model.safetensors", "model-raw.safetensors"),
     }
     assert checkpoints(whole) == ["step-12", "step-8"]
     assert {path.name for path in (whole / "images").iterdir()} == {"noise-6.png", "noise-12.png", "curves.png"}
@@ -169,8 +170,25 @@ def test_the_average_follows_its_formula(tmp_path):
     for n, weight in enumerate(seen):
         decay = min(0.6, 1 - (1 + n) ** (-2 / 3))
         average = decay * average + (1 - decay) * weight
-    assert torch.allclose(load_file(tmp_path / "run/model-ema.safetensors")["head.weight"], average, atol=1e-6)
-    assert torch.equal(load_file(tmp_path / "run/model.safetensors")["head.weight"], seen[-1])
+    assert torch.allclose(load_file(tmp_path / "run/model.safetensors")["head.weight"], average, atol=1e-6)
+    assert torch.equal(load_file(tmp_path / "run/model-raw.safetensors")["head.weight"], seen[-1])
+
+
+def test_the_model_is_what_was_measured(tmp_path, whole):
+    """The figures are the average's, and so is the file; without figures the average lies beside the last weights."""
+
+    class Unmeasured(ToyStage):
+        evaluate = Stage.evaluate
+
+    final = ToyStage()
+    final.model.load_state_dict(load_file(whole / "model.safetensors"))
+    final.model.eval()
+    assert final.evaluate(final.model, 12) == {"accuracy": metrics(whole)[-1]["accuracy"]}
+
+    engine.train(Unmeasured(), ToyStream(0, 8), Recipe("run").train, tmp_path / "run", "{}")
+    for name, measured in (("model-ema", "model"), ("model", "model-raw")):
+        ours, theirs = load_file(tmp_path / f"run/{name}.safetensors"), load_file(whole / f"{measured}.safetensors")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 # --- stopped and continued ---
@@ -608,9 +626,9 @@ def test_weights_kept_on_the_way(tmp_path, whole):
     for folder in kept.iterdir():
         weights = load_file(folder / "model.safetensors")
         saved = torch.load(tmp_path / "checkpoints" / folder.name / "training.pt", weights_only=True)
-        assert all(torch.equal(weights[name], saved["model"][name]) for name in weights)
-        averaged = load_file(folder / "model-ema.safetensors")
-        assert all(torch.equal(averaged[name], saved["ema"][name]) for name in averaged)
+        assert all(torch.equal(weights[name], saved["ema"][name]) for name in weights)
+        raw = load_file(folder / "model-raw.safetensors")
+        assert all(torch.equal(raw[name], saved["model"][name]) for name in raw)
     run([f"out={tmp_path / 'plain'}", "train.export_every=4"])
     assert_same(tmp_path / "plain", whole)
 
@@ -690,6 +708,6 @@ def test_what_fails_after_the_last_step_costs_none(method, tmp_path, whole, monk
     with caplog.at_level(logging.INFO, "addp"):
         run([f"out={tmp_path}", "train.preview_every=0"])
     assert "continues from step 12" in caplog.text
-    for name in ("model.safetensors", "model-ema.safetensors"):
+    for name in ("model.safetensors", "model-raw.safetensors"):
         ours, theirs = load_file(tmp_path / name), load_file(whole / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
