@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def command_line(words: Sequence[str], processes: int = 1) -> str:
     """What one would type for `addp <words>`, on so many processes."""
     many = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "-m", "addp_core"]
     return shlex.join([*(many if processes > 1 else ["addp"]), *words])
+
+
+def ending(path: Path, lines: int = 1) -> str:
+    """The last lines of a log, without empty ones and what a progress bar wrote over."""
+    text = path.read_bytes().decode(errors="replace")  # as text, a bar's states would be lines
+    whole = [line.rstrip().rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
+    return "\n".join([line for line in whole if line][-lines:])
 
 
 class Children:
@@ -80,6 +88,12 @@ class Children:
         if self.stopped:
             raise Stopped
         return code
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, in any thread. Raises Stopped."""
+        time.sleep(seconds)
+        if self.stopped:
+            raise Stopped
 
     def _start(self, command: Sequence[str], file: Any) -> subprocess.Popen:
         launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
