@@ -10,6 +10,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from addp_core.engine import process_state
+from addp_core.errors import UserError
 from gen.common import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_sampler
 
 
@@ -34,6 +35,13 @@ def run(recipe: Recipe) -> None:
     from gen.page import Studio, page  # gradio is an extra
 
     model = load_sampler(recipe, process_state().device)
-    page(Studio(model, recipe)).launch(
-        server_name=recipe.host, server_port=recipe.port, share=False, max_file_size=f"{recipe.max_megabytes}mb"
-    )
+    limit = f"{recipe.max_megabytes}mb"
+    try:
+        page(Studio(model, recipe)).launch(
+            server_name=recipe.host, server_port=recipe.port, share=False, max_file_size=limit
+        )
+    except OSError as error:  # gradio does not say which of the two it is
+        raise UserError(
+            f"port: {recipe.port} at {recipe.host} is taken, or host is no address of this machine; choose another, as "
+            f"in port={recipe.port + 1}"
+        ) from error

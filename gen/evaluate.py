@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Interval
 
 from addp_core.compute import Precision
 from addp_core.engine import process_state
-from addp_core.errors import UserError
+from addp_core.errors import UserError, calling
 from addp_core.files import TEMPORARY, write_atomically
 from addp_core.images import ImageError
 from addp_core.sampler import SampleConfig
@@ -80,10 +80,13 @@ def run(recipe: Recipe) -> None:
     """Generate what is missing, extract features, write the table to stdout and the report to `out`."""
     out, state = Path(recipe.out), process_state()
     rows = settings(recipe)
-    given = generated_images(Path(recipe.images)) if recipe.images else None
-    check_counts(len(given) if given else recipe.n, recipe.is_splits)
+    given = None
+    if recipe.images:
+        with calling({"data.source": "images", "data.split": "images"}):
+            given = generated_images(Path(recipe.images).expanduser())
+    check_counts(recipe.n if given is None else len(given), recipe.is_splits)
     reference = open_reference(recipe)
-    hw = size_of_first(given) if given else load_named(recipe).config.image_size
+    hw = load_named(recipe).config.image_size if given is None else size_of_first(given)
     extractor = open_extractor(recipe.inception, recipe.extractor, state.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def run(recipe: Recipe) -> None:
     for name, sampling in rows.items():
         if given is None:
             generate.run(generation(recipe, out / name, sampling))
-        images = given or generated_images(out / name, recipe.n)
+        images = generated_images(out / name, recipe.n) if given is None else given
         warn_of_equal_sets(images, known, recipe)
         found = extract(images, only(hw), extractor, out / f"{TEMPORARY}features", recipe.workers)
         if state.is_main_process:
@@ -141,11 +144,21 @@ def generation(recipe: Recipe, out: Path, sampling: SampleConfig) -> generate.Re
 
 
 def generated_images(folder: Path, n: int | None = None) -> ImageSource:
-    """The images of a folder, or its first `n` by `addp generate`, which keeps a grid and notes beside them."""
-    if (folder / generate.WEIGHTS).exists():
+    """The images of a folder, or its first `n` by `addp generate`, which keeps a grid and notes beside them.
+
+    UserError, with the key data.source, where there are none.
+    """
+    if is_generated(folder):
         names = sorted(path.name for path in folder.glob("[0-9]*.png"))
+        if not names:
+            raise UserError(f"data.source: {folder} is empty: `addp generate` has made no image there yet")
         return Files(folder, names if n is None else [image_path(folder, i).name for i in range(n)])
     return open_source(str(folder))
+
+
+def is_generated(folder: Path) -> bool:
+    """Whether `addp generate` has made the folder."""
+    return (folder / generate.WEIGHTS).exists()
 
 
 def size_of_first(images: ImageSource) -> tuple[int, int]:
@@ -162,12 +175,13 @@ def open_reference(recipe: Recipe) -> ImageSource | Path:
     path = Path(recipe.reference).expanduser()
     if path.suffix == ".npz" or (path / "about.json").is_file():
         return path
-    return open_source(recipe.reference, recipe.split)
+    with calling({"data.source": "reference", "data.split": "split"}):
+        return generated_images(path) if is_generated(path) else open_source(recipe.reference, recipe.split)
 
 
 @dataclass(frozen=True)
 class Known:
-    """The reference: its features, its number of images (None: unknown) and the digest of its files ("": unknown)."""
+    """The reference: its features, and the digest of its files ("": unknown)."""
 
     features: Features
     content: str = ""
@@ -175,7 +189,7 @@ class Known:
     @classmethod
     def of(cls, reference: ImageSource | Path, hw: tuple[int, int], recipe: Recipe, extractor: Extractor) -> "Known":
         if isinstance(reference, Path):
-            return cls(read_statistics(reference, extractor))
+            return cls(*read_statistics(reference, extractor))
         check_counts(len(reference), which="reference")
         digest = content(reference)
         cache = Path(recipe.cache).expanduser()

@@ -3,12 +3,14 @@
 Features live in .npy files that are mapped into memory and read in chunks: 50,000 images need no more memory than 500.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ INCEPTION = "inception-v3-compat"  # torch-fidelity's names of extractors: its o
 CLASSIFIER = "addp-classifier"
 AT_ONCE = 32  # images that an extractor sees at a time
 ROWS = 2048  # of features that are in memory at a time
+DAY = 24 * 3600  # seconds; no extraction takes longer
 
 
 class ClassifierFeatures(FeatureExtractorBase):
@@ -264,34 +267,65 @@ def content(source: ImageSource) -> str:
 def cached(
     source: ImageSource, of: str, hw: tuple[int, int], extractor: Extractor, cache: Path, workers: int
 ) -> Features:
-    """Features of a reference prepared at `hw`, from the cache where its content `of` has been seen before."""
+    """Features of a reference prepared at `hw`, from the cache where its content `of` has been seen before.
+
+    Several starts may fill the cache at once. UserError where it cannot be written.
+    """
     state = PartialState()
     key = hashlib.blake2b(f"{of} {hw} {extractor.key}".encode(), digest_size=16).hexdigest()
     folder = cache / key
-    known = [folder.exists()]
-    broadcast_object_list(known)
-    if known[0]:
+    found = [_unfinished(folder) if state.is_main_process else None]
+    broadcast_object_list(found)
+    if found[0] is None:
         log.info("reference: features found in %s", folder)
         return Features.read(folder)
-    temporary = cache / f"{TEMPORARY}{key}"
-    extract(source, central(hw), extractor, temporary, workers)
-    if state.is_main_process:
-        about = {"content": of, "images": len(source), "size": hw, "extractor": extractor.label, "key": extractor.key}
-        write_atomically(temporary / "about.json", json.dumps(about, indent=2).encode())
-        os.replace(temporary, folder)
-        log.info("reference: features kept in %s", folder)
-    state.wait_for_everyone()
+    temporary = Path(found[0])
+    try:
+        extract(source, central(hw), extractor, temporary, workers)
+        if state.is_main_process:
+            about = {"content": of, "images": len(source), "size": hw}
+            about |= {"extractor": extractor.label, "key": extractor.key}
+            write_atomically(temporary / "about.json", json.dumps(about, indent=2).encode())
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not folder.exists():  # else another start was quicker, with the same
+                    raise
+            log.info("reference: features kept in %s", folder)
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
     return Features.read(folder)
 
 
-def read_statistics(path: Path, extractor: Extractor) -> Features:
-    """A reference that is a folder of the cache, or an .npz file with `mu` and `sigma` (as TTUR and ADM write them)."""
+def _unfinished(folder: Path) -> str | None:
+    """A folder of this start's own beside `folder`, to be renamed; None where that is there. What others left a day ago
+    is removed.
+    """
+    try:
+        if folder.exists():
+            return None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for path in folder.parent.glob(f"{TEMPORARY}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > DAY:
+                    shutil.rmtree(path, ignore_errors=True)
+        return tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent)
+    except OSError as error:
+        raise UserError(f"cache: {folder.parent} cannot be written ({error.strerror}); choose another one") from error
+
+
+def read_statistics(path: Path, extractor: Extractor) -> tuple[Features, str]:
+    """A reference that is a folder of the cache, or an .npz file with `mu` and `sigma` (as TTUR and ADM write them);
+    and the digest of its images ("": unknown).
+    """
     try:
         if path.is_dir():
             about = json.loads((path / "about.json").read_text())
             if about["key"] != extractor.key:
                 raise UserError(f"reference: {path} holds features of {about['extractor']}, not of {extractor.label}")
-            return Features.read(path)
+            return Features.read(path), about["content"]
         with np.load(path, allow_pickle=False) as file:
             statistics = Features(*(np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma")))
     except (OSError, ValueError, KeyError) as error:
@@ -299,4 +333,4 @@ def read_statistics(path: Path, extractor: Extractor) -> Features:
     dim = extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=PartialState().device))[0].shape[1]
     if statistics.mean.shape != (dim,) or statistics.covariance.shape != (dim, dim):
         raise UserError(f"reference: {path} has mu {statistics.mean.shape}; expected ({dim},) for {extractor.label}")
-    return statistics
+    return statistics, ""

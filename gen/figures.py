@@ -26,7 +26,7 @@ from addp_core.compute import accelerate_model
 from addp_core.data import DataConfig, example_images
 from addp_core.diffusion import mask_ratios
 from addp_core.engine import process_state
-from addp_core.errors import UserError
+from addp_core.errors import UserError, calling
 from addp_core.files import replacing
 from addp_core.rng import generator
 from addp_core.sampler import SampleConfig, Step, sample
@@ -74,6 +74,8 @@ def run(recipe: Recipe) -> None:
             raise UserError(f"only: {name} needs {needs[name][0]}=")
         log.info("figures: no %s without %s=", name, needs[name][0])
         names.remove(name)
+    if "metrics" in names:
+        compared(recipe)  # before the other figures are drawn
     model = load_named(recipe, predictor=recipe.predictor or None).requires_grad_(False).to(process_state().device)
     accelerate_model(model)
     out = Path(recipe.out)
@@ -203,7 +205,8 @@ def draw_training(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
             f"predictor: {recipe.model} has no token predictor, which makes the noisy images; add predictor="
         )
     config, process = model.config, model.config.process
-    source = open_source(recipe.data, recipe.split)
+    with calling({"data.source": "data", "data.split": "split"}):
+        source = open_source(recipe.data, recipe.split)
     images = example_images(source, DataConfig(size=config.image_size), recipe.n)
     if not len(images):
         raise UserError(f"data: none of the images looked at in {recipe.data} can be read")
@@ -268,19 +271,11 @@ def draw_ratios(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
 
 
 def draw_metrics(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
-    report = read_report(Path(recipe.evaluation).expanduser())
-    rows = [row for row in report["rows"] if "sampling" in row]
+    report, lines = compared(recipe)
+    rows = [row for points in lines.values() for row in points]
     names = {"fid": "FID (lower is better)", "fd": "FD (lower is better)"}
     names |= {"is_mean": "IS (higher is better)", "cs_mean": "CS (higher is better)"}
-    panels = {key: name for key, name in names.items() if rows and key in rows[0]}
-    lines: dict[str, list[dict]] = {}
-    for row in rows:
-        lines.setdefault(line_name(row["sampling"]), []).append(row)
-    if max(map(len, lines.values()), default=0) < 2:
-        raise UserError(
-            f"evaluation: {recipe.evaluation} compares no numbers of steps; expected an `addp evaluate` with, for "
-            "example, sweep.steps=[4,8,20] sweep.schedule=[cosine,linear]"
-        )
+    panels = {key: name for key, name in names.items() if key in rows[0]}
     figure = Figure((4.2 * len(panels), 3.6), layout="constrained")
     for axis, (key, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, points in lines.items():
@@ -296,6 +291,21 @@ def draw_metrics(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
     caption = f"{rows[0]['images']} images a point; features: {report['features']}"
     explain(figure, "Quality against the number of steps (Fig. 6)", caption)
     return {"metrics": figure}
+
+
+def compared(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """The report at `evaluation`, and its rows by line. UserError where no line has several numbers of steps."""
+    report = read_report(Path(recipe.evaluation).expanduser())
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if "sampling" in row:
+            lines.setdefault(line_name(row["sampling"]), []).append(row)
+    if max(map(len, lines.values()), default=0) < 2:
+        raise UserError(
+            f"evaluation: {recipe.evaluation} compares no numbers of steps; expected an `addp evaluate` with, for "
+            "example, sweep.steps=[4,8,20] sweep.schedule=[cosine,linear]"
+        )
+    return report, lines
 
 
 def read_report(path: Path) -> dict[str, Any]:

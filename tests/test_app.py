@@ -1,11 +1,14 @@
 """`addp app`: what the buttons of the page do, and that nobody else reaches it unless that is said."""
 
+import socket
+
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_addp
 
 from addp_core import sample, save_model
+from addp_core.errors import UserError
 
 gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'addp[app]'")
 app, page = pytest.importorskip("gen.app"), pytest.importorskip("gen.page")
@@ -57,3 +60,11 @@ def test_only_this_machine_is_answered_unless_told(tmp_path, monkeypatch, keys, 
     app.run(app.Recipe(model=str(tmp_path / "model.safetensors"), **keys))
     assert said["server_name"] == host
     assert said["share"] is False
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    save_model(tiny_addp(HW), tmp_path / "model.safetensors")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port: {port} at 127.0.0.1 is taken"):
+            app.run(app.Recipe(model=str(tmp_path / "model.safetensors"), port=port))

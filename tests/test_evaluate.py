@@ -1,6 +1,7 @@
 """`addp evaluate`: the numbers are torch-fidelity's, a reference is looked at once, and every mistake is named."""
 
 import json
+import os
 from pathlib import Path
 from urllib.error import URLError
 
@@ -157,6 +158,20 @@ def test_the_same_images_are_at_no_distance_and_it_is_said(room, tmp_path, capsy
     assert abs(row["fd"]) < 1e-3
     assert row["precision"] == row["recall"] == 1
     assert "holds the very images that are measured" in capsys.readouterr().err
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert main(evaluate(room, tmp_path / "out", f"images={room / 'b'}", f"reference={kept}")) == 0
+    assert "holds the very images that are measured" in capsys.readouterr().err
+    assert main(evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={kept}")) == 0
+    assert "holds the very images" not in capsys.readouterr().err
+
+
+def test_a_reference_that_was_generated_is_its_images_alone(room, tmp_path, capsys):
+    folder = write(tmp_path / "generated", photographs(6, 7))
+    (folder / "weights.txt").write_text("as addp generate leaves it")
+    Image.fromarray(noise(1)[0]).save(folder / "grid.png")
+    assert main(evaluate(room, tmp_path / "out", f"images={folder}", f"reference={folder}")) == 0
+    assert "holds the very images that are measured" in capsys.readouterr().err
+    assert abs(rows(tmp_path / "out")[0]["fd"]) < 1e-3
 
 
 @pytest.mark.slow
@@ -201,6 +216,30 @@ def test_a_reference_is_looked_at_once_and_again_when_it_changes(room, tmp_path,
     assert main(arguments) == 0
     assert "features kept in" in capsys.readouterr().err
     assert rows(tmp_path / "out") != before
+
+
+def test_two_starts_fill_the_cache_at_once(room, tmp_path, monkeypatch):
+    """The second one comes while the first extracts, and is done before it."""
+    from gen import features
+
+    arguments = evaluate(room, tmp_path / "one", f"images={room / 'a'}")
+    extract, second = features.extract, [[f"out={tmp_path / 'two'}" if a.startswith("out=") else a for a in arguments]]
+
+    def meanwhile(*arguments):
+        found = extract(*arguments)
+        if second:
+            assert main(second.pop()) == 0
+        return found
+
+    monkeypatch.setattr(features, "extract", meanwhile)
+    cache = tmp_path / "cache"
+    for name in (".tmp-left", ".tmp-now"):
+        (cache / name).mkdir(parents=True)
+    os.utime(cache / ".tmp-left", (0, 0))  # by a start that was killed, long ago
+    assert main(arguments) == 0
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    (kept,) = (path for path in cache.iterdir() if path.name != ".tmp-now")
+    assert {path.name for path in kept.iterdir()} >= {"about.json", "features.npy"}
 
 
 def test_a_reference_of_other_sizes_is_cropped_to_that_of_the_images(room, tmp_path):
@@ -272,10 +311,17 @@ def test_mistakes_are_named(room, tmp_path, capsys):
     wrong(capsys, evaluate(room, out, model, "n=3"), "3 of them", "more than 3")
     wrong(capsys, evaluate(room, out), "images, model", "expected one of them")
     wrong(capsys, evaluate(room, out, images, "sweep.steps=[1]"), "sweep: needs model=")
-    wrong(capsys, evaluate(room, out, f"images={tmp_path / 'nowhere'}"), "does not exist")
+    wrong(capsys, evaluate(room, out, f"images={tmp_path / 'nowhere'}"), "addp: images: ", "does not exist")
     wrong(capsys, evaluate(room, out, images, f"extractor={room / 'model.safetensors'}"), "expected a classifier")
     few = write(tmp_path / "few", photographs(3, 4))
     wrong(capsys, evaluate(room, out, images, f"reference={few}"), "reference: 3 of them")
+    nowhere = f"reference={tmp_path / 'nowhere'}"
+    wrong(capsys, evaluate(room, out, images, nowhere), "addp: reference: ", "does not exist")
+    (tmp_path / "file").write_text("")
+    wrong(capsys, evaluate(room, out, images, f"cache={tmp_path / 'file'}"), "addp: cache: ", "cannot be written")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "weights.txt").write_text("no image yet")
+    wrong(capsys, evaluate(room, out, f"images={tmp_path / 'begun'}"), "addp: images: ", "begun is empty")
 
 
 def test_without_inception_the_way_out_is_said(room, tmp_path, capsys):

@@ -107,6 +107,11 @@ def test_mistakes_are_named(room, tmp_path, capsys):
     wrong(
         capsys, draw(room, tmp_path, "only=[metrics]", f"evaluation={room / 'photos'}"), "no report of `addp evaluate`"
     )
+    # before anything is drawn
+    wrong(capsys, draw(room, tmp_path / "none", f"evaluation={room / 'photos'}"), "no report of `addp evaluate`")
+    assert not (tmp_path / "none").exists()
+    nowhere = ["only=[training]", f"data={tmp_path / 'nowhere'}"]
+    wrong(capsys, draw(room, tmp_path, *nowhere), "addp: data: ", "does not exist")
     report = {"features": "", "rows": [{"name": "folder", "images": 3, "fid": 1.0}]}
     (tmp_path / "one.json").write_text(json.dumps(report))
     wrong(capsys, draw(room, tmp_path, "only=[metrics]", f"evaluation={tmp_path / 'one.json'}"), "sweep.steps=")
