@@ -1,5 +1,6 @@
 """`addp bench`: what it runs, in which order, what it repeats, and what it refuses before it starts."""
 
+import contextlib
 import json
 import re
 import signal
@@ -7,10 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from tiny import tiny_addp
 
 from addp_core.checkpoint import save_model
@@ -51,7 +54,8 @@ if words[0] == "sweep":
         if not (out / arm / f"best-seed{seed}").exists():
             (out / arm / f"best-seed{seed}").symlink_to(run.name)
     setting = {key: values[0] for key, values in recipe["grid"].items()}
-    (out / "sweep.json").write_text(json.dumps({"arms": {arm: {"setting": setting, "grid": {}}}}))
+    row = {"setting": setting, "grid": {}, "notes": told.get("notes", [])}
+    (out / "sweep.json").write_text(json.dumps({"arms": {arm: row}}))
 elif words[0] == "robustness":
     assert pathlib.Path(keys["model"], "results.json").exists()
     out.mkdir()
@@ -158,7 +162,8 @@ def test_steps_tables_and_what_a_second_start_repeats(room, fake, tmp_path, caps
 
     assert again() == []
     assert capsys.readouterr().out == table
-    assert again("jobs=2", "det.set={data.workers: 0}", "price_per_hour=3") == []  # of no matter for the figures
+    no_matter = ["jobs=2", "price_per_hour=3", "det.set={data.workers: 0}", "robustness.set={workers: 0}"]
+    assert again(*no_matter) == []  # for the figures
     wider = "det.grid={train.lr: [0.1, 0.2]}"
     assert again(wider) == [
         f"{words} det/{arm}{rest}"
@@ -184,15 +189,25 @@ def test_a_benchmark_for_some_arms(room, fake, tmp_path, capsys):
 
 
 def test_weights_kept_on_the_way_know_their_budget(room, tmp_path):
-    lines = [{"step": step, "images": 4 * step, "img_s": 2.0} for step in (10, 20, 30)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    def trained(run: Path, img_s: float) -> None:
+        run.mkdir(exist_ok=True)
+        lines = [{"step": step, "images": 4 * step, "img_s": img_s} for step in (10, 20, 30)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    trained(tmp_path, 2.0)
     kept = tmp_path / "models" / "step-20"
     kept.mkdir(parents=True)
     for folder in (tmp_path, kept):
         (folder / "model.safetensors").write_bytes((room / "a" / "model.safetensors").read_bytes())
-    whole, half, _ = [arm.about() for arm in open_arms({"whole": str(tmp_path), "half": str(kept)}, random=True)]
+    names = {"whole": tmp_path, "half": kept, "file": tmp_path / "model.safetensors"}
+    whole, half, file, _ = [arm.about() for arm in open_arms({k: str(v) for k, v in names.items()}, random=True)]
     assert (whole["images_seen"], whole["seconds"]) == (120, 60)
     assert (half["images_seen"], half["seconds"], half["run"]) == (80, 40, str(tmp_path))
+    assert file == whole | {"model": str(tmp_path / "model.safetensors")}
+    trained(tmp_path / "tokenizer", 12.0)  # 120 images
+    trained(tmp_path / "predictor", 24.0)
+    whole, half = [arm.about() for arm in open_arms({"whole": str(tmp_path), "half": str(kept)}, random=False)]
+    assert [(arm["images_seen"], arm["seconds"]) for arm in (whole, half)] == [(120, 75), (80, 55)]
 
 
 def test_a_changed_checkpoint_or_set_is_noticed(room, fake, tmp_path):
@@ -208,10 +223,81 @@ def test_a_changed_checkpoint_or_set_is_noticed(room, fake, tmp_path):
     assert done(fake, out) == []  # the same weights
     save_model(tiny_addp((8, 8), seed=3), model)
     assert main(line) == 0
-    assert done(fake, out) == ["sweep finetune/addp", "sweep finetune/random"]
-    (classes / "imagenet" / "labels.txt").write_text("more")
+    assert done(fake, out) == ["sweep finetune/addp"]  # and the same architecture
+    save_model(tiny_addp((8, 16)), model)
+    picture, other = next((classes / "imagenet" / "train").glob("*/*")), tmp_path / "other"
+    other.write_bytes(picture.read_bytes())
+    changes = [
+        lambda: None,  # the architecture has changed above
+        lambda: (classes / "imagenet" / "labels.txt").write_text("more"),
+        lambda: picture.with_stem("one-more").write_bytes(picture.read_bytes()),
+        lambda: other.replace(picture),
+    ]
+    for change in changes:
+        change()
+        assert main(line) == 0
+        assert done(fake, out) == ["sweep finetune/addp", "sweep finetune/random"]
     assert main(line) == 0
-    assert len(done(fake, out)) == 2
+    assert done(fake, out) == []
+
+
+def test_pictures_to_paint_on_are_those_of_the_set_at_hand(room, fake, tmp_path):
+    for name, kind, count in (("old", "png", 4), ("new", "png", 2), ("other", "bmp", 2)):
+        for part in ("train", "val"):
+            folder = tmp_path / name / part / "thing"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (16, 16), (len(name), number, 0)).save(folder / f"{number}.{kind}")
+        words = [f"data.imagenet={tmp_path / name}", "bench.only=finetune", "bench.launch=print"]
+        assert main(["bench", f"out={tmp_path / 'out'}", f"model={room / 'a'}", *words]) == 0
+        shown = sorted((tmp_path / "out" / "inputs" / "imagenet").iterdir())
+        wanted = sorted((tmp_path / name / "val" / "thing").iterdir())
+        assert [path.read_bytes() for path in shown] == [path.read_bytes() for path in wanted]
+
+
+@pytest.mark.parametrize(("recipe", "top1"), [("vit_b_90ep", 50), ("fast", 40)])
+def test_a_linear_probe_counts_its_last_validation_or_the_head_it_picked(room, fake, tmp_path, recipe, top1):
+    assert main(command(room, tmp_path, f"linprobe.recipe={recipe}", "bench.only=linprobe/a")) == 0
+    step = next(step for step in content(tmp_path)["steps"] if step["name"] == "linprobe/a")
+    assert step["scores"] == {"top1": [top1]}
+
+
+def test_what_a_sweep_notes_is_said(room, fake, tmp_path, capsys):
+    (fake / "told.json").write_text(json.dumps({"notes": ["left out, for it failed: some.log"]}))
+    assert main(command(room, tmp_path, "bench.only=det/a")) == 0
+    assert "det/a: left out, for it failed: some.log" in capsys.readouterr().err
+    step = next(step for step in content(tmp_path)["steps"] if step["name"] == "det/a")
+    assert (step["state"], step["notes"]) == ("done", ["left out, for it failed: some.log"])
+
+
+def test_a_step_that_another_start_is_at_is_left_alone(room, fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = command(room, out, "bench.only=det/a", "bench.share=true")
+    assert main(line) == 0
+    changed = [*line, "det.set={train.steps: 7}"]
+    with holding(out / "det" / "a") as process:
+        assert main(changed) == 2
+        assert f"process {process.pid}" in last_line(capsys)
+    assert not (out / "before").exists()
+    assert main(changed) == 0
+    assert (out / "before" / "det-a-1" / "step.json").exists()
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[subprocess.Popen]:
+    """Another process that works in a folder."""
+    code = f"""
+    import fcntl, os, sys
+    file = os.open({str(folder / ".lock")!r}, os.O_RDWR | os.O_CREAT)
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    os.write(file, f"process {{os.getpid()}}".encode())
+    print("held", flush=True)
+    sys.stdin.read()
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process  # leaving closes its input, upon which it ends
 
 
 def test_a_failed_step_takes_only_its_dependents_down(room, fake, tmp_path, capsys):
@@ -340,6 +426,8 @@ def test_every_benchmark_for_real(room, tmp_path, monkeypatch, capsys):
     }
     results = json.loads((out / "finetune" / "addp" / "addp" / "best-seed0" / "results.json").read_text())
     assert steps["finetune/addp"]["scores"] == {"top1": [results["last"]["top1"]]}
+    results = json.loads((out / "linprobe" / "addp" / "addp" / "best-seed0" / "results.json").read_text())
+    assert steps["linprobe/addp"]["scores"] == {"top1": [results["best"]["top1"]]}  # of the heads that it tried
     assert set(steps["generation/addp"]["scores"]) == {"fd", "cs", "precision", "recall"}
     assert set(steps["robustness/random"]["scores"]) == {"a", "c"}
     assert set(steps["det/addp"]["scores"]) == {"box_ap", "mask_ap"}
@@ -414,7 +502,7 @@ def test_slurm_gets_a_job_a_step(room, fake, tmp_path, capsys, monkeypatch):
     (fake / "sbatch").write_text(SBATCH)
     (fake / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake}:/usr/bin:/bin")
-    assert main([*line, "bench.sbatch=['--gres=gpu:8']"]) == 0
+    assert main([*line, "bench.sbatch=['--gres=gpu:8','--account=us','-p short']"]) == 0
     assert capsys.readouterr().out.split() == [
         *("101", "finetune/a", "102", "robustness/a", "103", "det/a", "104", "report")
     ]
@@ -424,6 +512,9 @@ def test_slurm_gets_a_job_a_step(room, fake, tmp_path, capsys, monkeypatch):
     assert jobs[3] == f"--parsable --dependency=afterany:101:102:103 {out}/job.sbatch"
     script = (out / "robustness" / "a" / "job.sbatch").read_text()
     assert "#SBATCH --gres=gpu:8\n" in script
+    report = (out / "job.sbatch").read_text()  # who pays is asked of this one, too
+    assert "#SBATCH --account=us\n#SBATCH -p short\n" in report
+    assert "gpu" not in report
     words = script.splitlines()[-1].replace("'", "").partition(" -m addp_core ")[2].split()
     assert words[:3] == ["bench", f"{out}/recipe.yaml", "bench.only=[robustness/a]"]
 
@@ -483,7 +574,7 @@ def test_a_missing_package_is_named_before_the_start(room, fake, tmp_path, capsy
     assert main(command(room, tmp_path / "out", "bench.only=det/a", "random=false")) == 0
 
 
-@pytest.mark.parametrize("name", ["demo", "vit_b"])
+@pytest.mark.parametrize("name", ["demo", "toy", "vit_b"])
 def test_named_recipes_hold_keys_of_their_verbs(name):
     recipe = load(bench.Recipe, find_recipe(bench, name))
     for benchmark, training in TRAININGS.items():

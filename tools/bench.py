@@ -35,7 +35,7 @@ from addp_core.errors import UserError, nearest
 from addp_core.files import write_atomically
 from addp_core.run import lock, release_out
 from tools import doctor
-from tools.children import ADDP, Children, Stopped
+from tools.children import ADDP, Children, Stopped, ending
 from tools.inputs import Arm, check_packages, open_arms, open_sets
 from tools.report import write_report
 from tools.steps import BENCHMARKS, LOG, STEP, Evaluation, Step, Transfer, make_ready, plan, scores
@@ -43,7 +43,9 @@ from tools.steps import BENCHMARKS, LOG, STEP, Evaluation, Step, Transfer, make_
 log = logging.getLogger("addp")
 
 REPORT = "bench.json"
+ERROR = 1000  # characters of a failed step's last line
 NAME = re.compile(r"[\w.+-]+")
+WHOSE = re.compile(r"--(account|partition|qos|reservation|clusters|wckey|time)\b|-[ApqMt]")
 VERSIONS = ("torch", "torchvision", "timm", "accelerate", "torch_fidelity", "pycocotools", "detectron2", "mmseg")
 
 
@@ -70,9 +72,11 @@ class Launch:
     launch: Annotated[
         Literal["local", "print", "slurm"], "run them here, print their commands, or submit a job for each"
     ] = "local"
-    sbatch: Annotated[list[str], "options of each job, as in ['--gres=gpu:8','--time=24:00:00']"] = field(
-        default_factory=list
-    )
+    sbatch: Annotated[
+        list[str],
+        "options of each job, as in ['--gres=gpu:8','--time=24:00:00']; of these the report takes "
+        "account, partition and the like",
+    ] = field(default_factory=list)
     processes: Annotated[int, Ge(1), "of each training and evaluation, by torchrun"] = 1
     share: Annotated[bool, "other starts may do other steps of this bench meanwhile, as Slurm's jobs do"] = False
 
@@ -213,6 +217,8 @@ class Bench:
                     note = step.note()
                     if note["state"] == "done":
                         log.info("%s: done in %.0f s: %s", step.name, note["seconds"], in_short(note["scores"]))
+                        for line in note.get("notes", []):
+                            log.warning("%s: %s", step.name, line)
                     else:
                         failed.append(step.name)
                         log.warning("%s: %s: %s", step.name, note["state"], note["error"])
@@ -235,9 +241,10 @@ class Bench:
         return ", ".join(str(self.out / name / LOG) for name in ran)
 
     def _run(self, step: Step, children: Children) -> None:
-        get_ready(step)
         if self.recipe.bench.share:
-            lock(step.folder)
+            claim(step)
+        else:
+            get_ready(step)
         before = step.note().get("seconds", 0.0)
         start = time.monotonic()
 
@@ -247,8 +254,9 @@ class Bench:
         state, error, found = "done", "", {}
         try:
             for words in step.commands:
-                if children.addp(words, step.folder / LOG, step.shared(words)):
-                    state, error = "failed", last_line(step.folder / LOG)
+                if code := children.addp(words, step.folder / LOG, step.shared(words)):
+                    signalled = f"signal {-code}: " if code < 0 else ""
+                    state, error = "failed", signalled + ending(step.folder / LOG)[-ERROR:]
                     break
             else:
                 found = scores(step)
@@ -333,6 +341,15 @@ class Bench:
         return "".join("  ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) + "\n" for line in lines)
 
 
+def claim(step: Step) -> None:
+    """`get_ready` for a folder that others may want. UserError where another process works in it."""
+    step.folder.mkdir(parents=True, exist_ok=True)
+    lock(step.folder)
+    get_ready(step)
+    release_out(step.folder)  # what was moved aside took the lock along
+    lock(step.folder)
+
+
 def get_ready(step: Step) -> None:
     """`make_ready`, with a word on what was moved aside; from now on step.json knows what the folder is for."""
     note = step.note()
@@ -342,12 +359,6 @@ def get_ready(step: Step) -> None:
         empty = {"state": "missing", "error": "", "seconds": 0.0, "scores": {}}
         empty |= {"basis": step.basis_digest, "fingerprint": step.fingerprint, "commands": step.lines}
         write_atomically(step.folder / STEP, json.dumps(empty, indent=1).encode())
-
-
-def last_line(path: Path) -> str:
-    """Of a log, without empty ones; a progress bar's is its last state."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][-500:] if lines else "no output"
 
 
 def spread(values: Sequence[float] | None) -> str:
@@ -386,9 +397,14 @@ def submit(recipe: Recipe, todo: Sequence[Step]) -> None:
         jobs[step.name] = sbatch(script, depends)
         sys.stdout.write(f"{jobs[step.name]} {step.name}\n")
     if jobs:
-        script = job_script(out, "addp-report", [], ["report", f"out={out}"])
+        script = job_script(out, "addp-report", whose(recipe.bench.sbatch), ["report", f"out={out}"])
         everything = f"--dependency=afterany:{':'.join(jobs.values())}"
         sys.stdout.write(f"{sbatch(script, [everything])} report\n")
+
+
+def whose(options: Sequence[str]) -> list[str]:
+    """Those options of sbatch that a job without GPUs needs too: who pays, and where and how long it may run."""
+    return [option for option in options if WHOSE.match(option)]
 
 
 def job_script(folder: Path, name: str, options: Sequence[str], words: Sequence[str]) -> Path:

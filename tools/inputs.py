@@ -3,16 +3,18 @@
 import hashlib
 import importlib
 import importlib.util
-import json
 import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from addp_core.checkpoint import MODEL_FILE, load_encoder, read_weights
 from addp_core.config import find_recipe, load
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
@@ -20,6 +22,7 @@ from addp_core.images import EXTENSIONS, ImageError
 from addp_core.run import MODELS
 from addp_core.verbs import VERBS
 from tools import doctor
+from tools.curves import read_metrics
 
 ROOMS = {"generation": "gen", "finetune": "cls", "linprobe": "cls", "robustness": "cls", "det": "det", "seg": "seg"}
 PICTURES = 4  # of each set, to paint on
@@ -38,36 +41,41 @@ class Arm:
     generates: bool
 
     def about(self) -> dict[str, Any]:
-        """As bench.json has it: with the pretraining's budget, where its run folder tells."""
+        """As bench.json has it: with the pretraining's budget, where its run folder tells; seconds are those of all
+        stages that it trained.
+        """
         found = {"model": self.model, "init": self.init, "parameters": self.parameters}
         found |= {"images_seen": None, "run": None, "seconds": None}
         run, last = _pretraining(Path(self.model))
-        metrics = run / "metrics.jsonl"
-        if self.init == "random" or not metrics.is_file():
+        if self.init == "random" or not (run / "metrics.jsonl").is_file():
             return found
-        seen, seconds = 0, 0.0
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            figures = json.loads(line)
-            if "images" in figures and figures.get("img_s") and figures["step"] <= last:
-                seconds += (figures["images"] - seen) / figures["img_s"]
-                seen = figures["images"]
+        seen, seconds = _spent(run, last)
+        seconds += sum(_spent(run / part)[1] for part in ("tokenizer", "predictor"))
         return found | {"images_seen": seen or None, "run": str(run), "seconds": round(seconds, 1) or None}
 
 
 def _pretraining(model: Path) -> tuple[Path, float]:
     """The run folder that a start comes from, and its last step: models/step-N holds weights kept on the way."""
+    if model.name == MODEL_FILE:
+        model = model.parent
     if model.parent.name == MODELS and (step := re.fullmatch(r"step-(\d+)", model.name)):
         return model.parent.parent, int(step[1])
     return model, math.inf
 
 
+def _spent(run: Path, last: float = math.inf) -> tuple[int, float]:
+    """(images seen, seconds) of a run up to its step `last`; (0, 0.0) where it has no metrics.jsonl."""
+    seen, seconds = 0, 0.0
+    for figures in read_metrics(run / "metrics.jsonl"):
+        if "images" in figures and figures.get("img_s") and figures["step"] <= last:
+            seconds += (figures["images"] - seen) / figures["img_s"]
+            seen = figures["images"]
+    return seen, seconds
+
+
 def open_arms(models: dict[str, str], random: bool) -> list[Arm]:
     """The checkpoints, read once, and the arm "random". UserError, with the key, where one cannot be read."""
-    import torch
-
-    from addp_core.checkpoint import load_encoder, read_weights
-
-    arms = []
+    arms, shapes = [], []
     for name, model in models.items():
         with naming(f"models.{name}"):
             weights = read_weights(model)
@@ -75,20 +83,37 @@ def open_arms(models: dict[str, str], random: bool) -> list[Arm]:
             size = getattr(file, "image_size", None) or getattr(
                 getattr(file, "encoder", None), "image_size", (224, 224)
             )
-            parameters = None
+            state = _digest_of(f"{weights.kind} {file}", weights.state)
+            parameters, drawn = None, state
             if weights.kind != "predictor":  # MAGE's, which needs a tokenizer to be an encoder
                 encoder = load_encoder(model, size, init="random")
                 parameters = sum(parameter.numel() for parameter in encoder.parameters())
-        state = hashlib.sha256(f"{weights.kind} {file}".encode())
-        for key, value in sorted(weights.state.items()):
-            state.update(key.encode())
-            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        arms.append(Arm(name, model, "pretrained", state.hexdigest(), parameters, tuple(size), weights.kind == "addp"))
+                drawn = _drawn_from(encoder)
+        shapes.append(drawn)
+        arms.append(Arm(name, model, "pretrained", state, parameters, tuple(size), weights.kind == "addp"))
     if random:
         first = arms[0]
-        shape = hashlib.sha256(f"random {first.image_size} {first.parameters} {first.digest}".encode()).hexdigest()
-        arms.append(Arm("random", first.model, "random", shape, first.parameters, first.image_size, False))
+        arms.append(Arm("random", first.model, "random", shapes[0], first.parameters, first.image_size, False))
     return arms
+
+
+def _digest_of(text: str, state: dict[str, Any]) -> str:
+    """Of words and tensors."""
+    digest = hashlib.sha256(text.encode())
+    for key, value in sorted(state.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _drawn_from(encoder: Any) -> str:
+    """A digest of what an encoder with random weights takes from its checkpoint: the architecture, and the tokenizer
+    of one over token ids.
+    """
+    about = [type(encoder).__name__, encoder.config, encoder.image_size, encoder.patch_size]
+    if tokenizer := getattr(encoder, "tokenizer", None):
+        return _digest_of(f"random {about} {encoder.vocabulary}", tokenizer.state_dict())
+    return _digest_of(f"random {about} {encoder.attention}", {})
 
 
 # -------------------- data
@@ -115,11 +140,13 @@ class Inputs:
         return self.out / "inputs" / name
 
     def write(self) -> None:
-        """Put the pictures where the commands look for them."""
+        """Put the pictures where the commands look for them, in place of those of an earlier set."""
         for name, pictures in self.pictures.items():
             self.folder(name).mkdir(parents=True, exist_ok=True)
+            for stale in set(self.folder(name).glob("[0-9]*")) - {picture.path for picture in pictures}:
+                stale.unlink(missing_ok=True)
             for picture in pictures:
-                if not picture.path.exists():
+                if not picture.path.exists() or picture.path.read_bytes() != picture.content:
                     write_atomically(picture.path, picture.content)
 
     def keep(self, name: str, source: Any) -> None:
@@ -212,29 +239,45 @@ OPENERS = {
 
 
 def listing(path: str) -> str:
-    """A digest of a set without reading it: the names in two levels of folders, and size and time of what there is no
-    picture (annotations, lists, archives). A path that is none (a hub set) stands for itself.
+    """A digest of a set without reading it. A path that is none (a hub set) stands for itself.
+
+    It is of all names at any depth, of size and time of what is no picture (annotations, lists, archives), and of the
+    time of each folder, which changes where something is added, removed or put in another's place. Pictures are not
+    looked up one by one: ImageNet's 1.3 million names take seconds, and minutes would go by on a network's disk if each
+    was asked for its size. A picture that is written over in its place therefore goes unnoticed, and a copy of a set
+    counts as the same set if it kept the times (cp -a, tar).
     """
-    root, found = Path(path).expanduser(), []
+    root, digest, seen = Path(path).expanduser(), hashlib.sha256(), set()
 
-    def look(folder: Path, depth: int) -> None:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                found.append(str(Path(entry.path).relative_to(root)))
-                if entry.is_dir():
-                    if depth:
-                        look(Path(entry.path), depth - 1)
-                elif Path(entry.name).suffix.lower() not in EXTENSIONS:
-                    stat = entry.stat()
-                    found.append(f"{stat.st_size} {stat.st_mtime_ns}")
+    def add(*words: Any) -> None:
+        digest.update(os.fsencode(" ".join(map(str, words))) + b"\0")
 
-    if root.is_dir():
-        look(root, 1)
-    elif root.is_file():
-        found += [str(root.stat().st_size), str(root.stat().st_mtime_ns)]
-    else:
-        found.append(path)
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+    if root.is_file():
+        add(root.stat().st_size, root.stat().st_mtime_ns)
+    elif not root.exists():
+        add(path)
+    pending = [""] if root.is_dir() else []
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(root / folder)
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except OSError:  # what nobody may read, or a link to nowhere, is part of no set
+            continue
+        if (status.st_dev, status.st_ino) in seen:  # a link back up
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        add(folder, status.st_mtime_ns)
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            add(entry.name)
+            if entry.is_dir():
+                pending.append(os.path.join(folder, entry.name))
+            elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+                with suppress(OSError):
+                    add(entry.stat().st_size, entry.stat().st_mtime_ns)
+    return digest.hexdigest()
 
 
 def in_middle(size: tuple[int, int]) -> list[int]:

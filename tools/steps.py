@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,12 +69,13 @@ class Training:
 
 TRAININGS = {
     "finetune": Training("finetune", "imagenet", "data.source", "last.top1", {"top1": ("last.top1", 1)}),
-    "linprobe": Training("linprobe", "imagenet", "data.source", "best.top1", {"top1": ("best.top1", 1)}),
+    "linprobe": Training("linprobe", "imagenet", "data.source", "last.top1", {"top1": ("last.top1", 1)}),
     "det": Training(
         "det train", "coco", "data.root", "box_AP", {"box_ap": ("box_AP", 100), "mask_ap": ("mask_AP", 100)}
     ),
     "seg": Training("seg train", "ade20k", "data.source", "mIoU", {"miou": ("mIoU", 1)}),
 }
+FAST = replace(TRAININGS["linprobe"], metric="best.top1", scores={"top1": ("best.top1", 1)})  # picks a head by itself
 BENCHMARKS = ("generation", "finetune", "linprobe", "robustness", "det", "seg")
 ROBUSTNESS = {"imagenet_a": "a", "imagenet_r": "r", "sketch": "sketch", "imagenet_c": "c", "corrupt": "c_generated"}
 GENERATION = {"fid": "fid", "fd": "fd", "is_mean": "is", "cs_mean": "cs", "precision": "precision", "recall": "recall"}
@@ -90,7 +91,8 @@ class Step:
     seeds: list[int] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)  # words behind `addp`, one run after the other
     processes: int = 1
-    trials: sweep.Recipe | None = None  # of a training
+    training: Training | None = None
+    trials: sweep.Recipe | None = None  # of the training
     needs: list[str] = field(default_factory=list)  # names of steps
     basis: dict[str, Any] = field(default_factory=dict)
     left_out: str = ""  # why
@@ -120,8 +122,8 @@ class Step:
     @property
     def fingerprint(self) -> str:
         """Of everything: a finished step with another one is done again, with what is still good."""
-        tried = [self.trials.grid, self.trials.seeds] if self.trials else []
-        return digest([self.basis, self.commands, tried])
+        told = [[word for word in words if word.partition("=")[0] not in ELSEWHERE] for words in self.commands]
+        return digest([self.basis, told, self.trials.grid if self.trials else {}, self.seeds])
 
     def note(self) -> dict[str, Any]:
         """Its step.json; empty where there is none."""
@@ -211,15 +213,23 @@ def as_words(settings: dict[str, Any]) -> list[str]:
 def _training(step: Step, settings: dict[str, Any], path: str, recipe: Any, inputs: Inputs) -> None:
     training, keys = TRAININGS[step.benchmark], getattr(recipe, step.benchmark)
     start = {"model": step.arm.model} | ({"init": "random"} if step.arm.init == "random" else {})
+    given = {training.source: path, **settings}
+    words = [*training.verb.split(), *([keys.recipe] if keys.recipe else []), *as_words(given | start)]
+    words.append(f"out={step.folder}")
+    for values in itertools.product(*keys.grid.values()):
+        typed([*words, *as_words(dict(zip(keys.grid, values, strict=True)))], step.benchmark)
+    chosen = typed(words, step.benchmark)
+    step.basis["settings"] = essence(chosen)
+    step.training = FAST if step.benchmark == "linprobe" and chosen.mode == "fast" else training
     step.trials = sweep.Recipe(
         out=str(step.folder),
         verb=training.verb,
         arms={step.arm.name: start},
         recipe=keys.recipe,
-        set={training.source: path, **settings},
+        set=given,
         grid=keys.grid,
         seeds=step.seeds,
-        metric=training.metric,
+        metric=step.training.metric,
         jobs=recipe.jobs,
         processes=step.processes,
     )
@@ -229,10 +239,6 @@ def _training(step: Step, settings: dict[str, Any], path: str, recipe: Any, inpu
         shown = inputs.folder(training.data)
         words = [step.benchmark, "predict", f"model={trained}", f"images={shown}", f"out={step.folder / PICTURES}"]
         step.commands.append([*words, f"score={SURE}"] if step.benchmark == "det" else words)
-    start = [*training.verb.split(), *([keys.recipe] if keys.recipe else []), *as_words(step.trials.set | start)]
-    for values in itertools.product(*keys.grid.values()):
-        typed([*start, f"out={step.folder}", *as_words(dict(zip(keys.grid, values, strict=True)))], step.benchmark)
-    step.basis["settings"] = essence(typed([*start, f"out={step.folder}"], step.benchmark))
 
 
 def _robustness(step: Step, settings: dict[str, Any], paths: dict[str, str], recipe: Any) -> None:
@@ -282,7 +288,9 @@ def essence(recipe: Any) -> dict[str, Any]:
 
 
 def scores(step: Step) -> dict[str, Any]:
-    """Of a step that has run: setting, seeds, scores, chance, runs and pictures, as bench.json has them."""
+    """Of a step that has run: setting, seeds, scores, chance, runs, pictures and a training's notes, as bench.json has
+    them.
+    """
     if step.benchmark in TRAININGS:
         found = _training_scores(step)
     elif step.benchmark == "robustness":
@@ -295,11 +303,11 @@ def scores(step: Step) -> dict[str, Any]:
 
 
 def _training_scores(step: Step) -> dict[str, Any]:
-    training, arm = TRAININGS[step.benchmark], step.arm.name
+    arm = step.arm.name
     picked = json.loads((step.folder / "sweep.json").read_text(encoding="utf-8"))["arms"][arm]
     runs = {seed: sweep.best_run(step.folder / arm, seed) for seed in step.seeds}
-    figures = [sweep.figures(run) for run in runs.values()]
-    found = {name: [factor * _at(each, place) for each in figures] for name, (place, factor) in training.scores.items()}
+    figures, places = [sweep.figures(run) for run in runs.values()], step.training.scores
+    found = {name: [factor * _at(each, place) for each in figures] for name, (place, factor) in places.items()}
     if step.benchmark == "seg":
         chance = figures[0]["constant_mIoU"]
     else:
@@ -307,6 +315,7 @@ def _training_scores(step: Step) -> dict[str, Any]:
     return {
         "setting": picked["setting"],
         "grid": {name.split("/")[-1]: score for name, score in picked["grid"].items()},
+        "notes": picked["notes"],
         "scores": found,
         "chance": dict.fromkeys(found, chance),
         "runs": runs,
