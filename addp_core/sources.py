@@ -16,6 +16,7 @@ import numpy as np
 from annotated_types import Ge, Gt
 from PIL import Image
 from timm.data.readers import create_reader
+from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
@@ -25,6 +26,7 @@ from addp_core.images import EXPECTED, EXTENSIONS, ImageError, Picture, image_er
 log = logging.getLogger("addp")
 
 SPLITS = {"train": ("train",), "val": ("val", "validation"), "validation": ("validation", "val"), "test": ("test",)}
+HUB_SPLITS = SPLITS | {"val": ("val", "validation", "test")}  # many hub sets have no other images to validate on
 STREAM_ONLY = ("wds", "hfids", "tfds")
 
 
@@ -197,15 +199,16 @@ def _warn_of_cut(path: Path) -> None:
 
 
 class HubSet(ImageSource):
-    """`hfds/<name or path>`: a set of the Hugging Face hub, or a folder `datasets` knows, through timm's reader."""
+    """`hfds/<name or path>`: a set of the Hugging Face hub, or a folder `datasets` knows, through timm's reader.
+
+    The split "val" is whichever of val, validation and test the set has, in this order.
+    """
 
     def __init__(self, source: str, config: DataConfig):
         if importlib.util.find_spec("datasets") is None:
             raise UserError(f"data.source: {source!r} needs the package datasets: pip install datasets")
         try:
-            self._reader = create_reader(
-                source, split=config.split, input_key=config.image_key, target_key=config.label_key
-            )
+            self._reader = self._open(source, config)
         except Exception as error:  # not found, offline, no such split or column: the hub says it best
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.source: {source!r} (split {config.split!r}) cannot be opened: {reason}") from error
@@ -222,6 +225,24 @@ class HubSet(ImageSource):
         names = self._reader.class_to_idx
         self.classes = tuple(sorted(names, key=names.get))
         self._labelled = config.label_key in columns
+        if self.classes:
+            column = self._reader.dataset.select_columns(config.label_key).with_format("numpy")[:][config.label_key]
+            self.labels = np.nan_to_num(column, nan=-1).astype(np.int64)  # NaN: an image without a label
+
+    @staticmethod
+    def _open(source: str, config: DataConfig) -> Reader:
+        """timm's reader of the split; of several names, the first that the set knows."""
+        unknown = None
+        for name in HUB_SPLITS.get(config.split, (config.split,)):
+            try:
+                reader = create_reader(source, split=name, input_key=config.image_key, target_key=config.label_key)
+            except ValueError as error:  # how `datasets` says that there is no such split, among other things
+                unknown = unknown or error
+                continue
+            if name != config.split:
+                log.info("data: %s has no split %r; %r is taken", source, config.split, name)
+            return reader
+        raise unknown
 
     def __len__(self) -> int:
         return len(self._reader)

@@ -480,10 +480,65 @@ def test_hub_set_through_timm(tmp_path, monkeypatch):
             save(tmp_path / "set" / split / name)
     source = open_source(f"hfds/{tmp_path / 'set'}")
     assert (len(source), source.classes, source.read(1)[1]) == (2, ("cat", "dog"), 1)
+    validation = open_source(f"hfds/{tmp_path / 'set'}", "val")
+    assert (validation.labels.tolist(), validation.read(1)[1]) == ([0, 1], 1)
     with pytest.raises(UserError, match="split 'test'"):
         open_source(f"hfds/{tmp_path / 'set'}", "test")
     with pytest.raises(UserError, match=r"data\.image_key.*'img'; expected one of image, label"):
         open_source(DataConfig(source=f"hfds/{tmp_path / 'set'}", image_key="img"))
+
+
+class Hub:
+    """A stand-in for timm's reader of a set with these splits, of two images, and for the set itself."""
+
+    class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
+
+    def __init__(self, splits):
+        self.splits, self.split, self.dataset = splits, "", self
+
+    def __call__(self, _, split, **__):
+        if split not in self.splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {self.splits}.')
+        self.split = split
+        return self
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"image": "", "label": np.array([1.0, np.nan]) if isinstance(index, slice) else 1}
+
+    def select_columns(self, _):
+        return self
+
+    def with_format(self, _):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("asked", "splits", "taken"),
+    [
+        ("val", ["train", "validation", "test"], "validation"),
+        ("val", ["train", "test"], "test"),
+        ("val", ["val", "validation"], "val"),
+        ("validation", ["train", "val", "test"], "val"),
+        ("train", ["train"], "train"),
+        ("train[:10%]", ["train[:10%]"], "train[:10%]"),
+        ("validation", ["train", "test"], None),
+        ("val", ["train"], None),
+    ],
+)
+def test_hub_splits(asked, splits, taken, monkeypatch):
+    hub = Hub(splits)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("addp_core.sources.create_reader", hub)
+    if taken is None:
+        with pytest.raises(UserError, match=rf"split '{asked}'.*cannot be opened: Unknown split \"{asked}\".*'train'"):
+            open_source("hfds/someone/something", asked)
+    else:
+        source = open_source("hfds/someone/something", asked)
+        assert hub.split == taken
+        assert source.labels.tolist() == [1, -1]  # the second has none
 
 
 def test_hub_set_without_the_package(monkeypatch):
