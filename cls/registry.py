@@ -1,7 +1,8 @@
 """The encoder in timm: `timm.create_model("addp_vit_base_patch16", ...)`, also tiny, small and large.
 
 `checkpoint_path` takes any file of safetensors or plain tensors that `load_encoder` reads, and `pretrained=True` the
-published weights of ViT-B and ViT-L. A file without a head leaves the new one as it is.
+published weights of ViT-B and ViT-L, both also with `features_only=True`. A file without a head, or with one that does
+not fit, leaves the new one as it is.
 """
 
 import logging
@@ -105,7 +106,7 @@ def _read_foreign(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     rest = {key: value for key, value in own.items() if not key.startswith("encoder.")}
     if ours and all(key in given and given[key].shape == value.shape for key, value in rest.items()):
         rest = given
-    elif ours and "head.weight" in given:
+    elif "head.weight" in given:
         log.warning("the checkpoint's head for %d classes is dropped", len(given["head.weight"]))
     if ours and state["encoder.pos_embed"].shape == own["encoder.pos_embed"].shape:
         encoder = {key: value for key, value in state.items() if key.startswith("encoder.")}
@@ -118,11 +119,24 @@ def _read_foreign(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     state.update(rest, **encoder)
 
 
+def _read_features(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The same for `features_only`, where timm holds the model, without its later parts, as `wrapper.model`."""
+    if prefix or any(key.startswith("model.") for key in state):
+        return
+    _read_foreign(wrapper.model, state, "")
+    read = {f"model.{key}": value for key, value in state.items()}
+    state.clear()
+    state.update({key: read[key] for key in wrapper.state_dict() if key in read})
+
+
 def _build(name: str, size: str, pretrained: bool, **options: Any) -> nn.Module:
     config = SIZES[size]
     shape = {"embed_dim": config["width"], "depth": config["depth"], "num_heads": config["heads"]}
     features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
-    return build_model_with_cfg(TimmClassifier, name, pretrained, feature_cfg=features, **{**shape, **options})
+    model = build_model_with_cfg(TimmClassifier, name, pretrained, feature_cfg=features, **{**shape, **options})
+    if options.get("features_only"):
+        model.register_load_state_dict_pre_hook(_read_features)
+    return model
 
 
 @register_model

@@ -5,6 +5,7 @@ import logging
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -238,6 +239,30 @@ def test_classifiers_with_their_head_or_without(tmp_path, caplog):
         other = read(num_classes=7)
     assert torch.equal(other.encoder.cls_token, model.encoder.cls_token)
     assert [record.getMessage() for record in caplog.records] == ["the checkpoint's head for 3 classes is dropped"]
+
+
+def test_the_head_of_timms_file_is_said_to_go(tmp_path, caplog):
+    vit = VisionTransformer(**SHAPE, fc_norm=True)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    with caplog.at_level(logging.WARNING, "addp"):
+        model = timm.create_model("addp_vit_base_patch16", checkpoint_path=tmp_path / "vit.safetensors", **SHAPE)
+    assert torch.equal(model.encoder.pos_embed, vit.pos_embed)
+    assert [record.getMessage() for record in caplog.records] == ["the checkpoint's head for 5 classes is dropped"]
+
+
+@pytest.mark.parametrize("form", ["addp", "classifier"])
+def test_features_of_a_checkpoint(tmp_path, form):
+    model = tiny_addp(image_size=(8, 8))
+    if form == "classifier":
+        model = timm.create_model("addp_vit_base_patch16", **TINY)
+    save_model(model, tmp_path / "m.safetensors")
+    options = {"features_only": True, "out_indices": (0,), "checkpoint_path": tmp_path / "m.safetensors"}
+    found = timm.create_model("addp_vit_base_patch16", **TINY | options).eval()
+    encoder = load_encoder(tmp_path / "m.safetensors", (8, 8), encoder_heads=2)
+    torch.testing.assert_close(found(images(8, 8)), encoder.forward_maps(images(8, 8), [0]))
+    again = timm.create_model("addp_vit_base_patch16", **TINY | options | {"checkpoint_path": ""})
+    again.load_state_dict(found.state_dict())  # its own names
+    torch.testing.assert_close(again.eval()(images(8, 8)), found(images(8, 8)))
 
 
 def test_pretrained_takes_the_published_file(tmp_path, monkeypatch):
