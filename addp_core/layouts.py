@@ -98,6 +98,7 @@ class ClassifierFile:
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop: float | None = None  # share of the shorter side that validation cropped, where a recipe said it
 
 
 ARCHITECTURES: dict[str, type] = {

@@ -6,6 +6,8 @@ from itertools import zip_longest
 
 import numpy as np
 
+from addp_core.classifier import Classifier
+from addp_core.data import Batch
 from addp_core.errors import UserError
 from addp_core.sources import Cached, DataConfig, ImageSource, open_source
 
@@ -37,9 +39,10 @@ def check_labels(source: ImageSource, where: str) -> None:
     """UserError where a label lies outside the classes, or a class has no image; of sets that tell labels at once."""
     if source.labels is None:
         return
-    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
-    if len(counts) > len(source.classes):
-        raise UserError(f"{where}: found label {len(counts) - 1}, expected 0 to {len(source.classes) - 1}")
+    for label in (source.labels.min(), source.labels.max()):
+        if not 0 <= label < len(source.classes):
+            raise UserError(f"{where}: found label {label}, expected 0 to {len(source.classes) - 1}")
+    counts = np.bincount(source.labels, minlength=len(source.classes))
     missing = [name for name, count in zip(source.classes, counts, strict=True) if not count]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -49,9 +52,22 @@ def check_labels(source: ImageSource, where: str) -> None:
         )
 
 
+def check_batch(batch: Batch, classes: int) -> None:
+    """UserError where a label of the batch lies outside the classes; for sets that do not tell labels at once."""
+    strays = batch.labels[(batch.labels < 0) | (batch.labels >= classes)]
+    if len(strays):
+        raise UserError(f"data.source: found label {int(strays[0])}, expected 0 to {classes - 1}")
+
+
 def evaluation_share(size: tuple[int, int], share: float | None) -> float:
     """The share of the shorter side that evaluation crops: as given, or the published rule."""
     return share if share is not None else SHARE_224 if max(size) <= LARGE else 1.0
+
+
+def share_of(model: Classifier, share: float | None = None) -> float:
+    """The same for a classifier: as given, or as it was validated, or the published rule for its size."""
+    own = getattr(model, "crop", None)  # of those that were trained with one
+    return evaluation_share(model.encoder.image_size, own if share is None else share)
 
 
 def held(source: ImageSource, config: DataConfig, share: float) -> ImageSource:

@@ -82,7 +82,8 @@ def answers(
     """What `model` says of every image, or of those at `indices`, once each; the processes of a run share them.
 
     transform: as `eval_transform` gives; the images are then normalised by `mean` and `std`. Unreadable images are
-    left out and named; UserError past `max_errors` (as in a recipe's `data`). title: of the progress bar; empty: none.
+    left out and named; UserError past `max_errors` (as in a recipe's `data`), and for a label without a class. title:
+    of the progress bar; empty: none.
     """
     state = process_state()
     wanted = list(range(len(source)) if indices is None else indices)
@@ -109,6 +110,13 @@ def answers(
                         f"({reason}); repair or remove them, or raise data.max_errors"
                     )
             if len(places):
+                strays = ((labels < 0) | (labels >= len(source.classes))).nonzero()
+                if len(strays):
+                    row = int(strays[0])
+                    raise UserError(
+                        f"{source.name(int(places[row]))}: found label {int(labels[row])}, "
+                        f"expected 0 to {len(source.classes) - 1}"
+                    )
                 pixels = normalise(images.to(device, non_blocking=True).float() / 255, mean, std)
                 with torch.inference_mode(), arithmetic(precision, device):
                     outputs = model(pixels)

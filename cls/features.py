@@ -22,6 +22,7 @@ from addp_core.encoder import Encoder
 from addp_core.errors import UserError
 from addp_core.files import replacing
 from addp_core.sources import ImageSource
+from addp_core.token_encoder import TokenEncoder
 from cls.evaluation import Answers, answers
 
 log = logging.getLogger("addp")
@@ -38,10 +39,12 @@ def block_number(encoder: Encoder, block: int, key: str = "block") -> int:
     return block if block > 0 else depth + 1 + block
 
 
-def cut(encoder: Encoder, block: int) -> Encoder:
+def cut(encoder: Encoder | TokenEncoder, block: int) -> Encoder | TokenEncoder:
     """The same encoder without the blocks after `block`, counted from 1."""
     encoder.blocks = encoder.blocks[:block]
     encoder.config = replace(encoder.config, depth=block)
+    if isinstance(encoder, TokenEncoder):  # which is saved by the config of the predictor that it comes from
+        encoder.predictor_config = replace(encoder.predictor_config, depth=block)
     return encoder
 
 
@@ -136,7 +139,7 @@ def collect(
         for number, part in zip(todo, _parts(found, todo, shard, features), strict=True):
             gathered = gather_object([part])
             if state.is_main_process:
-                _write(_path(folder, number), gathered, features, source, STORED[store])
+                _write(_path(folder, number), gathered, features, STORED[store])
     state.wait_for_everyone()
     return Bank(folder, shards)
 
@@ -211,13 +214,9 @@ def _chosen(part: Answers, which: Tensor) -> Answers:
     return Answers(part.outputs[which], part.labels[which], part.indices[which])
 
 
-def _write(path: Path, parts: list[Answers], features: Features, source: ImageSource, dtype: torch.dtype) -> None:
+def _write(path: Path, parts: list[Answers], features: Features, dtype: torch.dtype) -> None:
     merged = _merged(parts)
     merged = _chosen(merged, merged.indices.argsort())
-    wrong = ((merged.labels < 0) | (merged.labels >= len(source.classes))).nonzero()
-    if len(wrong):
-        name, label = source.name(int(merged.indices[wrong[0]])), int(merged.labels[wrong[0]])
-        raise UserError(f"{name}: found label {label}, expected 0 to {len(source.classes) - 1}")
     outputs = merged.outputs.to(dtype)
     if not outputs.isfinite().all():
         raise UserError(

@@ -34,6 +34,7 @@ from addp_core.images import eval_transform
 from addp_core.rng import generator
 from addp_core.run import mark_finished, release_out
 from addp_core.sources import ImageSource
+from addp_core.token_encoder import TokenEncoder
 from cls.data import evaluation_share
 from cls.features import Bank, Features, Pooling, block_number, collect, cut
 from cls.finetune import NORMALISATION
@@ -148,6 +149,8 @@ def banks(
     config = recipe.fast
     cache = Path(config.cache).expanduser() if config.cache else Path(recipe.out) / "features"
     mean, std = NORMALISATION[recipe.normalisation]
+    if isinstance(encoder, TokenEncoder):
+        encoder.mean, encoder.std = mean, std  # it has to undo them, and no classifier is around it yet
     transform = eval_transform(recipe.data.hw, evaluation_share(recipe.data.hw, recipe.eval_crop))
     options = {"mean": mean, "std": std, "batch": recipe.eval_batch, "precision": recipe.train.precision}
     options |= {"workers": recipe.data.workers, "max_errors": recipe.data.max_errors}
@@ -319,6 +322,7 @@ def classifier(recipe: "Recipe", row: dict[str, Any], encoder: Encoder, names: t
     mean, std = NORMALISATION[recipe.normalisation]
     cut(encoder, row["block"])
     model = Classifier(encoder, len(names), row["pooling"], "batch", names, mean, std)
+    model.crop = recipe.eval_crop
     with safe_open(head_path(Path(recipe.out), row["block"], row["pooling"]), "pt") as file:
         model.fc_norm.running_mean, model.fc_norm.running_var = file.get_tensor("mean"), file.get_tensor("variance")
         model.head.weight = nn.Parameter(file.get_tensor("weight")[0])

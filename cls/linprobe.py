@@ -23,13 +23,12 @@ from addp_core.config import dump
 from addp_core.data import Batch, DataConfig, Stream, pretrain_transform
 from addp_core.encoder import Encoder
 from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.errors import UserError
 from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
 from addp_core.sources import ImageSource
 from addp_core.start import Start
 from cls import heads
-from cls.data import evaluation_share, held, open_splits
+from cls.data import check_batch, evaluation_share, held, open_splits
 from cls.evaluation import score
 from cls.features import Features, Pooling, block_number, cut
 from cls.finetune import NORMALISATION
@@ -106,6 +105,7 @@ def build(recipe: Recipe, encoder: Encoder, classes: tuple[str, ...]) -> Classif
     cut(encoder, block_number(encoder, recipe.block))
     mean, std = NORMALISATION[recipe.normalisation]
     model = Classifier(encoder, len(classes), recipe.pooling, "batch", classes, mean, std)
+    model.crop = recipe.eval_crop
     nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
     return model
 
@@ -141,7 +141,7 @@ class ProbeStage(Stage):
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """The loss comes in the last micro-step, as many times as there are, since the engine takes their mean."""
-        self._check_labels(batch)
+        check_batch(batch, self.classifier.num_classes)
         images = normalise(batch.images, self.classifier.mean, self.classifier.std)
         self.held.append((self.features(images)[:, 0, 0, 0], batch.labels))
         parts = self.recipe.train.accumulate
@@ -153,12 +153,6 @@ class ProbeStage(Stage):
         logits = model(features).float()
         top1 = 100 * (logits.argmax(1) == labels).float().mean()
         return {"loss": parts * cross_entropy(logits, labels), "train_top1": parts * top1}
-
-    def _check_labels(self, batch: Batch) -> None:
-        classes = self.classifier.num_classes
-        wrong = ((batch.labels < 0) | (batch.labels >= classes)).nonzero()
-        if len(wrong):  # of sets that do not tell their labels at once
-            raise UserError(f"data.source: found label {int(batch.labels[wrong[0]])}, expected 0 to {classes - 1}")
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Top-1 and top-5 of the validation images in per cent; keeps the best head so far."""

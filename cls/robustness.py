@@ -40,7 +40,7 @@ from addp_core.files import write_atomically
 from addp_core.images import Picture, eval_transform
 from addp_core.rng import seed_for
 from addp_core.sources import DataConfig, HubSet, ImageSource, open_source
-from cls.data import evaluation_share
+from cls.data import SHARE_224, share_of
 from cls.evaluation import Scores, answers
 
 log = logging.getLogger("addp")
@@ -99,7 +99,8 @@ class Recipe:
         float | None,
         Gt(0),
         Le(1),
-        "share of the shorter side to crop (default: 0.875 up to 224 px, else 1); ImageNet-C's pictures come cropped",
+        "share of the shorter side to crop (default: the model's own, else 0.875 up to 224 px and 1 above); "
+        "ImageNet-C's pictures come cropped",
     ] = None
     batch: Annotated[int, Ge(1), "images at a time on each process"] = 64
     workers: Annotated[int | None, Ge(0), "loading processes of each process (default: by the machine)"] = None
@@ -218,18 +219,16 @@ def lacking(missing: Sequence[tuple[str, int]]) -> str:
 
 
 class Corrupted(ImageSource):
-    """Another source's images, cropped as ImageNet-C's were and corrupted.
+    """Another source's images, cropped as ImageNet-C's were (224 pixels of 256) and corrupted.
 
     hw: of the model's images. Those of more than 224 pixels are made from pictures of 224, as ImageNet-C holds them.
     The noise of an image depends on (seed, its index, corruption, severity) alone.
     """
 
-    def __init__(
-        self, source: ImageSource, hw: tuple[int, int], share: float, corruption: str, severity: int, seed: int
-    ):
+    def __init__(self, source: ImageSource, hw: tuple[int, int], corruption: str, severity: int, seed: int):
         self.classes, self.labels = source.classes, source.labels
         factor = min(1.0, SIDE / min(hw))
-        self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), share)
+        self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), SHARE_224)
         self._corruption, self._severity, self._seed = corruption, severity, seed
 
     def __len__(self) -> int:
@@ -295,7 +294,8 @@ def logits_of(key: str, where: str, classes: Sequence[str], names: Sequence[str]
 def competing(key: str, where: str, classes: Sequence[str], names: Sequence[str]) -> list[int]:
     """The logits that predictions are taken over: all, on ImageNet-A and -R those of the set's classes.
 
-    These are the published 200 where the folders are among them, or the folders there are.
+    classes: those with images, by the model's names. UserError where some are of ImageNet-A or -R and others are not;
+    otherwise the published 200 compete, or in a set without any of them the classes that are there.
     """
     if key not in PUBLISHED:
         return list(range(len(names)))
@@ -305,7 +305,7 @@ def competing(key: str, where: str, classes: Sequence[str], names: Sequence[str]
         strangers = sorted(wanted - set(published))
         if strangers:
             raise UserError(
-                f"{key}: class folder {strangers[0]!r} of {where} is none of the {len(published)} of {SETS[key]}; "
+                f"{key}: class {strangers[0]!r} of {where} is none of the {len(published)} of {SETS[key]}; "
                 "expected that set, or one of other classes alone"
             )
         if len(wanted) < len(published):
@@ -325,7 +325,7 @@ class Bench:
     def __init__(self, recipe: Recipe, model: Classifier, names: tuple[str, ...]):
         self.recipe, self.model, self.names = recipe, model, names
         self.hw = model.encoder.image_size
-        self.share = evaluation_share(self.hw, recipe.crop)
+        self.share = share_of(model, recipe.crop)
         reads = (model.pooling, model.norm, names, model.mean, model.std)
         self.digest = hashlib.blake2b(f"{fingerprint(model)} {reads}".encode(), digest_size=16).hexdigest()
         self.sources: dict[str, ImageSource] = {}  # of all sets but ImageNet-C, whose cells are opened in turn
@@ -337,9 +337,10 @@ class Bench:
             where = getattr(self.recipe, key)
             if key == "imagenet_c":
                 there = cells_on_disk(Path(where).expanduser(), self.recipe.allow_missing)
+                folders = {cell: sorted(e.name for e in os.scandir(cell.path) if e.is_dir()) for cell in there}
                 for cell in there:
-                    folders = sorted(entry.name for entry in os.scandir(cell.path) if entry.is_dir())
-                    logits_of(key, str(cell.path), folders, self.names)
+                    logits_of(key, str(cell.path), folders[cell], self.names)
+                self.check_whole(folders)
                 cells += there
                 continue
             with calling(KEYS | {"data.source": key}):
@@ -351,6 +352,19 @@ class Bench:
                 cells.append(Cell(key))
         return cells
 
+    def check_whole(self, folders: Mapping[Cell, Sequence[str]]) -> None:
+        """UserError that names an ImageNet-C cell without classes that others have; with `allow_missing` a warning."""
+        every = set().union(*folders.values())
+        for cell, there in folders.items():
+            missing = sorted(every - set(there))
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                text = f"{cell.key}: {cell.path} lacks class folder {missing[0]!r}{more}, which other parts have"
+                if not self.recipe.allow_missing:
+                    raise UserError(f"{text}; add what lacks, or set allow_missing=true to measure what is there")
+                if process_state().is_main_process:
+                    log.warning("%s; it is measured on the %d classes it has", text, len(there))
+
     def open(self, cell: Cell) -> ImageSource:
         if cell.path is not None:
             with calling(KEYS | {"data.source": cell.key}):
@@ -358,7 +372,7 @@ class Bench:
         source = self.sources[cell.key]
         if cell.key != "corrupt":
             return source
-        return Corrupted(source, self.hw, self.share, cell.corruption, cell.severity, self.recipe.seed)
+        return Corrupted(source, self.hw, cell.corruption, cell.severity, self.recipe.seed)
 
     def indices(self, cell: Cell, source: ImageSource) -> list[int]:
         """The images that are looked at."""
@@ -374,9 +388,10 @@ class Bench:
         if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= len(logits)):
             found = source.labels.min() if source.labels.min() < 0 else source.labels.max()
             raise UserError(f"{key}: {where} has label {found}, expected 0 to {len(logits) - 1}")
-        over = competing(key, where, source.classes, self.names)
+        there = range(len(logits)) if source.labels is None else np.unique(source.labels)
+        over = competing(key, where, [self.names[logits[label]] for label in there], self.names)
         place = {logit: column for column, logit in enumerate(over)}
-        return torch.tensor(over), torch.tensor([place[logit] for logit in logits])
+        return torch.tensor(over), torch.tensor([place.get(logit, -1) for logit in logits])  # -1: not there
 
     def measure(self, cell: Cell, source: ImageSource, indices: list[int], title: str) -> Measured:
         """Counts over these images, on every process; the processes share the work."""
@@ -409,18 +424,8 @@ class Bench:
         if cell.corruption:
             found |= {"corruption": cell.corruption, "severity": cell.severity}
         if cell.key == "corrupt":
-            found |= {"seed": self.recipe.seed}
+            found |= {"seed": self.recipe.seed, "crop": SHARE_224}
         return found
-
-
-@contextmanager
-def naming(key: str) -> Iterator[None]:
-    """Errors of a set name the keys of this recipe."""
-    try:
-        yield
-    except UserError as error:
-        text = str(error).replace("data.source", key).replace("data.split", "split")
-        raise UserError(text.replace("data.max_errors", "max_errors")) from error
 
 
 class Store:

@@ -77,6 +77,15 @@ def test_timm_reads_a_classifier(tmp_path, options):
     assert data["input_size"] == (3, *model.encoder.image_size)
     assert (tuple(data["mean"]), tuple(data["std"])) == (model.mean, model.std)
     assert tuple(vit.pretrained_cfg["label_names"]) == NAMES
+    assert data["crop_pct"] == 0.875
+
+
+def test_the_crop_of_its_validation_is_told(tmp_path):
+    model = load_classifier(classifier(tmp_path / "c.safetensors"))
+    model.crop = 1.0
+    save_model(model, tmp_path / "c.safetensors")
+    assert export(tmp_path / "c.safetensors", tmp_path / "timm", layout="timm") == 0
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 1.0
 
 
 READER = """

@@ -16,14 +16,19 @@ from torch import nn
 
 import cls.features
 import cls.heads
+import cls.linprobe
 from addp_core import load_encoder, save_model
 from addp_core.checkpoint import load_classifier
+from addp_core.classifier import normalise
 from addp_core.cli import main
+from addp_core.config import find_recipe, load
 from addp_core.data import eval_transform, open_source
+from addp_core.encoder import Encoder, EncoderConfig
 from addp_core.engine import TrainConfig, make_optimizer
 from addp_core.run import Report
 from cls.evaluation import score
 from cls.features import Features
+from cls.linprobe import Recipe
 
 HW = (8, 12)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 50)}
@@ -217,6 +222,37 @@ def test_lars_scales_matrices_at_weight_decay_0_and_no_vectors():
 # -------------------- what is probed
 
 
+@pytest.fixture(scope="module")
+def mage(room) -> list[str]:
+    """Settings of an encoder over ids."""
+    model = tiny_addp(HW)
+    model.predictor.trained_on = ""
+    save_model(model.predictor, room / "mage.safetensors", model.config.grid)
+    save_model(model.tokenizer, room / "vqgan.safetensors")
+    return [f"model={room / 'mage.safetensors'}", f"tokenizer={room / 'vqgan.safetensors'}"]
+
+
+@pytest.mark.parametrize("normalisation", ["imagenet", "half"])
+def test_fast_mode_over_ids_saves_what_it_measured(room, mage, normalisation, tmp_path):
+    """Its classifier ends at the block, and computes the features that the head was trained on."""
+    settings = ("fast.blocks=[1]", "fast.store=float32", "fast.epochs=1", f"normalisation={normalisation}")
+    assert fast(room, tmp_path, *mage, *settings) == 0
+    model = load_classifier(tmp_path)
+    assert len(model.encoder.blocks) == 1
+    (bank,) = (tmp_path / "features").glob("val-*")
+    kept = load_file(bank / "00000.safetensors")
+    val = open_source(str(room / "data"), "val")
+    pixels = torch.stack([eval_transform(HW, 0.875)(val.picture(int(i))[0]) for i in kept["indices"]])
+    with torch.no_grad():
+        tokens = model.forward_features(normalise(pixels, model.mean, model.std))
+    torch.testing.assert_close(kept["block1.avg"][:, 0], model.pool(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_full_mode_over_ids_ends_at_its_block(room, mage, tmp_path):
+    assert probe(room, tmp_path, *mage, "block=1", "train.steps=1", "train.batch=6") == 0
+    assert len(load_classifier(tmp_path).encoder.blocks) == 1
+
+
 def test_options_choose_the_features(room):
     images = torch.randn(2, 3, *HW, generator=torch.Generator().manual_seed(0))
     encoder = load_encoder(room / "model.safetensors", HW)
@@ -246,6 +282,20 @@ def test_random_weights_are_the_seeds(room, tmp_path):
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["encoder.cls_token"], c["encoder.cls_token"])
+
+
+def test_published_recipe():
+    """App. D.2: a recipe that drifts from the published numbers is a bug."""
+    recipe = load(Recipe, find_recipe(cls.linprobe, "vit_b_90ep"), ["out=x", "model=x"])
+    train, data = recipe.train, recipe.data
+    assert (recipe.mode, recipe.pooling, recipe.block) == ("full", "avg", -1)
+    assert (train.epochs, train.warmup_epochs, train.batch) == (90, 10, 16384)
+    assert (train.optimizer, train.peak_lr, train.weight_decay) == ("lars", 6.4, 0)
+    assert (train.schedule, train.min_lr) == ("cosine", 0)
+    assert (data.size, data.scale, data.flip) == (256, (0.08, 1), True)
+    norm = cls.linprobe.build(recipe, Encoder(EncoderConfig(16, 1, 2), (8, 8), 4), ("a", "b")).fc_norm
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert not norm.affine
 
 
 # -------------------- bad input

@@ -21,6 +21,8 @@ from addp_core.cli import main
 from addp_core.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from addp_core.data import eval_transform, open_source
 from addp_core.encoder import Encoder, EncoderConfig
+from addp_core.images import Picture
+from addp_core.sources import ImageSource
 from cls import robustness
 from tools import toy
 
@@ -131,6 +133,8 @@ def test_mce_of_a_made_up_error_table(room, tmp_path, capsys):
             for i in range(3):
                 label = "0" if i < table[row, severity - 1] else "1"
                 picture(tmp_path / "c" / groups[row] / name / str(severity) / label / f"{i}.png")
+            for label in "01":
+                (tmp_path / "c" / groups[row] / name / str(severity) / label).mkdir(exist_ok=True)
     keys = {"model": room / "constant.safetensors", "imagenet_c": tmp_path / "c"}
     assert main(command(room, tmp_path / "out", **keys)) == 0
     found = results(tmp_path / "out")["imagenet_c"]
@@ -175,6 +179,25 @@ def test_classes_in_another_order_are_matched_by_name(room, tmp_path):
     assert main(command(room, tmp_path / "a", *sets)) == 0
     assert main(command(room, tmp_path / "b", *sets, model=tmp_path / "other.safetensors")) == 0
     assert results(tmp_path / "a") == results(tmp_path / "b")
+
+
+def test_a_list_of_numbers_is_of_the_models_classes(room, tmp_path, capsys):
+    """ImageNet-A as `meta/val.txt` and flat images, numbered as the model's logits: the published 200 compete."""
+    indices = (Path(timm.data.__file__).parent / "_info" / "imagenet_a_indices.txt").read_text().split()
+    labels = sorted(map(int, indices))[:2]
+    strange = next(label for label in range(1000) if str(label) not in indices)
+    root = tmp_path / "a"
+    for name in "xy":
+        picture(root / "val" / f"{name}.png")
+    (root / "meta").mkdir()
+    (root / "meta" / "val.txt").write_text(f"x.png {labels[0]}\ny.png {labels[1]}\n")
+    save_model(classifier(1000, (), bias={strange: 2.0, labels[1]: 1.0}), tmp_path / "model.safetensors")
+    keys = {"model": tmp_path / "model.safetensors", "imagenet_a": root}
+    assert main(command(room, tmp_path / "out", **keys)) == 0
+    found = results(tmp_path / "out")["imagenet_a"]
+    assert (found["images"], found["classes"], found["top1"]) == (2, 200, 50)
+    (root / "meta" / "val.txt").write_text(f"x.png {labels[0]}\ny.png {strange}\n")
+    wrong(capsys, command(room, tmp_path / "out", **keys), "imagenet_a", "none of the 200 of ImageNet-A")
 
 
 # -------------------- continuing
@@ -247,6 +270,57 @@ def test_a_missing_severity_is_named(room, tmp_path, capsys):
     wrong(capsys, command(room, tmp_path / "out", **keys), str(root), "does not exist")
     root.mkdir()
     wrong(capsys, command(room, tmp_path / "out", **keys, allow_missing="true"), "lacks")
+
+
+def test_a_severity_without_some_classes_is_named(room, tmp_path, capsys, caplog):
+    root, keys = tmp_path / "c", {"imagenet_c": tmp_path / "c"}
+    shutil.copytree(room / "imagenet-c", root)
+    gone = root / "fog" / "4" / "1"
+    shutil.rmtree(gone)
+    wrong(capsys, command(room, tmp_path / "out", **keys), str(gone.parent), "lacks class folder '1'", "allow_missing")
+    for name in set(CORRUPTIONS) - {"fog"}:
+        shutil.rmtree(root / name)
+    assert main(command(room, tmp_path / "out", **keys, allow_missing="true")) == 0
+    assert f"{gone.parent} lacks class folder '1'" in caplog.text
+
+
+def test_labels_without_a_class(room, tmp_path, capsys, monkeypatch):
+    """Told at the start by a set that knows its labels, else with the image that has one."""
+
+    class Late(ImageSource):
+        """Says its labels with its images alone, the last of which has none."""
+
+        classes = DIGITS
+
+        def __init__(self, labels=None):
+            self.labels = labels
+
+        def __len__(self):
+            return 3
+
+        def name(self, index):
+            return f"set[{index}]"
+
+        def picture(self, index):
+            return Picture(Image.new("RGB", (24, 24), "teal")), 1 - index
+
+    for labels, said in ((None, "set[2]: found label -1, expected 0 to 9"), ([1, 0, -1], "has label -1")):
+        source = Late(labels if labels is None else np.array(labels))
+        monkeypatch.setattr(robustness, "open_source", lambda *_, source=source: source)
+        for key in ("val", "imagenet_a"):
+            wrong(capsys, command(room, tmp_path / "out", key), said)
+
+
+def test_a_model_brings_the_crop_that_it_was_validated_with(room, tmp_path):
+    model = classifier()
+    model.crop = 0.5
+    save_model(model, tmp_path / "model.safetensors")
+    own = {"model": tmp_path / "model.safetensors"}
+    assert main(command(room, tmp_path / "own", "val", **own)) == 0
+    assert main(command(room, tmp_path / "stated", "val", crop=0.5)) == 0
+    assert main(command(room, tmp_path / "whole", "val", **own, crop=1)) == 0
+    cells = [set(json.loads((tmp_path / name / "cells.json").read_text())) for name in ("own", "stated", "whole")]
+    assert cells[0] == cells[1] != cells[2]
 
 
 def test_what_cannot_be_measured_is_said_at_once(room, tmp_path, capsys):
@@ -329,13 +403,26 @@ def test_an_image_is_corrupted_by_seed_and_index_alone(room):
     source = open_source(str(room / "imagenet"), "val")
 
     def pixels(index: int, seed: int = 0, severity: int = 3, hw: tuple[int, int] = (24, 24)) -> np.ndarray:
-        made = robustness.Corrupted(source, hw, 1.0, "gaussian_noise", severity, seed)
+        made = robustness.Corrupted(source, hw, "gaussian_noise", severity, seed)
         return np.asarray(made.picture(index)[0].image()).astype(int)
 
     assert (pixels(5) == pixels(5)).all()
     different = [pixels(5, seed=1), pixels(6), pixels(5, severity=4)]
     assert all(np.abs(pixels(5) - other).mean() > 5 for other in different)
     assert pixels(0, hw=(448, 672)).shape == (224, 336, 3)  # as ImageNet-C holds pictures, whatever the model sees
+
+
+@pytest.mark.parametrize("side", [224, 384])
+def test_generated_pictures_are_cropped_as_imagenet_c(side, tmp_path):
+    """Resized to 256 and cropped to 224, also where the model's own images are whole squares: no frame is left."""
+    framed = Image.new("RGB", (200, 200), "red")
+    framed.paste("teal", (8, 8, 192, 192))
+    (tmp_path / "0").mkdir()
+    framed.save(tmp_path / "0" / "0.png")
+    made = robustness.Corrupted(open_source(str(tmp_path)), (side, side), "brightness", 1, 0).picture(0)[0]
+    pixels = np.asarray(made.image()).astype(int)
+    assert pixels.shape == (224, 224, 3)
+    assert np.abs(pixels - pixels[0, 0]).max() < 10
 
 
 def test_generated_corruptions_are_called_so(room, tmp_path, capsys):

@@ -36,7 +36,7 @@ from addp_core.errors import UserError
 from addp_core.files import replacing, write_atomically
 from addp_core.layouts import published_addp_names, to_timm
 from addp_core.rng import generator
-from cls.data import evaluation_share
+from cls.data import share_of
 
 log = logging.getLogger("addp")
 
@@ -150,7 +150,7 @@ def export_timm(recipe: Recipe, out: Path) -> None:
             "input_size": [3, height, width],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": evaluation_share((height, width), None),
+            "crop_pct": share_of(model),
             "crop_mode": "center",
             "mean": list(model.mean),
             "std": list(model.std),
