@@ -44,7 +44,7 @@ MODELS = "models"  # folder of the weights kept on the way, models/step-N
 
 # Keys that change how a run is watched, stored or computed, not what it computes: a run may continue with other values.
 COMPUTE_ONLY = frozenset(
-    {"out", "checkpointing", "data.workers", "data.prefetch", "data.max_errors"}
+    {"out", "checkpointing", "eval_batch", "confusion", "data.workers", "data.prefetch", "data.max_errors"}
     | {f"train.{key}" for key in ("compile", "channels_last", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
 )
@@ -421,12 +421,17 @@ class Report:
                     self.board.add_scalar(f"{group}/{key}", value, figures["step"])
             self.board.flush()
 
-    @contextlib.contextmanager
-    def _tolerant(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            log.warning("%s/%s: not written (%s); the run continues", self.out, what, _reason(error))
+    def _tolerant(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return tolerant(self.out / what)
+
+
+@contextlib.contextmanager
+def tolerant(path: Path) -> Iterator[None]:
+    """What the disk refuses to take is named and left out: around what a run can do without."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: not written (%s); the run continues", path, _reason(error))
 
 
 def _lines_until(metrics: Path, step: int, total: int) -> Iterator[bytes]:

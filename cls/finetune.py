@@ -4,6 +4,8 @@ Validation runs every `train.evaluate_every` steps; the best weights so far are 
 ones in model.safetensors. Both feed `addp robustness` and `addp export`.
 """
 
+import csv
+import io
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,23 +26,25 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from addp_core.checkpoint import read_weights, save_model
+from addp_core.checkpoint import read_tensors, read_weights, save_model
 from addp_core.classifier import Classifier
 from addp_core.config import dump
 from addp_core.data import Batch, DataConfig, Stream
-from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
+from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, process_state, train
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
 from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
+from addp_core.run import tolerant
 from addp_core.sources import ImageSource
 from addp_core.start import Start
-from cls.data import evaluation_share, held, open_splits
+from cls.data import check_batch, evaluation_share, held, open_splits
 from cls.evaluation import Scores, score
 from cls.results import keep_best
 
 log = logging.getLogger("addp")
 
+CONFUSION = "confusion.csv"
 NORMALISATION = {
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
@@ -115,11 +119,16 @@ def run(recipe: Recipe) -> None:
     """Fine-tune, or continue; ends with `<out>/model.safetensors` and its scores in results.json."""
     text = dump(recipe)
     if prepare_out(recipe.out, text):
+        if recipe.confusion and not (Path(recipe.out) / CONFUSION).exists():
+            log.info("confusion: is written at validations, and this run has had its last; nothing is done")
         return
-    if recipe.augment.mixes and recipe.train.micro_batch % 2:
+    world = process_state().num_processes
+    rows = recipe.train.micro_batch // world  # Mixup pairs the images of a process
+    if recipe.augment.mixes and rows % 2:
+        where = f"a micro-step on each of {world} processes" if world > 1 else "a micro-step"
         raise UserError(
-            f"train.batch: {recipe.train.micro_batch} images of a micro-step cannot be mixed in pairs; "
-            "expected an even number, or augment.mixup=0 augment.cutmix=0"
+            f"train.batch: {rows} images of {where} cannot be mixed in pairs; expected a multiple of "
+            f"{2 * world * recipe.train.accumulate}, or augment.mixup=0 augment.cutmix=0"
         )
     train_set, val_set = open_splits(recipe.data, recipe.val)
     model = build(recipe, train_set.classes)
@@ -147,6 +156,7 @@ def build(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
     mean, std = NORMALISATION[recipe.normalisation]
     encoder = recipe.encoder(recipe.data.hw, dropout=recipe.dropout, drop_path=recipe.drop_path)
     model = Classifier(encoder, len(classes), recipe.pooling, class_names=classes, mean=mean, std=std)
+    model.crop = recipe.eval_crop
     if recipe.init == "pretrained":
         _take_head(model, recipe.model)
     model.set_grad_checkpointing(recipe.checkpointing)
@@ -156,15 +166,20 @@ def build(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
 def _take_head(model: Classifier, source: str) -> None:
     """The head of a classifier of the same classes goes on; another one is dropped, and said to be."""
     weights = read_weights(source)
-    if weights.kind != "classifier":
-        return
-    file = weights.architecture
-    if tuple(file.class_names) == model.class_names and (file.pooling, file.norm) == (model.pooling, model.norm):
-        model.head.load_state_dict(weights.part("head."))
-        model.fc_norm.load_state_dict(weights.part("fc_norm."))
-        log.info("%s: its head knows the same %d classes and goes on", source, model.num_classes)
+    if weights.kind == "classifier":
+        file = weights.architecture
+        if tuple(file.class_names) == model.class_names and (file.pooling, file.norm) == (model.pooling, model.norm):
+            model.head.load_state_dict(weights.part("head."))
+            model.fc_norm.load_state_dict(weights.part("fc_norm."))
+            log.info("%s: its head knows the same %d classes and goes on", source, model.num_classes)
+            return
+        classes = file.classes
+    elif weights.kind == "encoder":  # perhaps of a foreign classifier, whose classes have no names
+        classes = len(read_tensors(source).get("head.weight", ()))
     else:
-        log.warning("%s: its head for %d classes is dropped; a new one for %d", source, file.classes, model.num_classes)
+        return
+    if classes and process_state().is_main_process:
+        log.warning("%s: its head for %d classes is dropped; a new one for %d", source, classes, model.num_classes)
 
 
 def layer_table(model: nn.Module, config: TrainConfig) -> str:
@@ -234,6 +249,7 @@ class FinetuneStage(Stage):
             self.criterion = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(smoothing)
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        check_batch(batch, self.model.num_classes)
         images, targets = self.mixup(batch.images, batch.labels) if self.mixup else (batch.images, batch.labels)
         logits = model(images)
         return {"loss": self.criterion(logits.float(), targets)}
@@ -264,12 +280,15 @@ class FinetuneStage(Stage):
 
 
 def write_confusion(scores: Scores, names: tuple[str, ...], out: Path) -> None:
-    """confusion.csv (rows: the true class, columns: the answer) and a picture of it."""
+    """confusion.csv (rows: the true class, columns: the answer) and a picture of it, as far as the disk has room."""
     from matplotlib.figure import Figure
 
-    rows = [[name, *map(str, row.tolist())] for name, row in zip(names, scores.confusion, strict=True)]
-    lines = [",".join(["true\\answer", *names]), *(",".join(row) for row in rows)]
-    write_atomically(out / "confusion.csv", ("\n".join(lines) + "\n").encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true\\answer", *names])
+    writer.writerows([name, *row] for name, row in zip(names, scores.confusion.tolist(), strict=True))
+    with tolerant(out / CONFUSION):
+        write_atomically(out / CONFUSION, text.getvalue().encode())
     share = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.3 * len(names)), 12.0)
     figure = Figure(figsize=(side + 1, side))
@@ -279,4 +298,5 @@ def write_confusion(scores: Scores, names: tuple[str, ...], out: Path) -> None:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     figure.tight_layout()
-    figure.savefig(out / "images" / "confusion.png", dpi=100)
+    with tolerant(out / "images" / "confusion.png"):
+        figure.savefig(out / "images" / "confusion.png", dpi=100)

@@ -7,20 +7,26 @@ from torch import nn
 
 from addp_core.checkpoint import save_model
 from addp_core.files import write_atomically
+from addp_core.run import tolerant
 from cls.evaluation import Scores
 
 BEST_MODEL, BEST_NOTE, RESULTS = "model-best.safetensors", "best.json", "results.json"
 
 
 def keep_best(model: nn.Module, step: int, scores: Scores, out: Path) -> None:
-    """Write the scores of `step` and of the best step so far to results.json, and the best step's model beside it."""
+    """Write the scores of `step` and of the best step so far to results.json, and the best step's model beside it.
+
+    What a full disk does not take is left out, and said to be; the best step is the best whose model was written.
+    """
     last = {"step": step, **scores.figures}
     note = out / BEST_NOTE
     best = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
     # A run that fell back to an older checkpoint meets its best step a second time.
     if best is None or last["top1"] > best["top1"] or step == best["step"]:
-        best = last
-        save_model(model, out / BEST_MODEL)
-        write_atomically(note, json.dumps(best).encode())
+        with tolerant(out / BEST_MODEL):
+            save_model(model, out / BEST_MODEL)
+            write_atomically(note, json.dumps(last).encode())
+            best = last
     results = {"images": scores.images, "classes": len(scores.confusion), "last": last, "best": best}
-    write_atomically(out / RESULTS, json.dumps(results, indent=1).encode())
+    with tolerant(out / RESULTS):
+        write_atomically(out / RESULTS, json.dumps(results, indent=1).encode())

@@ -1,25 +1,34 @@
 """`addp finetune` through its verb: what it learns, keeps, continues and refuses."""
 
+import csv
+import errno
 import json
+import os
 import shutil
 import signal
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny_addp
 
+import cls.data
 import cls.finetune
+import cls.results
 from addp_core import load_classifier, load_encoder, save_model
 from addp_core.classifier import Classifier
 from addp_core.cli import main
 from addp_core.config import find_recipe, load
 from addp_core.data import DataConfig, Stream, eval_transform, open_source
 from addp_core.encoder import Encoder, EncoderConfig
+from addp_core.sources import ImageSource
 from addp_core.stage import TrainConfig
-from cls.evaluation import score
+from cls.evaluation import Scores, score
 from cls.finetune import AugmentConfig, FinetuneStage, Recipe, layer_table
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
@@ -172,6 +181,114 @@ def test_a_head_of_other_classes_is_dropped_and_said_once(images, pretrained, tm
     assert said == [f"{first}: its head for 3 classes is dropped; a new one for 2"]
 
 
+@pytest.mark.parametrize("main_process", [True, False])
+def test_the_head_of_a_foreign_file_is_said_to_go(images, tmp_path, caplog, monkeypatch, main_process):
+    state = SimpleNamespace(is_main_process=main_process)
+    monkeypatch.setattr(cls.finetune, "process_state", lambda: state)
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    for name, classes in (("headed", 5), ("bare", 0)):
+        save_file(VisionTransformer(**shape, num_classes=classes).state_dict(), tmp_path / f"{name}.safetensors")
+        words = settings(images, tmp_path / f"{name}.safetensors", tmp_path / "x", "encoder_heads=2")
+        cls.finetune.build(load(Recipe, None, words[1:]), tuple(COLOURS))
+    said = [record.message for record in caplog.records if "head" in record.message]
+    expected = [f"{tmp_path / 'headed.safetensors'}: its head for 5 classes is dropped; a new one for 3"]
+    assert said == (expected if main_process else [])
+
+
+def test_the_average_is_what_is_measured_and_kept(images, pretrained, tmp_path):
+    words = ["train.steps=6", "train.evaluate_every=2", "train.ema=0.9", "eval_crop=0.6"]
+    assert main(settings(images, pretrained, tmp_path, *words)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    val = open_source(str(images), "val")
+    for name, key in (("model", "last"), ("model-best", "best")):
+        model = load_classifier(tmp_path / f"{name}.safetensors")
+        assert model.crop == 0.6  # for what reads it next
+        seen = score(model, val, eval_transform(8, 0.6), 3, mean=model.mean, std=model.std, workers=0)
+        assert seen.figures["top1"] == pytest.approx(results[key]["top1"])
+    raw = torch.load(tmp_path / "checkpoints" / "step-6" / "training.pt")
+    last = load_classifier(tmp_path).state_dict()
+    assert torch.equal(last["head.weight"], raw["ema"]["head.weight"])
+    assert not torch.equal(last["head.weight"], raw["model"]["head.weight"])
+
+
+def test_a_full_disk_costs_figures_and_not_the_run(images, pretrained, tmp_path, monkeypatch, caplog):
+    """The first validation finds the disk full; what it could not write is the next one's."""
+    save, calls = cls.results.save_model, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(*arguments)
+
+    def refused(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cls.results, "save_model", full)
+    monkeypatch.setattr(cls.finetune, "write_atomically", refused)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", refused)
+    words = ["train.steps=4", "train.evaluate_every=2", "confusion=true"]
+    assert main(settings(images, pretrained, tmp_path, *words)) == 0
+    for name in ("model-best.safetensors", "confusion.csv", "images/confusion.png"):
+        assert f"{tmp_path / name}: not written (No space left on device); the run continues" in caplog.text
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["last"]["step"] == results["best"]["step"] == 4
+    assert load_classifier(tmp_path / "model-best.safetensors").num_classes == 3
+
+
+def test_confusion_of_names_with_commas(tmp_path):
+    (tmp_path / "images").mkdir()
+    names = ("crane, bird", 'crane "machine"', "tench")
+    cls.finetune.write_confusion(Scores(torch.arange(9).view(3, 3)), names, tmp_path)
+    with (tmp_path / "confusion.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["true\\answer", *names], [names[0], *"012"], [names[1], *"345"], [names[2], *"678"]]
+
+
+def test_how_it_validates_may_change(images, pretrained, tmp_path, caplog):
+    """The images at a time and the confusion matrix change no result; a run that has ended writes no more of them."""
+    assert main(settings(images, pretrained, tmp_path, "train.steps=2")) == 0
+    longer = ["train.steps=3", "eval_batch=2"]
+    assert main(settings(images, pretrained, tmp_path, *longer)) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["last"]["step"] == 3
+    with caplog.at_level("INFO", "addp"):
+        assert main(settings(images, pretrained, tmp_path, *longer, "confusion=true")) == 0
+    assert "this run has had its last" in caplog.text
+
+
+def test_labels_without_a_class(images, pretrained, tmp_path, capsys, monkeypatch):
+    """Of a set that tells its labels at once and of one that does not."""
+    train, open_source = cls.data.open_source(str(images), "train"), cls.data.open_source
+
+    class Late(ImageSource):
+        classes = train.classes
+
+        def __init__(self, label, told):
+            self.label, self.labels = label, np.array([label] * len(train)) if told else None
+
+        def __len__(self):
+            return len(train)
+
+        def name(self, index):
+            return f"set[{index}]"
+
+        def picture(self, index):
+            return train.picture(index)[0], self.label
+
+    def opened(config, split=None, classes=None):
+        return source if (split == "val") == in_val else open_source(config, split, classes)
+
+    monkeypatch.setattr(cls.data, "open_source", opened)
+    cases = [(in_val, told, label) for in_val in (False, True) for told in (False, True) for label in (-1, 3)]
+    for in_val, told, label in cases:
+        source = Late(label, told)
+        out = tmp_path / f"{in_val}{told}{label}"
+        words = ["train.steps=1", *(["val=set"] if in_val else [])]
+        said = refusal(capsys, *settings(images, pretrained, out, *words))
+        where = "set" if told and in_val else str(images) if told else "set[0]" if in_val else "data.source"
+        assert said == f"addp: {where}: found label {label}, expected 0 to 2"
+
+
 def refusal(capsys, *words) -> str:
     assert main(list(words)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -196,7 +313,7 @@ def test_token_input(images, tmp_path):
     assert load_classifier(tmp_path / "run").encoder.grid == (4, 4)
 
 
-def test_wrong_input(images, pretrained, tmp_path, capsys):
+def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "set"
     shutil.copytree(images, copy)
     shutil.rmtree(copy / "val" / "green")
@@ -230,6 +347,11 @@ def test_wrong_input(images, pretrained, tmp_path, capsys):
 
     odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "train.batch=7", "augment.mixup=0.8"))
     assert odd.startswith("addp: train.batch: 7 images of a micro-step cannot be mixed in pairs")
+    with monkeypatch.context() as patch:
+        patch.setattr(cls.finetune, "process_state", lambda: SimpleNamespace(num_processes=8))
+        odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "augment.mixup=0.8"))
+    assert odd.startswith("addp: train.batch: 1 images of a micro-step on each of 8 processes cannot be mixed in pairs")
+    assert "expected a multiple of 16" in odd
     assert "expected init=random" in refusal(capsys, *settings(images, "tiny", tmp_path / "f"))
     size = refusal(capsys, *settings(images, pretrained, tmp_path / "g", "data.size=9"))
     assert "9 x 9: expected multiples of the patch size 2" in size
