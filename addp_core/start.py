@@ -4,11 +4,22 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 
 from addp_core.checkpoint import load_encoder
 from addp_core.encoder import Encoder
-from addp_core.errors import UserError
+from addp_core.errors import UserError, calling
 from addp_core.token_encoder import TokenEncoder
+
+NORMALISATION = {  # mean and std of images in [0,1]
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
 
 
 @dataclass(kw_only=True)
@@ -27,6 +38,9 @@ class Start:
     encoder_heads: Annotated[int | None, Ge(1), "of a file whose heads are not width/64"] = None
     tokenizer: Annotated[str, "for an encoder over token ids: the VQGAN of a MAGE file that does not hold it"] = ""
     tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipes drop it)"] = False
+    normalisation: Annotated[
+        Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
+    ] = "imagenet"
 
     def encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
         """The encoder for images of this size (height, width); `options` as those of `load_encoder`.
@@ -46,3 +60,23 @@ class Start:
             )
         except UserError as error:
             raise UserError(str(error).replace("img_size", "data.size")) from error
+
+    def pixel_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder:
+        """As `encoder`; UserError for one over token ids."""
+        with calling({"attention: ": f"model: {self.model}: "}):  # no value of the key would do
+            encoder = self.encoder(size, **options)
+        if not isinstance(encoder, Encoder):
+            raise UserError(
+                f"model: {self.model} sees token ids, not pixels; expected an encoder of pixels (ADDP, MAE, BEiT, ViT)"
+            )
+        return encoder
+
+
+def check_positions(encoder: Encoder, source: str, key: str) -> None:
+    """UserError where an encoder of `source` knows no place: BEiT has relative tables alone. key: of their kind."""
+    tables = [value for name, value in encoder.named_parameters() if ".relative." in name]
+    if not any(value.any() for value in (encoder.pos_embed, *tables)):
+        raise UserError(
+            f"{key}={encoder.attention.relative}: {source} has its positions in relative tables alone (BEiT), which "
+            f"this leaves out; expected {key}=table"
+        )

@@ -7,6 +7,8 @@ from annotated_types import Ge, Interval
 
 from addp_core.encoder import AttentionConfig, EncoderConfig
 
+ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
+
 
 @dataclass
 class CocoFiles:
@@ -86,6 +88,7 @@ class DetectorFile:
     size: int
     detector: DetectorConfig
     categories: tuple[Category, ...]
+    normalisation: Literal["imagenet", "half"] = "imagenet"
 
 
 def vitdet_attention() -> AttentionConfig:

@@ -25,12 +25,12 @@ from torch import nn
 from addp_core.encoder import Encoder
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
+from addp_core.start import NORMALISATION
 from det.coco import CocoSet, encode, open_coco
-from det.config import CocoConfig, DetectorConfig
+from det.config import ANCHOR, CocoConfig, DetectorConfig
 
 log = logging.getLogger("addp")
 
-ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
 WARMUP_FROM = 0.001  # share of the rate that the warm-up starts from, as ViTDet's
 
 
@@ -42,12 +42,15 @@ def package_config(name: str) -> DictConfig:
     return LazyConfig.load(str(Path(detectron2.__file__).parent / "model_zoo" / "configs" / name))
 
 
-def mask_rcnn(net: Any, patch: int, size: int, classes: int, detector: DetectorConfig) -> DictConfig:
+def mask_rcnn(
+    net: Any, patch: int, size: int, classes: int, detector: DetectorConfig, normalisation: str = "imagenet"
+) -> DictConfig:
     """Config of ViTDet's Mask R-CNN over a backbone `net` (or its LazyCall) with one map at stride `patch`.
 
-    Images are padded to squares of `size` pixels: where training saw its positions.
+    Images are padded to squares of `size` pixels: where training saw its positions. normalisation: of `NORMALISATION`.
     """
     model = package_config("common/models/mask_rcnn_vitdet.py").model
+    model.pixel_mean, model.pixel_std = ([255 * value for value in part] for part in NORMALISATION[normalisation])
     strides = [int(patch / scale) for scale in detector.scales]
     strides.append(2 * strides[-1])
     levels = [f"p{stride.bit_length() - 1}" for stride in strides]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from addp_core.compute import accelerate_model
 from addp_core.data import open_source
 from addp_core.engine import process_state
-from addp_core.errors import UserError
+from addp_core.errors import UserError, calling
 from addp_core.files import replacing
 from addp_core.images import ImageError
 from det.drawing import draw
@@ -42,7 +42,8 @@ def run(recipe: Recipe) -> None:
     """Look at every image; those that cannot be read are named and passed over."""
     out = make_folder(recipe.out)
     state = process_state()
-    source = open_source(recipe.images)
+    with calling({"data.source": "images", "data.split": "images"}):
+        source = open_source(recipe.images)
     model = load_detector(recipe.model).to(state.device).requires_grad_(False)
     accelerate_model(model)
     root = Path(recipe.images).expanduser()

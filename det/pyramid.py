@@ -63,7 +63,8 @@ class FeaturePyramid(nn.Module):
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
         """Float[B,3,H,W] normalised, sides multiples of the patch -> "0", "1", ...: Float[B,C,H/stride,W/stride]."""
         (tokens,) = self.net.forward_maps(images, [-1])
-        maps = [getattr(self, stage)(tokens) for stage in self.stages]
+        # torchvision places its anchors in the precision of the maps
+        maps = [getattr(self, stage)(tokens).float() for stage in self.stages]
         maps.append(F.max_pool2d(maps[-1], 1, 2))
         return OrderedDict((str(i), map_) for i, map_ in enumerate(maps))
 

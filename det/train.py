@@ -4,12 +4,15 @@ The engine detectron2 is the paper's; torchvision needs nothing but a plain inst
 and leave the same run folder.
 """
 
+import contextlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import yaml
 from annotated_types import Interval
 
 from addp_core.config import dump
@@ -17,7 +20,7 @@ from addp_core.data import DataConfig, Stream
 from addp_core.encoder import AttentionConfig, Encoder
 from addp_core.engine import TrainConfig, prepare_out, train
 from addp_core.errors import UserError
-from addp_core.start import Start
+from addp_core.start import Start, check_positions
 from det.augment import ScaleJitter, collate
 from det.coco import CocoSet, open_coco
 from det.config import CocoConfig, DetectorConfig, DetectorFile, vitdet_attention
@@ -45,6 +48,7 @@ class Recipe(Start):
 
 def run(recipe: Recipe) -> None:
     """Train, or continue; ends with `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
+    recipe = replace(recipe, engine=settle_engine(recipe))
     text = dump(recipe)
     if prepare_out(recipe.out, text):
         return
@@ -52,9 +56,8 @@ def run(recipe: Recipe) -> None:
     sets = open_sets(recipe.data)
     encoder = build_encoder(recipe)
     size, categories = recipe.data.size, sets["train"].categories
-    file = DetectorFile(
-        engine, encoder.config, encoder.attention, encoder.patch_size, size, recipe.detector, categories
-    )
+    parts = (encoder.config, encoder.attention, encoder.patch_size, size, recipe.detector, categories)
+    file = DetectorFile(engine, *parts, recipe.normalisation)
     log.info("det: engine %s", engine)
     torch.manual_seed(recipe.train.seed)
     stage = DetStage(build(file, encoder), sets["val"])
@@ -67,6 +70,16 @@ def make_stream(recipe: Recipe, coco: CocoSet) -> Stream:
     loading = DataConfig(max_errors=data.max_errors, workers=data.workers, prefetch=data.prefetch)
     jitter = ScaleJitter(data.size, data.scale, data.flip)
     return Stream(coco, jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate)
+
+
+def settle_engine(recipe: Recipe) -> str:
+    """The engine for recipe.yaml: `auto` is that of the run in `out`, whatever was installed since, or of a new one."""
+    if recipe.engine != "auto":
+        return recipe.engine
+    found = None
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # prepare_out says what is wrong with it
+        found = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text()).get("engine")
+    return found or choose_engine("auto")
 
 
 def choose_engine(wanted: str) -> str:
@@ -90,12 +103,10 @@ def open_sets(config: CocoConfig) -> dict[str, CocoSet]:
 
 
 def build_encoder(recipe: Recipe) -> Encoder:
-    """The recipe's encoder for squares of `data.size`."""
+    """The recipe's encoder for squares of `data.size`. UserError for one that sees no pixels, or no positions."""
     torch.manual_seed(recipe.train.seed)
-    encoder = recipe.encoder(recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True)
-    if not isinstance(encoder, Encoder):
-        raise UserError(
-            f"model: {recipe.model} sees token ids, not pixels; expected an encoder of pixels (ADDP, MAE, ViT)"
-        )
+    options = {"drop_path": recipe.drop_path, "attention": recipe.attention, "dynamic": True}
+    encoder = recipe.pixel_encoder(recipe.data.size, **options)
+    check_positions(encoder, recipe.model, "attention.relative")
     encoder.checkpointing = recipe.checkpointing
     return encoder

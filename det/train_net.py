@@ -42,6 +42,7 @@ from addp_core.encoder import Encoder
 from addp_core.engine import Signals
 from addp_core.errors import UserError
 from addp_core.rng import seed_for
+from addp_core.start import check_positions
 from det.config import Category, DetectorConfig, DetectorFile
 from det.model import save_detector
 from det.with_detectron2 import build
@@ -82,6 +83,8 @@ def train(cfg: DictConfig, resume: bool) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.init_checkpoint:
         load_weights(model, cfg.train.init_checkpoint)
+    start = "model.backbone.net.encoder"
+    check_positions(model.backbone.net.encoder, f"{start}.source", f"{start}.attention.relative")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)

@@ -32,8 +32,8 @@ class Detectron2Detector(nn.Module):
     def __init__(self, file: DetectorFile, encoder: Encoder):
         super().__init__()
         net = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
-        classes = len(file.categories)
-        self.rcnn = instantiate(mask_rcnn(net, encoder.patch_size, file.size, classes, file.detector))
+        classes, patch = len(file.categories), encoder.patch_size
+        self.rcnn = instantiate(mask_rcnn(net, patch, file.size, classes, file.detector, file.normalisation))
         self.file = file
 
     def forward(self, scenes: list[Scene]) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 heads (arXiv 2203.16527), trained by the suite's engine.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
@@ -22,12 +22,12 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from addp_core.encoder import Encoder
+from addp_core.start import NORMALISATION
 from det.augment import Scene
-from det.config import DetectorFile
+from det.config import ANCHOR, DetectorFile
 from det.model import Detections
 from det.pyramid import ChannelNorm, FeaturePyramid
 
-ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
 RATIOS = (0.5, 1.0, 2.0)
 NET = "backbone.net."  # begins the names of the encoder's parameters
 
@@ -47,14 +47,14 @@ class TorchvisionDetector(MaskRCNN):
         super().__init__(
             pyramid,
             rpn_anchor_generator=AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
-            rpn_head=RPNHead(config.channels, len(RATIOS), conv_depth=2),
+            rpn_head=_RPNHead(config.channels, len(RATIOS), conv_depth=2),
             rpn_post_nms_top_n_train=config.proposals,
             rpn_post_nms_top_n_test=config.proposals,
             box_roi_pool=pool(pooled),
             box_head=FastRCNNConvFCHead(
                 (config.channels, pooled, pooled), [config.convs] * 4, [config.fc], norm_layer=ChannelNorm
             ),
-            box_predictor=FastRCNNPredictor(config.fc, classes),
+            box_predictor=_BoxPredictor(config.fc, classes),
             box_batch_size_per_image=config.samples,
             box_score_thresh=config.score,
             box_detections_per_img=config.detections,
@@ -62,7 +62,7 @@ class TorchvisionDetector(MaskRCNN):
             mask_head=MaskRCNNHeads(config.channels, [config.convs] * 4, 1, norm_layer=ChannelNorm),
             mask_predictor=MaskRCNNPredictor(config.convs, config.convs, classes),
         )
-        self.transform = _Square(file.size)
+        self.transform = _Square(file.size, *NORMALISATION[file.normalisation])
         self.file = file
 
     def forward(self, seen: list[Scene] | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Any]]:
@@ -89,6 +89,22 @@ class TorchvisionDetector(MaskRCNN):
 build = TorchvisionDetector
 
 
+class _RPNHead(RPNHead):
+    """In float32 under autocast too: torchvision's boxes take the precision of what moves them, and bfloat16 rounds
+    them to 4 pixels beyond 512.
+    """
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], ...]:
+        return tuple([map_.float() for map_ in maps] for maps in super().forward(x))
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """In float32, as `_RPNHead`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.float() for part in super().forward(x))
+
+
 class _Pool(MultiScaleRoIAlign):
     """RoIAlign over maps of known strides; torchvision would guess them from images that are not padded yet."""
 
@@ -104,8 +120,8 @@ class _Square(GeneralizedRCNNTransform):
     saw its positions. Masks come back as COCO's codes, one at a time: a hundred of a large photograph do not fit.
     """
 
-    def __init__(self, size: int):
-        super().__init__(size, size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size_divisible=size)
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
+        super().__init__(size, size, mean, std, size_divisible=size)
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
         if self.training:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
+from timm.models.beit import Beit
+from tiny import TOKENIZER
 
 from addp_core.attention import AttentionConfig
 from addp_core.checkpoint import load_encoder, save_model
@@ -18,7 +21,10 @@ from addp_core.config import find_recipe, load
 from addp_core.encoder import Encoder, EncoderConfig
 from addp_core.engine import make_optimizer
 from addp_core.errors import UserError
+from addp_core.predictor import PredictorConfig
 from addp_core.stage import TrainConfig
+from addp_core.token_encoder import TokenEncoder
+from addp_core.tokenizer import Vocabulary
 from det import train as det_train
 from det.augment import Scene
 from det.config import Category, DetectorConfig, DetectorFile
@@ -45,10 +51,10 @@ def tiny_encoder(attention=PLAIN, size=32, seed=0) -> Encoder:
     return Encoder(EncoderConfig(32, 2, 2), (size, size), 4, attention, dynamic=True).eval()
 
 
-def tiny_detector(attention=VITDET, score=0.0):
+def tiny_detector(attention=VITDET, score=0.0, samples=8, normalisation="imagenet"):
     encoder = tiny_encoder(attention)
-    config = DetectorConfig(channels=16, scales=(2.0, 1.0), convs=8, fc=16, proposals=20, samples=8, score=score)
-    file = DetectorFile("torchvision", encoder.config, attention, 4, 32, config, CATEGORIES)
+    config = DetectorConfig(channels=16, scales=(2.0, 1.0), convs=8, fc=16, proposals=20, samples=samples, score=score)
+    file = DetectorFile("torchvision", encoder.config, attention, 4, 32, config, CATEGORIES, normalisation)
     return build(file, encoder)
 
 
@@ -159,6 +165,29 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_boxes_keep_their_precision_under_bfloat16():
+    model, (seen, anchors, proposals) = tiny_detector(samples=128).train(), (scene((3, 4, 20, 25)), [], [])
+    seen.boxes += 0.1234567  # bfloat16 has no such places
+    model.rpn.anchor_generator.register_forward_hook(lambda module, inputs, output: anchors.extend(output))
+    model.roi_heads.box_roi_pool.register_forward_hook(lambda module, inputs, output: proposals.extend(inputs[1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([seen])
+        (found,) = model.eval().detect([seen.image])
+    assert all(loss.isfinite() for loss in losses.values())
+    assert {part.dtype for part in (*anchors, *proposals)} == {torch.float32}
+    assert (proposals[0] == seen.boxes[0]).all(1).any()  # the ground truth is among them as it is
+    for boxes in (*proposals, found.boxes):
+        assert not torch.equal(boxes, boxes.bfloat16().float())
+
+
+@pytest.mark.parametrize(("name", "white"), [("imagenet", (1 - 0.485) / 0.229), ("half", 1.0)])
+def test_images_are_normalised_as_the_file_says(name, white):
+    model, seen = tiny_detector(normalisation=name).eval(), []
+    model.backbone.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0]))
+    model.detect([torch.full((3, 32, 32), 255, dtype=torch.uint8)])
+    torch.testing.assert_close(seen[0][0], torch.full((32, 32), white))
+
+
 def test_images_of_any_size_are_seen_whole():
     model = tiny_detector().eval()
     images = [torch.randint(256, (3, *hw), dtype=torch.uint8) for hw in ((20, 61), (90, 7), (32, 32))]
@@ -245,14 +274,37 @@ def test_a_random_start_has_the_architecture_alone(workshop):
     assert first.checkpointing
 
 
+def test_a_beit_start_is_read_with_its_tables_alone(tmp_path):
+    shape = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    beit = Beit(**shape, init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True)
+    for block in beit.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    torch.save({"model": beit.state_dict()}, tmp_path / "beit.pth")
+    settings = [f"model={tmp_path / 'beit.pth'}", "out=x", "data.size=48"]
+    with pytest.raises(
+        UserError, match=r"attention.relative=decomposed: .*beit.pth .* expected attention.relative=table"
+    ):
+        det_train.build_encoder(load(det_train.Recipe, None, settings))
+    kept = det_train.build_encoder(load(det_train.Recipe, None, [*settings, "attention.relative=table"]))
+    assert kept.blocks[0].relative.relative_position_bias_table.abs().max() > 0.5
+    det_train.build_encoder(load(det_train.Recipe, None, [*settings, "init=random"]))  # has positions of its own
+
+
 @pytest.mark.parametrize("name", ["tiny", "vitdet_b_100ep", "vitdet_l_100ep"])
 def test_every_named_recipe_is_read(name):
+    load(det_train.Recipe, find_recipe(det_train, name), ["model=x", "out=y"])
+
+
+@pytest.mark.parametrize(("name", "drop_path", "decay"), [("vitdet_b_100ep", 0.1, 0.8), ("vitdet_l_100ep", 0.4, 0.9)])
+def test_recipes_hold_the_papers_numbers(name, drop_path, decay):
     recipe = load(det_train.Recipe, find_recipe(det_train, name), ["model=x", "out=y"])
-    if name != "tiny":
-        assert (recipe.data.size, recipe.data.scale, recipe.train.batch) == (1024, (0.1, 2.0), 128)
-        assert (recipe.attention.window, recipe.attention.global_blocks) == (14, 4)
-        large = name.startswith("vitdet_l")
-        assert (recipe.drop_path, recipe.train.layer_decay) == ((0.4, 0.9) if large else (0.1, 0.8))
+    data, attention, train = recipe.data, recipe.attention, recipe.train
+    assert (data.size, data.scale, data.flip) == (1024, (0.1, 2.0), True)
+    assert (attention.window, attention.global_blocks, attention.relative) == (14, 4, "decomposed")
+    assert (recipe.drop_path, train.layer_decay) == (drop_path, decay)
+    assert (train.epochs, train.batch, train.warmup_steps) == (100, 128, 250)
+    assert (train.peak_lr, train.schedule, train.min_lr) == (1.6e-4, "cosine", 0)
+    assert (train.betas, train.weight_decay, train.clip_grad) == ((0.9, 0.999), 0.1, None)
 
 
 # -------------------- the verbs
@@ -349,18 +401,23 @@ MISTAKES = {
     ("eval", "model={root}/other.safetensors"): "1 tensors do not fit its own description: extra",
     ("eval", "data.val_annotations={root}/renamed.json"): "(only here: 1 zero; only there: 1 0)",
     ("eval", "data.val_annotations={root}/recipe.yaml"): "recipe.yaml: not JSON",
-    ("predict", "images={root}/nowhere"): "nowhere does not exist",
+    ("train", "model={root}/tokens.safetensors"): "tokens.safetensors: an encoder over tokens has neither windows",
+    ("predict", "images={root}/nowhere"): "addp: images: {root}/nowhere does not exist",
+    ("predict", "images={root}/pictures"): "addp: images: {root}/pictures has no folder 'train'; it has val",
     ("predict", "out={root}/recipe.yaml"): "recipe.yaml cannot be written",
 }
 
 
 @pytest.mark.parametrize(("action", "setting"), MISTAKES)
 def test_mistakes_end_in_one_line(workshop, tmp_path, capsys, action, setting):
-    (workshop / "pictures").mkdir(exist_ok=True)
+    (workshop / "pictures" / "val").mkdir(parents=True, exist_ok=True)
     if "renamed" in setting:
         annotations = json.loads((workshop / "toy" / "coco" / "annotations" / "instances_val.json").read_text())
         annotations["categories"][0]["name"] = "zero"
         (workshop / "renamed.json").write_text(json.dumps(annotations))
+    if "tokens" in setting:
+        encoder = TokenEncoder(PredictorConfig(16, 1, 2, 1, 2), Vocabulary(TOKENIZER.codebook), TOKENIZER, (48, 48))
+        save_model(encoder, workshop / "tokens.safetensors")
     if "other" in setting:
         from safetensors import safe_open
 
@@ -373,7 +430,9 @@ def test_mistakes_end_in_one_line(workshop, tmp_path, capsys, action, setting):
         "eval": ["det", "eval", model, data],
         "predict": ["det", "predict", model, f"images={workshop / 'toy' / 'coco' / 'images'}", f"out={tmp_path}"],
     }[action]
-    message, setting = MISTAKES[action, setting], setting.format(root=workshop, run=workshop / "run")
+    message, setting = (
+        text.format(root=workshop, run=workshop / "run") for text in (MISTAKES[action, setting], setting)
+    )
     arguments = [a for a in arguments if a.partition("=")[0] != setting.partition("=")[0]]
     assert main([*arguments, setting]) == 2
     assert message in last_line(capsys)
@@ -395,6 +454,28 @@ def test_categories_of_both_parts_must_agree(workshop, tmp_path, capsys):
     (tmp_path / "val.json").write_text(json.dumps(content))
     assert main(training(workshop, tmp_path / "run", f"data.val_annotations={tmp_path / 'val.json'}")) == 2
     assert "its categories are not those of" in last_line(capsys)
+
+
+def test_a_run_continues_on_its_engine_whatever_was_installed_since(workshop, tmp_path, monkeypatch):
+    arguments = training(workshop, tmp_path, "engine=auto", "normalisation=half", "train.steps=2")
+    monkeypatch.setattr(det_train, "find_spec", lambda name: None)
+    assert main(arguments) == 0
+    recipe = tmp_path / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["engine"] == "torchvision"
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(det_train, "find_spec", lambda name: object())
+    for name in ("finished.json", "model.safetensors"):  # as if killed before the end
+        (tmp_path / name).unlink()
+    assert main(arguments) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    file = load_detector(tmp_path).file
+    assert (file.engine, file.normalisation) == ("torchvision", "half")
+
+    monkeypatch.setattr(det_train, "find_spec", lambda name: None)
+    recipe.write_text(recipe.read_text().replace("engine: torchvision", "engine: auto"))  # as it once was written
+    (tmp_path / "finished.json").unlink()
+    assert main(arguments) == 0
 
 
 def test_detectron2_is_asked_for_where_it_is_missing(monkeypatch):

@@ -195,6 +195,13 @@ def _file(encoder: Encoder, size: int = 32) -> DetectorFile:
     return DetectorFile("detectron2", encoder.config, encoder.attention, 8, size, SMALL, categories)
 
 
+def test_images_are_normalised_as_the_file_says(encoder_file):
+    encoder = load_encoder(encoder_file, 32, attention=VITDET, dynamic=True)
+    for name, mean in {"imagenet": 255 * 0.485, "half": 127.5}.items():
+        model = build(dataclasses.replace(_file(encoder), normalisation=name), encoder)
+        assert float(model.rcnn.pixel_mean[0]) == pytest.approx(mean)
+
+
 def test_a_batch_with_an_image_without_objects_trains(encoder_file):
     encoder = load_encoder(encoder_file, 32, attention=VITDET, dynamic=True)
     model = build(_file(encoder), encoder).train()
@@ -334,6 +341,10 @@ class Bomb:
 def test_wrong_input_is_one_line(small, tmp_path, capfd):
     torch.save({"model": {"a": torch.zeros(1)}, "bomb": Bomb()}, tmp_path / "bomb.pth")
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+    table = Encoder(EncoderConfig(32, 4, 2), (32, 32), 8, AttentionConfig(relative="table"))
+    torch.nn.init.zeros_(table.pos_embed)
+    torch.nn.init.normal_(table.blocks[0].relative.relative_position_bias_table)
+    save_model(table, tmp_path / "beit.safetensors")
     weights = ["--eval-only", *small]
     cases = {
         "refused, unpickling it could run code": [*weights, f"train.init_checkpoint={tmp_path / 'bomb.pth'}"],
@@ -341,6 +352,10 @@ def test_wrong_input_is_one_line(small, tmp_path, capfd):
         "train.init_checkpoint: missing": weights,
         "no such file or config; the configs are mask_rcnn_vitdet_b_100ep": ["--config-file", "nope"],
         "data.root: nowhere is not a folder": [*small, "dataloader.coco.root=nowhere"],
+        "encoder.attention.relative=decomposed: model.backbone.net.encoder.source has its positions": [
+            *small,
+            f"model.backbone.net.encoder.source={tmp_path / 'beit.safetensors'}",
+        ],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit) as left:
