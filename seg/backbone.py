@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from addp_core.checkpoint import load_encoder
 from addp_core.encoder import SIZES, AttentionConfig, Encoder, EncoderConfig
 from addp_core.errors import UserError
+from addp_core.start import check_positions
 
 
 def default_indices(depth: int) -> tuple[int, ...]:
@@ -56,6 +57,7 @@ class AddpViT(BaseModule):
         if init_cfg:
             shape = {"attention": attention, "dynamic": True, "encoder_heads": encoder_heads}
             self.encoder = load_encoder(init_cfg["checkpoint"], size, **options, **shape)
+            check_positions(self.encoder, init_cfg["checkpoint"], "relative")
         else:
             config = EncoderConfig(**(SIZES[arch] if isinstance(arch, str) else arch), **options, input_dropout=dropout)
             self.encoder = Encoder(config, size, patch_size, attention, dynamic=True)

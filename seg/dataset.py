@@ -15,6 +15,7 @@ from mmengine.dist import get_dist_info
 from mmengine.registry import FUNCTIONS
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
+from PIL import Image
 from torch.utils.data import Sampler
 
 from addp_core.data import rng_kept, seed_all, start_worker
@@ -90,11 +91,16 @@ class PositionSampler(Sampler):
 
 @TRANSFORMS.register_module()
 class LoadPicture(BaseTransform):
-    """The picture of `img_path` as UInt8[H,W,3] in mmcv's channel order, BGR."""
+    """The picture of `img_path`."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        image = np.ascontiguousarray(np.asarray(read_picture(results["img_path"]))[..., ::-1])
-        return results | {"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2]}
+        return results | loaded(read_picture(results["img_path"]))
+
+
+def loaded(picture: Image.Image) -> dict[str, Any]:
+    """An RGB picture as the other transforms expect it: `img` is UInt8[H,W,3] in mmcv's channel order, BGR."""
+    image = np.ascontiguousarray(np.asarray(picture)[..., ::-1])
+    return {"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2]}
 
 
 @TRANSFORMS.register_module()

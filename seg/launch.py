@@ -9,6 +9,7 @@ import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
+from PIL import Image
 from torch import Tensor, nn
 
 from addp_core.compute import arithmetic
@@ -52,7 +53,7 @@ def build(cfg: Any) -> nn.Module:
 
 
 class Painter:
-    """A segmentor that answers pictures on the disk with class maps; `test` says how."""
+    """A segmentor that answers pictures with class maps; `test` says how."""
 
     def __init__(self, segmentor: Segmentor, state: dict[str, Tensor], where: str, test: TestConfig, precision: str):
         cfg = base_config()
@@ -60,24 +61,25 @@ class Painter:
         fill_test(cfg, test)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = build(cfg)  # first: it names the scope in which the steps are looked up
-        steps = without_labels(cfg.test_dataloader.dataset.pipeline)
+        steps = without_files(cfg.test_dataloader.dataset.pipeline)
         self.pipeline, self.collate = Compose(steps), pseudo_collate
         fill(getattr(model, "module", model), state, where)
         self.model, self.precision = model.to(self.device).eval(), precision
 
     @torch.inference_mode()
-    def __call__(self, path: str) -> Tensor:
-        """Long[H,W] on the CPU, the class of each pixel of the picture, from 0. UserError where it cannot be read."""
-        data = self.collate([self.pipeline({"img_path": path})])
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Long[H,W] on the CPU, the class of each pixel of the RGB picture, from 0."""
+        named = {"img_path": ""} | dataset.loaded(picture)  # SegTTAModel asks for the key
+        data = self.collate([self.pipeline(named)])
         with arithmetic(self.precision, self.device):
             [sample] = self.model.test_step(data)
         return sample.pred_sem_seg.data.squeeze(0).cpu()
 
 
-def without_labels(pipeline: list[Any]) -> list[Any]:
-    """A test pipeline for pictures that have no class map."""
-    load, *rest = pipeline
-    if rest[0]["type"] != "TestTimeAug":
-        return [load, *(step for step in rest if step["type"] != "LoadClassMap")]
-    branches = [branch for branch in rest[0]["transforms"] if branch[0]["type"] != "LoadClassMap"]
-    return [load, {**rest[0], "transforms": branches}]
+def without_files(pipeline: list[Any]) -> list[Any]:
+    """A test pipeline for pictures as `dataset.loaded` gives them, without class maps."""
+    _, first, *rest = pipeline
+    if first["type"] != "TestTimeAug":
+        return [first, *(step for step in rest if step["type"] != "LoadClassMap")]
+    branches = [branch for branch in first["transforms"] if branch[0]["type"] != "LoadClassMap"]
+    return [{**first, "transforms": branches}]

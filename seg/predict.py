@@ -1,22 +1,27 @@
 """`addp seg predict`: each picture beside its class map, with a legend of the classes found and their shares.
 
 Writes `<out>/<name>.png`, and the bare map to `<out>/maps/<name>.png`: numbered as the annotations (0 is unused, the
-first class is 1) and in the legend's colours.
+first class is 1) and in the legend's colours. Where pictures share a name, each keeps its extension: `<name>.jpg.png`.
 """
 
 import logging
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+from accelerate.utils import gather_object
 from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from addp_core.errors import UserError
-from addp_core.files import replacing
-from seg.scenes import SUFFIXES, palette, read_picture
+from addp_core.engine import process_state
+from addp_core.errors import UserError, calling
+from addp_core.images import ImageError
+from addp_core.sources import Files, ImageSource, open_source
+from seg.scenes import numbered, palette, write_png
 from seg.settings import TestConfig, import_mmseg, load_segmentor
 from seg.test import MAPS
 
@@ -28,7 +33,7 @@ class Recipe:
     """Keys of `addp seg predict`."""
 
     model: Annotated[str, "a run of `addp seg train` or its model.safetensors"]
-    images: Annotated[str, "a picture or a folder of pictures"]
+    images: Annotated[str, "a picture or a folder of pictures, flat or nested"]
     out: Annotated[str, "folder for the painted pictures"]
     n: Annotated[int | None, Ge(1), "the first n pictures of the folder; null: all"] = None
     test: TestConfig = field(default_factory=TestConfig)
@@ -37,37 +42,51 @@ class Recipe:
 
 
 def run(recipe: Recipe) -> None:
-    """Paint the pictures; several processes share them."""
+    """Paint the pictures; several processes share them. Those that cannot be read are named and passed over."""
     segmentor, state = load_segmentor(recipe.model)
-    root, pictures = find_pictures(recipe)
+    root, source = open_pictures(recipe.images)
+    names = file_names(root, source)[: recipe.n]
     import_mmseg()
-    from addp_core.engine import process_state
     from seg.launch import Painter
 
     processes = process_state()
     painter = Painter(segmentor, state, recipe.model, recipe.test, recipe.precision)
-    colours, out = palette(len(segmentor.classes)), Path(recipe.out)
-    mine = pictures[processes.process_index :: processes.num_processes]
-    for path in tqdm(mine, unit="img", disable=not processes.is_main_process):
-        name = path.relative_to(root).with_suffix(".png")
-        labels = painter(str(path)).numpy()
-        sheet = paint(read_picture(path), labels, segmentor.classes, colours, recipe.paint)
-        write(sheet, out / name)
-        write(numbered(labels, colours), out / MAPS / name)
-    processes.wait_for_everyone()
+    colours, out, unreadable = palette(len(segmentor.classes)), Path(recipe.out), []
+    mine = range(processes.process_index, len(names), processes.num_processes)
+    for index in tqdm(mine, unit="img", disable=not processes.is_main_process):
+        try:
+            picture = source.picture(index)[0].image()
+        except ImageError as error:
+            log.warning("%s: %s; passed over", source.name(index), error)
+            unreadable.append(index)
+            continue
+        labels = painter(picture).numpy()
+        write_png(paint(picture, labels, segmentor.classes, colours, recipe.paint), out / names[index])
+        write_png(numbered(labels, colours), out / MAPS / names[index])
+    unreadable = gather_object(unreadable)
+    if len(unreadable) == len(names):
+        raise UserError(f"images: none of the {len(names)} pictures in {recipe.images} can be read")
     if processes.is_main_process:
-        log.info("seg predict: %d pictures in %s", len(pictures), out)
+        log.info("seg predict: %d pictures in %s, %d unreadable", len(names) - len(unreadable), out, len(unreadable))
 
 
-def find_pictures(recipe: Recipe) -> tuple[Path, list[Path]]:
+def open_pictures(images: str) -> tuple[Path, ImageSource]:
     """(the folder they lie in, the pictures by name). UserError where there are none."""
-    source = Path(recipe.images)
-    if source.is_file():
-        return source.parent, [source]
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise UserError(f"images: {source}: found no pictures; expected a file or a folder with {', '.join(SUFFIXES)}")
-    return source, found[: recipe.n]
+    path = Path(images).expanduser()
+    if path.is_file() and path.suffix.lower() != ".tar":
+        return path.parent, Files(path.parent, [path.name])
+    with calling({"data.source": "images", "data.split": "images"}):
+        return path, open_source(images)
+
+
+def file_names(root: Path, source: ImageSource) -> list[Path]:
+    """What each picture's map is called, relative to `out`: no two the same."""
+    pictures = [Path(os.path.relpath(source.name(index), root)) for index in range(len(source))]
+    shared = Counter(path.with_suffix("") for path in pictures)
+    return [
+        path.with_suffix(".png") if shared[path.with_suffix("")] == 1 else path.with_name(f"{path.name}.png")
+        for path in pictures
+    ]
 
 
 def paint(
@@ -90,20 +109,3 @@ def paint(
         draw.rectangle((2 * width + 4, top + 1, 2 * width + 14, top + 11), tuple(map(int, colours[i])))
         draw.text((2 * width + 19, top), text, "black", font)
     return sheet
-
-
-def numbered(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """The class map as the annotations number it, with the colours as its palette."""
-    image = Image.fromarray((labels + 1).astype(np.uint8), "P")
-    image.putpalette([0, 0, 0, *colours.flatten().tolist()])
-    return image
-
-
-def write(image: Image.Image, path: Path) -> None:
-    """A PNG that is whole or absent. UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            image.save(temporary, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room and start again") from error

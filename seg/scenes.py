@@ -18,6 +18,7 @@ from annotated_types import Ge
 from PIL import Image
 
 from addp_core.errors import UserError
+from addp_core.files import replacing
 from addp_core.images import ImageError, Picture, image_errors
 
 log = logging.getLogger("addp")
@@ -55,9 +56,14 @@ class Pair:
     classes: Path
 
 
+def maps_of(root: str | Path, split: str) -> Path:
+    """The folder of a split's class maps."""
+    return Path(root) / "annotations" / FOLDERS[split]
+
+
 def find_pairs(root: str | Path, split: str) -> list[Pair]:
     """The pairs of a split, by name. UserError where folders or class maps are missing."""
-    images, maps = (Path(root) / kind / FOLDERS[split] for kind in ("images", "annotations"))
+    images, maps = Path(root) / "images" / FOLDERS[split], maps_of(root, split)
     for folder in (images, maps):
         if not folder.is_dir():
             raise UserError(
@@ -129,6 +135,23 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
     if (most := int(labels.max(initial=0))) > classes:
         raise UserError(f"{path}: found label {most}, expected 0 (other) to {classes}; more classes? give data.classes")
     return np.where(labels == 0, IGNORED, labels - 1).astype(np.uint8)
+
+
+def numbered(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """Int[H,W] from 0 -> the class map as the annotations number it, with the colours as its palette."""
+    image = Image.fromarray((labels + 1).astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, *colours.flatten().tolist()])
+    return image
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """A PNG that is whole or absent, its folders too. UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room and start again") from error
 
 
 def check_pairs(pairs: list[Pair], classes: int, most: int) -> None:

@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from addp_core.checkpoint import METADATA_KEY, MODEL_FILE
+from addp_core.checkpoint import METADATA_KEY, read_weights
 from addp_core.errors import UserError, nearest
 from addp_core.files import replacing
+from addp_core.layouts import ARCHITECTURES
+from addp_core.start import NORMALISATION
 
 log = logging.getLogger("addp")
 
@@ -46,15 +47,33 @@ class Segmentor:
     classes: tuple[str, ...]
     crop: Annotated[int, Ge(1)]  # pixels of a side
     scale: tuple[int, int]  # shorter and longest side of a resized image
+    normalisation: Literal["imagenet", "half"] = "imagenet"
+
+    def __post_init__(self) -> None:
+        if len(self.out_indices) not in (1, 4):
+            raise UserError(f"out_indices: found {list(self.out_indices)}, expected four blocks or one")
+        if self.crop % self.patch_size:
+            raise UserError(
+                f"data.crop: found {self.crop}, expected a multiple of the model's patch size {self.patch_size}"
+            )
+
+
+ARCHITECTURES[KIND] = Segmentor  # so that read_weights knows our files
 
 
 @dataclass
-class TestConfig:
+class MapConfig:
     """How maps are made of whole images."""
 
     mode: Annotated[
         Literal["slide", "whole"], "crops that overlap by a third, averaged, or the resized image in one piece"
     ] = "slide"
+
+
+@dataclass
+class TestConfig(MapConfig):
+    """The same, perhaps of several sizes and both ways round."""
+
     flip: Annotated[bool, "average with the mirrored image"] = False
     scales: Annotated[tuple[Annotated[float, Gt(0)], ...], "factors on the size whose maps are averaged"] = (1.0,)
 
@@ -97,7 +116,8 @@ def fill_model(cfg: Any, segmentor: Segmentor) -> None:
     """Write a segmentor's architecture and sizes into a config."""
     s, model = segmentor, cfg.model
     crop = (s.crop, s.crop)
-    model.data_preprocessor.update(size=crop, test_cfg={"size_divisor": s.patch_size})
+    mean, std = ([255 * value for value in part] for part in NORMALISATION[s.normalisation])
+    model.data_preprocessor.update(mean=mean, std=std, size=crop, test_cfg={"size_divisor": s.patch_size})
     model.backbone.update(
         arch={"width": s.width, "depth": s.depth, "heads": s.heads, "layer_scale": s.layer_scale},
         img_size=crop,
@@ -180,17 +200,7 @@ def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -
 
 def load_segmentor(source: str | Path) -> tuple[Segmentor, dict[str, Tensor]]:
     """(architecture, tensors) of a run of `addp seg train` or its file. UserError where it is none."""
-    path = Path(source) / MODEL_FILE if Path(source).is_dir() else Path(source)
-    expected = "expected a finished run of `addp seg train` or its model.safetensors"
-    if not path.is_file():
-        raise UserError(f"model: {path} is missing; {expected}")
-    try:
-        with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
-        if stored.get("kind") != KIND:
-            raise UserError(f"model: {path} is no segmentor but {stored.get('kind', 'another file')}; {expected}")
-        return TypeAdapter(Segmentor).validate_python(stored["architecture"]), state
-    except (SafetensorError, ValidationError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model: {path} cannot be read ({reason}); {expected}") from error
+    weights = read_weights(source)
+    if weights.kind != KIND:
+        raise UserError(f"model: {weights.where} is no segmentor; expected a run of `addp seg train` or its file")
+    return weights.architecture, weights.state

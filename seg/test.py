@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
-from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs
+from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs, maps_of
 from seg.settings import TestConfig, base_config, fill_model, fill_runtime, fill_test, load_segmentor, rank
 
 log = logging.getLogger("addp")
@@ -29,11 +29,11 @@ class Recipe:
     data: SceneConfig
     model: Annotated[str, "a run of `addp seg train` or its model.safetensors"] = ""
     predictions: Annotated[
-        str, "instead of a model: a folder of class maps under the annotations' names, numbered as they are"
+        str, "instead of a model: a folder of class maps, placed and numbered as the annotations"
     ] = ""
     test: TestConfig = field(default_factory=TestConfig)
     precision: Annotated[Literal["fp32", "fp16"], "arithmetic; fp16 needs a GPU"] = "fp32"
-    maps: Annotated[bool, "also write each class map to <out>/maps, numbered as the annotations"] = False
+    maps: Annotated[bool, "also write the class maps to <out>/maps, placed and numbered as the annotations"] = False
 
 
 def run(recipe: Recipe) -> None:
@@ -61,12 +61,13 @@ def run(recipe: Recipe) -> None:
         fill_model(cfg, replace(segmentor, **sizes))
         fill_test(cfg, recipe.test)
     else:
-        folder = Path(recipe.predictions)
-        if missing := [pair.classes.name for pair in pairs if not (folder / pair.classes.name).is_file()]:
+        folder, root = Path(recipe.predictions), maps_of(data.source, "val")
+        names = [pair.classes.relative_to(root) for pair in pairs]
+        if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(
                 f"predictions: {folder / missing[0]} is missing; expected a map for each of the annotations"
             )
-        cfg.model = {"type": "StoredMaps", "folder": str(folder), "classes": len(classes)}
+        cfg.model = {"type": "StoredMaps", "folder": str(folder), "root": str(root), "classes": len(classes)}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,7 +91,8 @@ def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[di
     cfg.default_hooks.checkpoint = None
     cfg.test_cfg.fp16 = recipe.precision == "fp16"
     if recipe.maps:
-        cfg.test_evaluator.output_dir = str(Path(recipe.out) / MAPS)
+        maps, root = Path(recipe.out) / MAPS, maps_of(recipe.data.source, "val")
+        cfg.test_evaluator.update(maps=str(maps), root=str(root))
     runner = start_runner(cfg)
     if state is not None:
         fill(getattr(runner.bare, "module", runner.bare), state, recipe.model)

@@ -12,15 +12,16 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, Le
 
-from addp_core.checkpoint import MODEL_FILE, load_encoder
+from addp_core.checkpoint import MODEL_FILE
 from addp_core.config import dump
 from addp_core.encoder import SIZES, EncoderConfig
-from addp_core.errors import UserError
+from addp_core.errors import UserError, calling
 from addp_core.run import mark_finished, prepare_out, release_out
+from addp_core.start import Start
 from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs
 from seg.settings import (
+    MapConfig,
     Segmentor,
-    TestConfig,
     fill_model,
     fill_runtime,
     rank,
@@ -54,21 +55,21 @@ class TrainConfig:
     keep: Annotated[int, Ge(1), "checkpoints kept"] = 2
 
 
-@dataclass
-class Recipe:
+@dataclass(kw_only=True)
+class Recipe(Start):
     """Keys of `addp seg train`."""
 
     out: Annotated[str, "run folder"]
     data: SceneConfig
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
     model: Annotated[
-        str, "a run, an ADDP, MAE or ViT file or hf://owner/repository/file; with init=random also a size, or nothing"
+        str,
+        "a run, a file (ADDP, classifier, MAE, BEiT, timm ViT), hf://owner/repository/file, or with init=random a size "
+        "(tiny, small, base, large) or nothing (the config's)",
     ] = ""
-    init: Annotated[Literal["pretrained", "random"], "start from the model's weights, or from fresh ones"] = (
-        "pretrained"
+    patch_size: Annotated[int | None, Ge(1), "pixels, where `model` is a size or nothing (default: the config's)"] = (
+        None
     )
-    encoder_heads: Annotated[int | None, Ge(1), "of a file whose heads are not width/64"] = None
-    tokenizer_norm: Annotated[bool, "keep ADDP's input norm, which published transfers drop"] = False
     relative: Annotated[
         Literal["table", "none"] | None,
         "BEiT's relative positions in each block, or the plain ViT with its class token",
@@ -78,7 +79,7 @@ class Recipe:
     ] = None
     channels: Annotated[int | None, Ge(1), "of the UperNet head"] = None
     train: TrainConfig = field(default_factory=TrainConfig)
-    test: TestConfig = field(default_factory=TestConfig)
+    test: MapConfig = field(default_factory=MapConfig)
 
 
 def run(recipe: Recipe) -> None:
@@ -144,25 +145,26 @@ def check(recipe: Recipe) -> None:
 
 
 def describe(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
-    """The segmentor that a resolved recipe trains. UserError where crop and patch do not go together."""
+    """The segmentor that a resolved recipe trains. UserError for a start that cannot be one."""
     from seg.backbone import default_indices
 
-    if recipe.model and not (recipe.init == "random" and recipe.model in SIZES):
-        file = load_encoder(recipe.model, init="random", encoder_heads=recipe.encoder_heads)
-        config, patch = file.config, file.patch_size
+    backbone = cfg.model.backbone
+    patch = recipe.patch_size or backbone.patch_size
+    if recipe.model:
+        start = replace(recipe, init="random", patch_size=patch if recipe.model in SIZES else recipe.patch_size)
+        with calling({"data.size": "data.crop"}):
+            encoder = start.pixel_encoder(recipe.data.crop)
+        config, patch = encoder.config, encoder.patch_size
     else:
-        arch = recipe.model or cfg.model.backbone.arch
-        config = EncoderConfig(**(SIZES[arch] if isinstance(arch, str) else arch))
-        patch = cfg.model.backbone.patch_size
-    if recipe.data.crop % patch:
-        raise UserError(f"data.crop: found {recipe.data.crop}, expected a multiple of the model's patch size {patch}")
+        arch = SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
+        config = EncoderConfig(**arch, tokenizer_norm=recipe.tokenizer_norm)
     return Segmentor(
         width=config.width,
         depth=config.depth,
         heads=config.heads,
         layer_scale=config.layer_scale,
         patch_size=patch,
-        tokenizer_norm=recipe.tokenizer_norm,
+        tokenizer_norm=config.tokenizer_norm,
         relative=recipe.relative,
         out_indices=tuple(recipe.out_indices or default_indices(config.depth)),
         channels=recipe.channels,
@@ -170,6 +172,7 @@ def describe(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
         classes=classes,
         crop=recipe.data.crop,
         scale=recipe.data.scale,
+        normalisation=recipe.normalisation,
     )
 
 
@@ -183,7 +186,7 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
         backbone |= {"init_cfg": start, "encoder_heads": recipe.encoder_heads}
     cfg.model.backbone.update(backbone)
     fill_runtime(cfg, out, recipe.data.workers, recipe.data.source, recipe.data.classes)
-    cfg.model.test_cfg.mode = recipe.test.mode  # several scales and mirrored images are for `addp seg test`
+    cfg.model.test_cfg.mode = recipe.test.mode
 
     batch = train.batch // (world() * parts)
     cfg.train_dataloader.update(batch_size=batch, sampler={"type": "PositionSampler", "batch_size": batch})

@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models.beit import Beit
+from tiny import TOKENIZER
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
@@ -25,10 +27,13 @@ from addp_core.cli import main
 from addp_core.config import load
 from addp_core.encoder import Encoder, EncoderConfig
 from addp_core.errors import UserError
+from addp_core.predictor import PredictorConfig
+from addp_core.token_encoder import TokenEncoder
+from addp_core.tokenizer import Vocabulary
 from seg import train as seg_train
 from seg.backbone import AddpViT, LayerDecay, MapPyramid, default_indices
 from seg.scenes import class_names, find_pairs, read_class_map
-from seg.settings import config_names, read_config
+from seg.settings import base_config, config_names, fill_model, load_segmentor, read_config
 
 CLASSES = 13
 STEPS = 4
@@ -130,6 +135,42 @@ def test_accumulated_steps_from_fresh_weights(scenes, encoder_file, tmp_path):
     assert not any("relative" in name for name in state)
 
 
+def test_a_start_that_keeps_its_norm_is_read_back(scenes, tmp_path, capsys):
+    """CLIP's norm on the patches, and BEiT's normalisation of the images, go into the file."""
+    torch.manual_seed(0)
+    start, out = tmp_path / "clip.safetensors", tmp_path / "run"
+    save_model(Encoder(EncoderConfig(16, 4, 2, tokenizer_norm=True, pre_norm=True), (32, 32), patch_size=8), start)
+    more = ["train.steps=2", "normalisation=half"]
+    assert main(command(scenes, start, out, *more)) == 0
+    assert "backbone.encoder.tokenizer_norm.weight" in load_file(out / "model.safetensors")
+    segmentor, _ = load_segmentor(out)
+    assert (segmentor.tokenizer_norm, segmentor.normalisation) == (True, "half")
+    cfg = base_config()
+    fill_model(cfg, segmentor)
+    assert cfg.model.data_preprocessor.mean == cfg.model.data_preprocessor.std == [127.5] * 3
+    args = ["seg", "test", f"model={out}", f"data={scenes}", f"out={tmp_path}", "data.workers=0"]
+    assert main(args) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["aAcc"] == pytest.approx(last["aAcc"], abs=0.011)
+
+    fresh = load(seg_train.Recipe, None, command(scenes, start, out, "init=random")[2:])
+    cfg = read_config(fresh.config)
+    assert seg_train.describe(seg_train.resolve(fresh, cfg), cfg, ("thing",)).tokenizer_norm
+
+
+def test_a_beit_start_is_read_with_its_tables_alone(tmp_path):
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
+    beit = Beit(**shape, use_abs_pos_emb=False, use_rel_pos_bias=True)
+    for block in beit.blocks:
+        torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    torch.save({"model": beit.state_dict()}, tmp_path / "beit.pth")
+    start = {"type": "Pretrained", "checkpoint": str(tmp_path / "beit.pth")}
+    assert AddpViT(img_size=32, init_cfg=start).encoder.blocks[0].relative.relative_position_bias_table.any()
+    with pytest.raises(UserError, match=r"^relative=none: .*beit.pth has .*; expected relative=table$"):
+        AddpViT(img_size=32, relative="none", init_cfg=start)
+
+
 @pytest.mark.slow
 def test_two_processes(scenes, encoder_file, tmp_path):
     args = command(scenes, encoder_file, tmp_path / "run", "train.steps=2")
@@ -226,6 +267,40 @@ def test_the_constant_map(scenes, tmp_path):
     assert main(args) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["mIoU"] == pytest.approx(found["constant_mIoU"], abs=0.011)
+
+
+def test_maps_of_a_nested_set_keep_their_folders(trained, own_scenes, tmp_path):
+    """Two pictures of one name, of different sizes."""
+    for number, pair in enumerate(find_pairs(own_scenes, "val")):
+        for path in (pair.picture, pair.classes):
+            folder = path.parent / f"part{number}"
+            folder.mkdir()
+            path.rename(folder / f"same{path.suffix}")
+    args = ["seg", "test", f"data={own_scenes}", "data.workers=0"]
+    assert main([*args, f"model={trained}", f"out={tmp_path}/first", "maps=true"]) == 0
+    assert main([*args, f"predictions={tmp_path}/first/maps", f"out={tmp_path}/again"]) == 0
+    first, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("first", "again"))
+    assert first == again
+    (tmp_path / "first" / "maps" / "part2" / "same.png").unlink()
+    assert main([*args, f"predictions={tmp_path}/first/maps", f"out={tmp_path}/again"]) == 2
+
+
+def test_predict_paints_every_picture_it_can_read(trained, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "nested").mkdir(parents=True)
+    for name, size in {"a.jpg": (70, 40), "a.png": (33, 80), "nested/a.webp": (48, 48)}.items():
+        Image.new("RGB", size, (200, 30, 30)).save(folder / name)
+    (folder / "._a.jpg").write_bytes(b"a Mac's notes")
+    (folder / "c.png").write_bytes(b"no image")
+    args = ["seg", "predict", f"model={trained}", f"out={out}", "test.flip=true"]
+    assert main([*args, f"images={folder}"]) == 0
+    assert "c.png: not an image of a known format; passed over" in capsys.readouterr().err
+    maps = {str(path.relative_to(out / "maps")): Image.open(path).size for path in (out / "maps").rglob("*.png")}
+    assert maps == {"a.jpg.png": (70, 40), "a.png.png": (33, 80), "nested/a.png": (48, 48)}
+    assert main([*args, f"images={folder / 'a.png'}"]) == 0
+    assert (out / "a.png").exists()
+    assert "none of the 1 pictures" in failing(capsys, *args, f"images={folder / 'c.png'}")
+    assert "addp: images: nowhere does not exist" in failing(capsys, *args, "images=nowhere")
 
 
 # ------------------------------------------------------------------------------------------------ the parts
@@ -331,9 +406,7 @@ def test_nothing_hostile_is_unpickled(scenes, encoder_file, tmp_path, capsys):
     mark, bad = tmp_path / "executed", tmp_path / "bad.pth"
     torch.save({"model": {"weight": torch.zeros(1)}, "extra": Hostile(mark)}, bad)
     assert "refused" in failing(capsys, *command(scenes, bad, tmp_path / "start"))
-    assert "cannot be read" in failing(
-        capsys, "seg", "predict", f"model={bad}", f"images={scenes}", f"out={tmp_path}/painted"
-    )
+    assert "refused" in failing(capsys, "seg", "predict", f"model={bad}", f"images={scenes}", f"out={tmp_path}/painted")
 
     out = tmp_path / "run"
     step = out / "checkpoints" / "step-2"
@@ -400,8 +473,11 @@ def test_settings_that_cannot_work(scenes, encoder_file, trained, tmp_path, caps
     for more, expected in {
         "train.batch=3": None,
         "train.accumulate=4": "train.batch=4",
-        "data.crop=36": "data.crop: found 36",
+        "data.crop=36": "data.crop=36: ",
         "out_indices=[9]": "out_indices",
+        "out_indices=[1,2]": "out_indices: found [1, 2], expected four blocks or one",
+        "patch_size=4": "patch_size: found 4",
+        "test.flip=true": "unknown key 'test.flip'",
         "config=upernet_addp-q": "upernet_addp-b_80k",
         "train.warmup_steps=9": "train.warmup_steps=9",
         "train.precision=bf16": None if torch.cuda.is_available() else "needs a GPU",
@@ -409,6 +485,13 @@ def test_settings_that_cannot_work(scenes, encoder_file, trained, tmp_path, caps
         if expected:
             args = [arg for arg in command(scenes, encoder_file, tmp_path) if arg.split("=")[0] != more.split("=")[0]]
             assert expected in failing(capsys, *args, more)
+    save_model(
+        TokenEncoder(PredictorConfig(16, 4, 2, 1, 2), Vocabulary(TOKENIZER.codebook), TOKENIZER, (32, 32)),
+        tmp_path / "tokens.safetensors",
+    )
+    for init in ("random", "pretrained"):
+        args = command(scenes, tmp_path / "tokens.safetensors", tmp_path, f"init={init}")
+        assert "tokens.safetensors sees token ids" in failing(capsys, *args)
     assert "model: not given" in failing(capsys, "seg", "train", f"data={scenes}", f"out={tmp_path}")
     assert "expected either" in failing(capsys, "seg", "test", f"data={scenes}", f"out={tmp_path}")
     assert "no segmentor" in failing(
@@ -421,6 +504,9 @@ def test_settings_that_cannot_work(scenes, encoder_file, trained, tmp_path, caps
     table.write_text("Idx\tName\n" + "".join(f"{i}\tthing {i}\n" for i in range(1, 20)))
     args = ["seg", "test", f"model={trained}", f"data={scenes}", f"out={tmp_path}"]
     assert "19 classes" in failing(capsys, *args, f"data.classes={table}")
+    assert "data.crop: found 100, expected a multiple of the model's patch size 8" in failing(
+        capsys, *args, "data.crop=100"
+    )
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "map.png")
     with pytest.raises(UserError, match="found 4 x 4 pixels"):
         read_class_map(tmp_path / "map.png", (4, 5), CLASSES)
