@@ -43,6 +43,11 @@ if told.get("fail") and told["fail"] in str(out):
 if told.get("wait") and told["wait"] in str(out):
     (play / "waits").touch()
     time.sleep(60)
+if told.get("meet") and told["meet"] in str(out):
+    (play / f"here-{out.name}").touch()
+    while len(list(play.glob("here-*"))) < 2:
+        time.sleep(0.05)
+    print("here it is")
 scores = {"last": {"top1": 50.0}, "best": {"top1": 40.0}, "classes": 10}
 scores |= {"box_AP": 0.25, "mask_AP": 0.2, "mIoU": 30.0, "constant_mIoU": 4.0}
 if words[0] == "sweep":
@@ -176,6 +181,23 @@ def test_steps_tables_and_what_a_second_start_repeats(room, fake, tmp_path, caps
     assert {words.split()[1].split("/")[0] for words in ran} == {"finetune", "robustness"}
     assert sorted(path.name for path in (out / "before").iterdir())[:2] == ["finetune-a-1", "finetune-b-1"]
     assert (out / "before" / "finetune-a-1" / "a" / "best-seed0" / "results.json").exists()
+
+
+def test_evaluations_run_some_at_a_time(room, fake, tmp_path):
+    (fake / "told.json").write_text(json.dumps({"meet": "robustness/a/seed"}))
+    line = command(room, tmp_path, "bench.only=[robustness/a]", "seeds=[0,1]")
+    assert main([*line, "jobs=2"]) == 0  # each waits for the other one
+    log = (tmp_path / "robustness" / "a" / "log.txt").read_text()
+    assert log.count("$ addp robustness") == log.count("here it is") == 2
+    lines = log.splitlines()
+    assert all(lines[i + 1].endswith("here it is") for i in (0, 2))
+    assert [path.name for path in (tmp_path / "robustness" / "a").glob("*.txt")] == ["log.txt"]
+
+    (fake / "told.json").write_text(json.dumps({"fail": "robustness/b/seed1"}))
+    with pytest.raises(SystemExit):
+        main(command(room, tmp_path, "bench.only=[robustness/b]", "seeds=[0,1]", "jobs=2"))
+    (failed,) = [step for step in content(tmp_path)["steps"] if step["state"] == "failed"]
+    assert (failed["name"], failed["error"]) == ("robustness/b", "addp: nothing works today")
 
 
 def test_a_benchmark_for_some_arms(room, fake, tmp_path, capsys):

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -251,24 +252,42 @@ class Bench:
         def spent() -> float:
             return round(before + time.monotonic() - start, 1)
 
-        state, error, found = "done", "", {}
+        state, found = "failed", {}
         try:
-            for words in step.commands:
-                if code := children.addp(words, step.folder / LOG, step.shared(words)):
-                    signalled = f"signal {-code}: " if code < 0 else ""
-                    state, error = "failed", signalled + ending(step.folder / LOG)[-ERROR:]
-                    break
-            else:
-                found = scores(step)
+            error = self._commands(step, children)
+            if not error:
+                state, found = "done", scores(step)
         except Stopped:
             self._write(step, state="stopped", error="stopped by a signal", seconds=spent())
             raise
         except (OSError, KeyError, ValueError, TypeError) as problem:  # a command that left no figures behind
-            state, error = "failed", f"no figures: {type(problem).__name__}: {problem}"
+            error = f"no figures: {type(problem).__name__}: {problem}"
         finally:
             if self.recipe.bench.share:
                 release_out(step.folder)
         self._write(step, state=state, error=error, seconds=spent(), **found)
+
+    def _commands(self, step: Step, children: Children) -> str:
+        """Run them, `jobs` at a time where none needs another one; the last words of the first that failed, or ""."""
+        jobs = 1 if step.training else self.recipe.jobs
+
+        def run(number: int) -> str:
+            words, log_file = step.commands[number], step.folder / (LOG if jobs == 1 else f"{number}-{LOG}")
+            try:
+                code = children.addp(words, log_file, step.shared(words))
+                signalled = f"signal {-code}: " if code < 0 else ""
+                return (signalled + ending(log_file))[-ERROR:] if code else ""
+            finally:
+                if jobs > 1 and log_file.exists():  # one log a step, in which every command's lines are together
+                    with (step.folder / LOG).open("ab") as whole:
+                        whole.write(log_file.read_bytes())
+                    log_file.unlink()
+
+        numbers = range(len(step.commands))
+        if jobs == 1:
+            return next(filter(None, map(run, numbers)), "")
+        with ThreadPoolExecutor(jobs) as pool:
+            return next(filter(None, list(pool.map(run, numbers))), "")
 
     def _write(self, step: Step, **news: Any) -> None:
         step.folder.mkdir(parents=True, exist_ok=True)
