@@ -596,7 +596,7 @@ def test_a_missing_package_is_named_before_the_start(room, fake, tmp_path, capsy
     assert main(command(room, tmp_path / "out", "bench.only=det/a", "random=false")) == 0
 
 
-@pytest.mark.parametrize("name", ["demo", "toy", "vit_b"])
+@pytest.mark.parametrize("name", ["demo", "toy", "vit_b", "vit_l"])
 def test_named_recipes_hold_keys_of_their_verbs(name):
     recipe = load(bench.Recipe, find_recipe(bench, name))
     for benchmark, training in TRAININGS.items():

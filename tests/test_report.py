@@ -330,6 +330,12 @@ def test_every_setting_that_was_tried(out):
     assert "small  lr=0.001,seed0  50\nsmall  lr=0.01,seed0  -\n" in words
 
 
+def test_what_a_sweep_notes_is_said(out):
+    note = "lr=0.01: failed, left out"
+    edit(out, lambda bench: next(s for s in bench["steps"] if s["name"] == "finetune/small").update(notes=[note]))
+    assert f"small: {note}" in "".join(Reader(write_report(out).read_text()).words)
+
+
 def test_the_same_input_gives_the_same_bytes(written):
     first = (written / "report.html").read_bytes(), (written / "report.md").read_bytes()
     write_report(written)

@@ -439,6 +439,9 @@ def _section(bench: Bench, benchmark: str) -> Iterator[Block]:
             rows.append(Row([f"paper: {model}", *published, *blank], "paper"))
     head = ["start", *(metric.name for metric in metrics), *words]
     yield Table(head, rows, caption=f"Rows named paper: {SOURCE}." if rows[-1].kind == "paper" else "")
+    for arm, step in arms.items():
+        for note in step.get("notes") or []:
+            yield Text(f"{arm}: {note}", "warn")
     yield from _each_seed(bench, benchmark, metrics)
     yield from _each_setting(bench, benchmark)
     yield from _curves(bench, benchmark, metrics)
