@@ -15,10 +15,6 @@ import torch
 from accelerate import PartialState
 from annotated_types import Ge, Gt, Interval, Le, Lt
 from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
     Mixup,
     create_transform,
 )
@@ -37,7 +33,7 @@ from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
 from addp_core.run import tolerant
 from addp_core.sources import ImageSource
-from addp_core.start import Start
+from addp_core.start import NORMALISATION, Start
 from cls.data import check_batch, evaluation_share, held, open_splits
 from cls.evaluation import Scores, score
 from cls.results import keep_best
@@ -45,10 +41,6 @@ from cls.results import keep_best
 log = logging.getLogger("addp")
 
 CONFUSION = "confusion.csv"
-NORMALISATION = {
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-}
 
 
 @dataclass
@@ -93,9 +85,6 @@ class Recipe(Start):
     pooling: Annotated[Literal["avg", "token"], "what the head sees: the mean of the patches, or the class token"] = (
         "avg"
     )
-    normalisation: Annotated[
-        Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
-    ] = "imagenet"
     drop_path: Annotated[float, Interval(ge=0, lt=1), "stochastic depth of the last block, growing from 0"] = 0.1
     dropout: Annotated[float, Interval(ge=0, lt=1), "in attention and MLP"] = 0.0
     checkpointing: Annotated[bool, "compute activations twice rather than keep them (compute only)"] = False

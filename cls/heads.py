@@ -34,10 +34,10 @@ from addp_core.images import eval_transform
 from addp_core.rng import generator
 from addp_core.run import mark_finished, release_out
 from addp_core.sources import ImageSource
+from addp_core.start import NORMALISATION
 from addp_core.token_encoder import TokenEncoder
 from cls.data import evaluation_share
 from cls.features import Bank, Features, Pooling, block_number, collect, cut
-from cls.finetune import NORMALISATION
 from cls.results import RESULTS
 
 if TYPE_CHECKING:

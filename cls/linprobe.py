@@ -26,12 +26,11 @@ from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
 from addp_core.images import eval_transform
 from addp_core.keys import with_defaults
 from addp_core.sources import ImageSource
-from addp_core.start import Start
+from addp_core.start import NORMALISATION, Start
 from cls import heads
 from cls.data import check_batch, evaluation_share, held, open_splits
 from cls.evaluation import score
 from cls.features import Features, Pooling, block_number, cut
-from cls.finetune import NORMALISATION
 from cls.results import keep_best
 
 log = logging.getLogger("addp")
@@ -63,9 +62,6 @@ class Recipe(Start):
         "full: the published training of one head, as `train` says; fast: features computed once, many heads, as "
         "`fast` says (of `train` only seed and precision)",
     ] = "full"
-    normalisation: Annotated[
-        Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
-    ] = "imagenet"
     pooling: Annotated[Pooling, "full: what the head sees: the mean of the patches, or the class token"] = "avg"
     block: Annotated[int, "full: the block whose features are probed, from 1, or from the end as -1"] = -1
     fast: heads.FastConfig = field(default_factory=heads.FastConfig)
