@@ -366,8 +366,8 @@ def load_classifier(source: Source, img_size: int | tuple[int, int] | None = Non
             encoder = Encoder(stored.encoder, size, stored.patch_size, stored.attention)
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
-    model = Classifier(encoder, file.classes, file.pooling, file.norm, file.class_names, file.mean, file.std)
-    model.crop = file.crop
+    about = (file.class_names, file.mean, file.std, file.crop)
+    model = Classifier(encoder, file.classes, file.pooling, file.norm, *about)
     fitted = _fitted(weights.part("encoder."), stored, encoder)
     return _fill(model, _replace_part(weights.state, "encoder.", fitted), weights.where)
 
@@ -607,7 +607,7 @@ def _architecture_of(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
             module.class_names,
             module.mean,
             module.std,
-            getattr(module, "crop", None),
+            module.crop,
         )
     names = "ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier"
     raise TypeError(f"cannot save a {type(module).__name__}; expected {names}")

@@ -25,7 +25,8 @@ class Classifier(nn.Module):
     """Encoder, pooling, `fc_norm`, `head`.
 
     pooling: "avg" of the patch tokens or the class "token". norm: "layer" (fine-tuning) or "batch" without affine
-    parameters (linear probing). classes = 0: no head. mean, std: of the images it takes.
+    parameters (linear probing). classes = 0: no head. mean, std: of the images it takes. crop: the share of their
+    shorter side that its validation saw (None: the published rule).
     """
 
     num_prefix_tokens = 1
@@ -39,11 +40,12 @@ class Classifier(nn.Module):
         class_names: Sequence[str] = (),
         mean: RGB = IMAGENET_DEFAULT_MEAN,
         std: RGB = IMAGENET_DEFAULT_STD,
+        crop: float | None = None,
     ):
         super().__init__()
         self.encoder, self.norm = encoder, norm
         encoder.norm.requires_grad_(False)  # nothing here reads it
-        self.class_names, self.mean, self.std = tuple(class_names), tuple(mean), tuple(std)
+        self.class_names, self.mean, self.std, self.crop = tuple(class_names), tuple(mean), tuple(std), crop
         if isinstance(encoder, TokenEncoder):
             encoder.mean, encoder.std = self.mean, self.std  # it has to undo them
         self.num_features = self.head_hidden_size = self.embed_dim = width = encoder.config.width

@@ -66,8 +66,7 @@ def evaluation_share(size: tuple[int, int], share: float | None) -> float:
 
 def share_of(model: Classifier, share: float | None = None) -> float:
     """The same for a classifier: as given, or as it was validated, or the published rule for its size."""
-    own = getattr(model, "crop", None)  # of those that were trained with one
-    return evaluation_share(model.encoder.image_size, own if share is None else share)
+    return evaluation_share(model.encoder.image_size, model.crop if share is None else share)
 
 
 def held(source: ImageSource, config: DataConfig, share: float) -> ImageSource:

@@ -144,8 +144,8 @@ def build(recipe: Recipe, classes: tuple[str, ...]) -> Classifier:
     torch.manual_seed(recipe.train.seed)
     mean, std = NORMALISATION[recipe.normalisation]
     encoder = recipe.encoder(recipe.data.hw, dropout=recipe.dropout, drop_path=recipe.drop_path)
-    model = Classifier(encoder, len(classes), recipe.pooling, class_names=classes, mean=mean, std=std)
-    model.crop = recipe.eval_crop
+    about = {"class_names": classes, "mean": mean, "std": std, "crop": recipe.eval_crop}
+    model = Classifier(encoder, len(classes), recipe.pooling, **about)
     if recipe.init == "pretrained":
         _take_head(model, recipe.model)
     model.set_grad_checkpointing(recipe.checkpointing)

@@ -321,8 +321,7 @@ def classifier(recipe: "Recipe", row: dict[str, Any], encoder: Encoder, names: t
     """The encoder up to the row's block with its head: the standardisation becomes the batch norm's statistics."""
     mean, std = NORMALISATION[recipe.normalisation]
     cut(encoder, row["block"])
-    model = Classifier(encoder, len(names), row["pooling"], "batch", names, mean, std)
-    model.crop = recipe.eval_crop
+    model = Classifier(encoder, len(names), row["pooling"], "batch", names, mean, std, recipe.eval_crop)
     with safe_open(head_path(Path(recipe.out), row["block"], row["pooling"]), "pt") as file:
         model.fc_norm.running_mean, model.fc_norm.running_var = file.get_tensor("mean"), file.get_tensor("variance")
         model.head.weight = nn.Parameter(file.get_tensor("weight")[0])

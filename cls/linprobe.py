@@ -100,8 +100,7 @@ def build(recipe: Recipe, encoder: Encoder, classes: tuple[str, ...]) -> Classif
     """The classifier at the start: the encoder up to the block that is probed, and a new head."""
     cut(encoder, block_number(encoder, recipe.block))
     mean, std = NORMALISATION[recipe.normalisation]
-    model = Classifier(encoder, len(classes), recipe.pooling, "batch", classes, mean, std)
-    model.crop = recipe.eval_crop
+    model = Classifier(encoder, len(classes), recipe.pooling, "batch", classes, mean, std, recipe.eval_crop)
     nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
     return model
 
