@@ -40,7 +40,7 @@ class TrainConfig:
     warmup_epochs: Annotated[float, Ge(0), "epochs in which the learning rate rises from 0"] = 0.0
     warmup_steps: Annotated[int | None, Ge(0), "the same in steps; takes the place of warmup_epochs"] = None
     clip_grad: Annotated[float | None, Gt(0), "largest norm of the gradient"] = 3.0
-    ema: Annotated[float | None, Gt(0), Lt(1), "decay of a moving average of the weights, warmed up; it is what is validated"] = None
+    ema: Annotated[float | None, Gt(0), Lt(1), "decay of the weights' moving average, which is validated"] = None
 
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products; weights stay in float32"] = "fp32"
     compile: Annotated[bool, "torch.compile (compute only)"] = False
