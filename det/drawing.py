@@ -13,9 +13,11 @@ from det.model import Detections
 OPACITY = 0.45  # of a mask
 
 
-def draw(image: Tensor, found: Detections, categories: tuple[Category, ...], score: float = 0.5) -> Tensor:
-    """UInt8[3,H,W] and what was found on it -> UInt8[3,H,W] with all of it that is at least this sure."""
-    shown = [i for i, value in enumerate(found.scores.tolist()) if value >= score]
+def draw(
+    image: Tensor, found: Detections, categories: tuple[Category, ...], score: float = 0.5, most: int = 100
+) -> Tensor:
+    """UInt8[3,H,W] and what was found on it -> UInt8[3,H,W] with what is at least this sure, the `most` surest."""
+    shown = [i for i, value in enumerate(found.scores[:most].tolist()) if value >= score]
     if not shown:
         return image
     labels = [int(found.labels[i]) for i in shown]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from accelerate.utils import gather_object
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
@@ -36,6 +36,7 @@ class Recipe:
     images: Annotated[str, "folder of images, flat or nested"]
     out: Annotated[str, "folder for the pictures and the JSON files"]
     score: Annotated[float, Interval(ge=0, le=1), "draw what is at least this sure; the JSON holds everything"] = 0.5
+    most: Annotated[int, Ge(1), "of an image's objects, the surest, are drawn"] = 100
 
 
 def run(recipe: Recipe) -> None:
@@ -61,7 +62,8 @@ def run(recipe: Recipe) -> None:
         height, width = image.shape[-2:]
         entries.append({"id": index + 1, "file_name": name, "height": height, "width": width})
         results += [{**result, "file_name": name} for result in found.results(index + 1, model.file.categories)]
-        write_png(to_pil_image(draw(image, found, model.file.categories, recipe.score)), out / f"{name}.png")
+        drawn = draw(image, found, model.file.categories, recipe.score, recipe.most)
+        write_png(to_pil_image(drawn), out / f"{name}.png")
     entries, results, unreadable = map(gather_object, (entries, results, unreadable))
     if not state.is_main_process:
         return
@@ -72,7 +74,7 @@ def run(recipe: Recipe) -> None:
     listed = {"images": sorted(entries, key=lambda entry: entry["id"]), "annotations": [], "categories": categories}
     write_json(out / "images.json", listed)
     sure = sum(result["score"] >= recipe.score for result in results)
-    log.info("%d images in %s, %d objects drawn, %d images unreadable", len(entries), out, sure, len(unreadable))
+    log.info("%d images in %s, %d objects this sure, %d images unreadable", len(entries), out, sure, len(unreadable))
 
 
 def write_png(image, path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,7 +30,7 @@ from det import train as det_train
 from det.augment import Scene
 from det.config import Category, DetectorConfig, DetectorFile
 from det.drawing import draw
-from det.model import build, load_detector
+from det.model import Detections, build, load_detector
 from det.pyramid import FeaturePyramid
 from det.stage import DetStage
 
@@ -384,6 +385,18 @@ def test_predict_draws_on_every_image_it_can_read(workshop, tmp_path, capsys):
     for name in drawn:
         before = Image.open(tmp_path / "in" / name).convert("RGB")
         assert Image.open(out / f"{name}.png").tobytes() != before.tobytes()
+
+
+def test_the_surest_are_drawn():
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    boxes = torch.tensor([[20.0, 20, 38, 38], [2, 2, 10, 10]])
+    empty = coco_mask.encode(np.zeros((40, 40), dtype=np.uint8, order="F"))
+    found = Detections(boxes, torch.tensor([0.6, 0.3]), torch.tensor([0, 1]), [empty, empty])
+    one = draw(image, found, CATEGORIES, score=0.1, most=1)
+    assert not one[:, 2:11, 2:11].any()
+    assert one[:, 20:39, 20:39].any()
+    assert torch.equal(one, draw(image, found, CATEGORIES))  # of at least 0.5
+    assert draw(image, found, CATEGORIES, score=0.1)[:, 2:11, 2:11].any()
 
 
 MISTAKES = {

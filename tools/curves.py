@@ -66,7 +66,7 @@ def draw(panel: Panel, names: Sequence[str]) -> bytes:
     tinted = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with rc_context(words | tinted):
         figure = Figure((4.4, 3.2))
-        axes = figure.add_axes((0.12, 0.16, 0.85, 0.74))  # a layout engine takes seconds
+        axes = figure.add_axes((0.15, 0.16, 0.82, 0.74))  # a layout engine takes seconds
         for name, seeds in panel.curves.items():
             for i, curve in enumerate(seeds):
                 marker = "o" if panel.marked or len(curve) < 3 else None

@@ -28,7 +28,7 @@ STEP, LOG, SWEEP = "step.json", "log.txt", "sweep.yaml"  # in a step's folder
 PICTURES, FILLED = "pictures", "inpaint"  # and these, of pictures alone
 BEST = "best:"  # best:finetune/random stands for the best run of that step, with the first seed
 SHOWN = 64  # generated images on a grid
-SURE = 0.3  # detections to draw
+SURE, MOST = 0.1, 8  # detections to draw: weak detectors are never surer, of good ones a few will do
 REPAINTED = 3  # pictures with a hole to fill
 ELSEWHERE = COMPUTE_ONLY | {"model", "workers", "cache"}  # keys that say nothing about a result, or twice
 
@@ -238,7 +238,7 @@ def _training(step: Step, settings: dict[str, Any], path: str, recipe: Any, inpu
         trained = sweep.best_run(step.folder / step.arm.name, step.seeds[0])
         shown = inputs.folder(training.data)
         words = [step.benchmark, "predict", f"model={trained}", f"images={shown}", f"out={step.folder / PICTURES}"]
-        step.commands.append([*words, f"score={SURE}"] if step.benchmark == "det" else words)
+        step.commands.append([*words, f"score={SURE}", f"most={MOST}"] if step.benchmark == "det" else words)
 
 
 def _robustness(step: Step, settings: dict[str, Any], paths: dict[str, str], recipe: Any) -> None:
