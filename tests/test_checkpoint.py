@@ -341,9 +341,9 @@ def test_architecture_of_another_version(tmp_path):
 
 
 def test_weights_of_something_else(tmp_path):
-    text = json.dumps({"kind": "segmentor", "architecture": {}})
+    text = json.dumps({"kind": "depth", "architecture": {}})
     save_file({"a": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"addp": text})
-    fails(lambda: load_encoder(tmp_path / "m.safetensors", 64), "the weights of 'segmentor'", "expected one of addp")
+    fails(lambda: load_encoder(tmp_path / "m.safetensors", 64), "the weights of 'depth'", "expected one of addp")
 
 
 def test_misspelt_overrides(golden):
