@@ -460,6 +460,23 @@ def test_cost_measures_both_ways(capsys):
     assert all(of["seconds_per_image"] > 0 and of["peak_memory_bytes"] > 0 for of in figures.values())
 
 
+def _killed(recipe, checkpointing):
+    """In place of a measurement: the way without checkpointing needs more memory than there is."""
+    if not checkpointing:
+        os.kill(os.getpid(), signal.SIGKILL)
+    figures = dict.fromkeys(("seconds_per_image", "low", "high", "processor_seconds_per_image"), 1.0)
+    return figures | {"peak_memory_bytes": 2**30, "device": "CPU"}
+
+
+def test_cost_keeps_what_it_measured_before_memory_ran_out(monkeypatch, capsys):
+    monkeypatch.setattr("tools.det_cost.measure", _killed)
+    assert main(["det", "cost"]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("checkpointing on   1 s an image")
+    assert "checkpointing=off: the measuring process was killed" in said.err
+    assert said.err.count("\n") == 1
+
+
 def test_categories_of_both_parts_must_agree(workshop, tmp_path, capsys):
     source = workshop / "toy" / "coco" / "annotations" / "instances_val.json"
     content = json.loads(source.read_text())

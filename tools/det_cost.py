@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ from annotated_types import Ge
 from addp_core.compute import accelerate_model, arithmetic
 from addp_core.encoder import AttentionConfig
 from addp_core.engine import TrainConfig, make_optimizer
+from addp_core.errors import UserError
 from det.augment import Scene
 from det.config import Category, CocoConfig, DetectorConfig, DetectorFile, vitdet_attention
 from det.model import build
@@ -50,20 +52,26 @@ class Recipe:
 
 
 def run(recipe: Recipe) -> None:
-    """Measure and write to stdout."""
+    """Measure and write to stdout, each way as soon as it is known. UserError where the system ends a measurement."""
     figures = {}
-    for checkpointing in {"both": (True, False), "on": (True,), "off": (False,)}[recipe.checkpointing]:
-        # a process each: what one has once taken, it may keep
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            figures["on" if checkpointing else "off"] = pool.submit(measure, recipe, checkpointing).result()
-    if recipe.json:
-        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
-        return
-    for name, of in figures.items():
+    for name in ("on", "off") if recipe.checkpointing == "both" else (recipe.checkpointing,):
+        try:
+            # a process each: what one has once taken, it may keep
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                of = figures[name] = pool.submit(measure, recipe, name == "on").result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"checkpointing={name}: the measuring process was killed, most likely for want of memory; expected a "
+                "smaller size or batch, or checkpointing=on"
+            ) from error
         seconds = f"{of['seconds_per_image']:.3g} s an image ({of['low']:.3g} to {of['high']:.3g})"
         seconds += f", {of['processor_seconds_per_image']:.3g} s of processors"
         gib = of["peak_memory_bytes"] / 2**30
-        sys.stdout.write(f"checkpointing {name:<3}  {seconds}, peak memory {gib:.2f} GiB, {of['device']}\n")
+        if not recipe.json:
+            sys.stdout.write(f"checkpointing {name:<3}  {seconds}, peak memory {gib:.2f} GiB, {of['device']}\n")
+            sys.stdout.flush()
+    if recipe.json:
+        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
 
 
 def measure(recipe: Recipe, checkpointing: bool) -> dict[str, Any]:
