@@ -499,7 +499,8 @@ def test_print_gives_commands_that_run_as_they_are(room, fake, tmp_path, capsys)
         f"out={out}/robustness/a/seed0 imagenet_a={room}/toy/imagenet-a",
         "# det/a",
         f"addp sweep {out}/det/a/sweep.yaml",
-        f"addp det predict model={out}/det/a/a/best-seed0 images={out}/inputs/coco out={out}/det/a/pictures score=0.1 most=8",
+        f"addp det predict model={out}/det/a/a/best-seed0 images={out}/inputs/coco out={out}/det/a/pictures "
+        "score=0.1 most=8",
     ]
     assert yaml.safe_load((out / "det" / "a" / "sweep.yaml").read_text())["processes"] == 4
     assert sorted(path.name for path in (out / "inputs" / "coco").iterdir())[0].startswith("000.")
