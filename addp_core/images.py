@@ -5,11 +5,15 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from addp_core.errors import UserError
+from addp_core.files import replacing
 
 # What Pillow may try. Its other formats are no photographs, and one of them (EPS) starts a program.
 Image.init()
@@ -209,3 +213,13 @@ def _central(width: int, height: int, shape: float, share: float = 1.0) -> tuple
 def eval_transform(size: int | tuple[int, int], share: float = 1.0) -> CentreCrop:
     """Centre crop -> Float[3,h,w] in [0,1]. `share` 0.875 with size 224 is the usual resize to 256, crop to 224."""
     return CentreCrop((size, size) if isinstance(size, int) else tuple(size), share)
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """A PNG that is whole or absent, its folders too. UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            image.save(temporary, format="PNG")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room and start again") from error

@@ -19,8 +19,7 @@ from addp_core.compute import accelerate_model
 from addp_core.data import open_source
 from addp_core.engine import process_state
 from addp_core.errors import UserError, calling
-from addp_core.files import replacing
-from addp_core.images import ImageError
+from addp_core.images import ImageError, write_png
 from det.drawing import draw
 from det.eval import make_folder, write_json
 from det.model import load_detector, to_tensor
@@ -75,13 +74,3 @@ def run(recipe: Recipe) -> None:
     write_json(out / "images.json", listed)
     sure = sum(result["score"] >= recipe.score for result in results)
     log.info("%d images in %s, %d objects this sure, %d images unreadable", len(entries), out, sure, len(unreadable))
-
-
-def write_png(image, path: Path) -> None:
-    """The whole file or none; UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            image.save(temporary, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

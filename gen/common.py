@@ -13,8 +13,8 @@ from addp_core.checkpoint import load_addp, stated_heads
 from addp_core.compute import accelerate_model
 from addp_core.config import dump, load
 from addp_core.errors import UserError
-from addp_core.files import replacing, write_atomically
-from addp_core.images import ImageError, Picture, image_errors
+from addp_core.files import write_atomically
+from addp_core.images import ImageError, Picture, image_errors, write_png
 
 REPORT = "evaluation.json"  # in the folder of `addp evaluate`
 
@@ -74,10 +74,6 @@ def image_path(out: Path, i: int) -> Path:
     return out / f"{i:06d}.png"
 
 
-def write_png(image: Tensor, path: Path) -> None:
-    """Float[3,H,W] in [0,1] -> PNG, under a temporary name first: a file that is there is whole."""
-    try:
-        with replacing(path) as temporary:
-            to_pil_image(image.float().cpu()).save(temporary, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); start again to continue after it") from error
+def write_image(image: Tensor, path: Path) -> None:
+    """Float[3,H,W] in [0,1] -> PNG."""
+    write_png(to_pil_image(image.float().cpu()), path)

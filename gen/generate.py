@@ -30,7 +30,7 @@ from gen.common import (
     claim_folder,
     image_path,
     load_sampler,
-    write_png,
+    write_image,
 )
 
 log = logging.getLogger("addp")
@@ -88,7 +88,7 @@ def run(recipe: Recipe) -> None:
             with arithmetic(recipe.precision, state.device):
                 images = sample(model, n, **vars(recipe.sampling), seed=recipe.seed, first=first, batch=at_once)
             for i, image in zip(numbers(recipe, b), images, strict=False):
-                write_png(image, image_path(out, i))
+                write_image(image, image_path(out, i))
             bar.update(len(numbers(recipe, b)))
     state.wait_for_everyone()
     if state.is_main_process:
@@ -113,4 +113,4 @@ def claim_weights(out: Path, model: ADDP) -> None:
 def write_grid(out: Path, n: int) -> None:
     """grid.png of the first n images."""
     images = torch.stack([pil_to_tensor(Image.open(image_path(out, i))) for i in range(n)])
-    write_png(make_grid(images / 255, nrow=max(int(n**0.5), 1), pad_value=1.0), out / "grid.png")
+    write_image(make_grid(images / 255, nrow=max(int(n**0.5), 1), pad_value=1.0), out / "grid.png")

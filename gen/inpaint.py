@@ -35,7 +35,7 @@ from gen.common import (
     load_named,
     load_sampler,
     read_picture,
-    write_png,
+    write_image,
 )
 
 log = logging.getLogger("addp")
@@ -95,11 +95,11 @@ def run(recipe: Recipe) -> None:
                 blend=recipe.blend,
                 first=i,
             ).cpu()
-        write_png(found[-1], image_path(out, i))
+        write_image(found[-1], image_path(out, i))
     before = torch.where(hole, GREY, image)
-    write_png(before, out / "input.png")
-    write_png(hole.float().expand(3, -1, -1), out / "mask.png")
-    write_png(make_grid([before, *found], nrow=recipe.n + 1, pad_value=1.0), out / "grid.png")
+    write_image(before, out / "input.png")
+    write_image(hole.float().expand(3, -1, -1), out / "mask.png")
+    write_image(make_grid([before, *found], nrow=recipe.n + 1, pad_value=1.0), out / "grid.png")
     log.info("%d variations in %s, %.0f %% of the picture filled", recipe.n, out, 100 * hole.float().mean())
 
 

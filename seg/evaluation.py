@@ -11,7 +11,8 @@ from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
 
-from seg.scenes import numbered, palette, read_class_map, write_png
+from addp_core.images import write_png
+from seg.scenes import numbered, palette, read_class_map
 
 
 @METRICS.register_module()

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from addp_core.engine import process_state
 from addp_core.errors import UserError, calling
-from addp_core.images import ImageError
+from addp_core.images import ImageError, write_png
 from addp_core.sources import Files, ImageSource, open_source
-from seg.scenes import numbered, palette, write_png
+from seg.scenes import numbered, palette
 from seg.settings import TestConfig, import_mmseg, load_segmentor
 from seg.test import MAPS
 

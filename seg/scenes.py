@@ -18,7 +18,6 @@ from annotated_types import Ge
 from PIL import Image
 
 from addp_core.errors import UserError
-from addp_core.files import replacing
 from addp_core.images import ImageError, Picture, image_errors
 
 log = logging.getLogger("addp")
@@ -142,16 +141,6 @@ def numbered(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
     image = Image.fromarray((labels + 1).astype(np.uint8), "P")
     image.putpalette([0, 0, 0, *colours.flatten().tolist()])
     return image
-
-
-def write_png(image: Image.Image, path: Path) -> None:
-    """A PNG that is whole or absent, its folders too. UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            image.save(temporary, format="PNG")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room and start again") from error
 
 
 def check_pairs(pairs: list[Pair], classes: int, most: int) -> None:

@@ -40,8 +40,10 @@ def command_line(words: Sequence[str], processes: int = 1) -> str:
 
 
 def ending(path: Path, lines: int = 1) -> str:
-    """The last lines of a log, without empty ones and what a progress bar wrote over."""
-    text = path.read_bytes().decode(errors="replace")  # as text, a bar's states would be lines
+    """The last lines of a log, without empty ones and what a progress bar wrote over. OSError: it cannot be read."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        text = file.read().decode(errors="replace")  # opened as text, a bar's states would be lines
     whole = [line.rstrip().rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     return "\n".join([line for line in whole if line][-lines:])
 

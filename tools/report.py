@@ -17,6 +17,7 @@ from annotated_types import Ge
 
 from addp_core.errors import UserError
 from addp_core.files import write_atomically
+from tools.children import ending
 from tools.curves import Panel, draw, points, read_metrics
 from tools.document import (
     Block,
@@ -373,15 +374,10 @@ def _failures(bench: Bench) -> Iterator[Block]:
 
 
 def _tail(path: Path) -> str:
-    """The last lines of a log, without what a progress bar wrote over."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
-            text = file.read().decode(errors="replace")
+        return ending(path, LOG_LINES)
     except OSError as error:
         return f"({path.name}: {error.strerror})"
-    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
-    return "\n".join([line for line in lines if line][-LOG_LINES:])
 
 
 # -------------------- sections
