@@ -9,18 +9,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "ADDP": "addp",
-    "ADDPConfig": "addp",
-    "Encoder": "encoder",
-    "inpaint": "sampler",
-    "load_addp": "checkpoint",
-    "load_classifier": "checkpoint",
-    "load_encoder": "checkpoint",
-    "load_predictor": "checkpoint",
-    "load_tokenizer": "checkpoint",
-    "sample": "sampler",
-    "save_model": "checkpoint",
-    "save_published": "checkpoint",
+    "ADDP": "method.addp",
+    "ADDPConfig": "method.addp",
+    "Encoder": "networks.encoder",
+    "inpaint": "method.sampler",
+    "load_addp": "weights.checkpoint",
+    "load_classifier": "weights.checkpoint",
+    "load_encoder": "weights.checkpoint",
+    "load_predictor": "weights.checkpoint",
+    "load_tokenizer": "weights.checkpoint",
+    "sample": "method.sampler",
+    "save_model": "weights.checkpoint",
+    "save_published": "weights.checkpoint",
 }
 __all__ = [*_EXPORTS]
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from addp_core.cli import main
+from addp_core.recipes.cli import main
 
 sys.exit(main())

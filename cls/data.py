@@ -6,10 +6,10 @@ from itertools import zip_longest
 
 import numpy as np
 
-from addp_core.classifier import Classifier
-from addp_core.data import Batch
-from addp_core.errors import UserError
-from addp_core.sources import Cached, DataConfig, ImageSource, open_source
+from addp_core.base.errors import UserError
+from addp_core.data.sources import Cached, DataConfig, ImageSource, open_source
+from addp_core.data.stream import Batch
+from addp_core.networks.classifier import Classifier
 
 SHARE_224, LARGE = 0.875, 224  # evaluation crops this share of the shorter side, up to this size (App. D.2)
 

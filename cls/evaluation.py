@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from addp_core.classifier import RGB, normalise
-from addp_core.compute import arithmetic
-from addp_core.data import default_workers, start_worker, tolerated
-from addp_core.engine import process_state
-from addp_core.errors import UserError
-from addp_core.images import ImageError
-from addp_core.sources import ImageSource
+from addp_core.base.errors import UserError
+from addp_core.data.images import ImageError
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import default_workers, start_worker, tolerated
+from addp_core.networks.classifier import RGB, normalise
+from addp_core.training.compute import arithmetic
+from addp_core.training.engine import process_state
 
 log = logging.getLogger("addp")
 

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from addp_core.checkpoint import fingerprint
-from addp_core.encoder import Encoder
-from addp_core.errors import UserError
-from addp_core.files import replacing
-from addp_core.sources import ImageSource
-from addp_core.token_encoder import TokenEncoder
+from addp_core.base.errors import UserError
+from addp_core.base.files import replacing
+from addp_core.data.sources import ImageSource
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.weights.checkpoint import fingerprint
 from cls.evaluation import Answers, answers
 
 log = logging.getLogger("addp")

@@ -22,18 +22,18 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from addp_core.checkpoint import read_tensors, read_weights, save_model
-from addp_core.classifier import Classifier
-from addp_core.config import dump
-from addp_core.data import Batch, DataConfig, Stream
-from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, process_state, train
-from addp_core.errors import UserError
-from addp_core.files import write_atomically
-from addp_core.images import eval_transform
-from addp_core.keys import with_defaults
-from addp_core.run import tolerant
-from addp_core.sources import ImageSource
-from addp_core.start import NORMALISATION, Start
+from addp_core.base.errors import UserError
+from addp_core.base.files import write_atomically
+from addp_core.data.images import eval_transform
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import Batch, DataConfig, Stream
+from addp_core.networks.classifier import Classifier
+from addp_core.recipes.config import dump
+from addp_core.recipes.keys import with_defaults
+from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, process_state, train
+from addp_core.training.run_folder import tolerant
+from addp_core.weights.checkpoint import read_tensors, read_weights, save_model
+from addp_core.weights.start import NORMALISATION, Start
 from cls.data import check_batch, evaluation_share, held, open_splits
 from cls.evaluation import Scores, score
 from cls.results import keep_best

@@ -23,19 +23,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from addp_core.checkpoint import MODEL_FILE, save_model
-from addp_core.classifier import Classifier
-from addp_core.compute import accelerate_model
-from addp_core.encoder import Encoder
-from addp_core.engine import process_state
-from addp_core.errors import UserError
-from addp_core.files import replacing, write_atomically
-from addp_core.images import eval_transform
-from addp_core.rng import generator
-from addp_core.run import mark_finished, release_out
-from addp_core.sources import ImageSource
-from addp_core.start import NORMALISATION
-from addp_core.token_encoder import TokenEncoder
+from addp_core.base.errors import UserError
+from addp_core.base.files import replacing, write_atomically
+from addp_core.base.rng import generator
+from addp_core.data.images import eval_transform
+from addp_core.data.sources import ImageSource
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.training.compute import accelerate_model
+from addp_core.training.engine import process_state
+from addp_core.training.run_folder import mark_finished, release_out
+from addp_core.weights.checkpoint import MODEL_FILE, save_model
+from addp_core.weights.start import NORMALISATION
 from cls.data import evaluation_share
 from cls.features import Bank, Features, Pooling, block_number, collect, cut
 from cls.results import RESULTS

@@ -17,16 +17,16 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from addp_core.checkpoint import save_model
-from addp_core.classifier import Classifier, normalise
-from addp_core.config import dump
-from addp_core.data import Batch, DataConfig, Stream, pretrain_transform
-from addp_core.encoder import Encoder
-from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.images import eval_transform
-from addp_core.keys import with_defaults
-from addp_core.sources import ImageSource
-from addp_core.start import NORMALISATION, Start
+from addp_core.data.images import eval_transform
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import Batch, DataConfig, Stream, pretrain_transform
+from addp_core.networks.classifier import Classifier, normalise
+from addp_core.networks.encoder import Encoder
+from addp_core.recipes.config import dump
+from addp_core.recipes.keys import with_defaults
+from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
+from addp_core.weights.checkpoint import save_model
+from addp_core.weights.start import NORMALISATION, Start
 from cls import heads
 from cls.data import check_batch, evaluation_share, held, open_splits
 from cls.evaluation import score

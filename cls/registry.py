@@ -12,10 +12,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from addp_core.checkpoint import load_encoder
-from addp_core.classifier import Classifier
-from addp_core.encoder import SIZES, Encoder, EncoderConfig
-from addp_core.layouts import encoder_names, strip
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import SIZES, Encoder, EncoderConfig
+from addp_core.weights.checkpoint import load_encoder
+from addp_core.weights.layouts import encoder_names, strip
 
 log = logging.getLogger("addp")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import nn
 
-from addp_core.checkpoint import save_model
-from addp_core.files import write_atomically
-from addp_core.run import tolerant
+from addp_core.base.files import write_atomically
+from addp_core.training.run_folder import tolerant
+from addp_core.weights.checkpoint import save_model
 from cls.evaluation import Scores
 
 BEST_MODEL, BEST_NOTE, RESULTS = "model-best.safetensors", "best.json", "results.json"

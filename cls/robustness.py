@@ -29,17 +29,17 @@ from annotated_types import Ge, Gt, Le
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from addp_core.checkpoint import fingerprint, load_classifier
-from addp_core.classifier import Classifier
-from addp_core.compute import Precision, accelerate_model
-from addp_core.config import dump
-from addp_core.corruptions import CORRUPTIONS, SEVERITIES, SIDE, corrupted
-from addp_core.engine import process_state
-from addp_core.errors import UserError, calling, nearest
-from addp_core.files import write_atomically
-from addp_core.images import Picture, eval_transform
-from addp_core.rng import seed_for
-from addp_core.sources import DataConfig, HubSet, ImageSource, open_source
+from addp_core.base.errors import UserError, calling, nearest
+from addp_core.base.files import write_atomically
+from addp_core.base.rng import seed_for
+from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, SIDE, corrupted
+from addp_core.data.images import Picture, eval_transform
+from addp_core.data.sources import DataConfig, HubSet, ImageSource, open_source
+from addp_core.networks.classifier import Classifier
+from addp_core.recipes.config import dump
+from addp_core.training.compute import Precision, accelerate_model
+from addp_core.training.engine import process_state
+from addp_core.weights.checkpoint import fingerprint, load_classifier
 from cls.data import SHARE_224, share_of
 from cls.evaluation import Scores, answers
 

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
-from addp_core.images import Crop
+from addp_core.data.images import Crop
 from det.coco import ScenePicture, encode
 
 PAD = torch.tensor(IMAGENET_DEFAULT_MEAN).mul(255).round().to(torch.uint8).view(3, 1, 1)  # about 0 once normalised

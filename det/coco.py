@@ -21,10 +21,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from addp_core.data import tolerated
-from addp_core.errors import UserError, nearest
-from addp_core.images import ImageError, Picture, image_errors
-from addp_core.sources import ImageSource
+from addp_core.base.errors import UserError, nearest
+from addp_core.data.images import ImageError, Picture, image_errors
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import tolerated
 from det.config import Category, CocoFiles
 
 log = logging.getLogger("addp")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from addp_core.compute import accelerate_model
-from addp_core.engine import process_state
-from addp_core.errors import UserError
-from addp_core.files import write_atomically
+from addp_core.base.errors import UserError
+from addp_core.base.files import write_atomically
+from addp_core.training.compute import accelerate_model
+from addp_core.training.engine import process_state
 from det.coco import evaluate, open_coco
 from det.config import CocoFiles
 from det.model import check_categories, detect_all, load_detector

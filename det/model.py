@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from addp_core.checkpoint import METADATA_KEY, Source, read_weights
-from addp_core.encoder import Encoder
-from addp_core.errors import UserError
-from addp_core.files import replacing
-from addp_core.images import ImageError
-from addp_core.layouts import ARCHITECTURES
+from addp_core.base.errors import UserError
+from addp_core.base.files import replacing
+from addp_core.data.images import ImageError
+from addp_core.networks.encoder import Encoder
+from addp_core.weights.checkpoint import METADATA_KEY, Source, read_weights
+from addp_core.weights.layouts import ARCHITECTURES
 from det.coco import CocoSet
 from det.config import Category, DetectorFile
 
@@ -31,7 +31,7 @@ log = logging.getLogger("addp")
 
 KIND = "detector"
 ARCHITECTURES[KIND] = DetectorFile  # so that read_weights knows our files
-ENGINES = {"torchvision": "det.with_torchvision", "detectron2": "det.with_detectron2"}
+ENGINES = {"torchvision": "det.engines.torchvision", "detectron2": "det.engines.detectron2"}
 
 
 @dataclass

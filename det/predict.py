@@ -15,11 +15,11 @@ from annotated_types import Ge, Interval
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from addp_core.compute import accelerate_model
-from addp_core.data import open_source
-from addp_core.engine import process_state
-from addp_core.errors import UserError, calling
-from addp_core.images import ImageError, write_png
+from addp_core.base.errors import UserError, calling
+from addp_core.data.images import ImageError, write_png
+from addp_core.data.stream import open_source
+from addp_core.training.compute import accelerate_model
+from addp_core.training.engine import process_state
 from det.drawing import draw
 from det.eval import make_folder, write_json
 from det.model import load_detector, to_tensor

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.encoder import Encoder
-from addp_core.errors import UserError
+from addp_core.base.errors import UserError
+from addp_core.networks.encoder import Encoder
 
 EPS = 1e-6  # of every norm, as ViTDet's
 

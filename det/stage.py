@@ -6,8 +6,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from addp_core.engine import Draw, Stage
-from addp_core.images import ImageError
+from addp_core.data.images import ImageError
+from addp_core.training.engine import Draw, Stage
 from det.augment import SceneBatch
 from det.coco import CocoSet, evaluate
 from det.drawing import draw, square

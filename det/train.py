@@ -15,12 +15,12 @@ import torch
 import yaml
 from annotated_types import Interval
 
-from addp_core.config import dump
-from addp_core.data import DataConfig, Stream
-from addp_core.encoder import AttentionConfig, Encoder
-from addp_core.engine import TrainConfig, prepare_out, train
-from addp_core.errors import UserError
-from addp_core.start import Start, check_positions
+from addp_core.base.errors import UserError
+from addp_core.data.stream import DataConfig, Stream
+from addp_core.networks.encoder import AttentionConfig, Encoder
+from addp_core.recipes.config import dump
+from addp_core.training.engine import TrainConfig, prepare_out, train
+from addp_core.weights.start import Start, check_positions
 from det.augment import ScaleJitter, collate
 from det.coco import CocoSet, open_coco
 from det.config import CocoConfig, DetectorConfig, DetectorFile, vitdet_attention

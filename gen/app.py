@@ -9,8 +9,8 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval
 
-from addp_core.engine import process_state
-from addp_core.errors import UserError
+from addp_core.base.errors import UserError
+from addp_core.training.engine import process_state
 from gen.common import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_sampler
 
 

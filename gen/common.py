@@ -8,13 +8,13 @@ from annotated_types import Ge
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from addp_core.addp import ADDP
-from addp_core.checkpoint import load_addp, stated_heads
-from addp_core.compute import accelerate_model
-from addp_core.config import dump, load
-from addp_core.errors import UserError
-from addp_core.files import write_atomically
-from addp_core.images import ImageError, Picture, image_errors, write_png
+from addp_core.base.errors import UserError
+from addp_core.base.files import write_atomically
+from addp_core.data.images import ImageError, Picture, image_errors, write_png
+from addp_core.method.addp import ADDP
+from addp_core.recipes.config import dump, load
+from addp_core.training.compute import accelerate_model
+from addp_core.weights.checkpoint import load_addp, stated_heads
 
 REPORT = "evaluation.json"  # in the folder of `addp evaluate`
 

@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 from accelerate import PartialState
 from annotated_types import Ge, Gt, Interval
 
-from addp_core.compute import Precision
-from addp_core.engine import process_state
-from addp_core.errors import UserError, calling
-from addp_core.files import TEMPORARY, write_atomically
-from addp_core.images import ImageError
-from addp_core.sampler import SampleConfig
-from addp_core.sources import Files, ImageSource, open_source
+from addp_core.base.errors import UserError, calling
+from addp_core.base.files import TEMPORARY, write_atomically
+from addp_core.data.images import ImageError
+from addp_core.data.sources import Files, ImageSource, open_source
+from addp_core.method.sampler import SampleConfig
+from addp_core.training.compute import Precision
+from addp_core.training.engine import process_state
 from gen import generate
 from gen.common import REPORT, DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named
 from gen.features import Extractor, Features, cached, content, extract, only, open_extractor, read_statistics

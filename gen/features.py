@@ -29,12 +29,12 @@ from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
-from addp_core.checkpoint import fingerprint, load_classifier, read_tensors
-from addp_core.classifier import normalise
-from addp_core.errors import UserError
-from addp_core.files import TEMPORARY, write_atomically
-from addp_core.images import ImageError, Picture, eval_transform, image_errors
-from addp_core.sources import ImageSource
+from addp_core.base.errors import UserError
+from addp_core.base.files import TEMPORARY, write_atomically
+from addp_core.data.images import ImageError, Picture, eval_transform, image_errors
+from addp_core.data.sources import ImageSource
+from addp_core.networks.classifier import normalise
+from addp_core.weights.checkpoint import fingerprint, load_classifier, read_tensors
 
 log = logging.getLogger("addp")
 

@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from addp_core.addp import ADDP
-from addp_core.compute import accelerate_model
-from addp_core.data import DataConfig, example_images
-from addp_core.diffusion import mask_ratios
-from addp_core.engine import process_state
-from addp_core.errors import UserError, calling
-from addp_core.files import replacing
-from addp_core.rng import generator
-from addp_core.sampler import SampleConfig, Step, sample
-from addp_core.sources import open_source
+from addp_core.base.errors import UserError, calling
+from addp_core.base.files import replacing
+from addp_core.base.rng import generator
+from addp_core.data.sources import open_source
+from addp_core.data.stream import DataConfig, example_images
+from addp_core.method.addp import ADDP
+from addp_core.method.diffusion import mask_ratios
+from addp_core.method.sampler import SampleConfig, Step, sample
+from addp_core.training.compute import accelerate_model
+from addp_core.training.engine import process_state
 from gen.common import REPORT, DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_named
 
 log = logging.getLogger("addp")

@@ -15,13 +15,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from addp_core.addp import ADDP
-from addp_core.checkpoint import fingerprint
-from addp_core.compute import Precision, arithmetic
-from addp_core.engine import process_state
-from addp_core.errors import UserError
-from addp_core.files import write_atomically
-from addp_core.sampler import SampleConfig, sample
+from addp_core.base.errors import UserError
+from addp_core.base.files import write_atomically
+from addp_core.method.addp import ADDP
+from addp_core.method.sampler import SampleConfig, sample
+from addp_core.training.compute import Precision, arithmetic
+from addp_core.training.engine import process_state
+from addp_core.weights.checkpoint import fingerprint
 from gen.common import (
     DecoderHeads,
     EncoderHeads,

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from addp_core.addp import ADDPConfig
-from addp_core.compute import Precision, arithmetic
-from addp_core.engine import process_state
-from addp_core.errors import UserError
-from addp_core.images import ImageError, eval_transform
-from addp_core.sampler import SampleConfig, inpaint
+from addp_core.base.errors import UserError
+from addp_core.data.images import ImageError, eval_transform
+from addp_core.method.addp import ADDPConfig
+from addp_core.method.sampler import SampleConfig, inpaint
+from addp_core.training.compute import Precision, arithmetic
+from addp_core.training.engine import process_state
 from gen.common import (
     DecoderHeads,
     EncoderHeads,

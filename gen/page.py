@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from addp_core.addp import ADDP
-from addp_core.images import eval_transform
-from addp_core.sampler import ORDERS, SampleConfig, denoise, inpaint, step_noise
+from addp_core.data.images import eval_transform
+from addp_core.method.addp import ADDP
+from addp_core.method.sampler import ORDERS, SampleConfig, denoise, inpaint, step_noise
 
 if TYPE_CHECKING:
     from gen.app import Recipe

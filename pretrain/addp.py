@@ -13,14 +13,21 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
-from addp_core.checkpoint import MODEL_FILE, fingerprint, load_predictor, load_tokenizer, save_model, stated_heads
-from addp_core.config import dump, find_recipe, load
-from addp_core.data import Batch, DataConfig, Stream, open_source, pretrain_transform
-from addp_core.diffusion import ProcessConfig, draw_masks
-from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.errors import UserError
-from addp_core.sampler import sample
+from addp_core.base.errors import UserError
+from addp_core.data.stream import Batch, DataConfig, Stream, open_source, pretrain_transform
+from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
+from addp_core.method.diffusion import ProcessConfig, draw_masks
+from addp_core.method.sampler import sample
+from addp_core.recipes.config import dump, find_recipe, load
+from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
+from addp_core.weights.checkpoint import (
+    MODEL_FILE,
+    fingerprint,
+    load_predictor,
+    load_tokenizer,
+    save_model,
+    stated_heads,
+)
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
 

@@ -10,8 +10,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.checkpoint import read_tensors
-from addp_core.errors import UserError
+from addp_core.base.errors import UserError
+from addp_core.weights.checkpoint import read_tensors
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths between poolings
 GROUPS = 32

@@ -14,13 +14,13 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.checkpoint import fingerprint, load_tokenizer, save_model
-from addp_core.config import dump
-from addp_core.data import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
-from addp_core.diffusion import map_tokens
-from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.predictor import PredictorConfig, TokenPredictor
-from addp_core.tokenizer import Tokenizer, Vocabulary, to_map
+from addp_core.data.stream import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
+from addp_core.method.diffusion import map_tokens
+from addp_core.networks.predictor import PredictorConfig, TokenPredictor
+from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_map
+from addp_core.recipes.config import dump
+from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
+from addp_core.weights.checkpoint import fingerprint, load_tokenizer, save_model
 from pretrain.tokenizer import token_grid
 
 EXAMPLES = 8  # images in a preview
@@ -106,8 +106,7 @@ class PredictorStage(Stage):
         return model(ids, mask[draw.rows].to(ids.device), hidden[draw.rows].to(ids.device))
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Rows of: the image, its reconstruction from the ids, and the predictor's guess with half of the ids hidden.
-        """
+        """Rows of: the image, its reconstruction from the ids, the predictor's guess with half of the ids hidden."""
         images = self.examples.to(self.tokenizer.quantize.embedding.weight.device)
         ids = self.tokenizer.encode(images)
         half = torch.arange(ids.shape[1], device=ids.device) // self.grid[1] % 2 == 1

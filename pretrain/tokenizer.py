@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from addp_core.checkpoint import save_model
-from addp_core.config import dump
-from addp_core.data import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
-from addp_core.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.errors import UserError
-from addp_core.tokenizer import Tokenizer, TokenizerConfig, to_map
+from addp_core.base.errors import UserError
+from addp_core.data.stream import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, to_map
+from addp_core.recipes.config import dump
+from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
+from addp_core.weights.checkpoint import save_model
 from pretrain.losses import PatchDiscriminator, PerceptualDistance, hinge
 
 EXAMPLES = 16  # images in a preview

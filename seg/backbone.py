@@ -13,10 +13,10 @@ from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from addp_core.checkpoint import load_encoder
-from addp_core.encoder import SIZES, AttentionConfig, Encoder, EncoderConfig
-from addp_core.errors import UserError
-from addp_core.start import check_positions
+from addp_core.base.errors import UserError
+from addp_core.networks.encoder import SIZES, AttentionConfig, Encoder, EncoderConfig
+from addp_core.weights.checkpoint import load_encoder
+from addp_core.weights.start import check_positions
 
 
 def default_indices(depth: int) -> tuple[int, ...]:

@@ -18,8 +18,8 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS, TRANSFORMS
 from PIL import Image
 from torch.utils.data import Sampler
 
-from addp_core.data import rng_kept, seed_all, start_worker
-from addp_core.rng import generator, seed_for
+from addp_core.base.rng import generator, seed_for
+from addp_core.data.stream import rng_kept, seed_all, start_worker
 from seg.scenes import class_names, find_pairs, palette, read_class_map, read_picture
 
 FUNCTIONS.register_module(name="start_worker", module=start_worker)

@@ -11,7 +11,7 @@ from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
 
-from addp_core.images import write_png
+from addp_core.data.images import write_png
 from seg.scenes import numbered, palette, read_class_map
 
 

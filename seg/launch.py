@@ -12,9 +12,9 @@ from mmseg.registry import MODELS
 from PIL import Image
 from torch import Tensor, nn
 
-from addp_core.compute import arithmetic
-from addp_core.engine import leave_group, process_state
-from addp_core.errors import UserError
+from addp_core.base.errors import UserError
+from addp_core.training.compute import arithmetic
+from addp_core.training.engine import leave_group, process_state
 from seg import backbone, dataset, evaluation  # noqa: F401 (what they register is called by name)
 from seg.runner import AddpRunner, fill
 from seg.settings import Segmentor, TestConfig, base_config, fill_model, fill_test, world

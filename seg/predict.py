@@ -17,10 +17,10 @@ from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from addp_core.engine import process_state
-from addp_core.errors import UserError, calling
-from addp_core.images import ImageError, write_png
-from addp_core.sources import Files, ImageSource, open_source
+from addp_core.base.errors import UserError, calling
+from addp_core.data.images import ImageError, write_png
+from addp_core.data.sources import Files, ImageSource, open_source
+from addp_core.training.engine import process_state
 from seg.scenes import numbered, palette
 from seg.settings import TestConfig, import_mmseg, load_segmentor
 from seg.test import MAPS

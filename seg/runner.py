@@ -18,11 +18,11 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS, RUNNERS
 from torch import nn
 
-from addp_core.checkpoint import read_tensors
-from addp_core.engine import Signals
-from addp_core.errors import UserError
-from addp_core.rng import seed_for
-from addp_core.run import Checkpoints, Report
+from addp_core.base.errors import UserError
+from addp_core.base.rng import seed_for
+from addp_core.training.engine import Signals
+from addp_core.training.run_folder import Checkpoints, Report
+from addp_core.weights.checkpoint import read_tensors
 
 log = logging.getLogger("addp")
 

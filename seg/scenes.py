@@ -17,8 +17,8 @@ import numpy as np
 from annotated_types import Ge
 from PIL import Image
 
-from addp_core.errors import UserError
-from addp_core.images import ImageError, Picture, image_errors
+from addp_core.base.errors import UserError
+from addp_core.data.images import ImageError, Picture, image_errors
 
 log = logging.getLogger("addp")
 

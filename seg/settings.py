@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from addp_core.checkpoint import METADATA_KEY, read_weights
-from addp_core.errors import UserError, nearest
-from addp_core.files import replacing
-from addp_core.layouts import ARCHITECTURES
-from addp_core.start import NORMALISATION
+from addp_core.base.errors import UserError, nearest
+from addp_core.base.files import replacing
+from addp_core.weights.checkpoint import METADATA_KEY, read_weights
+from addp_core.weights.layouts import ARCHITECTURES
+from addp_core.weights.start import NORMALISATION
 
 log = logging.getLogger("addp")
 
@@ -157,7 +157,7 @@ def fill_test(cfg: Any, test: TestConfig) -> None:
 
 def fill_runtime(cfg: Any, out: Path, workers: int | None, source: str = "", table: str = "") -> None:
     """Write the data's place, the processes, and where mmengine keeps its own log into a config."""
-    from addp_core.data import default_workers
+    from addp_core.data.stream import default_workers
 
     count = default_workers() if workers is None else workers
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):

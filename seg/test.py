@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from addp_core.errors import UserError
-from addp_core.files import write_atomically
+from addp_core.base.errors import UserError
+from addp_core.base.files import write_atomically
 from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs, maps_of
 from seg.settings import TestConfig, base_config, fill_model, fill_runtime, fill_test, load_segmentor, rank
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, Le
 
-from addp_core.checkpoint import MODEL_FILE
-from addp_core.config import dump
-from addp_core.encoder import SIZES, EncoderConfig
-from addp_core.errors import UserError, calling
-from addp_core.run import mark_finished, prepare_out, release_out
-from addp_core.start import Start
+from addp_core.base.errors import UserError, calling
+from addp_core.networks.encoder import SIZES, EncoderConfig
+from addp_core.recipes.config import dump
+from addp_core.training.run_folder import mark_finished, prepare_out, release_out
+from addp_core.weights.checkpoint import MODEL_FILE
+from addp_core.weights.start import Start
 from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs
 from seg.settings import (
     MapConfig,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from addp_core.cli import split
-from addp_core.config import find_recipe, load
-from addp_core.verbs import VERBS
+from addp_core.recipes.cli import split
+from addp_core.recipes.config import find_recipe, load
+from addp_core.recipes.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("addp_core", "pretrain", "gen", "cls", "det", "seg", "tools", "tests", "docs")
@@ -42,7 +42,7 @@ def test_every_verb_is_one(page):
 
 
 def test_the_architecture_page_names_what_is_defined():
-    sources = [path.read_text(encoding="utf-8") for room in ROOMS[:-2] for path in (ROOT / room).glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for room in ROOMS[:-2] for path in (ROOT / room).rglob("*.py")]
     words = {word for text in quoted("docs/architecture.md") for word in [text.split("(")[0]] if word.isidentifier()}
     unknown = {word for word in words if not any(re.search(rf"\b{word}\b", source) for source in sources)}
     assert unknown == set()
@@ -50,7 +50,8 @@ def test_the_architecture_page_names_what_is_defined():
 
 def test_every_module_is_in_the_architecture_page():
     text = " ".join(quoted("docs/architecture.md"))
-    modules = {f"addp_core/{path.name}" for path in (ROOT / "addp_core").glob("*.py") if not path.name.startswith("__")}
+    files = (path for path in (ROOT / "addp_core").rglob("*.py") if not path.name.startswith("__"))
+    modules = {str(path.relative_to(ROOT)) for path in files}
     assert {name for name in modules if name not in text} == set()
 
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from addp_core.addp import ADDP, ADDPConfig, DenoiserConfig
-from addp_core.decoder import DecoderConfig
-from addp_core.diffusion import ProcessConfig
-from addp_core.encoder import EncoderConfig
-from addp_core.predictor import PredictorConfig
-from addp_core.tokenizer import TokenizerConfig, Vocabulary
+from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
+from addp_core.method.diffusion import ProcessConfig
+from addp_core.networks.decoder import DecoderConfig
+from addp_core.networks.encoder import EncoderConfig
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 
 TOKENIZER = TokenizerConfig(width=32, multipliers=(1, 1), blocks=1, codebook=24, dim=8)
 

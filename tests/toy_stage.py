@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from addp_core import config as recipes
-from addp_core import engine, rng
-from addp_core.errors import UserError
-from addp_core.run import Report
-from addp_core.stage import Draw, Stage, TrainConfig
+from addp_core.base import rng
+from addp_core.base.errors import UserError
+from addp_core.recipes import config as recipes
+from addp_core.training import engine
+from addp_core.training.run_folder import Report
+from addp_core.training.stage import Draw, Stage, TrainConfig
 
 N = 40  # images
 
@@ -174,7 +175,7 @@ def command(settings: list[str], faults: Faults | None = None, log: Path | None 
 def start(*arguments, **options) -> multiprocessing.Process:
     """`command` in a process of its own, forked from one that has torch loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["addp_core.engine", "addp_core.config"])
+    context.set_forkserver_preload(["addp_core.training.engine", "addp_core.recipes.config"])
     process = context.Process(target=command, args=arguments, kwargs=options)
     process.start()
     return process

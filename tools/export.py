@@ -19,7 +19,12 @@ from annotated_types import Ge
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from addp_core.checkpoint import (
+from addp_core.base.errors import UserError
+from addp_core.base.files import replacing, write_atomically
+from addp_core.base.rng import generator
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import SIZES
+from addp_core.weights.checkpoint import (
     MODEL_FILE,
     load_addp,
     load_classifier,
@@ -30,12 +35,7 @@ from addp_core.checkpoint import (
     save_published,
     stated_heads,
 )
-from addp_core.classifier import Classifier
-from addp_core.encoder import SIZES
-from addp_core.errors import UserError
-from addp_core.files import replacing, write_atomically
-from addp_core.layouts import published_addp_names, to_timm
-from addp_core.rng import generator
+from addp_core.weights.layouts import published_addp_names, to_timm
 from cls.data import share_of
 
 log = logging.getLogger("addp")

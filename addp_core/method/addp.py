@@ -1,0 +1,194 @@
+"""ADDP: Alternating Denoising Diffusion Process (arXiv 2306.05423, ICLR 2024), the model and its training loss.
+
+A training step (Sec. 3.3): tokenize the image; draw which ids are unreliable; let the frozen token predictor guess
+them; decode the mixture into a noisy image; from that image and the reliable ids, predict the distribution of the
+unreliable ones.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from addp_core.method.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
+from addp_core.networks.decoder import DecoderConfig, TokenDecoder
+from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.networks.layers import Positions, check_heads, learned, take_rows
+from addp_core.networks.predictor import PredictorConfig, TokenPredictor
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_map
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Architecture of what ADDP trains; the defaults are ViT-B's."""
+
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1, tokenizer_norm=True))
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self):
+        check_heads("decoder.heads", self.decoder.heads, self.encoder.width)
+
+
+@dataclass(frozen=True)
+class ADDPConfig:
+    """The whole model: image size in pixels (height, width), its parts, and the process."""
+
+    image_size: tuple[int, int] = (256, 256)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary(TokenizerConfig.codebook))
+    predictor: PredictorConfig | None = field(default_factory=PredictorConfig)  # None: a model for sampling only
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.tokenizer.grid(self.image_size)
+
+    @property
+    def tokens(self) -> int:
+        """N, positions of the grid."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A training example of the denoiser: the noisy image Float[B,3,H,W], unclamped, and its target Float[B,N,K]."""
+
+    images: Tensor
+    target: Tensor
+
+
+class Denoiser(nn.Module):
+    """What is trained: a pixel encoder, and a decoder over ids."""
+
+    def __init__(self, config: ADDPConfig):
+        super().__init__()
+        width, ids_to = config.denoiser.encoder.width, config.process.ids_to
+        self.label_smoothing = config.process.label_smoothing
+        self.encoder = Encoder(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
+        self.decoder = TokenDecoder(
+            config.denoiser.decoder, width, config.tokens, config.vocabulary, see_ids=ids_to != "none"
+        )
+        if ids_to == "encoder+decoder":
+            self.pos_token_embed = learned(1, 1 + config.tokens, width)  # positions of ids that the encoder sees
+        for name, value in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        target: Tensor | None = None,
+        vocabulary: int | None = None,
+        masked_only: bool = False,
+    ) -> Tensor:
+        """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the
+        first `vocabulary` ids, or with `masked_only` Float[R,V'] of the unreliable positions in row-major order; with
+        target Float[B,N,K], the scalar loss instead, computed at the unreliable positions alone."""
+        positions = Positions.of(mask)
+        features = self.encode(images, ids, mask, positions, visible_only=True)
+        masked_only = masked_only or target is not None
+        logits = self.decoder(features, ids, mask, masked_only, vocabulary, positions)
+        if target is None:
+            return logits
+        target = positions.flat(take_rows(target, positions.masked))
+        return soft_cross_entropy(logits, target, self.label_smoothing).mean()
+
+    def encode(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Positions | None = None,
+        visible_only: bool = False,
+    ) -> Tensor:
+        """-> Float[B,1+N,W], after the final norm, class token first; with `visible_only` Float[B,E,W], the reliable
+        positions in order, which are all that the decoder reads. positions: those of the mask, where known."""
+        positions, extra = positions or Positions.of(mask), None
+        if hasattr(self, "pos_token_embed"):
+            order, real = positions.visible, positions.visible_real
+            seen = ids.gather(1, order)
+            if real is not None:
+                # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.
+                seen = seen.masked_fill(~real, self.decoder.vocabulary.mask_id)
+            extra = self.decoder.token_emb(seen) + self.pos_token_embed[0, 1:][order]
+        return self.encoder(self.normalise(images), extra, positions.visible if visible_only else None)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Float[B,3,H,W] -> the same, clamped to [0,1], with ImageNet's mean and deviation removed."""
+        return (images.clamp(0, 1) - self.mean) / self.std
+
+
+class ADDP(nn.Module):
+    """Tokenizer and token predictor, both frozen, and the denoiser."""
+
+    def __init__(self, config: ADDPConfig):
+        super().__init__()
+        self.config = config
+        self.tokenizer = Tokenizer(config.tokenizer, config.grid)
+        self.predictor = (
+            TokenPredictor(config.predictor, config.tokens, config.vocabulary) if config.predictor else None
+        )
+        self.denoiser = Denoiser(config)
+        for part in (self.tokenizer, self.predictor):
+            if part is not None:
+                part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ADDP":
+        """Keep frozen parts in eval mode, as the paper says (the published code turns on the predictor's dropout)."""
+        super().train(mode)
+        for part in (self.tokenizer, self.predictor):
+            if part is not None:
+                part.eval()
+        return self
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Float[B,3,H,W] in [0,1] -> {"loss": scalar}; draws the step itself, from `generator` or torch's default
+        state.
+        """
+        generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        mask, next_mask = draw_masks(self.config.process, len(images), self.config.tokens, generator)
+        mask, next_mask = mask.to(images.device), next_mask.to(images.device)
+        ids = self.encode_images(images)
+        corrupted = self.corrupt(ids, mask, next_mask)
+        return {"loss": self.denoiser(corrupted.images, ids, mask, corrupted.target)}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Float[B,3,H,W] in [0,1] -> Long[B,N], z_0."""
+        return self.tokenizer.encode(images)
+
+    @torch.no_grad()
+    def corrupt(self, ids: Tensor, mask: Tensor, next_mask: Tensor) -> Corrupted:
+        """Noisy image x_t and target (Eq. 4-6): Long[B,N] ids, Bool[B,N] unreliable at t and at the later step.
+
+        ValueError where the model was loaded without a token predictor.
+        """
+        if self.predictor is None:
+            raise ValueError(
+                "this model has no token predictor, which corrupting images needs: load it with predictor=<file>"
+            )
+        process, codebook = self.config.process, self.tokenizer.quantize.embedding.weight
+        if process.condition == "z_t+1":
+            guess, posterior = self.predictor(torch.cat([ids, ids]), torch.cat([next_mask, mask])).chunk(2)
+        else:
+            guess = posterior = self.predictor(ids, mask)
+        images = self.render(map_tokens(guess, codebook, process.mapping), ids, mask)
+        return Corrupted(images, training_target(posterior, ids, process.target))
+
+    def render(self, embeddings: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Decode Float[B,N,D] embeddings where masked and the ids' own codes elsewhere -> Float[B,3,H,W], unclamped."""
+        codes = self.tokenizer.quantize.embedding(ids)
+        mixed = torch.where(mask.unsqueeze(-1), embeddings.to(codes.dtype), codes)
+        return self.tokenizer.decode(to_map(mixed, self.config.grid))
+
+    def logits(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Images Float[B,3,H,W] in [0,1] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V] logits."""
+        return self.denoiser(images, ids, mask)
+
+    def loss(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Soft cross-entropy over all V classes at the unreliable positions (Eq. 7): scalar, nats."""
+        return soft_cross_entropy(logits[mask], target[mask], self.config.process.label_smoothing).mean()

@@ -1,0 +1,126 @@
+"""The token predictor: MAGE, which gives q(z | reliable ids), a distribution over the codebook at every position.
+
+Frozen while ADDP trains (Sec. 3.2 of the paper); `addp predictor` trains one. Reference: MAGE (arXiv 2211.09117).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from addp_core.networks.layers import (
+    INIT_STD,
+    Dropout,
+    LayerNorm,
+    Positions,
+    TokenHead,
+    check_heads,
+    init_transformer,
+    learned,
+    put_rows,
+    transformer_blocks,
+)
+from addp_core.networks.tokenizer import Vocabulary
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    """Architecture of MAGE; the defaults are ViT-B's."""
+
+    width: Annotated[int, Ge(1), "features a token"] = 768
+    depth: Annotated[int, Ge(1), "encoder blocks"] = 12
+    heads: Annotated[int, Ge(1), "encoder heads; width/64 in published files"] = 12
+    decoder_depth: Annotated[int, Ge(1), "decoder blocks"] = 8
+    decoder_heads: Annotated[int, Ge(1), "decoder heads"] = 16
+    dropout: Annotated[float, Interval(ge=0, lt=1), "in embeddings, attention and MLP"] = 0.1
+
+    def __post_init__(self):
+        check_heads("heads", self.heads, self.width)
+        check_heads("decoder_heads", self.decoder_heads, self.width)
+
+
+class TokenPredictor(nn.Module):
+    """MAGE over `tokens` positions of ids from `vocabulary`."""
+
+    def __init__(self, config: PredictorConfig, tokens: int, vocabulary: Vocabulary):
+        super().__init__()
+        self.config, self.tokens, self.vocabulary = config, tokens, vocabulary
+        self.trained_on = ""  # fingerprint of the tokenizer whose ids it knows, where that is known
+        width = config.width
+        self.token_emb = TokenEmbeddings(vocabulary.size, 1 + tokens, width, config.dropout)
+        self.blocks = transformer_blocks(width, config.depth, config.heads, config.dropout)
+        self.norm = LayerNorm(width)
+
+        self.decoder_embed = nn.Linear(width, width)
+        self.decoder_pos_embed_learned = learned(1, 1 + tokens, width)
+        self.decoder_blocks = transformer_blocks(width, config.decoder_depth, config.decoder_heads, config.dropout)
+        self.decoder_norm = LayerNorm(width)
+        self.mlm_layer = TokenHead(width, vocabulary.size)
+        init_transformer(self)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """q(z | reliable ids): Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,K] probabilities over the
+        codebook.
+        """
+        return self.logits(ids, mask, vocabulary=self.vocabulary.codebook).softmax(-1)
+
+    def logits(self, ids: Tensor, mask: Tensor, dropped: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
+        """Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] over the first `vocabulary` ids (all by default).
+
+        dropped: Bool[B,N], part of the mask, the same number in every row: positions that the encoder skips in
+        training.
+        """
+        hidden = ids.masked_fill(mask, self.vocabulary.mask_id)
+        # Unreliable positions start from the class token's features: MAGE pads with them rather than with a mask token.
+        if dropped is None:
+            visible = Positions.of(mask).visible
+            x = self.decoder_embed(self.encode(hidden, at=visible))
+            class_token, patches = x[:, :1], put_rows(x[:, 1:], visible, ids.shape[1])
+        else:
+            x = self.decoder_embed(self.encode(hidden, dropped))
+            class_token, patches = x[:, :1], _scatter_kept(x[:, 1:], dropped)
+        patches = torch.where(mask.unsqueeze(-1), class_token, patches)
+        x = torch.cat([class_token, patches], 1) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        embeddings = self.token_emb.word_embeddings.weight[:vocabulary]
+        return self.mlm_layer(self.decoder_norm(x[:, 1:]), embeddings)
+
+    def encode(self, ids: Tensor, dropped: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Long[B,N] ids (mask ids included) -> Float[B,1+N',W] with the class slot in front; N' excludes dropped
+        positions, or counts those of `at` Long[B,N'], which alone are wanted then.
+        """
+        x = self.token_emb(torch.cat([ids.new_full((len(ids), 1), self.vocabulary.class_id), ids], 1))
+        if dropped is not None:
+            kept = torch.cat([dropped.new_ones(len(ids), 1), ~dropped], 1)
+            x = x[kept].view(len(ids), -1, x.shape[-1])
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.norm(self.blocks[-1](x, at=None if at is None else F.pad(1 + at, (1, 0))))
+
+
+class TokenEmbeddings(nn.Module):
+    """Word plus position embedding, LayerNorm, dropout (BERT's)."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocabulary, width)
+        self.position_embeddings = nn.Embedding(positions, width)
+        self.LayerNorm = LayerNorm(width)
+        self.dropout = Dropout(dropout)
+        nn.init.normal_(self.word_embeddings.weight, std=INIT_STD)
+        nn.init.normal_(self.position_embeddings.weight, std=INIT_STD)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Long[B,L] -> Float[B,L,W]."""
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
+
+
+def _scatter_kept(x: Tensor, dropped: Tensor) -> Tensor:
+    """Float[B,N',W] features of the kept positions -> Float[B,N,W] with zeros where dropped."""
+    full = x.new_zeros(*dropped.shape, x.shape[-1])
+    full[~dropped] = x.flatten(0, 1)
+    return full

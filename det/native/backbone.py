@@ -1,0 +1,46 @@
+"""The suite's encoder as a backbone of detectron2: registered there, and the `net` of its SimpleFeaturePyramid."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor
+
+from addp_core.networks.encoder import AttentionConfig, Encoder
+from addp_core.weights.checkpoint import load_encoder
+
+
+@BACKBONE_REGISTRY.register()
+class EncoderBackbone(Backbone):
+    """One map, `out_feature`: the patch tokens after the last block, at the stride of the patch.
+
+    In a LazyConfig `encoder` is a LazyCall of `load_encoder`. In a yacs config MODEL.BACKBONE.NAME is "EncoderBackbone"
+    and the node MODEL.ENCODER holds `load_encoder`'s arguments, with AttentionConfig's in its node `attention`.
+    checkpointing: compute the blocks' activations twice in training rather than keep them.
+    The encoder's final norm, which the map does not use, is frozen.
+    """
+
+    @configurable
+    def __init__(self, *, encoder: Encoder, checkpointing: bool = False, out_feature: str = "last_feat"):
+        super().__init__()
+        self.encoder, self.out_feature = encoder, out_feature
+        encoder.checkpointing = checkpointing
+        encoder.norm.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        options = dict(cfg.MODEL.ENCODER)
+        return {"encoder": load_encoder(**options | {"attention": AttentionConfig(**options.get("attention", {}))})}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Float[B,3,H,W] normalised, sides multiples of `size_divisibility` -> Float[B,W,H/patch,W/patch]."""
+        (tokens,) = self.encoder.forward_maps(images, [-1])
+        return {self.out_feature: tokens}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {self.out_feature: ShapeSpec(channels=self.encoder.config.width, stride=self.encoder.patch_size)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.encoder.patch_size

@@ -1,0 +1,373 @@
+"""`addp finetune` through its verb: what it learns, keeps, continues and refuses."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from tiny import tiny_addp
+
+import cls.data
+import cls.finetune
+import cls.results
+from addp_core import load_classifier, load_encoder, save_model
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import DataConfig, Stream, eval_transform, open_source
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.recipes.cli import main
+from addp_core.recipes.config import find_recipe, load
+from addp_core.training.stage import TrainConfig
+from cls.evaluation import Scores, score
+from cls.finetune import AugmentConfig, FinetuneStage, Recipe, layer_table
+
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
+PLAIN = ["augment.auto=''", "augment.erase=0", "augment.mixup=0", "augment.cutmix=0"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """train/<colour> and val/<colour>: noisy squares of 12 x 12 pixels."""
+    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, n in (("train", 16), ("val", 6)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = np.clip(rng.normal(colour, 30, (12, 12, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_model(tiny_addp(image_size=(8, 8)), path)
+    return path
+
+
+def settings(images, model, out, *more):
+    return [
+        *("finetune", f"data={images}", "data.size=8", "data.workers=0", "data.scale=[0.5,1]", f"model={model}"),
+        *(f"out={out}", "train.batch=8", "train.lr=0.01", "train.warmup_steps=2", "train.log_every=5", *PLAIN, *more),
+    ]
+
+
+def test_learns_validates_and_keeps_the_best(images, pretrained, tmp_path, caplog):
+    out = tmp_path / "run"
+    assert main(settings(images, pretrained, out, "train.steps=40", "train.evaluate_every=10", "confusion=true")) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["images"], results["classes"], results["last"]["step"]) == (18, 3, 40)
+    assert results["best"]["top1"] >= results["last"]["top1"]
+    assert results["best"]["top1"] > 80
+    assert results["last"]["top5"] == 100  # of three classes
+    for name, key in (("model.safetensors", "last"), ("model-best.safetensors", "best")):
+        model = load_classifier(out / name)
+        assert model.class_names == ("blue", "green", "red")
+        val = open_source(str(images), "val")
+        seen = score(model, val, eval_transform(8, 0.875), 3, mean=model.mean, std=model.std, workers=0)
+        assert seen.figures["top1"] == pytest.approx(results[key]["top1"])
+    rows = [line.split(",") for line in (out / "confusion.csv").read_text().splitlines()]
+    assert rows[0] == ["true\\answer", "blue", "green", "red"]
+    assert [sum(map(int, row[1:])) for row in rows[1:]] == [6, 6, 6]
+    assert (out / "images" / "confusion.png").stat().st_size > 1000
+    # the encoder in it feeds other tasks
+    assert load_encoder(out, 8).config.width == 16
+
+
+def test_a_stopped_run_continues_bit_for_bit(images, pretrained, tmp_path, monkeypatch):
+    words = ["train.steps=8", "train.evaluate_every=4", "augment.mixup=0.8", "drop_path=0.2"]
+    assert main(settings(images, pretrained, tmp_path / "whole", *words)) == 0
+
+    evaluate = FinetuneStage.evaluate
+
+    def stopped(self, model, step):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, model, step)
+
+    monkeypatch.setattr(FinetuneStage, "evaluate", stopped)
+    with pytest.raises(SystemExit) as caught:
+        main(settings(images, pretrained, tmp_path / "cut", *words))
+    assert caught.value.code == 0
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    monkeypatch.setattr(FinetuneStage, "evaluate", evaluate)
+    assert main(settings(images, pretrained, tmp_path / "cut", *words)) == 0
+    one, other = (load_classifier(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
+    assert results[0] == results[1]
+
+
+def test_layer_table_is_the_published_rule():
+    """Layer 0: patches, class token, positions; block i: layer i + 1; head and its norm last; decay ** (last - id)."""
+    model = Classifier(Encoder(EncoderConfig(16, 3, 2, tokenizer_norm=True), (8, 8), 4), 5)
+    rows = [line.split(maxsplit=4) for line in layer_table(model, TrainConfig(layer_decay=0.5, lr=1.0)).splitlines()]
+    assert [(row[0], float(row[1])) for row in rows[1:]] == [
+        *(("0", 0.0625), ("1", 0.125), ("2", 0.25), ("3", 0.5), ("4", 1.0))
+    ]
+    assert [row[4] for row in rows[1:]] == [
+        "cls_token, pos_embed, patch_embed, tokenizer_norm",
+        *("blocks.0", "blocks.1", "blocks.2"),
+        "fc_norm, head",
+    ]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(int(row[3].replace(",", "")) for row in rows[1:]) == trained
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["augment.mixup=0.8", "augment.cutmix=1"],
+        ["augment.mixup=0.8", "loss=bce", "augment.repeats=2", "train.ema=0.9"],
+        ["loss=bce", "bce_threshold=0.2", "augment.auto=rand-m9-mstd0.5-inc1", "augment.erase=1"],
+        ["pooling=token", "tokenizer_norm=true", "normalisation=half", "checkpointing=true", "data.size=[8,12]"],
+        ["init=random", "train.accumulate=2", "eval_crop=0.5", "data.cache=ram", "augment.color_jitter=0.4"],
+    ],
+)
+def test_options_train(images, pretrained, tmp_path, more):
+    assert main(settings(images, pretrained, tmp_path, "train.steps=2", "train.warmup_steps=0", *more)) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 18
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite([loss for loss in losses if loss is not None]).all()
+
+
+def test_options_say_what_they_do(images, pretrained, tmp_path):
+    def built(*more):
+        words = settings(images, pretrained, tmp_path, *more)[1:]
+        return cls.finetune.build(load(Recipe, None, words), tuple(COLOURS))
+
+    model, kept, other = built(), built("tokenizer_norm=true"), built("init=random")
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model(x), model(x))
+    assert torch.equal(model.encoder.eval().forward_features(x), load_encoder(pretrained, 8).forward_features(x))
+    assert not torch.allclose(model.encoder.forward_features(x), kept.encoder.eval().forward_features(x))
+    assert not torch.allclose(model.encoder.pos_embed, other.encoder.pos_embed)
+    assert torch.equal(other.encoder.pos_embed, built("init=random").encoder.pos_embed)
+    assert not torch.equal(other.encoder.pos_embed, built("init=random", "train.seed=1").encoder.pos_embed)
+    assert built("model=tiny", "init=random", "patch_size=4").encoder.config.width == 192
+    assert 1e-6 < model.head.weight.std() < 1e-4
+
+
+def test_repeated_augmentation_shows_an_image_again(images):
+    source = open_source(str(images), "train")
+    config = DataConfig(str(images), size=8, workers=0)
+    batches = Stream(source, eval_transform(8), config, seed=0, batch=6, repeats=3).batches()
+    seen = torch.cat([next(batches).indices for _ in range(16)])
+    once = Stream(source, eval_transform(8), config, seed=0, batch=6).batches()
+    order = torch.cat([next(once).indices for _ in range(8)])
+    assert torch.equal(seen, order[:32].repeat_interleave(3))
+
+
+def test_a_head_of_other_classes_is_dropped_and_said_once(images, pretrained, tmp_path, caplog):
+    first = tmp_path / "first"
+    assert main(settings(images, pretrained, first, "train.steps=1")) == 0
+    head = load_classifier(first).head.weight.clone()
+    recipe = load(Recipe, None, settings(images, first, tmp_path / "x")[1:])
+    assert torch.equal(cls.finetune.build(recipe, tuple(COLOURS)).head.weight, head)
+    caplog.clear()
+    with caplog.at_level("INFO", "addp"):
+        assert cls.finetune.build(recipe, ("a", "b")).head.weight.shape == (2, 16)
+    said = [record.message for record in caplog.records if "head" in record.message]
+    assert said == [f"{first}: its head for 3 classes is dropped; a new one for 2"]
+
+
+@pytest.mark.parametrize("main_process", [True, False])
+def test_the_head_of_a_foreign_file_is_said_to_go(images, tmp_path, caplog, monkeypatch, main_process):
+    state = SimpleNamespace(is_main_process=main_process)
+    monkeypatch.setattr(cls.finetune, "process_state", lambda: state)
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    for name, classes in (("headed", 5), ("bare", 0)):
+        save_file(VisionTransformer(**shape, num_classes=classes).state_dict(), tmp_path / f"{name}.safetensors")
+        words = settings(images, tmp_path / f"{name}.safetensors", tmp_path / "x", "encoder_heads=2")
+        cls.finetune.build(load(Recipe, None, words[1:]), tuple(COLOURS))
+    said = [record.message for record in caplog.records if "head" in record.message]
+    expected = [f"{tmp_path / 'headed.safetensors'}: its head for 5 classes is dropped; a new one for 3"]
+    assert said == (expected if main_process else [])
+
+
+def test_the_average_is_what_is_measured_and_kept(images, pretrained, tmp_path):
+    words = ["train.steps=6", "train.evaluate_every=2", "train.ema=0.9", "eval_crop=0.6"]
+    assert main(settings(images, pretrained, tmp_path, *words)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    val = open_source(str(images), "val")
+    for name, key in (("model", "last"), ("model-best", "best")):
+        model = load_classifier(tmp_path / f"{name}.safetensors")
+        assert model.crop == 0.6  # for what reads it next
+        seen = score(model, val, eval_transform(8, 0.6), 3, mean=model.mean, std=model.std, workers=0)
+        assert seen.figures["top1"] == pytest.approx(results[key]["top1"])
+    raw = torch.load(tmp_path / "checkpoints" / "step-6" / "training.pt")
+    last = load_classifier(tmp_path).state_dict()
+    assert torch.equal(last["head.weight"], raw["ema"]["head.weight"])
+    assert not torch.equal(last["head.weight"], raw["model"]["head.weight"])
+
+
+def test_a_full_disk_costs_figures_and_not_the_run(images, pretrained, tmp_path, monkeypatch, caplog):
+    """The first validation finds the disk full; what it could not write is the next one's."""
+    save, calls = cls.results.save_model, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(*arguments)
+
+    def refused(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cls.results, "save_model", full)
+    monkeypatch.setattr(cls.finetune, "write_atomically", refused)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", refused)
+    words = ["train.steps=4", "train.evaluate_every=2", "confusion=true"]
+    assert main(settings(images, pretrained, tmp_path, *words)) == 0
+    for name in ("model-best.safetensors", "confusion.csv", "images/confusion.png"):
+        assert f"{tmp_path / name}: not written (No space left on device); the run continues" in caplog.text
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["last"]["step"] == results["best"]["step"] == 4
+    assert load_classifier(tmp_path / "model-best.safetensors").num_classes == 3
+
+
+def test_confusion_of_names_with_commas(tmp_path):
+    (tmp_path / "images").mkdir()
+    names = ("crane, bird", 'crane "machine"', "tench")
+    cls.finetune.write_confusion(Scores(torch.arange(9).view(3, 3)), names, tmp_path)
+    with (tmp_path / "confusion.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["true\\answer", *names], [names[0], *"012"], [names[1], *"345"], [names[2], *"678"]]
+
+
+def test_how_it_validates_may_change(images, pretrained, tmp_path, caplog):
+    """The images at a time and the confusion matrix change no result; a run that has ended writes no more of them."""
+    assert main(settings(images, pretrained, tmp_path, "train.steps=2")) == 0
+    longer = ["train.steps=3", "eval_batch=2"]
+    assert main(settings(images, pretrained, tmp_path, *longer)) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["last"]["step"] == 3
+    with caplog.at_level("INFO", "addp"):
+        assert main(settings(images, pretrained, tmp_path, *longer, "confusion=true")) == 0
+    assert "this run has had its last" in caplog.text
+
+
+def test_labels_without_a_class(images, pretrained, tmp_path, capsys, monkeypatch):
+    """Of a set that tells its labels at once and of one that does not."""
+    train, open_source = cls.data.open_source(str(images), "train"), cls.data.open_source
+
+    class Late(ImageSource):
+        classes = train.classes
+
+        def __init__(self, label, told):
+            self.label, self.labels = label, np.array([label] * len(train)) if told else None
+
+        def __len__(self):
+            return len(train)
+
+        def name(self, index):
+            return f"set[{index}]"
+
+        def picture(self, index):
+            return train.picture(index)[0], self.label
+
+    def opened(config, split=None, classes=None):
+        return source if (split == "val") == in_val else open_source(config, split, classes)
+
+    monkeypatch.setattr(cls.data, "open_source", opened)
+    cases = [(in_val, told, label) for in_val in (False, True) for told in (False, True) for label in (-1, 3)]
+    for in_val, told, label in cases:
+        source = Late(label, told)
+        out = tmp_path / f"{in_val}{told}{label}"
+        words = ["train.steps=1", *(["val=set"] if in_val else [])]
+        said = refusal(capsys, *settings(images, pretrained, out, *words))
+        where = "set" if told and in_val else str(images) if told else "set[0]" if in_val else "data.source"
+        assert said == f"addp: {where}: found label {label}, expected 0 to 2"
+
+
+def refusal(capsys, *words) -> str:
+    assert main(list(words)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1]
+
+
+def test_what_a_classifier_was_trained_with_goes_on(images, pretrained, tmp_path):
+    first = tmp_path / "first"
+    assert main(settings(images, pretrained, first, "train.steps=1", "tokenizer_norm=true")) == 0
+    assert load_encoder(first, 8).config.tokenizer_norm
+    assert not load_encoder(pretrained, 8).config.tokenizer_norm
+
+
+def test_token_input(images, tmp_path):
+    """MAGE's row: the encoder over ids, with the tokenizer in its own file."""
+    model = tiny_addp(image_size=(8, 8))
+    model.predictor.trained_on = ""
+    save_model(model.predictor, tmp_path / "mage.safetensors", (4, 4))
+    save_model(model.tokenizer, tmp_path / "vqgan.safetensors")
+    words = [f"tokenizer={tmp_path / 'vqgan.safetensors'}", "train.steps=2"]
+    assert main(settings(images, tmp_path / "mage.safetensors", tmp_path / "run", *words)) == 0
+    assert load_classifier(tmp_path / "run").encoder.grid == (4, 4)
+
+
+def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "set"
+    shutil.copytree(images, copy)
+    shutil.rmtree(copy / "val" / "green")
+    said = refusal(capsys, *settings(copy, pretrained, tmp_path / "a"))
+    assert "no image of 1 of the 3 classes: green" in said
+    (copy / "val" / "violet").mkdir()
+    shutil.copy(copy / "val" / "red" / "0.png", copy / "val" / "violet" / "0.png")
+    assert "violet is none of the 3 classes" in refusal(capsys, *settings(copy, pretrained, tmp_path / "b"))
+
+    flat = tmp_path / "flat"
+    for split in ("train", "val"):
+        shutil.copytree(images / split / "red", flat / split)
+    assert "has no class folders" in refusal(capsys, *settings(flat, pretrained, tmp_path / "c"))
+
+    listed = tmp_path / "listed"
+    shutil.copytree(images, listed)
+    (listed / "meta").mkdir()
+    for split, labels in (("train", (0, 1)), ("val", (0, 7))):
+        lines = [f"red/{i}.png {label}" for i, label in enumerate(labels)]
+        (listed / "meta" / f"{split}.txt").write_text("\n".join(lines))
+    assert "label 7, but there are 2 classes" in refusal(capsys, *settings(listed, pretrained, tmp_path / "d"))
+
+    tars = tmp_path / "tars"
+    for split, names in (("train", ("blue", "red")), ("val", ("green", "red"))):
+        (tars / split).mkdir(parents=True)
+        with tarfile.open(tars / split / "0.tar", "w") as tar:
+            for name in names:
+                tar.add(images / "train" / name / "0.png", f"{name}/0.png")
+    said = refusal(capsys, *settings(tars, pretrained, tmp_path / "t"))
+    assert f"class 0 of {tars} is green, that of {tars} blue; expected the same classes" in said
+
+    odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "train.batch=7", "augment.mixup=0.8"))
+    assert odd.startswith("addp: train.batch: 7 images of a micro-step cannot be mixed in pairs")
+    with monkeypatch.context() as patch:
+        patch.setattr(cls.finetune, "process_state", lambda: SimpleNamespace(num_processes=8))
+        odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "augment.mixup=0.8"))
+    assert odd.startswith("addp: train.batch: 1 images of a micro-step on each of 8 processes cannot be mixed in pairs")
+    assert "expected a multiple of 16" in odd
+    assert "expected init=random" in refusal(capsys, *settings(images, "tiny", tmp_path / "f"))
+    size = refusal(capsys, *settings(images, pretrained, tmp_path / "g", "data.size=9"))
+    assert "9 x 9: expected multiples of the patch size 2" in size
+    assert not (tmp_path / "a" / "checkpoints").exists() or not any((tmp_path / "a" / "checkpoints").iterdir())
+
+
+def test_published_recipes():
+    """App. D.2: a recipe that drifts from the published numbers is a bug."""
+    for name, epochs, lr, warmup, decay, drop in (
+        ("vit_b_100ep", 100, 1e-3, 20, 0.65, 0.1),
+        ("vit_l_50ep", 50, 2.5e-4, 5, 0.8, 0.2),
+    ):
+        recipe = load(Recipe, find_recipe(cls.finetune, name), ["out=x", "model=x"])
+        train, augment = recipe.train, recipe.augment
+        assert (train.epochs, train.base_lr, train.warmup_epochs, train.layer_decay) == (epochs, lr, warmup, decay)
+        assert (recipe.drop_path, recipe.data.size, train.batch, train.min_lr) == (drop, 256, 1024, 1e-6)
+        assert (train.betas, train.weight_decay, train.clip_grad) == ((0.9, 0.999), 0.05, None)
+        expected = AugmentConfig("rand-m9-mstd0.5-inc1", 0.0, 0.25, 0.8, 1.0, smoothing=0.1)
+        assert augment == expected

@@ -1,0 +1,437 @@
+"""Stage 1: losses that act, a codebook that follows the features and stays in use, runs that continue, the file."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from addp_core.base.errors import UserError
+from addp_core.data.stream import Batch
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
+from addp_core.recipes import config as recipes
+from addp_core.training import run_folder
+from addp_core.training.engine import Draw
+from addp_core.weights.checkpoint import load_tokenizer
+from pretrain import tokenizer as tokenizer_stage
+from pretrain.losses import VGG16, PatchDiscriminator, PerceptualDistance, hinge
+from pretrain.tokenizer import LossConfig, Recipe, TokenizerStage, TokenizerTraining
+
+MODEL = TokenizerConfig(width=32, multipliers=(1, 1), blocks=1, codebook=16, dim=4)
+SIZE = 24  # pixels, 12 x 12 tokens
+
+
+class OneProcess:
+    """As much of an accelerator as `after_step` needs."""
+
+    def reduce(self, tensor, how):
+        return tensor
+
+
+def draw_at(step: int, batch: int, rows: slice | None = None, world: int = 1) -> Draw:
+    rank = 0 if rows is None else rows.start * world // batch
+    return Draw(seed=0, step=step, micro=step, rank=rank, world=world, batch=batch, rows=rows or slice(0, batch))
+
+
+def images(n: int = 4, seed: int = 0, size: int = SIZE) -> torch.Tensor:
+    """Smooth coloured noise, which a few codes describe."""
+    coarse = torch.rand(n, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, size=(size, size), mode="bilinear")
+
+
+def batch_of(pixels: torch.Tensor) -> Batch:
+    n = len(pixels)
+    return Batch(pixels, torch.full((n,), -1), torch.arange(n), [])
+
+
+def stage_of(model: TokenizerConfig = MODEL, **loss) -> TokenizerStage:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(model, model.grid((SIZE, SIZE)))
+    return TokenizerStage(tokenizer, LossConfig(**loss), images(2))
+
+
+def step(stage: TokenizerStage, number: int, pixels: torch.Tensor) -> tuple[dict, dict]:
+    """Loss terms with their gradients in place, and the figures of the codebook's step."""
+    draw = draw_at(number, len(pixels))
+    stage.model.zero_grad()
+    terms = stage.loss(stage.model, batch_of(pixels), draw)
+    terms["loss"].backward()
+    return terms, stage.after_step(stage.model, draw, OneProcess())
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def test_gradient_passes_straight_through_the_codes():
+    stage = stage_of(commitment=0.0)
+    step(stage, 0, images())
+    stage.model.zero_grad()
+    stage.loss(stage.model, batch_of(images()), draw_at(1, 4))["loss"].backward()
+    parameters = dict(stage.model.named_parameters())
+    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in parameters.values())
+    assert not any("quantize" in name for name in parameters)  # codes are averages
+
+    # The encoder's gradient is what the decoder asks of its input.
+    h = stage.model.tokenizer.encoder(images()).detach().requires_grad_()
+    codes = stage.model.tokenizer.lookup(stage.model.tokenizer.quantize.nearest(h))
+    F.l1_loss(stage.model.tokenizer.decode(codes + (h - h.detach())), images()).backward()
+    assert parameters["tokenizer.encoder.conv_out.bias"].grad == pytest.approx(h.grad.sum((0, 2, 3)), rel=1e-4)
+
+
+def test_commitment_pulls_features_to_their_codes():
+    stage = stage_of(commitment=0.0)
+    step(stage, 0, images())
+    out = stage.model(images())
+    codes = stage.model.tokenizer.quantize.embedding(out["ids"].flatten())
+    assert out["commitment"].item() == pytest.approx((out["features"] - codes).square().mean().item(), rel=1e-5)
+    without = stage.loss(stage.model, batch_of(images()), draw_at(1, 4))["loss"]
+    stage.config = replace(stage.config, commitment=2.0)
+    terms = stage.loss(stage.model, batch_of(images()), draw_at(1, 4))
+    assert (terms["loss"] - without).item() == pytest.approx(2 * terms["commitment"].item(), rel=1e-4)
+
+
+def test_pixel_terms_and_psnr():
+    stage = stage_of(l1=0.5, l2=3.0, commitment=0.0)
+    terms = stage.loss(stage.model, batch_of(images()), draw_at(0, 4))
+    assert terms["loss"].item() == pytest.approx((0.5 * terms["l1"] + 3 * terms["l2"]).item(), rel=1e-5)
+    decoded = stage.model(images())["images"].detach().clamp(0, 1)
+    each = [-10 * math.log10(F.mse_loss(*pair).item()) for pair in zip(decoded, images(), strict=True)]
+    assert terms["psnr"].item() == pytest.approx(sum(each) / 4, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- codebook
+
+
+def update(training: TokenizerTraining, features, ids, decay=0.0, revive_after=None, candidates=None):
+    counts, sums = training.statistics([(features, ids)])
+    candidates = torch.full_like(sums, 99.0) if candidates is None else candidates
+    return training.update_codebook(counts, sums, candidates, decay, revive_after)
+
+
+def test_codes_are_the_means_of_their_clusters():
+    training = TokenizerTraining(Tokenizer(MODEL))
+    features, ids = torch.randn(40, 4), torch.arange(40) % 16
+    update(training, features, ids)
+    means = torch.stack([features[ids == k].mean(0) for k in range(16)])
+    assert torch.allclose(training.tokenizer.quantize.embedding.weight, means, atol=1e-6)
+
+    # With memory: sum and count fade by the same factor, and the first step counts as much as its share.
+    training = TokenizerTraining(Tokenizer(MODEL))
+    for part in (slice(0, 16), slice(16, 32)):
+        update(training, features[part], ids[part], decay=0.9)
+    expected = (0.9 * features[:16] + features[16:32]) / 1.9
+    assert torch.allclose(training.tokenizer.quantize.embedding.weight, expected, atol=1e-5)
+
+
+def test_codes_that_nothing_uses_are_reseeded_in_time():
+    training = TokenizerTraining(Tokenizer(MODEL))
+    features, candidates = torch.randn(40, 4), torch.randn(16, 4)
+    update(training, features, torch.arange(40) % 16, revive_after=3)
+    codes = training.tokenizer.quantize.embedding.weight
+    start = codes.clone()
+    few = torch.arange(40) % 12  # the last four rest
+    for _ in range(2):
+        figures = update(training, features, few, revive_after=3, candidates=candidates)
+        assert figures["revived"] == 0
+        assert figures["usage"] == 12 / 16
+        assert torch.equal(codes[12:], start[12:])  # an unused code keeps its place, though its average fades
+    assert update(training, features, few, revive_after=3, candidates=candidates)["revived"] == 4
+    assert torch.equal(codes[12:], candidates[12:])
+    assert not torch.equal(codes[:12], candidates[:12])
+    for _ in range(10):
+        assert update(training, features, few, revive_after=None)["revived"] == 0
+    assert codes.isfinite().all()
+
+
+def test_codebook_starts_from_features_and_revival_keeps_it_in_use():
+    def usage(revive_after):
+        stage = stage_of(revive_after=revive_after, codebook_decay=0.5)
+        _, first = step(stage, 0, images())
+        assert first["revived"] > 0
+        features = stage.model(images())["features"]
+        codes = stage.model.tokenizer.quantize.embedding.weight
+        assert torch.cdist(codes, features).amin(1).max() < features.std()  # each lies among the features
+        # All but four codes lie far from every feature, as after a jump of the encoder.
+        codes[4:] += 100
+        stage.model.count[4:] = stage.model.total[4:] = 0
+        return [step(stage, number, images(seed=number))[1]["usage"] for number in range(1, 8)]
+
+    assert max(usage(None)) <= 4 / 16
+    assert usage(3)[-1] > 8 / 16
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_agree_with_one(world):
+    """Counts, sums and candidates of the processes' shares add up to those of one process with all rows."""
+    whole = stage_of()
+    whole.loss(whole.model, batch_of(images()), draw_at(0, 4))
+
+    class Recorder(OneProcess):
+        def __init__(self):
+            self.seen = []
+
+        def reduce(self, tensor, how):
+            assert how == "sum"
+            self.seen.append(tensor.clone())
+            return tensor
+
+    def recorded(stage, draw):
+        recorder = Recorder()
+        stage.after_step(stage.model, draw, recorder)
+        return recorder.seen
+
+    expected = recorded(whole, draw_at(0, 4))
+    shares = []
+    for rank in range(world):
+        rows = slice(4 * rank // world, 4 * (rank + 1) // world)
+        stage = stage_of()
+        stage.loss(stage.model, batch_of(images()[rows]), draw_at(0, 4, rows, world))
+        shares.append(recorded(stage, draw_at(0, 4, rows, world)))
+    for one, parts in zip(expected, zip(*shares, strict=True), strict=True):
+        assert torch.allclose(one, sum(parts), atol=1e-5)
+
+
+def test_micro_steps_count_together_and_skipped_steps_do_not():
+    stage = stage_of()
+    stage.loss(stage.model, batch_of(images(seed=7)), draw_at(0, 4))  # skipped: no after_step
+    for part in (slice(0, 2), slice(2, 4)):
+        stage.loss(stage.model, batch_of(images()[part]), draw_at(1, 2))
+    counts, sums = stage.model.statistics(stage.seen)
+    stage.loss(stage.model, batch_of(images()), draw_at(2, 4))
+    expected = stage.model.statistics(stage.seen)
+    assert torch.equal(counts, expected[0])
+    assert torch.allclose(sums, expected[1], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- further loss terms
+
+
+def write_vgg(path, depth: int, seed: int = 0) -> dict:
+    """torchvision's names, random weights, the first `depth` blocks."""
+    generator, state, index, width_in = torch.Generator().manual_seed(seed), {}, 0, 3
+    for widths in VGG16[:depth]:
+        for width in widths:
+            weight = torch.randn(width, width_in, 3, 3, generator=generator) * (2 / (9 * width_in)) ** 0.5
+            state |= {f"features.{index}.weight": weight, f"features.{index}.bias": torch.zeros(width)}
+            index, width_in = index + 2, width
+        index += 1
+    torch.save(state, path)
+    return state
+
+
+def test_perceptual_distance_is_vgg16s(tmp_path):
+    torchvision = pytest.importorskip("torchvision")
+    state = write_vgg(tmp_path / "vgg.pth", 2)
+    distance = PerceptualDistance(tmp_path / "vgg.pth", depth=2)
+    a, b = images(2), images(2, seed=1)
+    assert distance(a, a).item() == 0
+    with torch.device("meta"):
+        reference = torchvision.models.vgg16(weights=None).features[:9]
+    reference = reference.to_empty(device="cpu")
+    reference.load_state_dict({name.removeprefix("features."): value for name, value in state.items()})
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = 0
+    with torch.no_grad():
+        x, y = (a - mean) / std, (b - mean) / std
+        for number, layer in enumerate(reference):
+            x, y = layer(x), layer(y)
+            if number in (3, 8):
+                expected += (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() / 2
+    assert distance(a, b).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_perceptual_term_acts(tmp_path):
+    write_vgg(tmp_path / "vgg.pth", 1)
+    stage = stage_of(
+        l1=0.0, commitment=0.0, perceptual_weights=str(tmp_path / "vgg.pth"), perceptual=0.5, perceptual_depth=1
+    )
+    assert list(stage.frozen) == [stage.perceptual]
+    step(stage, 0, images())
+    terms, _ = step(stage, 1, images())
+    assert terms["loss"].item() == pytest.approx(0.5 * terms["perceptual"].item(), rel=1e-5)
+    assert stage.model.tokenizer.encoder.conv_in.weight.grad.abs().max() > 0
+    assert not any("perceptual" in name or "blocks.0.0" in name for name in stage.model.state_dict())
+    assert all(not value.requires_grad for value in stage.perceptual.parameters())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, "no such file; expected a state dict of torchvision's vgg16"),
+        (lambda state: {"features.0.weight": state["features.0.weight"]}, "no tensor features.0.bias"),
+        (
+            lambda state: state | {"features.2.weight": torch.zeros(8, 64, 3, 3)},
+            r"found features.2.weight \(8, 64, 3, 3\), expected \(64, 64, 3, 3\)",
+        ),
+    ],
+)
+def test_perceptual_weights_that_do_not_fit(tmp_path, spoil, message):
+    path = tmp_path / "vgg.pth"
+    if spoil:
+        torch.save(spoil(write_vgg(path, 1)), path)
+    with pytest.raises(UserError, match=message) as error:
+        PerceptualDistance(path, depth=1)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+ADVERSARIAL = {"adversarial": 0.5, "discriminator_width": 32, "discriminator_layers": 1, "commitment": 0.0}
+
+
+def test_adversarial_term_starts_in_time():
+    stage = stage_of(**ADVERSARIAL, adversarial_start=1)
+    terms, _ = step(stage, 0, images())
+    assert "adversarial" not in terms
+    assert terms["loss"].item() == pytest.approx(terms["l1"].item(), rel=1e-6)
+    gradients = [value.grad for value in stage.model.discriminator.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    terms, _ = step(stage, 1, images())
+    parts = terms["l1"] + terms["discriminator"] + 0.5 * terms["adversarial"]
+    assert terms["loss"].item() == pytest.approx(parts.item(), rel=1e-5)
+    assert all(value.grad.abs().max() > 0 for value in stage.model.discriminator.parameters())
+
+
+def test_each_side_learns_from_its_own_loss_alone():
+    stage = stage_of(**ADVERSARIAL)
+    step(stage, 0, images())
+    training = stage.model
+    for name, mine, others in [
+        ("adversarial", training.tokenizer, training.discriminator),
+        ("discriminator", training.discriminator, training.tokenizer),
+    ]:
+        training.zero_grad()
+        training(images(), True)[name].backward()
+        assert all(value.grad is None for value in others.parameters()), name
+        assert all(value.grad.abs().max() > 0 for value in mine.parameters()), name
+    out = training(images(), True)
+    scores = training.discriminator(images()), training.discriminator(out["images"])
+    assert out["discriminator"].item() == pytest.approx(hinge(*scores).item(), rel=1e-5)
+    assert out["adversarial"].item() == pytest.approx(-scores[1].mean().item(), rel=1e-5)
+
+
+def test_adaptive_weight_levels_the_gradients():
+    stage = stage_of(**ADVERSARIAL, adversarial_balance="adaptive")
+    step(stage, 0, images())
+    terms, _ = step(stage, 1, images())
+    last = stage.model.tokenizer.decoder.conv_out.weight
+    stage.model.zero_grad()
+    out = stage.model(images(), True)
+    fooled = torch.autograd.grad(out["adversarial"], last, retain_graph=True)[0].norm()
+    similar = torch.autograd.grad(F.l1_loss(out["images"], images()), last)[0].norm()
+    # after_step has moved the codebook between the two evaluations, so only the size is the same
+    assert terms["adversarial_weight"].item() == pytest.approx((0.5 * similar / fooled).item(), rel=0.5)
+    assert not terms["adversarial_weight"].requires_grad
+
+
+def test_discriminator_learns_to_tell_apart():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(32, 1)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
+    real, fake = images(), images(seed=1) + 0.2 * torch.randn(4, 3, SIZE, SIZE)
+    before = hinge(discriminator(real), discriminator(fake)).item()
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = hinge(discriminator(real), discriminator(fake))
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * before
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_curves():
+    """Curves take a second to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.Report, "curves", lambda self: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for number, image in enumerate(images(6, size=32)):
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(root / f"{number}.png")
+    return root
+
+
+def load(folder, out, *settings: str) -> Recipe:
+    """A recipe with every term but the perceptual one, six steps of two micro-steps."""
+    tiny = [
+        f"data.source={folder}", f"out={out}", f"data.size={SIZE}", "data.workers=0", "model.width=32",
+        "model.multipliers=[1,1]", "model.blocks=1", "model.codebook=16", "model.dim=4", "loss.adversarial=0.1",
+        "loss.adversarial_start=2", "loss.adversarial_balance=adaptive", "loss.discriminator_layers=1",
+        "loss.discriminator_width=32", "loss.revive_after=2", "train.steps=6", "train.batch=4", "train.accumulate=2",
+        "train.lr=1e-3", "train.schedule=constant", "train.log_every=1", "train.checkpoint_every=3",
+    ]  # fmt: skip
+    return recipes.load(Recipe, None, [*tiny, *settings])
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    tokenizer_stage.run(load(folder, out))
+    return out
+
+
+def test_exported_file_is_the_tokenizer_alone(finished):
+    tokenizer = load_tokenizer(finished)
+    assert tokenizer.grid == (12, 12)
+    assert set(tokenizer.state_dict()) == set(Tokenizer(MODEL).state_dict())
+    state = torch.load(finished / "checkpoints/step-6/training.pt", weights_only=True)["model"]
+    assert any(name.startswith("discriminator.") for name in state)
+    training = TokenizerTraining(Tokenizer(MODEL), PatchDiscriminator(32, 1))
+    training.load_state_dict(state)
+    ids = tokenizer.encode(images())
+    assert torch.equal(ids, training.tokenizer.encode(images()))
+    assert torch.equal(tokenizer.lookup(ids), training.tokenizer.lookup(ids, (12, 12)))
+
+
+def test_run_folder(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {"l1", "commitment", "psnr", "usage", "perplexity", "revived", "adversarial", "discriminator"} <= set(
+        lines[-1]
+    )
+    assert "adversarial" not in lines[0]
+    with Image.open(finished / "images" / "recon-6.png") as picture:
+        assert picture.width > 2 * SIZE
+    before = (finished / "model.safetensors").stat().st_mtime_ns
+    tokenizer_stage.run(recipes.load(Recipe, finished / "recipe.yaml", []))
+    assert (finished / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_continued_run_equals_one_that_never_stopped(folder, finished, tmp_path):
+    for steps in (3, 6):
+        tokenizer_stage.run(load(folder, tmp_path / "run", f"train.steps={steps}"))
+    runs = [tmp_path / "run", finished]
+    states = [torch.load(run / "checkpoints/step-6/training.pt", weights_only=True)["model"] for run in runs]
+    assert {"count", "total", "idle", "tokenizer.quantize.embedding.weight"} <= set(states[0])
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.size=25"], r"data\.size: image size 25 x 25: expected multiples of the tokenizer's stride 2"),
+        (["loss.discriminator_layers=4"], r"loss\.discriminator_layers: found 4, for images of at least 48 pixels"),
+        (
+            ["loss.adversarial=0", "loss.perceptual_weights=vgg.pth"],
+            r"loss\.perceptual_weights: vgg\.pth: no such file",
+        ),
+        (["loss.l1=0"], r"loss\.l1: found 0"),
+        (["loss.codebook_decay=1"], r"loss\.codebook_decay: found 1, expected a number >= 0 and < 1"),
+        (["loss.revive_after=0"], r"loss\.revive_after: found 0, expected a whole number >= 1 or null"),
+        (["loss.revive=3"], r"unknown key 'loss\.revive'; did you mean 'loss\.revive_after'"),
+        (["train.compile=true"], r"train\.compile: found true, expected false with loss\.adversarial_balance=adaptive"),
+        (["model.width=48"], r"model\.width: found 48, expected a multiple of groups = 32"),
+    ],
+)
+def test_bad_input(folder, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        tokenizer_stage.run(load(folder, tmp_path / "run", *settings))
+    assert "\n" not in str(error.value)
