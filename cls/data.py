@@ -7,7 +7,9 @@ from itertools import zip_longest
 import numpy as np
 
 from addp_core.base.errors import UserError
-from addp_core.data.sources import Cached, DataConfig, ImageSource, open_source
+from addp_core.data.cache import CachedSource
+from addp_core.data.config import DataConfig
+from addp_core.data.sources import ImageSource, open_source
 from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier
 
@@ -73,4 +75,4 @@ def held(source: ImageSource, config: DataConfig, share: float) -> ImageSource:
     """The source in memory where `data.cache` says so, with the pixels that an evaluation crop of this share needs."""
     if config.cache != "ram":
         return source
-    return Cached(source, math.ceil(max(config.hw) / share), config.cache_gb)
+    return CachedSource(source, math.ceil(max(config.hw) / share), config.cache_gb)

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import default_workers, start_worker, tolerated
-from addp_core.networks.classifier import RGB, normalise
+from addp_core.data.stream import default_workers, error_limit, ignore_signals
+from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import arithmetic
 from addp_core.training.engine import process_state
 
@@ -93,11 +93,11 @@ def answers(
         _Images(source, transform, batches),
         batch_size=None,
         num_workers=min(default_workers() if workers is None else workers, len(batches)),
-        worker_init_fn=start_worker,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
     device = next(model.parameters()).device
-    limit, unreadable = tolerated(max_errors, len(wanted)), 0
+    limit, unreadable = error_limit(max_errors, len(wanted)), 0
     shown = tqdm(total=len(mine), desc=title, unit="img", disable=not (title and state.is_main_process), leave=False)
     with shown as bar:
         for images, labels, places, errors in loader:
@@ -117,7 +117,7 @@ def answers(
                         f"{source.name(int(places[row]))}: found label {int(labels[row])}, "
                         f"expected 0 to {len(source.classes) - 1}"
                     )
-                pixels = normalise(images.to(device, non_blocking=True).float() / 255, mean, std)
+                pixels = normalize(images.to(device, non_blocking=True).float() / 255, mean, std)
                 with torch.inference_mode(), arithmetic(precision, device):
                     outputs = model(pixels)
                 yield Answers(outputs.float().cpu(), labels, places)
@@ -137,7 +137,7 @@ class _Images(Dataset):
         images, labels, indices, errors = [], [], [], []
         for index in self.batches[number]:
             try:
-                picture, label = self.source.picture(index)
+                picture, label = self.source.open_image(index)
                 images.append(self.transform.pixels(picture))
                 labels.append(label)
                 indices.append(index)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import replacing
+from addp_core.base.files import atomic_replace
 from addp_core.data.sources import ImageSource
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
@@ -227,7 +227,7 @@ def _write(path: Path, parts: list[Answers], features: Features, dtype: torch.dt
         for p, pooling in enumerate(features.poolings):
             tensors[_name(block, pooling)] = outputs[:, :, k, p].contiguous()
     try:
-        with replacing(path) as temporary:
+        with atomic_replace(path) as temporary:
             save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error}); start again to continue after it") from error

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import Batch, DataConfig, Stream
+from addp_core.data.stream import Batch, Stream
 from addp_core.networks.classifier import Classifier
 from addp_core.recipes.config import dump
 from addp_core.recipes.keys import with_defaults

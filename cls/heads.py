@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import replacing, write_atomically
+from addp_core.base.files import atomic_replace, write_atomically
 from addp_core.base.rng import generator
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
@@ -271,7 +271,7 @@ def write_head(path: Path, row: dict[str, Any], head: Heads, key: str) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         tensors = {name: value.cpu().contiguous() for name, value in vars(head).items()}
-        with replacing(path) as temporary:
+        with atomic_replace(path) as temporary:
             save_file(tensors, temporary, {KEY: key, ROW: json.dumps(row)})
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -17,10 +17,11 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from addp_core.data.images import eval_transform
+from addp_core.data.config import DataConfig
+from addp_core.data.images import eval_transform, pretrain_transform
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import Batch, DataConfig, Stream, pretrain_transform
-from addp_core.networks.classifier import Classifier, normalise
+from addp_core.data.stream import Batch, Stream
+from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder
 from addp_core.recipes.config import dump
 from addp_core.recipes.keys import with_defaults
@@ -137,7 +138,7 @@ class ProbeStage(Stage):
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """The loss comes in the last micro-step, as many times as there are, since the engine takes their mean."""
         check_batch(batch, self.classifier.num_classes)
-        images = normalise(batch.images, self.classifier.mean, self.classifier.std)
+        images = normalize(batch.images, self.classifier.mean, self.classifier.std)
         self.held.append((self.features(images)[:, 0, 0, 0], batch.labels))
         parts = self.recipe.train.accumulate
         if (draw.micro + 1) % parts:

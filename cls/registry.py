@@ -13,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from addp_core.networks.classifier import Classifier
-from addp_core.networks.encoder import SIZES, Encoder, EncoderConfig
+from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.weights.checkpoint import load_encoder
 from addp_core.weights.layouts import encoder_names, strip
 
@@ -130,7 +130,7 @@ def _read_features(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: A
 
 
 def _build(name: str, size: str, pretrained: bool, **options: Any) -> nn.Module:
-    config = SIZES[size]
+    config = VIT_SIZES[size]
     shape = {"embed_dim": config["width"], "depth": config["depth"], "num_heads": config["heads"]}
     features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
     model = build_model_with_cfg(TimmClassifier, name, pretrained, feature_cfg=features, **{**shape, **options})

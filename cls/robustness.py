@@ -29,12 +29,13 @@ from annotated_types import Ge, Gt, Le
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from addp_core.base.errors import UserError, calling, nearest
+from addp_core.base.errors import UserError, did_you_mean, renaming_keys
 from addp_core.base.files import write_atomically
 from addp_core.base.rng import seed_for
-from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, SIDE, corrupted
-from addp_core.data.images import Picture, eval_transform
-from addp_core.data.sources import DataConfig, HubSet, ImageSource, open_source
+from addp_core.data.config import DataConfig
+from addp_core.data.corruptions import CORRUPTIONS, REFERENCE_SIDE, SEVERITIES, corrupted_jpeg
+from addp_core.data.images import LazyImage, eval_transform
+from addp_core.data.sources import HubDataset, ImageSource, open_source
 from addp_core.networks.classifier import Classifier
 from addp_core.recipes.config import dump
 from addp_core.training.compute import Precision, accelerate_model
@@ -198,7 +199,7 @@ def cells_on_disk(root: Path, allow_missing: bool) -> list[Cell]:
         missing += [(name, severity) for severity in SEVERITIES if severity not in there]
     if missing and (not allow_missing or not cells):
         others = {entry.name for place in places if place.is_dir() for entry in os.scandir(place)} - set(CORRUPTIONS)
-        near = nearest(missing[0][0], others)
+        near = did_you_mean(missing[0][0], others)
         raise UserError(
             f"imagenet_c: {root} lacks {lacking(missing)}{near}; the mean needs {len(CORRUPTIONS)} corruptions at "
             f"{len(SEVERITIES)} severities: add them, or set allow_missing=true for the mean over what is there"
@@ -227,7 +228,7 @@ class Corrupted(ImageSource):
 
     def __init__(self, source: ImageSource, hw: tuple[int, int], corruption: str, severity: int, seed: int):
         self.classes, self.labels = source.classes, source.labels
-        factor = min(1.0, SIDE / min(hw))
+        factor = min(1.0, REFERENCE_SIDE / min(hw))
         self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), SHARE_224)
         self._corruption, self._severity, self._seed = corruption, severity, seed
 
@@ -237,14 +238,14 @@ class Corrupted(ImageSource):
     def name(self, index: int) -> str:
         return self._source.name(index)
 
-    def load(self, index: int) -> tuple[bytes, int]:
-        return self._source.load(index)
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
+        return self._source.read_bytes(index)
 
-    def picture(self, index: int) -> tuple[Picture, int]:
-        picture, label = self._source.picture(index)
+    def open_image(self, index: int) -> tuple[LazyImage, int]:
+        picture, label = self._source.open_image(index)
         clean = self._crop.pixels(picture).permute(1, 2, 0).numpy()
         seed = seed_for(self._seed, "corrupt", index, self._corruption, self._severity)
-        return Picture(corrupted(clean, self._corruption, self._severity, np.random.default_rng(seed))), label
+        return LazyImage(corrupted_jpeg(clean, self._corruption, self._severity, np.random.default_rng(seed))), label
 
 
 # -------------------- classes
@@ -284,7 +285,7 @@ def logits_of(key: str, where: str, classes: Sequence[str], names: Sequence[str]
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(
             f"{key}: class {unknown[0]!r}{more} of {where} is none of the model's {len(names)}, such as "
-            f"{names[0]!r}{nearest(unknown[0], names)}"
+            f"{names[0]!r}{did_you_mean(unknown[0], names)}"
         )
     if len(classes) > len(names):
         raise UserError(f"{key}: {where} has label {len(classes) - 1}, expected 0 to {len(names) - 1}: the model's")
@@ -343,7 +344,7 @@ class Bench:
                 self.check_whole(folders)
                 cells += there
                 continue
-            with calling(KEYS | {"data.source": key}):
+            with renaming_keys(KEYS | {"data.source": key}):
                 source = self.sources[key] = open_source(DataConfig(source=where, split=self.recipe.split))
             self.columns(key, source)
             if key == "corrupt":
@@ -367,7 +368,7 @@ class Bench:
 
     def open(self, cell: Cell) -> ImageSource:
         if cell.path is not None:
-            with calling(KEYS | {"data.source": cell.key}):
+            with renaming_keys(KEYS | {"data.source": cell.key}):
                 return open_source(str(cell.path), self.recipe.split)
         source = self.sources[cell.key]
         if cell.key != "corrupt":
@@ -384,7 +385,7 @@ class Bench:
     def columns(self, key: str, source: ImageSource) -> tuple[Tensor, Tensor]:
         """(Long[k]: the logits that compete, Long[classes of the set]: which of those k each label is)."""
         where = getattr(self.recipe, key)
-        logits = logits_of(key, where, source.classes, self.names, isinstance(source, HubSet))
+        logits = logits_of(key, where, source.classes, self.names, isinstance(source, HubDataset))
         if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= len(logits)):
             found = source.labels.min() if source.labels.min() < 0 else source.labels.max()
             raise UserError(f"{key}: {where} has label {found}, expected 0 to {len(logits) - 1}")
@@ -398,7 +399,7 @@ class Bench:
         over, targets = self.columns(cell.key, source)
         scores = Scores.of(len(over))
         recipe = self.recipe
-        with calling(KEYS | {"data.source": cell.key}):
+        with renaming_keys(KEYS | {"data.source": cell.key}):
             for seen in answers(
                 self.model,
                 source,

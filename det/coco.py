@@ -21,10 +21,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from addp_core.base.errors import UserError, nearest
-from addp_core.data.images import ImageError, Picture, image_errors
+from addp_core.base.errors import UserError, did_you_mean
+from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import tolerated
+from addp_core.data.stream import error_limit
 from det.config import Category, CocoFiles
 
 log = logging.getLogger("addp")
@@ -34,7 +34,7 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOev
 RECALL = 8  # place of the recall with 100 detections in them
 
 
-class ScenePicture(Picture):
+class ScenePicture(LazyImage):
     """A picture and what is to be seen on it: `objects` as `CocoSet.objects` gives them."""
 
     def __init__(self, encoded: bytes, objects: list[dict[str, Any]]):
@@ -82,7 +82,7 @@ class CocoSet(ImageSource):
     def _tolerate(self, total: int, max_errors: float) -> None:
         if not self.missing:
             return
-        limit = tolerated(max_errors, total)
+        limit = error_limit(max_errors, total)
         found = f"{len(self.missing)} of {total} image files are missing in {self.folder} ({_some(self.missing)})"
         if len(self.missing) > limit:
             raise UserError(
@@ -94,17 +94,17 @@ class CocoSet(ImageSource):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def load(self, index: int) -> tuple[bytes, int]:
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
         with open(self.name(index), "rb") as file:
             return file.read(), -1
 
     def name(self, index: int) -> str:
         return os.path.join(self.folder, self._names[index])
 
-    def picture(self, index: int) -> tuple[ScenePicture, int]:
+    def open_image(self, index: int) -> tuple[ScenePicture, int]:
         """The image with its objects, and -1. Raises `ImageError`."""
-        with image_errors():
-            picture = ScenePicture(self.load(index)[0], self.objects(index))
+        with wrap_image_errors():
+            picture = ScenePicture(self.read_bytes(index)[0], self.objects(index))
         if (picture.height, picture.width) != self.sizes[index]:
             height, width = self.sizes[index]
             raise ImageError(f"{picture.width} x {picture.height} pixels, but {width} x {height} in the annotations")
@@ -157,14 +157,14 @@ def _find(config: CocoFiles, key: str, usual: Sequence[str]) -> Path:
     if given:
         path = Path(given).expanduser()
         if not path.exists():
-            near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+            near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
             raise UserError(f"data.{key}: {path} does not exist{near}")
         return path
     if not config.root:
         raise UserError(f"data.root: missing; expected the folder of a COCO set, as in data=coco, or data.{key}=...")
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        near = nearest(root.name, os.listdir(root.parent)) if root.parent.is_dir() else ""
+        near = did_you_mean(root.name, os.listdir(root.parent)) if root.parent.is_dir() else ""
         raise UserError(f"data.root: {root} is not a folder{near}; expected the folder of a COCO set")
     for name in usual:
         if (root / name).exists():

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
-from addp_core.networks.encoder import AttentionConfig, EncoderConfig
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import EncoderConfig
 
 ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
 

@@ -20,7 +20,7 @@ import torch
 from annotated_types import Ge
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import AttentionConfig
+from addp_core.networks.attention import AttentionConfig
 from addp_core.training.compute import accelerate_model, arithmetic
 from addp_core.training.engine import TrainConfig, make_optimizer
 from addp_core.training.timing import Parts, peak_memory, reset_peak_memory

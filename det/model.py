@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import replacing
+from addp_core.base.files import atomic_replace
 from addp_core.data.images import ImageError
 from addp_core.networks.encoder import Encoder
 from addp_core.weights.checkpoint import METADATA_KEY, Source, read_weights
@@ -82,7 +82,7 @@ def save_detector(model: nn.Module, path: str | os.PathLike) -> None:
     """All weights as one safetensors file, `model.file` in its metadata. OSError where it cannot be written."""
     text = json.dumps({"kind": KIND, "architecture": asdict(model.file)})
     state = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
-    with replacing(Path(path)) as temporary:
+    with atomic_replace(Path(path)) as temporary:
         try:
             save_file(state, temporary, metadata={METADATA_KEY: text})
         except SafetensorError as error:  # how its writer reports a full disk
@@ -116,7 +116,7 @@ def detect_all(model: nn.Module, coco: CocoSet) -> list[dict[str, Any]]:
     mine = range(state.process_index, len(coco), state.num_processes)
     for index in tqdm(mine, desc="detect", unit="img", disable=None if state.is_main_process else True):
         try:
-            image = to_tensor(coco.picture(index)[0].image())
+            image = to_tensor(coco.open_image(index)[0].decode())
         except ImageError as error:
             log.warning("%s: %s; it counts as an image on which nothing is found", coco.name(index), error)
             continue

@@ -15,9 +15,9 @@ from annotated_types import Ge, Interval
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from addp_core.base.errors import UserError, calling
+from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
-from addp_core.data.stream import open_source
+from addp_core.data.sources import open_source
 from addp_core.training.compute import accelerate_model
 from addp_core.training.engine import process_state
 from det.drawing import draw
@@ -42,7 +42,7 @@ def run(recipe: Recipe) -> None:
     """Look at every image; those that cannot be read are named and passed over."""
     out = make_folder(recipe.out)
     state = process_state()
-    with calling({"data.source": "images", "data.split": "images"}):
+    with renaming_keys({"data.source": "images", "data.split": "images"}):
         source = open_source(recipe.images)
     model = load_detector(recipe.model).to(state.device).requires_grad_(False)
     accelerate_model(model)
@@ -52,7 +52,7 @@ def run(recipe: Recipe) -> None:
     for index in tqdm(mine, desc="detect", unit="img", disable=None if state.is_main_process else True):
         name = os.path.relpath(source.name(index), root)
         try:
-            image = to_tensor(source.picture(index)[0].image())
+            image = to_tensor(source.open_image(index)[0].decode())
         except ImageError as error:
             log.warning("%s: %s; passed over", source.name(index), error)
             unreadable.append(name)

@@ -44,7 +44,7 @@ class DetStage(Stage):
             if len(shown) == PREVIEWS:
                 break
             try:
-                image = to_tensor(self.val.picture(index)[0].image())
+                image = to_tensor(self.val.open_image(index)[0].decode())
             except ImageError:  # evaluation names it
                 continue
             (found,) = model.detect([image.to(device)])

@@ -16,8 +16,10 @@ import yaml
 from annotated_types import Interval
 
 from addp_core.base.errors import UserError
-from addp_core.data.stream import DataConfig, Stream
-from addp_core.networks.encoder import AttentionConfig, Encoder
+from addp_core.data.config import DataConfig
+from addp_core.data.stream import Stream
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder
 from addp_core.recipes.config import dump
 from addp_core.training.engine import TrainConfig, prepare_out, train
 from addp_core.weights.start import Start, check_positions

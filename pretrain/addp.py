@@ -14,7 +14,10 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.data.stream import Batch, DataConfig, Stream, open_source, pretrain_transform
+from addp_core.data.config import DataConfig
+from addp_core.data.images import pretrain_transform
+from addp_core.data.sources import open_source
+from addp_core.data.stream import Batch, Stream
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.method.diffusion import ProcessConfig, draw_masks
 from addp_core.method.sampler import sample

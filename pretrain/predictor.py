@@ -14,10 +14,13 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.data.stream import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
+from addp_core.data.config import DataConfig
+from addp_core.data.images import pretrain_transform
+from addp_core.data.sources import open_source
+from addp_core.data.stream import Batch, Stream, example_images
 from addp_core.method.diffusion import map_tokens
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
-from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_map
+from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
 from addp_core.recipes.config import dump
 from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
 from addp_core.weights.checkpoint import fingerprint, load_tokenizer, save_model
@@ -118,7 +121,7 @@ class PredictorStage(Stage):
             [
                 images,
                 self.tokenizer.decode(self.tokenizer.lookup(ids, self.grid)),
-                self.tokenizer.decode(to_map(mixed, self.grid)),
+                self.tokenizer.decode(to_feature_map(mixed, self.grid)),
             ]
         )
         return {"guess": rows.clamp(0, 1)}

@@ -18,8 +18,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
-from addp_core.data.stream import Batch, DataConfig, Stream, example_images, open_source, pretrain_transform
-from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, to_map
+from addp_core.data.config import DataConfig
+from addp_core.data.images import pretrain_transform
+from addp_core.data.sources import open_source
+from addp_core.data.stream import Batch, Stream, example_images
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, to_feature_map
 from addp_core.recipes.config import dump
 from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
 from addp_core.weights.checkpoint import save_model
@@ -209,8 +212,8 @@ class TokenizerTraining(nn.Module):
         The gradient reaches the encoder as if there were no quantization (straight through).
         """
         h = self.tokenizer.encoder(images).float()
-        ids = self.tokenizer.quantize.nearest(h.detach())
-        codes = to_map(self.tokenizer.quantize.embedding(ids), h.shape[2:])
+        ids = self.tokenizer.quantize.nearest_ids(h.detach())
+        codes = to_feature_map(self.tokenizer.quantize.embedding(ids), h.shape[2:])
         out = {"features": h.flatten(2).transpose(1, 2).flatten(0, 1), "ids": ids, "commitment": F.mse_loss(h, codes)}
         out["images"] = self.tokenizer.decode(h + (codes - h).detach())
         if self.discriminator is not None and adversarial:

@@ -14,7 +14,8 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import SIZES, AttentionConfig, Encoder, EncoderConfig
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.weights.checkpoint import load_encoder
 from addp_core.weights.start import check_positions
 
@@ -59,7 +60,9 @@ class AddpViT(BaseModule):
             self.encoder = load_encoder(init_cfg["checkpoint"], size, **options, **shape)
             check_positions(self.encoder, init_cfg["checkpoint"], "relative")
         else:
-            config = EncoderConfig(**(SIZES[arch] if isinstance(arch, str) else arch), **options, input_dropout=dropout)
+            config = EncoderConfig(
+                **(VIT_SIZES[arch] if isinstance(arch, str) else arch), **options, input_dropout=dropout
+            )
             self.encoder = Encoder(config, size, patch_size, attention, dynamic=True)
         self.encoder.checkpointing = checkpointing
         self.encoder.requires_grad_(True)

@@ -19,10 +19,10 @@ from PIL import Image
 from torch.utils.data import Sampler
 
 from addp_core.base.rng import generator, seed_for
-from addp_core.data.stream import rng_kept, seed_all, start_worker
+from addp_core.data.stream import ignore_signals, preserve_rng, seed_cpu
 from seg.scenes import class_names, find_pairs, palette, read_class_map, read_picture
 
-FUNCTIONS.register_module(name="start_worker", module=start_worker)
+FUNCTIONS.register_module(name="start_worker", module=ignore_signals)
 
 
 @DATASETS.register_module()
@@ -52,8 +52,8 @@ class SceneFolder(BaseSegDataset):
         if self.seed is None:
             return super().__getitem__(position)
         epoch, place = divmod(position, len(self))
-        with rng_kept():
-            seed_all(seed_for(self.seed, "augment", position))
+        with preserve_rng():
+            seed_cpu(seed_for(self.seed, "augment", position))
             return super().__getitem__(int(self._order(epoch)[place]))
 
     def __getstate__(self) -> dict[str, Any]:

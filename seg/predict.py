@@ -17,9 +17,9 @@ from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from addp_core.base.errors import UserError, calling
+from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
-from addp_core.data.sources import Files, ImageSource, open_source
+from addp_core.data.sources import ImageFiles, ImageSource, open_source
 from addp_core.training.engine import process_state
 from seg.scenes import numbered, palette
 from seg.settings import TestConfig, import_mmseg, load_segmentor
@@ -55,7 +55,7 @@ def run(recipe: Recipe) -> None:
     mine = range(processes.process_index, len(names), processes.num_processes)
     for index in tqdm(mine, unit="img", disable=not processes.is_main_process):
         try:
-            picture = source.picture(index)[0].image()
+            picture = source.open_image(index)[0].decode()
         except ImageError as error:
             log.warning("%s: %s; passed over", source.name(index), error)
             unreadable.append(index)
@@ -74,8 +74,8 @@ def open_pictures(images: str) -> tuple[Path, ImageSource]:
     """(the folder they lie in, the pictures by name). UserError where there are none."""
     path = Path(images).expanduser()
     if path.is_file() and path.suffix.lower() != ".tar":
-        return path.parent, Files(path.parent, [path.name])
-    with calling({"data.source": "images", "data.split": "images"}):
+        return path.parent, ImageFiles(path.parent, [path.name])
+    with renaming_keys({"data.source": "images", "data.split": "images"}):
         return path, open_source(images)
 
 

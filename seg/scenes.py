@@ -18,7 +18,7 @@ from annotated_types import Ge
 from PIL import Image
 
 from addp_core.base.errors import UserError
-from addp_core.data.images import ImageError, Picture, image_errors
+from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 
 log = logging.getLogger("addp")
 
@@ -109,7 +109,7 @@ def palette(classes: int) -> np.ndarray:
 def read_picture(path: str | Path) -> Image.Image:
     """The picture as upright RGB. UserError where it cannot be read."""
     try:
-        return Picture(Path(path).read_bytes()).image()
+        return LazyImage(Path(path).read_bytes()).decode()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ImageError as error:
@@ -122,7 +122,7 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
     UserError where it cannot be read, has another size or more than one channel, or holds a label beyond the classes.
     """
     try:
-        with image_errors(), Image.open(path) as image:
+        with wrap_image_errors(), Image.open(path) as image:
             labels = np.array(image).astype(np.int32)
     except ImageError as error:
         raise UserError(f"{path}: {error}") from error
@@ -150,8 +150,8 @@ def check_pairs(pairs: list[Pair], classes: int, most: int) -> None:
         log.info("reading %d of %d pairs to check them (data.check)", len(chosen), len(pairs))
     for i in chosen:
         try:
-            with image_errors():
-                picture = Picture(pairs[i].picture.read_bytes())
+            with wrap_image_errors():
+                picture = LazyImage(pairs[i].picture.read_bytes())
         except ImageError as error:
             raise UserError(f"{pairs[i].picture}: {error}") from error
         read_class_map(pairs[i].classes, (picture.height, picture.width), classes)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from addp_core.base.errors import UserError, nearest
-from addp_core.base.files import replacing
+from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.files import atomic_replace
 from addp_core.weights.checkpoint import METADATA_KEY, read_weights
 from addp_core.weights.layouts import ARCHITECTURES
 from addp_core.weights.start import NORMALISATION
@@ -88,7 +88,7 @@ def read_config(name: str) -> Any:
     path = CONFIGS / f"{name}.py"
     if not path.is_file():
         known = config_names()
-        raise UserError(f"config: no config {name!r}; there are {', '.join(known)}{nearest(name, known)}")
+        raise UserError(f"config: no config {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}")
     return _from_file(path)
 
 
@@ -191,7 +191,7 @@ def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -
     """Write a segmentor as one safetensors file. OSError where it cannot be written."""
     text = json.dumps({"kind": KIND, "architecture": asdict(segmentor)})
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={METADATA_KEY: text})
         except SafetensorError as error:  # how its writer reports a full disk

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval, Le
 
-from addp_core.base.errors import UserError, calling
-from addp_core.networks.encoder import SIZES, EncoderConfig
+from addp_core.base.errors import UserError, renaming_keys
+from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.weights.checkpoint import MODEL_FILE
@@ -151,12 +151,12 @@ def describe(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
     backbone = cfg.model.backbone
     patch = recipe.patch_size or backbone.patch_size
     if recipe.model:
-        start = replace(recipe, init="random", patch_size=patch if recipe.model in SIZES else recipe.patch_size)
-        with calling({"data.size": "data.crop"}):
+        start = replace(recipe, init="random", patch_size=patch if recipe.model in VIT_SIZES else recipe.patch_size)
+        with renaming_keys({"data.size": "data.crop"}):
             encoder = start.pixel_encoder(recipe.data.crop)
         config, patch = encoder.config, encoder.patch_size
     else:
-        arch = SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
+        arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
         config = EncoderConfig(**arch, tokenizer_norm=recipe.tokenizer_norm)
     return Segmentor(
         width=config.width,

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import replacing, write_atomically
+from addp_core.base.files import atomic_replace, write_atomically
 from addp_core.base.rng import generator
 from addp_core.networks.classifier import Classifier
-from addp_core.networks.encoder import SIZES
+from addp_core.networks.encoder import VIT_SIZES
 from addp_core.weights.checkpoint import (
     MODEL_FILE,
     load_addp,
@@ -163,7 +163,7 @@ def export_timm(recipe: Recipe, out: Path) -> None:
     if model.class_names:
         config["label_names"] = list(model.class_names)
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / MODEL_FILE) as temporary:
+    with atomic_replace(out / MODEL_FILE) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
     write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -174,7 +174,7 @@ def export_timm(recipe: Recipe, out: Path) -> None:
 
 
 def _size_name(width: int) -> str:
-    return next((name for name, size in SIZES.items() if size["width"] == width), "base")
+    return next((name for name, size in VIT_SIZES.items() if size["width"] == width), "base")
 
 
 # -------------------- ONNX
@@ -203,7 +203,7 @@ def export_onnx(recipe: Recipe, out: Path) -> None:
     )
     about = {"mean": model.mean, "std": model.std, "class_names": model.class_names}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value})
-    with replacing(out) as temporary:
+    with atomic_replace(out) as temporary:
         program.save(temporary, external_data=False)
 
     import onnxruntime

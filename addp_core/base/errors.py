@@ -9,14 +9,14 @@ class UserError(Exception):
     """The user's input is wrong. The message is one line; the command line prints it alone and exits with 2."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'; did you mean 'x'?' for the known word closest to `word`, or '' where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextlib.contextmanager
-def calling(names: Mapping[str, str]) -> Iterator[None]:
+def renaming_keys(names: Mapping[str, str]) -> Iterator[None]:
     """A `UserError` from within calls keys by the caller's names: {"data.source": "images", ...}."""
     try:
         yield

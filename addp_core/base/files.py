@@ -5,18 +5,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY = ".tmp-"  # begins the name of everything unfinished
+TEMPORARY_PREFIX = ".tmp-"  # begins the name of everything unfinished
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on leaving without an error it is flushed to the disk and becomes `path`."""
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         yield temporary
-        flush(temporary)
+        sync_to_disk(temporary)
         os.replace(temporary, path)
-        flush(path.parent)
+        sync_to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -24,11 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a small file; after a kill at any moment it holds its old content or the new one."""
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         temporary.write_bytes(content)
 
 
-def flush(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -22,41 +22,41 @@ from scipy import fft, ndimage
 Array = np.ndarray
 Rng = np.random.Generator
 
-SIDE = 224  # pixels of the published pictures
-FILE_QUALITY = 85  # of the published JPEG files
+REFERENCE_SIDE = 224  # pixels of the published pictures
+JPEG_QUALITY = 85  # of the published JPEG files
 SEVERITIES = range(1, 6)
 
 
-def corrupt(image: Array, name: str, severity: int, rng: Rng) -> Array:
+def apply_corruption(image: Array, name: str, severity: int, rng: Rng) -> Array:
     """`image`: float[h,w,3] in [0,1] -> the same shape and range; `severity` 1 to 5."""
     return np.clip(CORRUPTIONS[name](image, severity - 1, rng), 0.0, 1.0)
 
 
-def corrupted(image: Array, name: str, severity: int, rng: Rng) -> Image.Image:
+def corrupted_jpeg(image: Array, name: str, severity: int, rng: Rng) -> Image.Image:
     """uint8[h,w,3] -> a picture as the published files hold them: corrupted, then written as JPEG and read again."""
-    return _jpeg(corrupt(image / 255, name, severity, rng), FILE_QUALITY)
+    return _jpeg(apply_corruption(image / 255, name, severity, rng), JPEG_QUALITY)
 
 
 # -------------------- tools
 
 
-def clouds(rng: Rng, height: int, width: int, cells: int) -> Array:
+def smooth_noise(rng: Rng, height: int, width: int, cells: int) -> Array:
     """float[h,w]: smooth noise of about `cells` x `cells` bumps, mean 0, standard deviation 1."""
     coarse = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
     fine = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
     return (fine - fine.mean()) / (fine.std() + 1e-9)
 
 
-def plasma(rng: Rng, height: int, width: int, decay: float) -> Array:
+def cloud_noise(rng: Rng, height: int, width: int, decay: float) -> Array:
     """float[h,w] in [0,1]: clouds of all sizes, each octave weaker by `decay` squared than the one above."""
     octaves = range(max(1, min(height, width).bit_length()))
-    total = sum(clouds(rng, height, width, 2**octave) / decay ** (2 * octave) for octave in octaves)
+    total = sum(smooth_noise(rng, height, width, 2**octave) / decay ** (2 * octave) for octave in octaves)
     return (total - total.min()) / (total.max() - total.min() + 1e-9)
 
 
 def _unit(image: Array) -> float:
     """Pixels here for one of the published pictures."""
-    return min(image.shape[:2]) / SIDE
+    return min(image.shape[:2]) / REFERENCE_SIDE
 
 
 def _filter(image: Array, kernel: Array) -> Array:
@@ -177,7 +177,7 @@ def snow(image: Array, s: int, rng: Rng) -> Array:
 
 def frost(image: Array, s: int, rng: Rng) -> Array:
     through, amount = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[s]
-    ridges = 1 - np.abs(2 * plasma(rng, *image.shape[:2], 1.4) - 1) ** 0.5
+    ridges = 1 - np.abs(2 * cloud_noise(rng, *image.shape[:2], 1.4) - 1) ** 0.5
     ice = (0.15 + 0.85 * ridges[..., None]) * (0.85, 0.95, 1.0)
     return through * image + amount * ice
 
@@ -185,7 +185,7 @@ def frost(image: Array, s: int, rng: Rng) -> Array:
 def fog(image: Array, s: int, rng: Rng) -> Array:
     amount, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[s]
     brightest = image.max()
-    return (image + amount * plasma(rng, *image.shape[:2], decay)[..., None]) * brightest / (brightest + amount)
+    return (image + amount * cloud_noise(rng, *image.shape[:2], decay)[..., None]) * brightest / (brightest + amount)
 
 
 def brightness(image: Array, s: int, rng: Rng) -> Array:

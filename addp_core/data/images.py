@@ -13,7 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import replacing
+from addp_core.base.files import atomic_replace
+from addp_core.data.config import DataConfig
 
 # What Pillow may try. Its other formats are no photographs, and one of them (EPS) starts a program.
 Image.init()
@@ -23,7 +24,7 @@ FORMATS = [
     if name in Image.OPEN
 ]
 EXPECTED = ".jpg, .jpeg, .png, .webp, .gif, .bmp, .tif, .tiff, .ppm, .pgm, .jp2, .avif"
-EXTENSIONS = frozenset([*EXPECTED.split(", "), ".jpe", ".jfif", ".pbm", ".pnm", ".j2k"])
+IMAGE_EXTENSIONS = frozenset([*EXPECTED.split(", "), ".jpe", ".jfif", ".pbm", ".pnm", ".j2k"])
 MAX_PIXELS = 178_956_970  # beyond this a file is taken for a decompression bomb: twice Pillow's own warning
 WHITE = (255, 255, 255, 255)
 
@@ -33,7 +34,7 @@ class ImageError(Exception):
 
 
 @contextmanager
-def image_errors() -> Iterator[None]:
+def wrap_image_errors() -> Iterator[None]:
     """What goes wrong while bytes are read and decoded is the image's fault: Pillow raises a dozen classes for it."""
     try:
         yield
@@ -47,7 +48,7 @@ def image_errors() -> Iterator[None]:
         raise ImageError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
-class Picture:
+class LazyImage:
     """An encoded image, decoded only as far as a crop needs. `width` and `height` are those of the upright picture.
 
     JPEGs are decoded at 1/2, 1/4 or 1/8 where the crop still has at least twice the pixels asked for: the same to the
@@ -60,7 +61,7 @@ class Picture:
 
         Raises `ImageError` where the header is no image's.
         """
-        with image_errors():
+        with wrap_image_errors():
             if isinstance(encoded, bytes):
                 if not encoded:
                     raise ImageError("the file is empty")
@@ -72,15 +73,15 @@ class Picture:
             self._stored = encoded.size[::-1] if self._turn in SIDEWAYS else encoded.size
             self.width, self.height = size or self._stored
 
-    def image(self) -> Image.Image:
+    def decode(self) -> Image.Image:
         """The whole upright picture as 8-bit RGB."""
-        with image_errors():
+        with wrap_image_errors():
             image = self._image.transpose(self._turn) if self._turn is not None else self._image
             return _to_rgb(image)
 
     def crop(self, box: tuple[float, float, float, float], size: tuple[int, int], flip: bool = False) -> Image.Image:
         """The part (left, top, right, bottom) of the upright picture, resized bicubically to `size` (width, height)."""
-        with image_errors():
+        with wrap_image_errors():
             image = self._image
             left, top, right, bottom = box
             wanted = (
@@ -139,7 +140,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Crop:
-    """One crop, one resize, perhaps a mirror image. Called with a Pillow image or a `Picture` -> Float[3,h,w] in [0,1].
+    """One crop, one resize, perhaps a mirror image. Called with a Pillow image or a `LazyImage` -> Float[3,h,w] in [0,1].
 
     A `Stream` calls `pixels` instead, so that a picture is decoded no further than its crop needs and travels as bytes.
     """
@@ -154,14 +155,14 @@ class Crop:
     def flip(self) -> bool:
         return False
 
-    def pixels(self, picture: Picture) -> Tensor:
+    def pixels(self, picture: LazyImage) -> Tensor:
         """UInt8[3,h,w]."""
         box = self.box(picture.width, picture.height)
         image = picture.crop(box, self.hw[::-1], self.flip())
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def __call__(self, image: Image.Image | Picture) -> Tensor:
-        picture = image if isinstance(image, Picture) else Picture(image)
+    def __call__(self, image: Image.Image | LazyImage) -> Tensor:
+        picture = image if isinstance(image, LazyImage) else LazyImage(image)
         return self.pixels(picture).contiguous().float().div_(255)
 
 
@@ -193,7 +194,7 @@ class RandomCrop(Crop):
         return self.mirror and random.random() < 0.5
 
 
-class CentreCrop(Crop):
+class CenterCrop(Crop):
     """The largest central part of the target's shape, or `share` of its sides: shorter side resized, centre cropped."""
 
     def __init__(self, hw: tuple[int, int], share: float = 1.0):
@@ -210,16 +211,21 @@ def _central(width: int, height: int, shape: float, share: float = 1.0) -> tuple
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def eval_transform(size: int | tuple[int, int], share: float = 1.0) -> CentreCrop:
+def pretrain_transform(config: DataConfig) -> RandomCrop:
+    """Random crop and mirror of pretraining (App. D: area 0.2-1, bicubic) -> Float[3,h,w] in [0,1], not normalised."""
+    return RandomCrop(config.hw, config.scale, config.ratio, config.flip)
+
+
+def eval_transform(size: int | tuple[int, int], share: float = 1.0) -> CenterCrop:
     """Centre crop -> Float[3,h,w] in [0,1]. `share` 0.875 with size 224 is the usual resize to 256, crop to 224."""
-    return CentreCrop((size, size) if isinstance(size, int) else tuple(size), share)
+    return CenterCrop((size, size) if isinstance(size, int) else tuple(size), share)
 
 
 def write_png(image: Image.Image, path: Path) -> None:
     """A PNG that is whole or absent, its folders too. UserError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_replace(path) as temporary:
             image.save(temporary, format="PNG")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room and start again") from error

@@ -7,71 +7,24 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Ge, Gt
 from PIL import Image
 from timm.data.readers import create_reader
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
-from addp_core.base.errors import UserError, nearest
-from addp_core.data.images import EXPECTED, EXTENSIONS, ImageError, Picture, image_errors
+from addp_core.base.errors import UserError, did_you_mean
+from addp_core.data.config import DataConfig
+from addp_core.data.images import EXPECTED, IMAGE_EXTENSIONS, LazyImage, wrap_image_errors
 
 log = logging.getLogger("addp")
 
 SPLITS = {"train": ("train",), "val": ("val", "validation"), "validation": ("validation", "val"), "test": ("test",)}
 HUB_SPLITS = SPLITS | {"val": ("val", "validation", "test")}  # many hub sets have no other images to validate on
 STREAM_ONLY = ("wds", "hfids", "tfds")
-
-
-@dataclass
-class DataConfig:
-    """Which images, how they are cropped and how they are loaded."""
-
-    __shorthand__ = "source"
-    source: Annotated[
-        str,
-        "folder of images (flat or nested), ImageNet root (train/<class>/...), root with meta/<split>.txt lists, "
-        ".tar file or folder of them, or hub set hfds/<name>",
-    ] = ""
-    split: Annotated[str, "part of the set: a folder or list of this name where there is one"] = "train"
-    size: Annotated[int | tuple[int, int], "pixels of the model's images: one side, or [height, width]"] = 256
-    scale: Annotated[tuple[float, float], "range of a random crop's share of the image's area"] = (0.2, 1.0)
-    ratio: Annotated[tuple[float, float], "range of a crop's width / height, as a multiple of the size's"] = (
-        0.75,
-        4 / 3,
-    )
-    flip: Annotated[bool, "mirror every other image, by chance"] = True
-    max_errors: Annotated[float, Ge(0), "unreadable images to tolerate: a count, or below 1 a share of the set"] = 0.01
-    classes: Annotated[str | None, "file that names class 0, 1, ... a line each (default: sorted folders)"] = None
-    image_key: Annotated[str, "hub sets: column of the images"] = "image"
-    label_key: Annotated[str, "hub sets: column of the labels"] = "label"
-    cache: Annotated[Literal["none", "ram"], "ram: decode and downscale all images once, at the start"] = "none"
-    cache_gb: Annotated[float, Gt(0), "memory for cache=ram, per process; what does not fit is decoded each time"] = 8.0
-    workers: Annotated[
-        int | None, Ge(0), "loading processes a training process; 0: none (default: 1 on a CPU, with a GPU up to 12)"
-    ] = None
-    prefetch: Annotated[int, Ge(1), "batches that each worker prepares ahead"] = 2
-
-    def __post_init__(self) -> None:
-        if min(self.hw) < 8:
-            raise ValueError(f"size: {self.size}, expected at least 8 pixels; set size=256 or size=[256,192]")
-        for key, low in (("scale", 0.0), ("ratio", 0.0)):
-            first, last = getattr(self, key)
-            if not low < first <= last or (key == "scale" and last > 1):
-                bounds = "0 < low <= high <= 1" if key == "scale" else "0 < low <= high"
-                raise ValueError(f"{key}: [{first}, {last}], expected {bounds}")
-
-    @property
-    def hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
 
 
 class ImageSource:
@@ -86,7 +39,7 @@ class ImageSource:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def load(self, index: int) -> tuple[bytes, int]:
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
         """The encoded image and its label (-1: none). May raise anything."""
         raise NotImplementedError
 
@@ -94,16 +47,16 @@ class ImageSource:
         """Where the image lies, for messages."""
         raise NotImplementedError
 
-    def picture(self, index: int) -> tuple[Picture, int]:
+    def open_image(self, index: int) -> tuple[LazyImage, int]:
         """The image, decoded as far as its header, and its label. Raises `ImageError`."""
-        with image_errors():
-            encoded, label = self.load(index)
-        return Picture(encoded), label
+        with wrap_image_errors():
+            encoded, label = self.read_bytes(index)
+        return LazyImage(encoded), label
 
     def read(self, index: int) -> tuple[Image.Image, int | None]:
         """The whole image, upright 8-bit RGB, and its label or None. Raises `ImageError`."""
-        picture, label = self.picture(index)
-        return picture.image(), None if label < 0 else label
+        picture, label = self.open_image(index)
+        return picture.decode(), None if label < 0 else label
 
 
 class _Names(Sequence):
@@ -121,7 +74,7 @@ class _Names(Sequence):
         return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
 
 
-class Files(ImageSource):
+class ImageFiles(ImageSource):
     """Image files `root/name`, with a label each or none."""
 
     def __init__(
@@ -134,7 +87,7 @@ class Files(ImageSource):
     def __len__(self) -> int:
         return len(self._names)
 
-    def load(self, index: int) -> tuple[bytes, int]:
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
         with open(os.path.join(self.root, self._names[index]), "rb") as file:
             return file.read(), int(self.labels[index])
 
@@ -175,7 +128,7 @@ class TarShards(ImageSource):
     def __len__(self) -> int:
         return len(self._order)
 
-    def load(self, index: int) -> tuple[bytes, int]:
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
         with self._lock:  # one file offset for all threads
             if self._pid != os.getpid():  # and, after a fork, for all processes: each opens its own
                 states = [self._reader.tar_state] if self._reader.root_is_tar else self._reader.tar_state.values()
@@ -198,7 +151,7 @@ def _warn_of_cut(path: Path) -> None:
             log.warning("data: %s does not end as a .tar does: is it cut short?", path)
 
 
-class HubSet(ImageSource):
+class HubDataset(ImageSource):
     """`hfds/<name or path>`: a set of the Hugging Face hub, or a folder `datasets` knows, through timm's reader.
 
     The split "val" is whichever of val, validation and test the set has, in this order.
@@ -218,9 +171,7 @@ class HubSet(ImageSource):
         columns = self._reader.dataset[0]
         if columns.get(config.image_key) is None:  # to ask for a column makes it, empty
             known = [name for name in columns if name != config.image_key]
-            found = (
-                f"no column {config.image_key!r}; expected one of {', '.join(known)}{nearest(config.image_key, known)}"
-            )
+            found = f"no column {config.image_key!r}; expected one of {', '.join(known)}{did_you_mean(config.image_key, known)}"
             raise UserError(f"data.image_key: {source!r} has {found}")
         names = self._reader.class_to_idx
         self.classes = tuple(sorted(names, key=names.get))
@@ -247,7 +198,7 @@ class HubSet(ImageSource):
     def __len__(self) -> int:
         return len(self._reader)
 
-    def load(self, index: int) -> tuple[bytes, int]:
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
         if not self._labelled:
             item = self._reader.dataset[index][self._image_key]
             return item["bytes"] or Path(item["path"]).read_bytes(), -1
@@ -257,59 +208,6 @@ class HubSet(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self._source}[{index}]"
-
-
-class Cached(ImageSource):
-    """Another source's images held in memory, larger ones shrunk to a shorter side of `side` pixels.
-
-    Filled at once, before workers start, so that they share the memory. Unreadable images stay errors. What does not
-    fit into `gigabytes` comes from the source each time.
-    """
-
-    def __init__(self, source: ImageSource, side: int, gigabytes: float):
-        self.classes, self.labels = source.classes, source.labels
-        self._source, self._side = source, side
-        self._held: list[tuple[np.ndarray | ImageError, tuple[int, int], int] | None] = [None] * len(source)
-        room = gigabytes * 2**30
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(source), 256):
-                indices = range(first, min(first + 256, len(source)))
-                for index, held in zip(indices, pool.map(self._shrunk, indices), strict=True):
-                    self._held[index] = held
-                    room -= held[0].nbytes if isinstance(held[0], np.ndarray) else 0
-                if room <= 0:
-                    log.warning("data.cache: %.1f GB hold %d of %d images", gigabytes, indices.stop, len(source))
-                    break
-
-    def _shrunk(self, index: int) -> tuple[np.ndarray | ImageError, tuple[int, int], int]:
-        """(pixels or what is wrong with them, (width, height) of the original, label)."""
-        try:
-            picture, label = self._source.picture(index)
-            size = picture.width, picture.height
-            factor = min(1.0, self._side / min(size))
-            shrunk = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-            return np.array(picture.crop((0, 0, *size), shrunk)), size, label
-        except ImageError as error:
-            return error, (0, 0), -1
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def name(self, index: int) -> str:
-        return self._source.name(index)
-
-    def load(self, index: int) -> tuple[bytes, int]:
-        return self._source.load(index)
-
-    def picture(self, index: int) -> tuple[Picture, int]:
-        held = self._held[index]
-        if held is None:
-            return self._source.picture(index)
-        image, size, label = held
-        if isinstance(image, ImageError):
-            raise ImageError(str(image))
-        return Picture(Image.fromarray(image), size), label
 
 
 def open_source(
@@ -335,7 +233,7 @@ def open_source(
     kind, _, rest = config.source.partition("/")
     if rest and not path.exists():
         if kind == "hfds":
-            return _opened(HubSet(config.source, _with_split(config, split)), config)
+            return _opened(HubDataset(config.source, _with_split(config, split)), config)
         if kind in STREAM_ONLY:
             raise UserError(
                 f"data.source: {config.source!r} is a stream: without random access, no exact continuing and no order "
@@ -359,7 +257,7 @@ def _opened(source: ImageSource, config: DataConfig) -> ImageSource:
 
 def _open_path(path: Path, split: str, classes: Sequence[str] | None) -> ImageSource:
     if not path.exists():
-        near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
+        near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise UserError(f"data.source: {path} does not exist; expected a folder of images or a .tar file{near}")
     if path.is_file():
         if path.suffix.lower() == ".tar":
@@ -386,13 +284,15 @@ def _open_folder(root: Path, classes: Sequence[str] | None) -> ImageSource:
         kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in others.most_common(3))
         raise UserError(f"data.source: {root} holds no image but {others.total()} files ({kinds}); expected {EXPECTED}")
     if not all(os.sep in name for name in names):
-        return Files(root, names)
+        return ImageFiles(root, names)
     folders = [name.split(os.sep, 1)[0] for name in names]
     found = sorted(set(folders) | {entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."})
     labels = {name: label for label, name in enumerate(found if classes is None else classes)}
     for folder in set(folders) - set(labels):
-        raise UserError(f"data.classes: {root / folder} is none of the {len(labels)} classes{nearest(folder, labels)}")
-    return Files(root, names, [labels[folder] for folder in folders], tuple(labels))
+        raise UserError(
+            f"data.classes: {root / folder} is none of the {len(labels)} classes{did_you_mean(folder, labels)}"
+        )
+    return ImageFiles(root, names, [labels[folder] for folder in folders], tuple(labels))
 
 
 def _scan(root: Path) -> tuple[list[str], Counter]:
@@ -413,7 +313,7 @@ def _scan(root: Path) -> tuple[list[str], Counter]:
                     pending.append(name)
                 elif entry.is_file():
                     extension = os.path.splitext(entry.name)[1].lower()
-                    if extension in EXTENSIONS:
+                    if extension in IMAGE_EXTENSIONS:
                         names.append(name)
                     else:
                         others[extension] += 1
@@ -427,7 +327,7 @@ def _lines(path: Path, key: str) -> list[str]:
         raise UserError(f"{key}: {path} cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _open_list(root: Path, split: str, listed: Path, classes: Sequence[str] | None) -> Files:
+def _open_list(root: Path, split: str, listed: Path, classes: Sequence[str] | None) -> ImageFiles:
     """The published lists: `root/meta/<split>.txt`, a line "path label" for each image `root/<split>/path`."""
     names, labels = [], []
     for number, line in enumerate(_lines(listed, "data.source"), 1):
@@ -452,4 +352,4 @@ def _open_list(root: Path, split: str, listed: Path, classes: Sequence[str] | No
         classes = [named.get(label, str(label)) if distinct else str(label) for label in range(max(labels) + 1)]
     elif max(labels) >= len(classes):
         raise UserError(f"data.classes: {listed} has label {max(labels)}, but there are {len(classes)} classes")
-    return Files(root / split, names, labels, classes)
+    return ImageFiles(root / split, names, labels, classes)

@@ -34,28 +34,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import generator, seed_for
-from addp_core.data.images import Crop, ImageError, RandomCrop, eval_transform
-from addp_core.data.sources import Cached, DataConfig, ImageSource, open_source
-
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "ImageSource",
-    "Stream",
-    "eval_transform",
-    "example_images",
-    "open_source",
-    "pretrain_transform",
-]
+from addp_core.data.cache import CachedSource
+from addp_core.data.config import DataConfig
+from addp_core.data.images import Crop, ImageError, eval_transform
+from addp_core.data.sources import ImageSource
 
 log = logging.getLogger("addp")
 
 TRIES = 1000  # unreadable images in a row before the set, not an image, is taken to be broken
-
-
-def pretrain_transform(config: DataConfig) -> RandomCrop:
-    """Random crop and mirror of pretraining (App. D: area 0.2-1, bicubic) -> Float[3,h,w] in [0,1], not normalised."""
-    return RandomCrop(config.hw, config.scale, config.ratio, config.flip)
 
 
 @dataclass
@@ -121,7 +107,7 @@ class _Rows(Dataset):
 
     def __getitem__(self, step: int) -> Any:
         samples, labels, indices, errors = [], [], [], []
-        with rng_kept():
+        with preserve_rng():
             for position in range(step * self.batch + self.rows.start, step * self.batch + self.rows.stop):
                 sample = self._sample(position, errors)
                 if sample is None:
@@ -138,9 +124,9 @@ class _Rows(Dataset):
         for offset in range(min(len(order), TRIES)):
             index = int(order[(place + offset) % len(order)])
             try:
-                picture, label = self.source.picture(index)
-                image = None if isinstance(self.transform, Crop) else picture.image()
-                seed_all(seed_for(self.seed, "augment", position))
+                picture, label = self.source.open_image(index)
+                image = None if isinstance(self.transform, Crop) else picture.decode()
+                seed_cpu(seed_for(self.seed, "augment", position))
                 return self.transform.pixels(picture) if image is None else self.transform(image), label, index
             except ImageError as error:
                 errors.append((self.source.name(index), str(error)))
@@ -155,7 +141,7 @@ def _stacked(images: list[Tensor], labels: Tensor, indices: Tensor, errors: list
 
 
 @contextmanager
-def rng_kept() -> Iterator[None]:
+def preserve_rng() -> Iterator[None]:
     """Puts the CPU's random states back: with workers=0 the training's numbers must not depend on the images."""
     python, array, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -166,13 +152,13 @@ def rng_kept() -> Iterator[None]:
         torch.set_rng_state(tensor)
 
 
-def seed_all(seed: int) -> None:
+def seed_cpu(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's generators too
 
 
-def start_worker(_: int) -> None:
+def ignore_signals(_: int) -> None:
     """Signals are the training process's to handle: it finishes its step, for which it needs its workers."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
@@ -206,7 +192,7 @@ class Stream:
         if config.cache == "ram":
             # no crop of this recipe is enlarged more from this size than from the original
             side = math.ceil(max(config.hw) / math.sqrt(config.scale[0] * min(config.ratio[0], 1 / config.ratio[1])))
-            source = Cached(source, side, config.cache_gb)
+            source = CachedSource(source, side, config.cache_gb)
         self.source, self.transform, self.config, self.seed, self.batch = source, transform, config, seed, batch
         self.collate, self.repeats = collate, repeats
         self.errors: dict[str, str] = {}  # name -> reason of every unreadable image this process has met
@@ -215,9 +201,9 @@ class Stream:
         return len(self.source)
 
     @property
-    def tolerated(self) -> int:
+    def error_limit(self) -> int:
         """The number of unreadable images that may be replaced."""
-        return tolerated(self.config.max_errors, len(self))
+        return error_limit(self.config.max_errors, len(self))
 
     def rows(self, rank: int, world: int) -> slice:
         """The contiguous rows of each micro-batch that process `rank` of `world` gets."""
@@ -279,7 +265,7 @@ class Stream:
             num_workers=workers,
             prefetch_factor=self.config.prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=start_worker,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # or the loader would draw its base seed from the training's generator
         )
 
@@ -288,18 +274,18 @@ class Stream:
             if name not in self.errors:
                 self.errors[name] = reason
                 log.warning(
-                    "unreadable image %d of %d tolerated: %s (%s)", len(self.errors), self.tolerated, name, reason
+                    "unreadable image %d of %d tolerated: %s (%s)", len(self.errors), self.error_limit, name, reason
                 )
-        if len(self.errors) > self.tolerated or not len(batch):
+        if len(self.errors) > self.error_limit or not len(batch):
             shown = ", ".join(f"{name} ({reason})" for name, reason in itertools.islice(self.errors.items(), 5))
             more = f" and {len(self.errors) - 5} more" if len(self.errors) > 5 else ""
             raise UserError(
-                f"data.max_errors: {len(self.errors)} of {len(self)} images unreadable, {self.tolerated} tolerated: "
+                f"data.max_errors: {len(self.errors)} of {len(self)} images unreadable, {self.error_limit} tolerated: "
                 f"{shown}{more}; repair or remove them, or raise data.max_errors"
             )
 
 
-def tolerated(limit: float, images: int) -> int:
+def error_limit(limit: float, images: int) -> int:
     """The number of unreadable images of so many that `max_errors` allows; any share above 0 allows one."""
     return int(limit) if limit >= 1 else max(1, round(limit * images)) if limit else 0
 
@@ -310,7 +296,7 @@ def example_images(source: ImageSource, config: DataConfig, n: int) -> Tensor:
     crop, images = eval_transform(config.hw), []
     for index in torch.linspace(0, len(source) - 1, min(n, len(source))).long().tolist():
         try:
-            images.append(crop(source.picture(index)[0]))
+            images.append(crop(source.open_image(index)[0]))
         except ImageError:  # the stream names it when training meets it
             continue
     return torch.stack(images) if images else torch.empty(0, 3, *config.hw)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from addp_core.method.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
 from addp_core.networks.decoder import DecoderConfig, TokenDecoder
 from addp_core.networks.encoder import Encoder, EncoderConfig
-from addp_core.networks.layers import Positions, check_heads, learned, take_rows
+from addp_core.networks.layers import MaskPositions, check_heads, learned, take_rows
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
-from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_map
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_feature_map
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ADDPConfig:
 
 
 @dataclass(frozen=True)
-class Corrupted:
+class CorruptedBatch:
     """A training example of the denoiser: the noisy image Float[B,3,H,W], unclamped, and its target Float[B,N,K]."""
 
     images: Tensor
@@ -88,7 +88,7 @@ class Denoiser(nn.Module):
         """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the
         first `vocabulary` ids, or with `masked_only` Float[R,V'] of the unreliable positions in row-major order; with
         target Float[B,N,K], the scalar loss instead, computed at the unreliable positions alone."""
-        positions = Positions.of(mask)
+        positions = MaskPositions.of(mask)
         features = self.encode(images, ids, mask, positions, visible_only=True)
         masked_only = masked_only or target is not None
         logits = self.decoder(features, ids, mask, masked_only, vocabulary, positions)
@@ -102,12 +102,12 @@ class Denoiser(nn.Module):
         images: Tensor,
         ids: Tensor,
         mask: Tensor,
-        positions: Positions | None = None,
+        positions: MaskPositions | None = None,
         visible_only: bool = False,
     ) -> Tensor:
         """-> Float[B,1+N,W], after the final norm, class token first; with `visible_only` Float[B,E,W], the reliable
         positions in order, which are all that the decoder reads. positions: those of the mask, where known."""
-        positions, extra = positions or Positions.of(mask), None
+        positions, extra = positions or MaskPositions.of(mask), None
         if hasattr(self, "pos_token_embed"):
             order, real = positions.visible, positions.visible_real
             seen = ids.gather(1, order)
@@ -115,9 +115,9 @@ class Denoiser(nn.Module):
                 # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.
                 seen = seen.masked_fill(~real, self.decoder.vocabulary.mask_id)
             extra = self.decoder.token_emb(seen) + self.pos_token_embed[0, 1:][order]
-        return self.encoder(self.normalise(images), extra, positions.visible if visible_only else None)
+        return self.encoder(self.normalize(images), extra, positions.visible if visible_only else None)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] -> the same, clamped to [0,1], with ImageNet's mean and deviation removed."""
         return (images.clamp(0, 1) - self.mean) / self.std
 
@@ -162,7 +162,7 @@ class ADDP(nn.Module):
         return self.tokenizer.encode(images)
 
     @torch.no_grad()
-    def corrupt(self, ids: Tensor, mask: Tensor, next_mask: Tensor) -> Corrupted:
+    def corrupt(self, ids: Tensor, mask: Tensor, next_mask: Tensor) -> CorruptedBatch:
         """Noisy image x_t and target (Eq. 4-6): Long[B,N] ids, Bool[B,N] unreliable at t and at the later step.
 
         ValueError where the model was loaded without a token predictor.
@@ -177,13 +177,13 @@ class ADDP(nn.Module):
         else:
             guess = posterior = self.predictor(ids, mask)
         images = self.render(map_tokens(guess, codebook, process.mapping), ids, mask)
-        return Corrupted(images, training_target(posterior, ids, process.target))
+        return CorruptedBatch(images, training_target(posterior, ids, process.target))
 
     def render(self, embeddings: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Decode Float[B,N,D] embeddings where masked and the ids' own codes elsewhere -> Float[B,3,H,W], unclamped."""
         codes = self.tokenizer.quantize.embedding(ids)
         mixed = torch.where(mask.unsqueeze(-1), embeddings.to(codes.dtype), codes)
-        return self.tokenizer.decode(to_map(mixed, self.config.grid))
+        return self.tokenizer.decode(to_feature_map(mixed, self.config.grid))
 
     def logits(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Images Float[B,3,H,W] in [0,1] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V] logits."""

@@ -55,7 +55,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class Step:
+class SamplerState:
     """After a step: image Float[B,3,H,W], unclamped; ids Long[B,N]; mask Bool[B,N], True where still unreliable."""
 
     image: Tensor
@@ -63,7 +63,7 @@ class Step:
     mask: Tensor
 
 
-OnStep = Callable[[int, Step], None]
+OnStep = Callable[[int, SamplerState], None]
 
 
 def sample(
@@ -91,7 +91,7 @@ def sample(
     images = torch.empty(n, 3, height, width, device=device)
     for start in range(0, n, batch):
         rows = range(first + start, first + min(start + batch, n))
-        noise = step_noise(config.steps, model.config.tokens, seed, rows).to(device)
+        noise = sampling_noise(config.steps, model.config.tokens, seed, rows).to(device)
         images[start : start + len(rows)] = _last(denoise(model, noise, config), on_step).image.clamp(0, 1)
     return images
 
@@ -134,8 +134,8 @@ def inpaint(
     result = images.clone()
     for begin, rows in _rows_by_start(mask, config):
         numbers = [first + int(i) for i in rows]
-        noise = step_noise(config.steps, model.config.tokens, seed, numbers).to(images.device)
-        state = Step(filled[rows], ids[rows], mask[rows])
+        noise = sampling_noise(config.steps, model.config.tokens, seed, numbers).to(images.device)
+        state = SamplerState(filled[rows], ids[rows], mask[rows])
         generated = _last(denoise(model, noise, config, state, begin), on_step, begin).image.clamp(0, 1)
         result[rows] = composite(images[rows], generated, hole[rows], blend)
     return result
@@ -143,8 +143,8 @@ def inpaint(
 
 @torch.no_grad()
 def denoise(
-    model: ADDP, noise: Tensor, config: SampleConfig, state: Step | None = None, begin: int = 0
-) -> Iterator[Step]:
+    model: ADDP, noise: Tensor, config: SampleConfig, state: SamplerState | None = None, begin: int = 0
+) -> Iterator[SamplerState]:
     """The alternating denoising from step `begin` on, a Step at a time (Sec. 3.4).
 
     noise: Float[B,S,2,N] uniform in (0,1), for the ids and for the confidence. state: where to start, by default all
@@ -154,7 +154,7 @@ def denoise(
     codebook = model.tokenizer.quantize.embedding.weight
     if state is None:
         blank = torch.zeros(batch, tokens, dtype=torch.long, device=noise.device)
-        state = Step(torch.empty(0, device=noise.device), blank, torch.ones_like(blank, dtype=torch.bool))
+        state = SamplerState(torch.empty(0, device=noise.device), blank, torch.ones_like(blank, dtype=torch.bool))
     turn = halton_turn(model.config.grid, noise) if config.order == "halton" else None
     for step in range(begin, config.steps):
         if bool(state.mask.all()):
@@ -179,7 +179,7 @@ def denoise(
         left = min(max(math.ceil(tokens * SCHEDULES[config.schedule](progress)), 1), tokens)
         rank = confidence.masked_fill(~state.mask, math.inf).argsort(1).argsort(1)
         mask = (rank < left) & state.mask
-        state = Step(model.render(map_tokens(probabilities, codebook, "weighted"), ids, mask), ids, mask)
+        state = SamplerState(model.render(map_tokens(probabilities, codebook, "weighted"), ids, mask), ids, mask)
         yield state
 
 
@@ -208,7 +208,7 @@ def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float, top_k: int = 
     )
 
 
-def step_noise(steps: int, tokens: int, seed: int, rows) -> Tensor:
+def sampling_noise(steps: int, tokens: int, seed: int, rows) -> Tensor:
     """Uniform noise of these images, Float[B,S,2,N] in (0,1); row i's depends on seed, i and shape alone."""
     noise = torch.stack([torch.rand(steps, 2, tokens, generator=generator(seed, "sample", int(i))) for i in rows])
     return noise.clamp(1e-6, 1 - 1e-6)
@@ -274,7 +274,7 @@ def _rows_by_start(mask: Tensor, config: SampleConfig) -> list[tuple[int, Tensor
     return [(begin, torch.tensor(rows, device=mask.device)) for begin, rows in sorted(groups.items())]
 
 
-def _last(states: Iterator[Step], on_step: OnStep | None, begin: int = 0) -> Step:
+def _last(states: Iterator[SamplerState], on_step: OnStep | None, begin: int = 0) -> SamplerState:
     for number, state in enumerate(states, begin):
         if on_step:
             on_step(number, state)

@@ -36,7 +36,10 @@ class AttentionConfig:
         return [0 if i in last else self.window for i in range(depth)]
 
 
-class DecomposedPositions(nn.Module):
+PLAIN_ATTENTION = AttentionConfig()
+
+
+class DecomposedRelativePositions(nn.Module):
     """ViTDet's relative positions: what a query makes of the vertical offset to a key, plus of the horizontal one.
 
     Zero at first. Other grids than `grid` (rows, columns) interpolate the two tables linearly.
@@ -66,10 +69,10 @@ def _by_offset(table: Tensor, size: int) -> Tensor:
     return table[place[:, None] - place + size - 1]
 
 
-class PositionTable(RelPosBias):
+class RelativePositionTable(RelPosBias):
     """BEiT's relative positions: a learned bias for each offset and head (timm's module and parameter name).
 
-    Zero at first. Other grids than `grid` stretch the table (`resize_table`).
+    Zero at first. Other grids than `grid` stretch the table (`resize_bias_table`).
     """
 
     def __init__(self, grid: tuple[int, int], heads: int, prefix: int):
@@ -81,12 +84,12 @@ class PositionTable(RelPosBias):
         """Queries Float[B,heads,L,d] of a grid -> what is added to their scores, Float[1,heads,L,L]."""
         if tuple(grid) == self.grid:
             return self.get_bias()
-        table = resize_table(self.relative_position_bias_table, self.grid, grid, self.prefix)
+        table = resize_bias_table(self.relative_position_bias_table, self.grid, grid, self.prefix)
         index = gen_relative_position_index(grid, class_token=self.prefix > 0).to(q.device)
         return table[index.flatten()].view(*index.shape, self.heads).permute(2, 0, 1).unsqueeze(0)
 
 
-def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
+def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
     """A table of biases for another grid, Float[entries,heads]; the three entries of a class token are kept.
 
     As BEiT's fine-tuning does it: near offsets keep their meaning in patches, far ones are stretched over the new grid.

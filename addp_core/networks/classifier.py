@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.layers import LayerNorm
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.networks.tokenizer import to_map
+from addp_core.networks.tokenizer import to_feature_map
 
 HEAD_STD = 2e-5  # of a new head's weights, as published fine-tuning draws them
 
@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         outputs = self.encoder.forward_tokens(x, range(depth))
         kept = [self.encoder.norm(outputs[i]) if norm else outputs[i] for i in sorted(taken)]
         grid = self.encoder.grid_of(x)
-        features = [to_map(y[:, 1:], grid) if output_fmt == "NCHW" else y[:, 1:] for y in kept]
+        features = [to_feature_map(y[:, 1:], grid) if output_fmt == "NCHW" else y[:, 1:] for y in kept]
         prefix = [y[:, :1] for y in kept]
         if output_dict:
             found: dict[str, Any] = {"image_intermediates": features}
@@ -149,7 +149,7 @@ class Classifier(nn.Module):
         return self.encoder.group_matcher(coarse, prefix="encoder.")
 
 
-def normalise(images: Tensor, mean: RGB, std: RGB) -> Tensor:
+def normalize(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     """Float[B,3,H,W] in [0,1] -> the same minus `mean`, over `std`, a channel each."""
     shape = (3, 1, 1)
     return (images - torch.tensor(mean, device=images.device).view(shape)) / torch.tensor(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from addp_core.networks.layers import (
     INIT_STD,
     LayerNorm,
-    Positions,
+    MaskPositions,
     TokenHead,
     init_transformer,
     learned,
@@ -60,7 +60,7 @@ class TokenDecoder(nn.Module):
         mask: Tensor,
         masked_only: bool = False,
         vocabulary: int | None = None,
-        positions: Positions | None = None,
+        positions: MaskPositions | None = None,
     ) -> Tensor:
         """Encoder features of the reliable positions in order, Float[B,E,W] (padding of shorter rows is not read),
         Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,V'] logits.
@@ -70,7 +70,7 @@ class TokenDecoder(nn.Module):
         vocabulary: compute only the first `vocabulary` ids (all by default). positions: those of the mask, where known.
         """
         batch, tokens = ids.shape
-        positions = positions or Positions.of(mask)
+        positions = positions or MaskPositions.of(mask)
         x = (self.mask_token + self.decoder_pos_mask_embed[:, 1:]).expand(batch, -1, -1)
         if features is not None:
             seen = self.decoder_embed(features) + self.decoder_pos_embed_learned[0, 1:][positions.visible]
@@ -88,7 +88,7 @@ class TokenDecoder(nn.Module):
         x = self.decoder_norm(self.decoder_blocks[-1](x, attention, at=1 + read))
         return self.mlm_layer(positions.flat(x) if masked_only else x, self.token_emb.weight[:vocabulary])
 
-    def visible_tokens(self, ids: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
+    def visible_tokens(self, ids: Tensor, positions: MaskPositions) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the reliable ids, Float[B,E,W] in position order, and where rows differ in number a
         Bool[B,1,1,1+N+E] attention mask that hides the padding of the shorter rows."""
         order, real = positions.visible, positions.visible_real

@@ -15,9 +15,8 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
 from addp_core.networks.layers import (
-    PLAIN,
     Dropout,
     LayerNorm,
     check_heads,
@@ -26,7 +25,7 @@ from addp_core.networks.layers import (
     take_rows,
     transformer_blocks,
 )
-from addp_core.networks.tokenizer import to_map
+from addp_core.networks.tokenizer import to_feature_map
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class EncoderConfig:
         check_heads("heads", self.heads, self.width)
 
 
-SIZES = {
+VIT_SIZES = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
@@ -80,7 +79,7 @@ class FeatureEncoder(nn.Module):
         Float[B,W,h,w], without the final norm.
         """
         grid = self.grid_of(images)
-        return [to_map(x[:, self.prefix :], grid) for x in self.forward_tokens(images, blocks)]
+        return [to_feature_map(x[:, self.prefix :], grid) for x in self.forward_tokens(images, blocks)]
 
     def forward_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Float[B,3,H,W] normalised -> all tokens after each of the named blocks, Float[B,1+N,W]; later ones are not
@@ -115,7 +114,7 @@ class Encoder(FeatureEncoder):
         config: EncoderConfig,
         image_size: tuple[int, int],
         patch_size: int = 16,
-        attention: AttentionConfig = PLAIN,
+        attention: AttentionConfig = PLAIN_ATTENTION,
         dynamic: bool = False,
     ):
         super().__init__()
@@ -154,7 +153,7 @@ class Encoder(FeatureEncoder):
         where attention is windowed, relative or dynamic.
         at: Long[B,Q], patches whose features are wanted, instead of the class token and all -> Float[B,Q,W].
         """
-        if self.attention != PLAIN or self.dynamic:
+        if self.attention != PLAIN_ATTENTION or self.dynamic:
             if extra is not None:
                 raise ValueError("extra: tokens without a place need plain attention")
             x = self.norm(self.forward_features(images))

@@ -30,7 +30,7 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Float[B,C,h,w] -> Float[B,C',h,w]."""
         b, c, h, w = x.shape
-        if not self.takes_winograd(x, h, w):
+        if not self.uses_winograd(x, h, w):
             return super().forward(x)
         if b == 1:
             return self._convolve(x)
@@ -44,7 +44,7 @@ class Conv3x3(nn.Conv2d):
     def _convolve(self, x: Tensor) -> Tensor:
         return torch._nnpack_spatial_convolution(x, self.weight, self.bias, [1, 1], [1, 1])
 
-    def takes_winograd(self, x: Tensor, h: int, w: int) -> bool:
+    def uses_winograd(self, x: Tensor, h: int, w: int) -> bool:
         """Whether an input like `x`, of h x w pixels, goes that way."""
         return (
             self.winograd
@@ -60,7 +60,7 @@ def norm_swish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
-def halve(x: Tensor) -> Tensor:
+def avg_pool_2x2(x: Tensor) -> Tensor:
     """2x2 average pooling, Float[B,C,2h,2w] -> Float[B,C,h,w]."""
     if x.is_cuda or torch.is_grad_enabled():
         return F.avg_pool2d(x, 2)

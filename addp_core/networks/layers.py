@@ -13,10 +13,16 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.networks.attention import AttentionConfig, DecomposedPositions, PositionTable, from_windows, to_windows
+from addp_core.networks.attention import (
+    PLAIN_ATTENTION,
+    AttentionConfig,
+    DecomposedRelativePositions,
+    RelativePositionTable,
+    from_windows,
+    to_windows,
+)
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-PLAIN = AttentionConfig()
 INIT_STD = 0.02  # of positions, mask and class tokens, token embeddings
 
 
@@ -33,7 +39,7 @@ def transformer_blocks(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     layer_scale: bool = False,
-    attention: AttentionConfig = PLAIN,
+    attention: AttentionConfig = PLAIN_ATTENTION,
     grid: tuple[int, int] | None = None,
 ) -> nn.ModuleList:
     """`depth` pre-norm blocks (qkv bias, MLP ratio 4). `dropout` acts on attention and MLP; `drop_path` grows linearly
@@ -45,9 +51,9 @@ def transformer_blocks(
         block.window, prefix = window, int(attention.class_token)
         sees = (window, window) if window else grid
         if attention.relative == "decomposed":
-            block.relative = DecomposedPositions(sees, width // heads, prefix)
+            block.relative = DecomposedRelativePositions(sees, width // heads, prefix)
         elif attention.relative == "table":
-            block.relative = PositionTable(sees, heads, prefix)
+            block.relative = RelativePositionTable(sees, heads, prefix)
     return blocks
 
 
@@ -138,7 +144,7 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Positions:
+class MaskPositions:
     """Where a mask is False and where it is True, each in order: Long[B,E] and Long[B,M], E and M the largest numbers
     in a row. Where rows differ, Bool[B,E] and Bool[B,M] tell the real ones from padding, which points at positions of
     the other kind; elsewhere these are None.
@@ -150,7 +156,7 @@ class Positions:
     masked_real: Tensor | None
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Positions":
+    def of(cls, mask: Tensor) -> "MaskPositions":
         """Of Bool[B,N]."""
         counts = (~mask).sum(1)
         least, most = torch.stack(counts.aminmax()).tolist()

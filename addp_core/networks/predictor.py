@@ -15,7 +15,7 @@ from addp_core.networks.layers import (
     INIT_STD,
     Dropout,
     LayerNorm,
-    Positions,
+    MaskPositions,
     TokenHead,
     check_heads,
     init_transformer,
@@ -76,7 +76,7 @@ class TokenPredictor(nn.Module):
         hidden = ids.masked_fill(mask, self.vocabulary.mask_id)
         # Unreliable positions start from the class token's features: MAGE pads with them rather than with a mask token.
         if dropped is None:
-            visible = Positions.of(mask).visible
+            visible = MaskPositions.of(mask).visible
             x = self.decoder_embed(self.encode(hidden, at=visible))
             class_token, patches = x[:, :1], put_rows(x[:, 1:], visible, ids.shape[1])
         else:

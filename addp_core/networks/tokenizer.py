@@ -15,7 +15,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.networks.kernels import Conv3x3, halve, norm_swish
+from addp_core.networks.kernels import Conv3x3, avg_pool_2x2, norm_swish
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,21 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.grid = grid
-        self.at_a_time: int | None = None  # compute only: images in one go where nothing trains; None is all
+        self.chunk_size: int | None = None  # compute only: images in one go where nothing trains; None is all
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Codebook(config.codebook, config.dim)
 
     def encode(self, images: Tensor) -> Tensor:
         """Float[B,3,H,W] in [0,1] -> Long[B,N] codebook ids, row-major over the token grid."""
-        return self._each(lambda x: self.quantize.nearest(self.encoder(x)), images)
+        return self._each(lambda x: self.quantize.nearest_ids(self.encoder(x)), images)
 
     def lookup(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Long[B,N] ids -> Float[B,D,h,w] code embeddings. ValueError where N does not fit the grid."""
         h, w = grid or self.grid or _square(ids.shape[1])
         if h * w != ids.shape[1]:
             raise ValueError(f"lookup: found {ids.shape[1]} ids, expected {h} x {w}; pass grid=(rows, columns)")
-        return to_map(self.quantize.embedding(ids), (h, w))
+        return to_feature_map(self.quantize.embedding(ids), (h, w))
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Float[B,D,h,w] code embeddings (or mixtures of them) -> Float[B,3,H,W], unclamped."""
@@ -114,12 +114,12 @@ class Tokenizer(nn.Module):
 
     def _each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`function` of the batch `x`, or of some images at a time."""
-        if self.at_a_time is None or len(x) <= self.at_a_time or torch.is_grad_enabled():
+        if self.chunk_size is None or len(x) <= self.chunk_size or torch.is_grad_enabled():
             return function(x)
-        return torch.cat([function(rows) for rows in x.split(self.at_a_time)])
+        return torch.cat([function(rows) for rows in x.split(self.chunk_size)])
 
 
-def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def to_feature_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Float[B,N,D] tokens, row-major -> Float[B,D,h,w]."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
@@ -135,7 +135,7 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, dim)
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
-    def nearest(self, h: Tensor) -> Tensor:
+    def did_you_mean(self, h: Tensor) -> Tensor:
         """Float[B,D,h,w] -> Long[B,h*w], the id of the nearest code by Euclidean distance."""
         codes = self.embedding.weight.float()
         h = h.flatten(2).transpose(1, 2).float()
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for i, level in enumerate(self.down):
             if i:
-                x = halve(x)
+                x = avg_pool_2x2(x)
             for block in level.block:
                 x = block(x)
         x = self.mid.block_2(self.mid.block_1(x))
@@ -236,7 +236,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Float[B,C,h,w] -> Float[B,C,2h,2w]."""
         b, c, h, w = x.shape
-        if self.conv.takes_winograd(x, 2 * h, 2 * w):
+        if self.conv.uses_winograd(x, 2 * h, 2 * w):
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         kernels = torch.einsum("pyi,qxj,ocij->pqocyx", self.fold, self.fold, self.conv.weight)
         padded = F.pad(x, (1, 1, 1, 1))

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import addp_core
-from addp_core.base.errors import UserError, nearest
+from addp_core.base.errors import UserError, did_you_mean
 from addp_core.recipes.config import describe, find_recipe, load, recipes_of
 from addp_core.recipes.verbs import VERBS
 
@@ -65,7 +65,7 @@ def run(argv: list[str]) -> int:
     if verb not in VERBS:
         actions = [known for known in VERBS if known.startswith(f"{verb.split()[0]} ")]
         known = actions or list(VERBS)
-        close = nearest(verb, known) if " " in verb or not actions else ""
+        close = did_you_mean(verb, known) if " " in verb or not actions else ""
         raise UserError(f"unknown verb {verb!r}{close or '; the verbs are ' + ', '.join(known)}")
     with _naming_missing_packages(verb):
         module = importlib.import_module(VERBS[verb][0])

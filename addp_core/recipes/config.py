@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from addp_core.base.errors import UserError, nearest
+from addp_core.base.errors import UserError, did_you_mean
 from addp_core.recipes.keys import NONE, Key, all_keys, bare, in_words, keys_of, options_of
 from addp_core.recipes.verbs import VERBS
 
@@ -212,7 +212,7 @@ class _Document:
         same = [full for full in known if full.split(".")[-1] == name.split(".")[-1]]
         if same and len(same) <= 3:
             return f"; did you mean {' or '.join(map(repr, same))}?"
-        near = nearest(prefix + name, [prefix + key for key in keys_of(cls)]) or nearest(prefix + name, known)
+        near = did_you_mean(prefix + name, [prefix + key for key in keys_of(cls)]) or did_you_mean(prefix + name, known)
         return near or f"; the keys {f'of {prefix[:-1]} ' if prefix else ''}are {', '.join(keys_of(cls))}"
 
     def value(self, node: yaml.Node, key: Key, current: Any, full: str) -> Any:
@@ -232,7 +232,7 @@ class _Document:
         except (ValidationError, _Mismatch) as error:
             literals = [t for t in map(bare, options_of(key.type)) if typing.get_origin(t) is Literal]
             choices = [str(choice) for literal in literals for choice in typing.get_args(literal)]
-            near = nearest(node.value, choices) if isinstance(node, yaml.ScalarNode) else ""
+            near = did_you_mean(node.value, choices) if isinstance(node, yaml.ScalarNode) else ""
             message = f"{full}: found {self.found(node)}, expected {in_words(key.type)}{near}"
             raise UserError(self.place(node) + message) from error
 
@@ -358,7 +358,7 @@ def find_recipe(module: ModuleType, name: str) -> Path:
         return path / "recipe.yaml"
     looks_like_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     problem = f"{name}: no such file" if looks_like_path else f"no recipe named {name!r}"
-    close = nearest(path.stem, named) or "; a setting is written key=value, a file of your own by its path"
+    close = did_you_mean(path.stem, named) or "; a setting is written key=value, a file of your own by its path"
     raise UserError(f"{problem}; named recipes: {', '.join(named) or 'none'}{close}")
 
 

@@ -33,7 +33,7 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
     winograd = HAS_WINOGRAD and not compile
     for module in model.modules():
         if isinstance(module, Tokenizer):
-            module.at_a_time = IMAGES
+            module.chunk_size = IMAGES
         if isinstance(module, Conv3x3):
             module.winograd = winograd
 

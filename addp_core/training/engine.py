@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from addp_core.base import rng
 from addp_core.base.errors import UserError
-from addp_core.base.files import replacing
+from addp_core.base.files import atomic_replace
 from addp_core.training.compute import accelerate_model
 from addp_core.training.run_folder import MODELS, Checkpoints, Report, mark_finished, prepare_out, release_out
 from addp_core.training.stage import Draw, Stage, TrainConfig
@@ -465,7 +465,7 @@ class _Run:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for name, model in models.items():
-                    with replacing(folder / name) as path:
+                    with atomic_replace(folder / name) as path:
                         self.stage.export(model.eval(), path)
                 if folder == self.out:
                     mark_finished(self.out, self.recipe_text, {"step": self.step, "skipped": self.skipped})

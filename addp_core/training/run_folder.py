@@ -34,7 +34,7 @@ import yaml
 from torch import Tensor
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import TEMPORARY, flush, write_atomically
+from addp_core.base.files import TEMPORARY_PREFIX, sync_to_disk, write_atomically
 from addp_core.weights.checkpoint import MODEL_FILE
 
 log = logging.getLogger("addp")
@@ -129,7 +129,7 @@ def lock(out: Path, shared: bool = False) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     for folder in (out, out / "checkpoints"):
-        for path in folder.glob(f"{TEMPORARY}*"):
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -213,7 +213,7 @@ class Checkpoints:
 
         OSError (a full disk, no permission): nothing is left of the new checkpoint and the older ones are untouched.
         """
-        temporary = self.folder / f"{TEMPORARY}step-{step}"
+        temporary = self.folder / f"{TEMPORARY_PREFIX}step-{step}"
         target = self.path(step)
         try:
             temporary.mkdir()
@@ -221,10 +221,10 @@ class Checkpoints:
             manifest = {"step": step, "size": size, "crc32": checksum, **state}
             (temporary / "state.json").write_text(json.dumps(manifest))
             for path in (temporary / "training.pt", temporary / "state.json", temporary):
-                flush(path)
+                sync_to_disk(path)
             self._remove(step)
             os.rename(temporary, target)
-            flush(self.folder)
+            sync_to_disk(self.folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -268,7 +268,7 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         # Renamed first: a kill in the middle must not leave half a checkpoint under a name that promises a whole one.
         if self.path(step).exists():
-            doomed = self.folder / f"{TEMPORARY}old-step-{step}"
+            doomed = self.folder / f"{TEMPORARY_PREFIX}old-step-{step}"
             os.rename(self.path(step), doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from torch import Tensor, nn
 
 from addp_core.base import rng
-from addp_core.base.errors import nearest
+from addp_core.base.errors import did_you_mean
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +63,7 @@ class TrainConfig:
             import timm.optim
 
             if self.optimizer not in (known := timm.optim.list_optimizers()):
-                hint = nearest(self.optimizer, known)
+                hint = did_you_mean(self.optimizer, known)
                 raise ValueError(f"optimizer: found {self.optimizer!r}, expected a name of timm's{hint}")
 
     @property

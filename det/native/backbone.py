@@ -7,7 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor
 
-from addp_core.networks.encoder import AttentionConfig, Encoder
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder
 from addp_core.weights.checkpoint import load_encoder
 
 

@@ -21,8 +21,10 @@ import cls.data
 import cls.finetune
 import cls.results
 from addp_core import load_classifier, load_encoder, save_model
-from addp_core.data.sources import ImageSource
-from addp_core.data.stream import DataConfig, Stream, eval_transform, open_source
+from addp_core.data.config import DataConfig
+from addp_core.data.images import eval_transform
+from addp_core.data.sources import ImageSource, open_source
+from addp_core.data.stream import Stream
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
@@ -272,8 +274,8 @@ def test_labels_without_a_class(images, pretrained, tmp_path, capsys, monkeypatc
         def name(self, index):
             return f"set[{index}]"
 
-        def picture(self, index):
-            return train.picture(index)[0], self.label
+        def open_image(self, index):
+            return train.open_image(index)[0], self.label
 
     def opened(config, split=None, classes=None):
         return source if (split == "val") == in_val else open_source(config, split, classes)

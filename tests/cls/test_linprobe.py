@@ -18,8 +18,9 @@ import cls.features
 import cls.heads
 import cls.linprobe
 from addp_core import load_encoder, save_model
-from addp_core.data.stream import eval_transform, open_source
-from addp_core.networks.classifier import normalise
+from addp_core.data.images import eval_transform
+from addp_core.data.sources import open_source
+from addp_core.networks.classifier import normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
@@ -242,9 +243,9 @@ def test_fast_mode_over_ids_saves_what_it_measured(room, mage, normalisation, tm
     (bank,) = (tmp_path / "features").glob("val-*")
     kept = load_file(bank / "00000.safetensors")
     val = open_source(str(room / "data"), "val")
-    pixels = torch.stack([eval_transform(HW, 0.875)(val.picture(int(i))[0]) for i in kept["indices"]])
+    pixels = torch.stack([eval_transform(HW, 0.875)(val.open_image(int(i))[0]) for i in kept["indices"]])
     with torch.no_grad():
-        tokens = model.forward_features(normalise(pixels, model.mean, model.std))
+        tokens = model.forward_features(normalize(pixels, model.mean, model.std))
     torch.testing.assert_close(kept["block1.avg"][:, 0], model.pool(tokens), rtol=1e-4, atol=1e-5)
 
 

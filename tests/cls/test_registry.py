@@ -13,11 +13,11 @@ from tiny import tiny_addp
 
 import cls  # noqa: F401 (registers the models)
 from addp_core import load_encoder, save_model, save_published
-from addp_core.networks.encoder import SIZES
+from addp_core.networks.encoder import VIT_SIZES
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 5}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-NAMES = [f"addp_vit_{size}_patch16" for size in SIZES]
+NAMES = [f"addp_vit_{size}_patch16" for size in VIT_SIZES]
 
 
 @pytest.fixture(params=["avg", "token"])
@@ -48,7 +48,7 @@ def test_registered_sizes(name):
     assert name in timm.list_models("addp_vit_*")
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7, img_size=(256, 224), depth=2)
-    size = SIZES[name.split("_")[2]]
+    size = VIT_SIZES[name.split("_")[2]]
     assert model.num_features == model.embed_dim == size["width"]
     assert model.encoder.blocks[0].attn.num_heads == size["heads"]
     assert model.encoder.pos_embed.shape == (1, 1 + 16 * 14, size["width"])
@@ -61,7 +61,7 @@ def test_registered_sizes(name):
 def test_depths():
     with torch.device("meta"):
         found = {name: len(timm.create_model(name).encoder.blocks) for name in NAMES}
-    assert found == {name: SIZES[name.split("_")[2]]["depth"] for name in NAMES}
+    assert found == {name: VIT_SIZES[name.split("_")[2]]["depth"] for name in NAMES}
 
 
 def test_what_timms_training_script_passes():

@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from addp_core.data.images import Picture
-from addp_core.data.sources import ImageSource
-from addp_core.data.stream import eval_transform, open_source
-from addp_core.networks.classifier import Classifier, normalise
+from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, apply_corruption
+from addp_core.data.images import LazyImage, eval_transform
+from addp_core.data.sources import ImageSource, open_source
+from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.weights.checkpoint import save_model
@@ -103,8 +102,8 @@ def test_all_sets_and_their_average(room, tmp_path, capsys):
     assert float(rows["ImageNet-A"]["top1"]) == pytest.approx(four[0])
 
     model, source = classifier(), open_source(str(room / "imagenet"), "val")
-    pixels = torch.stack([eval_transform(24, 0.875)(source.picture(i)[0]) for i in range(20)])
-    answers = model(normalise(pixels, model.mean, model.std)).argmax(1)
+    pixels = torch.stack([eval_transform(24, 0.875)(source.open_image(i)[0]) for i in range(20)])
+    answers = model(normalize(pixels, model.mean, model.std)).argmax(1)
     right = sum(int(answer) == source.read(i)[1] for i, answer in enumerate(answers))
     assert found["val"]["top1"] == pytest.approx(100 * right / 20)
 
@@ -301,8 +300,8 @@ def test_labels_without_a_class(room, tmp_path, capsys, monkeypatch):
         def name(self, index):
             return f"set[{index}]"
 
-        def picture(self, index):
-            return Picture(Image.new("RGB", (24, 24), "teal")), 1 - index
+        def open_image(self, index):
+            return LazyImage(Image.new("RGB", (24, 24), "teal")), 1 - index
 
     for labels, said in ((None, "set[2]: found label -1, expected 0 to 9"), ([1, 0, -1], "has label -1")):
         source = Late(labels if labels is None else np.array(labels))
@@ -377,7 +376,7 @@ def photograph() -> np.ndarray:
 def test_corruptions_repeat_and_grow(name, photograph):
     clean, away = photograph, []
     for severity in SEVERITIES:
-        found, again = (corrupt(clean, name, severity, np.random.default_rng(0)) for _ in range(2))
+        found, again = (apply_corruption(clean, name, severity, np.random.default_rng(0)) for _ in range(2))
         assert found.shape == clean.shape
         assert 0 <= found.min() <= found.max() <= 1
         assert (found == again).all()
@@ -394,8 +393,8 @@ def test_lengths_scale_with_the_picture(photograph):
     """A picture of half the size looks like the corrupted one, halved."""
     clean = np.repeat(np.repeat(photograph, 2, 0), 2, 1)
     for name in ("defocus_blur", "motion_blur", "zoom_blur"):
-        large = corrupt(clean, name, 4, np.random.default_rng(0))
-        small = corrupt(clean.reshape(112, 2, 112, 2, 3).mean((1, 3)), name, 4, np.random.default_rng(0))
+        large = apply_corruption(clean, name, 4, np.random.default_rng(0))
+        small = apply_corruption(clean.reshape(112, 2, 112, 2, 3).mean((1, 3)), name, 4, np.random.default_rng(0))
         assert np.abs(large.reshape(112, 2, 112, 2, 3).mean((1, 3)) - small).mean() < 0.01, name
 
 
@@ -404,7 +403,7 @@ def test_an_image_is_corrupted_by_seed_and_index_alone(room):
 
     def pixels(index: int, seed: int = 0, severity: int = 3, hw: tuple[int, int] = (24, 24)) -> np.ndarray:
         made = robustness.Corrupted(source, hw, "gaussian_noise", severity, seed)
-        return np.asarray(made.picture(index)[0].image()).astype(int)
+        return np.asarray(made.open_image(index)[0].decode()).astype(int)
 
     assert (pixels(5) == pixels(5)).all()
     different = [pixels(5, seed=1), pixels(6), pixels(5, severity=4)]
@@ -419,8 +418,8 @@ def test_generated_pictures_are_cropped_as_imagenet_c(side, tmp_path):
     framed.paste("teal", (8, 8, 192, 192))
     (tmp_path / "0").mkdir()
     framed.save(tmp_path / "0" / "0.png")
-    made = robustness.Corrupted(open_source(str(tmp_path)), (side, side), "brightness", 1, 0).picture(0)[0]
-    pixels = np.asarray(made.image()).astype(int)
+    made = robustness.Corrupted(open_source(str(tmp_path)), (side, side), "brightness", 1, 0).open_image(0)[0]
+    pixels = np.asarray(made.decode()).astype(int)
     assert pixels.shape == (224, 224, 3)
     assert np.abs(pixels - pixels[0, 0]).max() < 10
 

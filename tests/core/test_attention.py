@@ -12,10 +12,10 @@ from tiny import tiny_addp
 from addp_core import load_encoder, save_model
 from addp_core.networks.attention import (
     AttentionConfig,
-    DecomposedPositions,
-    PositionTable,
+    DecomposedRelativePositions,
+    RelativePositionTable,
     from_windows,
-    resize_table,
+    resize_bias_table,
     to_windows,
 )
 from addp_core.networks.encoder import Encoder, EncoderConfig
@@ -81,7 +81,7 @@ def test_patches_see_their_window_alone():
 
 def test_decomposed_positions_by_definition():
     rows, columns, d, prefix = 2, 3, 4, 1
-    module = DecomposedPositions((rows, columns), d, prefix)
+    module = DecomposedRelativePositions((rows, columns), d, prefix)
     torch.nn.init.normal_(module.rel_pos_h)
     torch.nn.init.normal_(module.rel_pos_w)
     q = torch.randn(2, 3, prefix + rows * columns, d)
@@ -95,7 +95,7 @@ def test_decomposed_positions_by_definition():
 
 
 def test_decomposed_positions_of_another_grid_interpolate():
-    module = DecomposedPositions((3, 3), 1, 0)
+    module = DecomposedRelativePositions((3, 3), 1, 0)
     with torch.no_grad():
         module.rel_pos_h.copy_(torch.arange(5.0)[:, None])  # a ramp stays a ramp
     bias = module(torch.ones(1, 1, 25, 1), (5, 5)).view(5, 5, 5, 5)[:, 0, :, 0]
@@ -108,7 +108,7 @@ def test_decomposed_positions_of_another_grid_interpolate():
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_tables_are_timms(prefix):
-    theirs, ours = RelPosBias((3, 4), 2, prefix), PositionTable((3, 4), 2, prefix)
+    theirs, ours = RelPosBias((3, 4), 2, prefix), RelativePositionTable((3, 4), 2, prefix)
     torch.nn.init.normal_(theirs.relative_position_bias_table)
     ours.load_state_dict(theirs.state_dict())
     q = torch.zeros(1, 2, 12 + prefix, 5)
@@ -121,7 +121,7 @@ def test_attention_with_a_table_is_beits():
     for p in beit.parameters():
         torch.nn.init.normal_(p, std=0.3)
     block = Block(16, 2, 0.0, 0.0)
-    block.relative = PositionTable((3, 4), 2, 1)
+    block.relative = RelativePositionTable((3, 4), 2, 1)
     with torch.no_grad():
         block.attn.qkv.weight.copy_(beit.qkv.weight)
         block.attn.qkv.bias.copy_(torch.cat([beit.q_bias, torch.zeros(16), beit.v_bias]))
@@ -137,18 +137,18 @@ def test_tables_of_other_sizes_are_timms(prefix, old, new):
     table = torch.randn((2 * old - 1) ** 2 + 3 * prefix, 2)
     shape = ((2 * new - 1) ** 2 + 3 * prefix, 2)
     wanted = resize_rel_pos_bias_table(table, (new, new), shape)
-    torch.testing.assert_close(resize_table(table, (old, old), (new, new), prefix), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(resize_bias_table(table, (old, old), (new, new), prefix), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_tables_between_oblong_grids():
     """A constant stays one, the class token's entries stay, and offset zero keeps its bias."""
     table = torch.randn(3 * 9 + 3, 2)
-    large = resize_table(table, (2, 5), (4, 6), 1)
+    large = resize_bias_table(table, (2, 5), (4, 6), 1)
     assert large.shape == (7 * 11 + 3, 2)
     assert torch.equal(large[-3:], table[-3:])
     torch.testing.assert_close(large[7 * 11 // 2], table[3 * 9 // 2])
-    torch.testing.assert_close(resize_table(torch.ones(27, 2), (2, 5), (4, 6), 0), torch.ones(77, 2))
-    assert resize_table(torch.randn(4, 1), (1, 1), (2, 2), 1).shape == (12, 1)
+    torch.testing.assert_close(resize_bias_table(torch.ones(27, 2), (2, 5), (4, 6), 0), torch.ones(77, 2))
+    assert resize_bias_table(torch.randn(4, 1), (1, 1), (2, 2), 1).shape == (12, 1)
 
 
 # -------------------- the encoder

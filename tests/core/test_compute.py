@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from addp_core.base.rng import generator
 from addp_core.method.sampler import sample
-from addp_core.networks.kernels import HAS_WINOGRAD, Conv3x3, halve, norm_swish
-from addp_core.networks.layers import Block, Dropout, Positions, put_rows, take_rows
+from addp_core.networks.kernels import HAS_WINOGRAD, Conv3x3, avg_pool_2x2, norm_swish
+from addp_core.networks.layers import Block, Dropout, MaskPositions, put_rows, take_rows
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
 from addp_core.training import compute
 from addp_core.training.compute import accelerate_model
@@ -32,7 +32,7 @@ def test_winograd_is_a_convolution(widths, hw, bias):
     x = spread(3, widths[0], *hw)
     direct = conv(x)
     conv.winograd = True
-    assert conv.takes_winograd(x, *hw)
+    assert conv.uses_winograd(x, *hw)
     assert (conv(x) - direct).abs().max() < 1e-4 * direct.std()
     assert torch.equal(conv(x)[1:2], conv(x[1:2]))  # an image's result does not depend on its neighbours
 
@@ -41,13 +41,13 @@ def test_winograd_is_left_alone_where_it_does_not_serve():
     conv = Conv3x3(32, 32)
     conv.winograd = True
     x = spread(1, 32, 32, 32)
-    assert not conv.takes_winograd(x, 32, 32)  # gradients
+    assert not conv.uses_winograd(x, 32, 32)  # gradients
     with torch.no_grad():
-        assert conv.takes_winograd(x, 32, 32)
-        assert not conv.takes_winograd(x, 8, 8)
-        assert not conv.takes_winograd(x.double(), 32, 32)
+        assert conv.uses_winograd(x, 32, 32)
+        assert not conv.uses_winograd(x, 8, 8)
+        assert not conv.uses_winograd(x.double(), 32, 32)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not conv.takes_winograd(x, 32, 32)
+            assert not conv.uses_winograd(x, 32, 32)
     x.requires_grad_()
     conv(x).sum().backward()
     assert x.grad is not None
@@ -84,7 +84,7 @@ def test_pooling_and_norm_match_torch_with_and_without_gradients():
     x, norm = spread(2, 32, 6, 4), nn.GroupNorm(32, 32)
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
-            torch.testing.assert_close(halve(x), F.avg_pool2d(x, 2))
+            torch.testing.assert_close(avg_pool_2x2(x), F.avg_pool2d(x, 2))
             torch.testing.assert_close(norm_swish(norm, x), F.silu(norm(x)))
 
 
@@ -150,11 +150,11 @@ def test_block_is_timms():
 
 def test_positions_of_rows_that_differ():
     mask = torch.tensor([[True, False, True, False], [True, True, True, False]])
-    positions = Positions.of(mask)
+    positions = MaskPositions.of(mask)
     assert positions.visible[positions.visible_real].tolist() == [1, 3, 3]
     assert positions.masked[positions.masked_real].tolist() == [0, 2, 0, 1, 2]
     x = spread(2, 4, 3)
     torch.testing.assert_close(positions.flat(take_rows(x, positions.masked)), x[mask])
-    even = Positions.of(mask[:1])
+    even = MaskPositions.of(mask[:1])
     assert (even.visible.tolist(), even.visible_real) == ([[1, 3]], None)
     torch.testing.assert_close(put_rows(take_rows(x[:1], even.visible), even.visible, 4), x[:1] * ~mask[:1, :, None])

@@ -8,8 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import TOKENIZER, tiny_addp
 
 from addp_core import load_encoder, load_tokenizer, save_model
-from addp_core.networks.classifier import Classifier, normalise
-from addp_core.networks.encoder import AttentionConfig
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.classifier import Classifier, normalize
 from addp_core.weights.checkpoint import fingerprint, load_classifier
 from addp_core.weights.layouts import strip, to_published
 
@@ -120,7 +120,7 @@ def test_mage_sees_the_images_tokens(tmp_path):
     predictor, tokenizer = saved(model, tmp_path)
     encoder = load_encoder(predictor, (8, 12), tokenizer=tokenizer)
     images = torch.rand(3, 3, 8, 12)
-    seen = normalise(images, encoder.mean, encoder.std)
+    seen = normalize(images, encoder.mean, encoder.std)
     ids = model.tokenizer.encode(images)
     assert torch.equal(encoder.tokenize(seen), ids)
     tokens = encoder.forward_features(seen)
@@ -174,7 +174,7 @@ def test_mage_classifiers_round_trip(tmp_path):
     assert same(model, again)
     images = torch.rand(2, 3, 8, 12)
     assert torch.equal(
-        again.encoder.tokenize(normalise(images, again.mean, again.std)), mage()[2].tokenizer.encode(images)
+        again.encoder.tokenize(normalize(images, again.mean, again.std)), mage()[2].tokenizer.encode(images)
     )
     torch.testing.assert_close(again(images), model(images))
     assert load_classifier(tmp_path / "c.safetensors", (16, 12))(torch.rand(1, 3, 16, 12)).shape == (1, 3)

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from addp_core.base.errors import UserError
-from addp_core.data.images import CentreCrop, ImageError, Picture, RandomCrop
-from addp_core.data.stream import DataConfig, ImageSource, Stream, eval_transform, open_source, pretrain_transform
+from addp_core.data.config import DataConfig
+from addp_core.data.images import CenterCrop, ImageError, LazyImage, RandomCrop, eval_transform, pretrain_transform
+from addp_core.data.sources import ImageSource, open_source
+from addp_core.data.stream import Stream
 from addp_core.recipes import config as recipes
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -60,7 +62,7 @@ class Memory(ImageSource):
     def __len__(self) -> int:
         return len(self.items)
 
-    def load(self, index: int) -> tuple[bytes, int]:
+    def read_bytes(self, index: int) -> tuple[bytes, int]:
         if self.items[index] is None:
             raise OSError("no such image")
         return self.items[index], index if self.classes else -1
@@ -99,7 +101,7 @@ def same(left: tuple, right: tuple) -> bool:
 
 
 def rgb(encoded: bytes) -> np.ndarray:
-    image = Picture(encoded).image()
+    image = LazyImage(encoded).decode()
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -115,14 +117,14 @@ def test_16_bit_greyscale_is_scaled_not_clipped():
 
 def test_16_bit_greyscale_through_a_crop():
     values = np.full((20, 20), 30000, dtype=np.uint16)
-    image = eval_transform(8)(Picture(encode(Image.fromarray(values))))
+    image = eval_transform(8)(LazyImage(encode(Image.fromarray(values))))
     assert torch.allclose(image, torch.full((3, 8, 8), 30000 / 65535), atol=0.5 / 255)
 
 
 def test_cmyk():
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     assert np.abs(rgb(encode(image, "JPEG", quality=95)).astype(int) - (255, 0, 0)).max() < 12
-    crop = eval_transform(8)(Picture(encode(image, "JPEG", quality=95)))
+    crop = eval_transform(8)(LazyImage(encode(image, "JPEG", quality=95)))
     assert torch.allclose(crop.mean((1, 2)), torch.tensor([1.0, 0, 0]), atol=0.05)
 
 
@@ -151,7 +153,7 @@ def test_palette_with_and_without_transparency():
 def test_modes_and_alpha_on_white(mode, colour, expected):
     encoded = encode(Image.new(mode, (9, 9), colour))
     assert np.abs(rgb(encoded).astype(int) - expected).max() <= 1
-    crop = eval_transform(8)(Picture(encoded)) * 255
+    crop = eval_transform(8)(LazyImage(encoded)) * 255
     assert torch.allclose(crop.mean((1, 2)), torch.tensor(expected, dtype=torch.float32), atol=1)
 
 
@@ -168,11 +170,11 @@ def test_exif_orientation(kind, orientation):
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
     encoded = encode(corners(), kind, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB"))
-    picture = Picture(encoded)
+    picture = LazyImage(encoded)
     assert (picture.height, picture.width) == expected.shape[:2]
-    assert (np.asarray(picture.image()) == expected).all()
+    assert (np.asarray(picture.decode()) == expected).all()
     top, right = 2, expected.shape[1] - 3  # a box away from the middle shows whether it was turned too
-    crop = np.asarray(Picture(encoded).crop((right - 5, top, right, top + 4), (5, 4)))
+    crop = np.asarray(LazyImage(encoded).crop((right - 5, top, right, top + 4), (5, 4)))
     assert (crop == expected[top : top + 4, right - 5 : right]).all()
 
 
@@ -180,7 +182,7 @@ def test_orientation_with_a_reduced_jpeg():
     exif = Image.Exif()
     exif[0x0112] = 6
     big = corners(24, 16).resize((960, 640), Image.Resampling.NEAREST)
-    picture = Picture(encode(big, "JPEG", exif=exif, quality=95))
+    picture = LazyImage(encode(big, "JPEG", exif=exif, quality=95))
     assert (picture.width, picture.height) == (640, 960)
     small = np.asarray(picture.crop((0, 0, 640, 960), (16, 24))).astype(int)
     expected = np.asarray(corners(24, 16).transpose(Image.Transpose.ROTATE_270)).astype(int)
@@ -190,7 +192,7 @@ def test_orientation_with_a_reduced_jpeg():
 
 def test_broken_exif_beside_sound_pixels():
     encoded = encode(smooth(20, 20), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
-    assert Picture(encoded).image().size == (20, 20)
+    assert LazyImage(encoded).decode().size == (20, 20)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -199,15 +201,15 @@ def test_truncated_files_are_errors(kind, share):
     encoded = encode(noise(64, 48), kind)
     cut = encoded[: int(len(encoded) * share)]
     with pytest.raises(ImageError):
-        Picture(cut).image()
+        LazyImage(cut).decode()
     with pytest.raises(ImageError):
-        eval_transform(8)(Picture(cut))
+        eval_transform(8)(LazyImage(cut))
 
 
 def test_truncated_progressive_jpeg_and_reduced_decoding():
     encoded = encode(noise(600, 500), "JPEG", progressive=True)
     with pytest.raises(ImageError, match="truncated"):
-        eval_transform(16)(Picture(encoded[: len(encoded) * 2 // 3]))
+        eval_transform(16)(LazyImage(encoded[: len(encoded) * 2 // 3]))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_truncated_progressive_jpeg_and_reduced_decoding():
 )
 def test_what_is_no_image_says_why(content, reason):
     with pytest.raises(ImageError, match=reason):
-        Picture(content)
+        LazyImage(content)
 
 
 def test_decompression_bomb():
@@ -233,12 +235,12 @@ def test_decompression_bomb():
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
     )
     with pytest.raises(ImageError, match="bomb"):
-        Picture(bomb)
+        LazyImage(bomb)
 
 
 def test_greyscale_without_a_range_is_an_error():
     with pytest.raises(ImageError, match="32-bit"):
-        Picture(encode(Image.new("F", (9, 9), 0.5), "TIFF")).image()
+        LazyImage(encode(Image.new("F", (9, 9), 0.5), "TIFF")).decode()
 
 
 @QUICK
@@ -247,7 +249,7 @@ def test_damaged_files_give_an_image_or_an_image_error(kind, data):
     encoded = bytearray(encode(smooth(24, 20), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
-    for read in (lambda: Picture(bytes(encoded)).image(), lambda: eval_transform(8)(Picture(bytes(encoded)))):
+    for read in (lambda: LazyImage(bytes(encoded)).decode(), lambda: eval_transform(8)(LazyImage(bytes(encoded)))):
         reason = None
         try:
             read()
@@ -276,7 +278,7 @@ def test_random_crops_lie_inside_and_have_the_right_area(width, height, seed, hw
 @pytest.mark.parametrize("hw", [(16, 16), (24, 8), (8, 40)])
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (50, 40)])
 def test_any_size_of_image_and_target(hw, size):
-    for transform in (RandomCrop(hw), CentreCrop(hw)):
+    for transform in (RandomCrop(hw), CenterCrop(hw)):
         image = transform(noise(*size))
         assert image.shape == (3, *hw)
         assert image.dtype == torch.float32
@@ -289,7 +291,7 @@ def test_eval_transform_is_resize_then_centre_crop():
     expected = image.resize((32, 24), Image.Resampling.BICUBIC).crop((4, 0, 28, 24))
     found = eval_transform(24)(image)
     assert (found - torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 255).abs().max() <= 2 / 255
-    assert CentreCrop((24, 48)).box(80, 60) == (0, 10, 80, 50)
+    assert CenterCrop((24, 48)).box(80, 60) == (0, 10, 80, 50)
     assert eval_transform(224, 0.875).box(256, 256) == (16, 16, 240, 240)
 
 
@@ -306,9 +308,9 @@ def test_mirror_is_a_coin():
 
 def test_reduced_decoding_shows_the_same_picture():
     encoded = encode(smooth(1203, 901), "JPEG", quality=95)
-    whole = Picture(Picture(encoded).image())
+    whole = LazyImage(LazyImage(encoded).decode())
     for box, size in (((0, 0, 1203, 901), (32, 24)), ((101, 77, 900, 801), (48, 40)), ((3, 5, 70, 60), (64, 64))):
-        found = np.asarray(Picture(encoded).crop(box, size)).astype(int)
+        found = np.asarray(LazyImage(encoded).crop(box, size)).astype(int)
         assert np.abs(found - np.asarray(whole.crop(box, size)).astype(int)).mean() < 0.5
 
 
@@ -728,7 +730,7 @@ def test_unreadable_images_are_replaced_counted_and_named_once(caplog):
 
 @pytest.mark.parametrize(("limit", "tolerated"), [(0, 0), (0.5, 5), (0.001, 1), (1, 1), (3, 3), (0.25, 2)])
 def test_max_errors_is_a_share_or_a_count(limit, tolerated):
-    assert stream_of(memory(10), max_errors=limit).tolerated == tolerated
+    assert stream_of(memory(10), max_errors=limit).error_limit == tolerated
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -21,7 +21,7 @@ from addp_core.method.diffusion import (
     soft_cross_entropy,
     training_target,
 )
-from addp_core.networks.encoder import SIZES, Encoder, EncoderConfig
+from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Upsample, Vocabulary
 from pretrain.predictor import MaskedTokenModel
@@ -130,7 +130,7 @@ def test_published_predictor_sizes():
 @pytest.mark.parametrize(("size", "millions"), [("tiny", 5.5), ("small", 21.7), ("base", 85.8), ("large", 303.3)])
 def test_encoder_sizes(size, millions):
     with torch.device("meta"):
-        encoder = Encoder(EncoderConfig(**SIZES[size]), (224, 224))
+        encoder = Encoder(EncoderConfig(**VIT_SIZES[size]), (224, 224))
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from addp_core import load_addp, load_encoder, sample
 from addp_core.method.diffusion import map_tokens
-from addp_core.networks.tokenizer import to_map
+from addp_core.networks.tokenizer import to_feature_map
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -63,13 +63,13 @@ def test_tokenizer(model, golden, images, ids):
 @torch.no_grad()
 def test_predictor(model, golden, ids):
     guess = model.predictor(ids, golden["mask_next"])
-    codes = to_map(map_tokens(guess, model.tokenizer.quantize.embedding.weight, "weighted"), (16, 16))
+    codes = to_feature_map(map_tokens(guess, model.tokenizer.quantize.embedding.weight, "weighted"), (16, 16))
     close(codes[:, ::16], golden["z_pred"], "z_pred")
     assert torch.allclose(guess.sum(-1), torch.ones(()), atol=1e-5)
 
 
 def test_corruption(corrupted, golden):
-    close(to_map(corrupted.target, (16, 16))[:, ::8], golden["target"], "target")
+    close(to_feature_map(corrupted.target, (16, 16))[:, ::8], golden["target"], "target")
     close(corrupted.images[..., ::4, ::4], golden["x_t"], "x_t")
 
 

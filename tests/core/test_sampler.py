@@ -12,7 +12,7 @@ from tiny import tiny_addp
 
 from addp_core import inpaint, sample
 from addp_core.base.rng import generator
-from addp_core.method.sampler import SampleConfig, composite, denoise, draw_ids, halton_order, step_noise
+from addp_core.method.sampler import SampleConfig, composite, denoise, draw_ids, halton_order, sampling_noise
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_step_keeps_what_is_known(steps, schedule, temperature, top_p, top
     known = torch.full((n, tokens), -1)
     seen = 0
     config = SampleConfig(steps, schedule, temperature, top_p, top_k, order)
-    for step, state in enumerate(denoise(model, step_noise(steps, tokens, 0, range(n)), config)):
+    for step, state in enumerate(denoise(model, sampling_noise(steps, tokens, 0, range(n)), config)):
         progress = (step + 1) / steps
         ratio = math.cos(math.pi / 2 * progress) if schedule == "cosine" else 1 - progress
         assert state.mask.sum(1).tolist() == [min(max(math.ceil(tokens * ratio), 1), tokens)] * n

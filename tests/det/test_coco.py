@@ -80,7 +80,7 @@ def test_labels_count_the_categories_by_id_and_objects_keep_to_the_image(write):
     assert [category.id for category in coco.categories] == [2, 7]
     assert [o["label"] for i in range(2) for o in coco.objects(i)] == [1, 0]
     assert coco.objects(1)[0]["bbox"] == [25, 15, 5, 5]
-    picture, label = coco.picture(1)
+    picture, label = coco.open_image(1)
     assert (picture.width, picture.height, label) == (WIDTH, HEIGHT, -1)
     assert picture.objects == coco.objects(1)
 
@@ -165,14 +165,14 @@ def test_missing_images_are_named_and_counted_up_to_a_limit(write, tmp_path, cap
     assert coco.missing == ["2.png", "3.png", "4.png", "5.png"]
     assert "4 of 6 image files are missing" in caplog.text
     with pytest.raises(ImageError, match="No such file"):
-        coco.picture(2)
+        coco.open_image(2)
 
 
 def test_an_image_of_another_size_than_listed_is_an_error_of_that_image(write, tmp_path):
     coco = write(content())
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
     with pytest.raises(ImageError, match="9 x 9 pixels, but 30 x 20 in the annotations"):
-        coco.picture(1)
+        coco.open_image(1)
 
 
 def test_images_without_objects_stay_or_go(write):
@@ -287,7 +287,7 @@ def test_boxes_are_drawn_anew_around_what_is_left_of_the_masks(write, seed):
     twice.append(thing(2, 0, 2, (4, 3, 20, 14), segmentation={"size": size, "counts": counts}))
     crowd = thing(3, 0, 2, (4, 3, 20, 14), iscrowd=1)
     coco = write(content(*twice, crowd))
-    scene = scene_of(coco.picture(0)[0], seed, scale=(0.3, 3.0))
+    scene = scene_of(coco.open_image(0)[0], seed, scale=(0.3, 3.0))
     assert scene.image.shape == (3, 32, 32)
     assert scene.image.dtype == torch.uint8
     assert len(scene.labels) in (0, 1, 2)  # a crop may miss it; the crowd never counts
@@ -298,7 +298,7 @@ def test_boxes_are_drawn_anew_around_what_is_left_of_the_masks(write, seed):
         a, b = scene.masks.bool()
         assert (a & b).sum() > 0.8 * (a | b).sum() or (a | b).sum() < 40
         assert scene.labels.tolist() == [1, 0]
-    again = scene_of(coco.picture(0)[0], seed, scale=(0.3, 3.0))
+    again = scene_of(coco.open_image(0)[0], seed, scale=(0.3, 3.0))
     assert torch.equal(scene.image, again.image)
     assert torch.equal(scene.masks, again.masks)
 
@@ -312,7 +312,7 @@ def test_the_picture_and_its_masks_move_together(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(one))
     coco, seen = CocoSet(tmp_path / "a.json", tmp_path), 0
     for seed in range(10):
-        scene = scene_of(coco.picture(0)[0], seed, scale=(0.8, 2.0))
+        scene = scene_of(coco.open_image(0)[0], seed, scale=(0.8, 2.0))
         if len(scene.labels):
             white = scene.image.float().mean(0) > 127
             mask = scene.masks[0].bool()
@@ -325,18 +325,18 @@ def test_small_pictures_are_padded_on_the_right_and_below_and_mirrored_half_of_t
     coco = write(content(thing(1, 0, 7, (0, 0, 10, 20))))
     lefts = []
     for seed in range(20):
-        scene = scene_of(coco.picture(0)[0], seed, scale=(0.5, 0.5))  # 16 x 11
+        scene = scene_of(coco.open_image(0)[0], seed, scale=(0.5, 0.5))  # 16 x 11
         assert (scene.image[:, 11:] == scene.image[:, 31:, 31:]).all()
         assert (scene.image[:, :, 16:] == scene.image[:, 31:, 31:]).all()
         lefts.append(int(scene.boxes[0, 0]))
     assert set(lefts) == {0, 11} or set(lefts) == {0, 10}
-    straight = [scene_of(coco.picture(0)[0], seed, scale=(0.5, 0.5), flip=False) for seed in range(8)]
+    straight = [scene_of(coco.open_image(0)[0], seed, scale=(0.5, 0.5), flip=False) for seed in range(8)]
     assert {int(scene.boxes[0, 0]) for scene in straight} == {0}
 
 
 def test_a_batch_gives_each_image_its_objects(write):
     coco = write(content(thing(1, 0, 7, (2, 2, 20, 15)), thing(2, 0, 2, (5, 5, 12, 12))))
-    scenes = [scene_of(coco.picture(i)[0], 1, scale=(1.0, 1.0)) for i in (1, 0, 1)]
+    scenes = [scene_of(coco.open_image(i)[0], 1, scale=(1.0, 1.0)) for i in (1, 0, 1)]
     batch = collate(scenes, torch.full((3,), -1), torch.tensor([1, 0, 1]), [])
     assert len(batch) == 3
     assert batch.counts == [0, 2, 0]

@@ -14,7 +14,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import AttentionConfig, Encoder, EncoderConfig
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.config import load
 from addp_core.weights.checkpoint import MODEL_FILE, load_encoder, save_model
 from det import eval as det_eval

@@ -76,7 +76,7 @@ def test_gradient_passes_straight_through_the_codes():
 
     # The encoder's gradient is what the decoder asks of its input.
     h = stage.model.tokenizer.encoder(images()).detach().requires_grad_()
-    codes = stage.model.tokenizer.lookup(stage.model.tokenizer.quantize.nearest(h))
+    codes = stage.model.tokenizer.lookup(stage.model.tokenizer.quantize.nearest_ids(h))
     F.l1_loss(stage.model.tokenizer.decode(codes + (h - h.detach())), images()).backward()
     assert parameters["tokenizer.encoder.conv_out.bias"].grad == pytest.approx(h.grad.sum((0, 2, 3)), rel=1e-4)
 

@@ -15,8 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny_addp
 
 from addp_core import load_encoder, save_model, save_published
+from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.classifier import Classifier
-from addp_core.networks.encoder import AttentionConfig, Encoder, EncoderConfig
+from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.weights.checkpoint import load_classifier
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from addp_core.base.errors import UserError
 from addp_core.data.corruptions import CORRUPTIONS
-from addp_core.data.stream import open_source
+from addp_core.data.sources import open_source
 from addp_core.recipes.cli import main
 from tools.toy import toy
 

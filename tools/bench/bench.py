@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 
 import addp_core
-from addp_core.base.errors import UserError, nearest
+from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock, release_out
@@ -165,7 +165,7 @@ class Bench:
         known = [*BENCHMARKS, *(f"{benchmark}/{arm}" for benchmark in BENCHMARKS for arm in arms)]
         for name in recipe.bench.only:
             if name not in known:
-                near = nearest(name, known)
+                near = did_you_mean(name, known)
                 expected = f"benchmarks ({', '.join(BENCHMARKS)}) or steps (as det/{arms[0]})"
                 raise UserError(f"bench.only: found {name!r}, expected {expected}{near}")
         wanted = {name.split("/")[0] for name in recipe.bench.only} or set(BENCHMARKS)

@@ -16,7 +16,7 @@ import torch
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
-from addp_core.data.images import EXTENSIONS, ImageError
+from addp_core.data.images import IMAGE_EXTENSIONS, ImageError
 from addp_core.recipes.config import find_recipe, load
 from addp_core.recipes.verbs import VERBS
 from addp_core.training.run_folder import MODELS
@@ -157,11 +157,11 @@ class Inputs:
             index = number * len(source) // count
             suffix = Path(source.name(index)).suffix.lower()
             try:
-                picture = source.picture(index)[0]
-                content = source.load(index)[0]
+                picture = source.open_image(index)[0]
+                content = source.read_bytes(index)[0]
             except (ImageError, OSError):
                 continue
-            path = self.folder(name) / f"{number:03d}{suffix if suffix in EXTENSIONS else '.png'}"
+            path = self.folder(name) / f"{number:03d}{suffix if suffix in IMAGE_EXTENSIONS else '.png'}"
             self.pictures[name].append(Picture(path, (picture.width, picture.height), content))
 
 
@@ -218,13 +218,13 @@ def _open_coco(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None
 def _open_scenes(recipe: Any, path: str, inputs: Inputs, wanted: set[str]) -> None:
     if "seg" not in wanted:
         return
-    from addp_core.data.sources import Files
+    from addp_core.data.sources import ImageFiles
     from seg.scenes import class_names, find_pairs
 
     class_names(path, recipe.seg.set.get("data.classes", ""))
     find_pairs(path, "train")
     pairs = find_pairs(path, "val")
-    inputs.keep("ade20k", Files(Path(), [str(pair.picture) for pair in pairs]))
+    inputs.keep("ade20k", ImageFiles(Path(), [str(pair.picture) for pair in pairs]))
 
 
 OPENERS = {
@@ -274,7 +274,7 @@ def listing(path: str) -> str:
             add(entry.name)
             if entry.is_dir():
                 pending.append(os.path.join(folder, entry.name))
-            elif os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+            elif os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
                 with suppress(OSError):
                     add(entry.stat().st_size, entry.stat().st_mtime_ns)
     return digest.hexdigest()

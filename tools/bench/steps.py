@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import yaml
 
 import addp_core
-from addp_core.base.errors import UserError, nearest
+from addp_core.base.errors import UserError, did_you_mean
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import COMPUTE_ONLY
 from tools.bench import sweep
@@ -163,7 +163,9 @@ def _benchmark(recipe: Any, name: str, arms: Sequence[Arm], inputs: Inputs) -> I
     """A benchmark's step for each arm."""
     keys, names = getattr(recipe, name), [arm.name for arm in arms]
     for unknown in set(keys.arms) - set(names):
-        raise UserError(f"{name}.arms: found {unknown!r}, expected some of {', '.join(names)}{nearest(unknown, names)}")
+        raise UserError(
+            f"{name}.arms: found {unknown!r}, expected some of {', '.join(names)}{did_you_mean(unknown, names)}"
+        )
     for arm in arms:
         step = Step(name, arm, Path(recipe.out), processes=recipe.bench.processes)
         step.seeds = keys.seeds or (recipe.finetune.seeds if name == "robustness" else None) or recipe.seeds

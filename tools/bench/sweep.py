@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 from tqdm import tqdm
 
-from addp_core.base.errors import UserError, nearest
+from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
@@ -80,7 +80,7 @@ def run(recipe: Recipe) -> None:
     Leaves with 1 where the table lacks an arm or a seed, or a signal stopped it.
     """
     if recipe.verb not in VERBS:
-        raise UserError(f"verb: found {recipe.verb!r}, expected a verb of addp{nearest(recipe.verb, VERBS)}")
+        raise UserError(f"verb: found {recipe.verb!r}, expected a verb of addp{did_you_mean(recipe.verb, VERBS)}")
     out = Path(recipe.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

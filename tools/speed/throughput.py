@@ -28,7 +28,7 @@ from addp_core.base.rng import generator
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.method.sampler import sample
 from addp_core.networks.decoder import DecoderConfig
-from addp_core.networks.encoder import SIZES, EncoderConfig
+from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.training.compute import accelerate_model
 from addp_core.training.engine import TrainConfig, make_optimizer
@@ -47,7 +47,7 @@ PARTS = ("vq_encode", "predictor", "vq_decode", "encoder", "decoder", "denoiser"
 class Recipe:
     """Keys of `addp throughput`."""
 
-    model: Annotated[str, f"{', '.join(SIZES)} (random weights), or a run or file of `addp pretrain`"] = "base"
+    model: Annotated[str, f"{', '.join(VIT_SIZES)} (random weights), or a run or file of `addp pretrain`"] = "base"
     batch: Annotated[int, Ge(1), "images of a step"] = 4
     size: Annotated[int | None, Ge(16), MultipleOf(16), "pixels a side; null: the file's, or 256"] = None
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products, by autocast"] = "fp32"
@@ -114,12 +114,12 @@ def pick_device(recipe: Recipe) -> torch.device:
 def build(recipe: Recipe) -> ADDP:
     """The model of a file, or one of a named size with random weights."""
     size = recipe.size and (recipe.size, recipe.size)
-    if recipe.model not in SIZES:
+    if recipe.model not in VIT_SIZES:
         model = load_addp(recipe.model, image_size=size)
         if recipe.train and model.predictor is None:
             raise UserError(f"model: {recipe.model} has no token predictor, which training needs; expected train=false")
         return model
-    shape = SIZES[recipe.model]
+    shape = VIT_SIZES[recipe.model]
     torch.manual_seed(0)
     config = ADDPConfig(
         image_size=size or ADDPConfig.image_size,

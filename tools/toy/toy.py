@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
 from addp_core.base.errors import UserError
-from addp_core.data.corruptions import CORRUPTIONS, FILE_QUALITY, SEVERITIES, clouds, corrupt
+from addp_core.data.corruptions import CORRUPTIONS, JPEG_QUALITY, SEVERITIES, apply_corruption, smooth_noise
 
 log = logging.getLogger("addp")
 
@@ -173,7 +173,7 @@ def textured(rng: np.random.Generator, height: int, width: int, colour: np.ndarr
     """float[h,w,3]: the colour with a slope of light, soft blotches and a little grain."""
     rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     angle = rng.uniform(0, 2 * np.pi)
-    light = 0.07 * (rows * np.sin(angle) + columns * np.cos(angle)) + 0.03 * clouds(rng, height, width, 4)
+    light = 0.07 * (rows * np.sin(angle) + columns * np.cos(angle)) + 0.03 * smooth_noise(rng, height, width, 4)
     grain = rng.normal(0, 0.015, (height, width, 3))
     return np.clip(colour + light[..., None] + grain, 0, 1)
 
@@ -275,7 +275,7 @@ def drawing(rng: np.random.Generator, scans: Scans, digit: int, size: int) -> np
     outline = np.clip(ndimage.grey_dilation(glyph, 3) - glyph, 0, 1)
     rows, columns = np.indices(glyph.shape)
     hatching = 0.45 * ((rows + columns * rng.choice((-1, 1))) % max(3, size // 16) == 0) * (glyph > 0.5)
-    pressure = np.clip(0.85 + 0.15 * clouds(rng, height, height, 6), 0.4, 1)
+    pressure = np.clip(0.85 + 0.15 * smooth_noise(rng, height, height, 6), 0.4, 1)
     top, left = (int(rng.integers(0, size - height + 1)) for _ in range(2))
     lay(image, np.maximum(outline, hatching) * pressure, top, left, np.full(3, rng.uniform(0.05, 0.3)))
     return image
@@ -305,8 +305,8 @@ def write_imagenet_c(folder: Path, recipe: Recipe, scans: Scans) -> None:
         clean = single(rng_for(recipe, "imagenet-c", i), scans, "val", i % 10, recipe.size)
         for name in CORRUPTIONS:
             for severity in SEVERITIES:
-                image = corrupt(clean, name, severity, rng_for(recipe, "imagenet-c", i, name, severity))
-                save(image, folder / name / str(severity) / str(i % 10) / f"val_{i:06d}.JPEG", quality=FILE_QUALITY)
+                image = apply_corruption(clean, name, severity, rng_for(recipe, "imagenet-c", i, name, severity))
+                save(image, folder / name / str(severity) / str(i % 10) / f"val_{i:06d}.JPEG", quality=JPEG_QUALITY)
 
 
 # ------------------------------------------------------------------------------------------------------------ detection

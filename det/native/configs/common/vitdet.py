@@ -12,7 +12,7 @@ from detectron2.data import (
 )
 from torch.optim import AdamW
 
-from addp_core.networks.encoder import AttentionConfig
+from addp_core.networks.attention import AttentionConfig
 from addp_core.weights.checkpoint import load_encoder
 from det.config import DetectorConfig
 from det.native.backbone import EncoderBackbone
