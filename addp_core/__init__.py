@@ -13,14 +13,14 @@ _EXPORTS = {
     "ADDPConfig": "method.addp",
     "Encoder": "networks.encoder",
     "inpaint": "method.sampler",
-    "load_addp": "weights.checkpoint",
-    "load_classifier": "weights.checkpoint",
-    "load_encoder": "weights.checkpoint",
-    "load_predictor": "weights.checkpoint",
-    "load_tokenizer": "weights.checkpoint",
+    "load_addp": "weights.loading",
+    "load_classifier": "weights.loading",
+    "load_encoder": "weights.encoders",
+    "load_predictor": "weights.loading",
+    "load_tokenizer": "weights.loading",
     "sample": "method.sampler",
-    "save_model": "weights.checkpoint",
-    "save_published": "weights.checkpoint",
+    "save_model": "weights.saving",
+    "save_published": "weights.saving",
 }
 __all__ = [*_EXPORTS]
 

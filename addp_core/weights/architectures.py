@@ -1,0 +1,146 @@
+"""The architectures that our files store as JSON beside their weights, one class per kind of model.
+
+The names of the fields are keys in files: they stay as they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from addp_core.base.errors import UserError
+from addp_core.method.addp import ADDPConfig, DenoiserConfig
+from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.encoder import EncoderConfig
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
+from addp_core.weights.files import first_line
+
+HEAD_KEYS = ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads")
+
+
+@dataclass(frozen=True)
+class TokenizerArchitecture:
+    """Architecture of a tokenizer."""
+
+    tokenizer: TokenizerConfig
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PredictorArchitecture:
+    """Architecture of a token predictor."""
+
+    predictor: PredictorConfig
+    grid: tuple[int, int]
+    vocabulary: Vocabulary
+    trained_on: str = ""  # fingerprint of the tokenizer it was trained with; empty if unknown
+
+
+@dataclass(frozen=True)
+class EncoderArchitecture:
+    """Architecture of an encoder over pixels."""
+
+    encoder: EncoderConfig
+    image_size: tuple[int, int]
+    patch_size: int
+    attention: AttentionConfig = PLAIN_ATTENTION
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+
+
+@dataclass(frozen=True)
+class TokenEncoderArchitecture:
+    """Architecture of an encoder over token ids, including its tokenizer."""
+
+    predictor: PredictorConfig
+    vocabulary: Vocabulary
+    tokenizer: TokenizerConfig
+    image_size: tuple[int, int]
+
+    @property
+    def patch_size(self) -> int:
+        """Side in pixels of the square that a token covers."""
+        return self.tokenizer.stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.tokenizer.grid(self.image_size)
+
+
+@dataclass(frozen=True)
+class ClassifierArchitecture:
+    """Architecture of a classifier, the names of its classes, and how its images are normalized and cropped."""
+
+    encoder: EncoderArchitecture | TokenEncoderArchitecture
+    classes: int
+    pooling: Literal["avg", "token"]
+    norm: Literal["layer", "batch"]
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop: float | None = None  # share of the shorter side that validation crops, if a recipe set it
+
+
+ARCHITECTURES: dict[str, type] = {
+    "addp": ADDPConfig,
+    "tokenizer": TokenizerArchitecture,
+    "predictor": PredictorArchitecture,
+    "encoder": EncoderArchitecture,
+    "token_encoder": TokenEncoderArchitecture,
+    "classifier": ClassifierArchitecture,
+}
+
+
+def parse_architecture(source: str, description: Any) -> tuple[str, Any]:
+    """Return (kind, architecture) from the JSON that one of our files stores.
+
+    Raises UserError if the kind is unknown or the architecture was written by an incompatible version.
+    """
+    kind = description.get("kind") if isinstance(description, dict) else None
+    if isinstance(kind, str) and kind not in ARCHITECTURES:
+        raise UserError(f"{source}: holds the weights of {kind!r}; expected one of {', '.join(ARCHITECTURES)}")
+    try:
+        return str(kind), TypeAdapter(ARCHITECTURES[str(kind)]).validate_python(description["architecture"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{source}: its description of the architecture does not fit this version ({first_line(error)})"
+        ) from error
+
+
+def recipe_heads(recipe: Any) -> dict[str, int]:
+    """Return the numbers of attention heads that a recipe sets, as keyword arguments of `load_addp`."""
+    return {key: getattr(recipe, key) for key in HEAD_KEYS if getattr(recipe, key, None) is not None}
+
+
+def with_heads(architecture: Any, heads: Mapping[str, int | None]) -> Any:
+    """Return the architecture with the numbers of heads in `heads` (keys of `HEAD_KEYS`, None for no change).
+
+    Numbers for parts that the architecture lacks are ignored.
+    """
+    if isinstance(architecture, ADDPConfig):
+        denoiser = DenoiserConfig(
+            _replace_set(architecture.denoiser.encoder, heads=heads.get("encoder_heads")),
+            _replace_set(architecture.denoiser.decoder, heads=heads.get("decoder_heads")),
+        )
+        architecture = replace(architecture, denoiser=denoiser)
+    if isinstance(architecture, EncoderArchitecture):
+        return replace(architecture, encoder=_replace_set(architecture.encoder, heads=heads.get("encoder_heads")))
+    if getattr(architecture, "predictor", None) is None:
+        return architecture
+    predictor = _replace_set(
+        architecture.predictor,
+        heads=heads.get("predictor_heads"),
+        decoder_heads=heads.get("predictor_decoder_heads"),
+    )
+    return replace(architecture, predictor=predictor)
+
+
+def _replace_set(config: Any, **values: int | None) -> Any:
+    """Replace the fields of `config` whose new value is not None."""
+    return replace(config, **{key: value for key, value in values.items() if value is not None})

@@ -1,0 +1,181 @@
+"""`load_encoder`: the encoder for recognition, detection and segmentation, from any file that has one."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from addp_core.base.errors import UserError
+from addp_core.method.addp import ADDPConfig
+from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
+from addp_core.weights.architectures import (
+    EncoderArchitecture,
+    PredictorArchitecture,
+    TokenEncoderArchitecture,
+    with_heads,
+)
+from addp_core.weights.files import Source, State, strip_prefix
+from addp_core.weights.loading import check_codebook
+from addp_core.weights.modules import fill, fingerprint, fit_encoder_state
+from addp_core.weights.reading import Weights, describe_kind, impossible_values, read_part, read_weights
+
+DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
+
+AnyArchitecture = EncoderArchitecture | TokenEncoderArchitecture
+
+
+def load_encoder(
+    source: Source,
+    img_size: int | tuple[int, int] = 224,
+    *,
+    encoder_heads: int | None = None,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    tokenizer_norm: bool = False,
+    attention: AttentionConfig | None = None,
+    dynamic: bool = False,
+    init: Literal["pretrained", "random"] = "pretrained",
+    patch_size: int | None = None,
+    tokenizer: Source | None = None,
+) -> Encoder | TokenEncoder:
+    """Load an encoder in eval mode, float32, on the CPU. Its final norm, which transfer does not use, is frozen.
+
+    Args:
+        source: any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style ViT; with `tokenizer` (or if the
+            file contains one) also a MAGE file, whose encoder reads token ids. With init="random" also a size: tiny,
+            small, base or large.
+        img_size: pixels, a side or (height, width); positions are resampled bicubically.
+        encoder_heads: number of attention heads, if it differs from the file's (published files: width/64).
+        dropout, drop_path: rates in training.
+        tokenizer_norm: keep ADDP's input norm. Published transfers drop it; a ViT's own norm is always kept.
+        attention, dynamic: see `Encoder`. The default is the file's attention. Relative positions that the file lacks
+            start at zero, those of other sizes are resampled.
+        init: "random" takes only the architecture from the file and draws the weights from torch's global generator; a
+            tokenizer keeps its weights.
+        patch_size: pixels, if `source` is a size (default 16).
+        tokenizer: the VQGAN of a MAGE file.
+
+    Raises:
+        UserError: if the file has no encoder, or the arguments do not fit it.
+    """
+    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    vqgan = None if tokenizer is None else read_part(tokenizer, "tokenizer")
+    if isinstance(source, str) and source in VIT_SIZES and not Path(source).exists():
+        if init != "random":
+            raise UserError(f"{source}: a size, which has no weights; expected init=random with it, or a checkpoint")
+        name = source
+        state, architecture = _of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
+    else:
+        name, state, architecture = _read_encoder(source, encoder_heads, vqgan)
+    if patch_size not in (None, architecture.patch_size):
+        raise UserError(f"patch_size: found {patch_size}, but {name} has {architecture.patch_size}; leave the key out")
+    if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
+        raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
+    try:
+        encoder = _build(architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic)
+    except ValueError as error:
+        raise UserError(f"img_size={img_size}: {error}") from error
+    encoder.norm.requires_grad_(False)
+    if init == "pretrained":
+        return fill(encoder, fit_encoder_state(state, architecture, encoder), name)
+    if isinstance(encoder, TokenEncoder):
+        fill(encoder.tokenizer, _without_decoder(strip_prefix(state, "tokenizer.")), name)
+    return encoder.eval()
+
+
+def _of_size(
+    size_name: str, image_size: tuple[int, int], patch_size: int, vqgan: Weights | None
+) -> tuple[State, AnyArchitecture]:
+    """Return the architecture of a size in `VIT_SIZES`, and the tensors of its tokenizer if it reads token ids."""
+    numbers = VIT_SIZES[size_name]
+    if vqgan is None:
+        config = EncoderConfig(width=numbers["width"], depth=numbers["depth"], heads=numbers["heads"])
+        return {}, EncoderArchitecture(config, image_size, patch_size)
+    codes: TokenizerConfig = vqgan.architecture.tokenizer
+    predictor = PredictorConfig(width=numbers["width"], depth=numbers["depth"], heads=numbers["heads"])
+    architecture = TokenEncoderArchitecture(predictor, Vocabulary(codes.codebook), codes, image_size)
+    return {f"tokenizer.{key}": value for key, value in vqgan.state.items()}, architecture
+
+
+def _read_encoder(source: Source, heads: int | None, vqgan: Weights | None) -> tuple[str, State, AnyArchitecture]:
+    """Return (name for errors, tensors, architecture) of the encoder in any file that has one."""
+    weights = read_weights(source, heads={} if heads is None else {"encoder_heads": heads})
+    if weights.kind == "predictor":
+        return _read_mage_encoder(source, weights, heads, vqgan)
+    if vqgan is not None:
+        raise UserError(f"tokenizer={vqgan.source}: {weights.source} is no MAGE checkpoint; leave the key out")
+    architecture: AnyArchitecture
+    if weights.kind == "addp":
+        config: ADDPConfig = weights.architecture
+        architecture = EncoderArchitecture(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
+        return weights.source, weights.part("denoiser.encoder."), architecture
+    if weights.kind == "classifier":
+        architecture = weights.architecture.encoder
+        if isinstance(architecture, EncoderArchitecture):  # the norm that a classifier was trained with is now its own
+            encoder = replace(architecture.encoder, pre_norm=architecture.encoder.tokenizer_norm)
+            architecture = replace(architecture, encoder=encoder)
+        return weights.source, weights.part("encoder."), architecture
+    if weights.kind in ("encoder", "token_encoder"):
+        return weights.source, weights.state, weights.architecture
+    raise UserError(
+        f"{weights.source}: {describe_kind(weights)}; expected a checkpoint with an encoder (ADDP, MAE, BEiT, MAGE or "
+        "ViT with a pixel encoder)"
+    )
+
+
+def _read_mage_encoder(
+    source: Source, weights: Weights, heads: int | None, vqgan: Weights | None
+) -> tuple[str, State, TokenEncoderArchitecture]:
+    """Return MAGE's encoder with `vqgan` as its tokenizer, or with the one in its own file if that is None."""
+    if vqgan is None:
+        vqgan = read_weights(source, "tokenizer")
+        if vqgan.kind != "tokenizer":
+            raise UserError(f"{weights.source}: MAGE reads token ids; expected tokenizer=<VQGAN file> with it")
+    with impossible_values(weights.source):
+        mage: PredictorArchitecture = with_heads(weights.architecture, {"predictor_heads": heads})
+    codes: TokenizerConfig = vqgan.architecture.tokenizer
+    check_codebook(vqgan, mage.vocabulary.codebook)
+    if mage.trained_on not in ("", fingerprint(fill(Tokenizer(codes), vqgan.state, vqgan.source))):
+        raise UserError(
+            f"tokenizer={vqgan.source}: {weights.source} was trained on another tokenizer; expected that one"
+        )
+    size = (mage.grid[0] * codes.stride, mage.grid[1] * codes.stride)
+    encoder_names = ("token_emb.", "blocks.", "norm.")
+    state = {key: value for key, value in weights.state.items() if key.startswith(encoder_names)}
+    state |= {f"tokenizer.{key}": value for key, value in _without_decoder(vqgan.state).items()}
+    return weights.source, state, TokenEncoderArchitecture(mage.predictor, mage.vocabulary, codes, size)
+
+
+def _without_decoder(state: State) -> State:
+    """Drop the decoder from a tokenizer's tensors."""
+    return {key: value for key, value in state.items() if not key.startswith("decoder.")}
+
+
+def _build(
+    architecture: AnyArchitecture,
+    size: tuple[int, int],
+    dropout: float,
+    drop_path: float,
+    tokenizer_norm: bool,
+    attention: AttentionConfig | None,
+    dynamic: bool,
+) -> Encoder | TokenEncoder:
+    """Build the encoder of a file for another size and other rates. Raises ValueError if the size does not fit."""
+    if isinstance(architecture, TokenEncoderArchitecture):
+        if dynamic or attention not in (None, PLAIN_ATTENTION):
+            raise UserError(
+                "attention: an encoder over tokens has neither windows, relative positions nor dynamic sizes"
+            )
+        predictor = replace(architecture.predictor, dropout=dropout)
+        return TokenEncoder(predictor, architecture.vocabulary, architecture.tokenizer, size, drop_path)
+    config = replace(
+        architecture.encoder,
+        dropout=dropout,
+        drop_path=drop_path,
+        tokenizer_norm=tokenizer_norm or architecture.encoder.pre_norm,
+        input_dropout=dropout,
+    )
+    return Encoder(config, size, architecture.patch_size, attention or architecture.attention, dynamic)

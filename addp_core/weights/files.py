@@ -1,0 +1,152 @@
+"""Safe reading of weight files: our safetensors, PyTorch checkpoints, and state dicts that are already in memory.
+
+Nothing is unpickled that could run code: a file is either `.safetensors` or read by `torch.load(weights_only=True)`.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from addp_core.base.errors import UserError, did_you_mean
+
+MODEL_FILE = "model.safetensors"  # of a run folder
+METADATA_KEY = "addp"  # under which our files store their kind and architecture
+
+Source = str | os.PathLike | Mapping[str, Any]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """What a weight file holds, before any conversion."""
+
+    source: str  # names the file in error messages
+    state: State  # tensors under the file's own names
+    description: Any  # {"kind": ..., "architecture": ...} as our own files store it, or None
+
+
+def read_file(source: Source) -> FileContent:
+    """Read the tensors of any file under the file's own names.
+
+    Args:
+        source: a path, a run folder, "hf://owner/repository/file", or a state dict.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds pickled objects other than tensors and plain values.
+    """
+    if isinstance(source, Mapping):
+        return _unwrap("state dict", source)
+    path = _locate(os.fspath(source))
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _unpickling_refused(path, error) from error
+    except (SafetensorError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a readable checkpoint ({first_line(error)}); expected a complete .safetensors or PyTorch file"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: found a {type(content).__name__}, expected a dictionary of tensors")
+    return _unwrap(str(path), content)
+
+
+def read_tensors(source: Source) -> State:
+    """Read the tensors of any file under the file's own names. Raises UserError like `read_file`."""
+    return read_file(source).state
+
+
+def strip_prefix(state: State, prefix: str) -> State:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_safetensors(path: Path) -> FileContent:
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
+    return FileContent(str(path), state, json.loads(text) if text else None)
+
+
+def _unpickling_refused(path: Path, error: pickle.UnpicklingError) -> UserError:
+    """Return the error for a file that `torch.load(weights_only=True)` refuses."""
+    with path.open("rb") as file:
+        first_bytes = file.read(16)
+    if not first_bytes.startswith((b"PK", b"\x80")):
+        return UserError(
+            f"{path}: not a checkpoint (it begins with {first_bytes!r}); expected a .safetensors or PyTorch file; "
+            "if a web page was saved in its place, download it again"
+        )
+    forbidden = re.search(r"(?:GLOBAL|global|Unsupported class) ([\w.]+)", str(error))
+    reason = f"it asks for {forbidden[1]}" if forbidden else "it holds more than tensors"
+    return UserError(
+        f"{path}: refused because unpickling it could run code ({reason}); expected plain tensors; "
+        "if you trust the file, save it again as safetensors"
+    )
+
+
+def _locate(source: str) -> Path:
+    """Return the local path of a file, of a run folder's model, or of a downloaded hub file."""
+    if source.startswith("hf://"):
+        return _download(source)
+    path = Path(source)
+    if path.is_dir():
+        if not (path / MODEL_FILE).exists():
+            raise UserError(
+                f"{path}: this folder has no {MODEL_FILE}; expected a file or the folder of a finished run "
+                "(start its command again to finish it)"
+            )
+        return path / MODEL_FILE
+    if not path.exists():
+        hint = did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise UserError(
+            f"{path}: no such file{hint}; expected a checkpoint, a run folder or hf://owner/repository/file"
+        )
+    return path
+
+
+def _download(source: str) -> Path:
+    """Fetch "hf://owner/repository/file" from the Hugging Face hub, or find it in the local cache."""
+    owner, _, rest = source.removeprefix("hf://").partition("/")
+    repository, _, name = rest.partition("/")
+    if not name:
+        raise UserError(f"{source}: expected hf://owner/repository/file")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"{source}: cannot be downloaded ({first_line(error)}); expected a reachable hub file or a local path"
+        ) from error
+
+
+def _unwrap(source: str, content: Mapping[str, Any]) -> FileContent:
+    """Find the state dict at the top or under `model`, `state_dict` or `module`; drop DDP's prefix and non-tensors."""
+    description = content.get(METADATA_KEY)
+    inner = next(
+        (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), Mapping)), content
+    )
+    state = {key.removeprefix("module."): value for key, value in inner.items() if isinstance(value, Tensor)}
+    if not state:
+        entries = ", ".join(map(str, list(content)[:6])) or "none"
+        raise UserError(f"{source}: no tensors in it (entries: {entries}); expected a checkpoint")
+    return FileContent(source, state, json.loads(description) if isinstance(description, str) else None)

@@ -1,0 +1,61 @@
+"""The foreign layouts that can be read, in the order in which they are tried, and descriptions of those that cannot."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from addp_core.weights.files import State
+from addp_core.weights.layouts.ours import convert_our_addp, is_our_addp
+from addp_core.weights.layouts.published import (
+    convert_addp,
+    convert_mage,
+    convert_vqgan,
+    is_mage,
+    is_published_addp,
+    is_vqgan,
+)
+from addp_core.weights.layouts.shapes import has_tensors
+from addp_core.weights.layouts.vit import convert_vit, is_mae, is_vit
+
+
+class Layout(NamedTuple):
+    """A layout of weights and its conversion to ours."""
+
+    kind: str  # a key of ARCHITECTURES
+    matches: Callable[[Mapping[str, Any]], bool]
+    convert: Callable[[str, State, Mapping[str, int]], tuple[State, Any]]
+    """(source named in errors, tensors, numbers of heads) -> (tensors under our names, architecture)"""
+
+
+LAYOUTS = (
+    Layout("addp", is_published_addp, convert_addp),
+    Layout("addp", is_our_addp, convert_our_addp),
+    Layout("predictor", is_mage, convert_mage),
+    Layout("tokenizer", is_vqgan, convert_vqgan),
+    Layout("encoder", is_vit, convert_vit),
+)
+
+_DESCRIPTIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
+    (is_published_addp, "an ADDP checkpoint"),
+    (is_mage, "a MAGE checkpoint: pass it as predictor="),
+    (is_vqgan, "a VQGAN checkpoint: pass it as tokenizer="),
+    (is_mae, "a MAE checkpoint: load_encoder reads it"),
+    (is_vit, "a plain ViT checkpoint: load_encoder reads it"),
+    (has_tensors("conv1.weight", "layer1.0.conv1.weight"), "a ResNet checkpoint"),
+    (
+        lambda state: any("diffusion_model" in key or key.startswith("first_stage_model") for key in state),
+        "a latent diffusion checkpoint",
+    ),
+    (
+        lambda state: any(key.startswith(("backbone.", "roi_heads.", "decode_head.")) for key in state),
+        "a detector's or segmenter's checkpoint",
+    ),
+)
+
+
+def describe_tensors(state: Mapping[str, Any]) -> str:
+    """Say what a state dict looks like, for example 'this is a MAGE checkpoint: pass it as predictor='."""
+    for matches, description in _DESCRIPTIONS:
+        if matches(state):
+            return f"this is {description}"
+    names = ", ".join(list(state)[:4])
+    return f"unknown content ({len(state)} entries such as {names})" if state else "there are no tensors in it"

@@ -1,0 +1,162 @@
+"""Plain ViTs over pixels: files of MAE, BEiT and timm to our encoder, and our classifiers to timm's ViT."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from addp_core.base.errors import UserError
+from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import EncoderConfig
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.weights.architectures import EncoderArchitecture
+from addp_core.weights.files import State
+from addp_core.weights.layouts.published import ENCODER_NAMES
+from addp_core.weights.layouts.shapes import (
+    default_heads,
+    depth_of,
+    has_tensors,
+    is_square,
+    require_tensors,
+    square_grid,
+)
+
+RELATIVE_TABLE = "relative.relative_position_bias_table"  # within a block
+NOT_ENCODER = ("decoder_", "mask_token", "head.", "lm_head.", "fc_norm.", "head_drop.")  # other parts of ViT files
+
+is_vit = has_tensors("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+is_mae = has_tensors("mask_token", "decoder_pred.weight", "blocks.0.attn.qkv.weight")
+
+
+# -------------------- MAE, BEiT and timm -> ours
+
+
+def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, EncoderArchitecture]:
+    """Convert a ViT of MAE, BEiT or timm; decoders, heads and pooling norms are dropped."""
+    renamed = _our_names(state)
+    ours = {key: value for key, value in renamed.items() if key.startswith(ENCODER_NAMES)}
+    unsupported = [key for key in renamed if key not in ours and not key.startswith(NOT_ENCODER)]
+    if unsupported:
+        raise UserError(f"{source}: a ViT with tensors that our encoder does not have: {', '.join(unsupported)}")
+    require_tensors(source, ours, ("cls_token", "patch_embed.proj.weight"))
+    width, patch = ours["cls_token"].shape[-1], ours["patch_embed.proj.weight"].shape[-1]
+    table = ours.get(f"blocks.0.{RELATIVE_TABLE}")
+    grid, ours["pos_embed"] = _positions(source, ours.get("pos_embed"), table, width)
+    # ViTs with average pooling have fc_norm in place of the final norm; CLIP's have no bias on the patches.
+    defaults = {"norm.weight": torch.ones, "norm.bias": torch.zeros, "patch_embed.proj.bias": torch.zeros}
+    ours = {key: make(width) for key, make in defaults.items()} | ours
+    config = EncoderConfig(
+        width,
+        depth_of(ours, "blocks."),
+        heads.get("encoder_heads", default_heads(width) if table is None else table.shape[1]),
+        tokenizer_norm="tokenizer_norm.weight" in ours,
+        layer_scale="blocks.0.ls1.gamma" in ours,
+        pre_norm="norm_pre.weight" in state,
+    )
+    attention = PLAIN_ATTENTION if table is None else AttentionConfig(relative="table")
+    return ours, EncoderArchitecture(config, (grid[0] * patch, grid[1] * patch), patch, attention)
+
+
+def _positions(
+    source: str, positions: Tensor | None, table: Tensor | None, width: int
+) -> tuple[tuple[int, int], Tensor]:
+    """Return the grid (rows, columns) and its absolute positions Float[1,1+N,width], zeros if there are none."""
+    if positions is not None:
+        tokens = positions.shape[1] - 1
+        if not is_square(tokens) and is_square(tokens + 1):  # the class token of DeiT III has no position
+            tokens, positions = tokens + 1, functional.pad(positions, (0, 0, 1, 0))
+        return square_grid(source, tokens), positions
+    if table is not None:
+        grid = _grid_of_table(source, table)
+        return grid, torch.zeros(1, 1 + grid[0] * grid[1], width)
+    raise UserError(f"{source}: a ViT without positions; expected pos_embed or relative_position_bias_table")
+
+
+def _our_names(state: State) -> State:
+    """Rename a ViT's tensors to ours, which are timm's for its plain ViT; convert BEiT's biases, scales and tables and
+    CLIP's norm before the blocks.
+    """
+    renamed: State = {}
+    for key, value in state.items():
+        if key.endswith(("relative_position_index", ".k_bias", ".v_bias")):
+            continue
+        block, _, name = key.rpartition(".attn.")
+        if name == "q_bias":  # BEiT's keys have no bias: it would shift all scores of a query alike
+            biases = [value, torch.zeros_like(value), state[f"{block}.attn.v_bias"]]
+            renamed[f"{block}.attn.qkv.bias"] = torch.cat(biases)
+        elif name == "relative_position_bias_table":
+            renamed[f"{block}.{RELATIVE_TABLE}"] = value
+        elif key.startswith("norm_pre."):
+            renamed[f"tokenizer_norm.{key.removeprefix('norm_pre.')}"] = value
+        else:
+            renamed[re.sub(r"\.gamma_([12])$", r".ls\1.gamma", key)] = value
+    shared = renamed.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None:
+        for key in (f"blocks.{i}.{RELATIVE_TABLE}" for i in range(depth_of(state, "blocks."))):
+            renamed[key] = renamed[key] + shared if key in renamed else shared.clone()
+    return renamed
+
+
+def _grid_of_table(source: str, table: Tensor) -> tuple[int, int]:
+    """Return the rows and columns that a table of biases Float[entries,heads] covers; three entries are the class
+    token's.
+    """
+    side = math.isqrt(len(table) - 3)
+    if side * side != len(table) - 3 or side % 2 == 0:
+        raise UserError(
+            f"{source}: {len(table)} relative biases do not belong to a square grid; expected (2 side - 1)^2 + 3"
+        )
+    return (side + 1) // 2, (side + 1) // 2
+
+
+# -------------------- ours -> timm
+
+
+def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
+    """Return a classifier (or, with 0 classes, an encoder with a new norm) as timm's `VisionTransformer`: its tensors
+    and the arguments that build it.
+
+    Raises ValueError if the model has parts that timm's plain ViT lacks.
+    """
+    encoder = model.encoder
+    if isinstance(encoder, TokenEncoder):
+        raise ValueError("timm's ViTs read pixels, but this encoder reads tokens; use layout=onnx")
+    if encoder.attention != PLAIN_ATTENTION:
+        raise ValueError("timm's plain ViT has neither windows nor relative positions; use layout=onnx")
+    config, state = encoder.config, {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    arguments = {
+        "img_size": list(encoder.image_size),
+        "patch_size": encoder.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "global_pool": model.pooling,
+        "fc_norm": True,
+        "pre_norm": config.tokenizer_norm,
+        "num_classes": model.num_classes,
+    }
+    if config.layer_scale:
+        arguments["init_values"] = 1.0
+    if model.norm == "batch":  # a fixed scale and shift, which the head absorbs
+        arguments["final_norm"] = False
+        _fold_norm_into_head(state, cast(nn.BatchNorm1d, model.fc_norm))
+    renamed = {key.removeprefix("encoder."): value for key, value in state.items()}
+    renamed = {key: value for key, value in renamed.items() if not key.startswith("norm.")}
+    if config.tokenizer_norm:
+        # timm has no bias on the patches before a norm
+        renamed["pos_embed"][:, 1:] += renamed.pop("patch_embed.proj.bias")
+        renamed = {re.sub(r"^tokenizer_norm\.", "norm_pre.", key): value for key, value in renamed.items()}
+    return renamed, arguments
+
+
+def _fold_norm_into_head(state: State, norm: nn.BatchNorm1d) -> None:
+    """Move a batch norm without affine parameters into the head that follows it."""
+    mean, scale = state.pop("fc_norm.running_mean"), (state.pop("fc_norm.running_var") + norm.eps).rsqrt()
+    state.pop("fc_norm.num_batches_tracked")
+    state["head.weight"] = state["head.weight"] * scale
+    state["head.bias"] = state["head.bias"] - state["head.weight"] @ mean

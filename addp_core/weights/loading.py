@@ -1,0 +1,152 @@
+"""Building models from files: `load_addp`, `load_tokenizer`, `load_predictor`, `load_classifier`.
+
+`load_encoder` has a module of its own, encoders.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from addp_core.base.errors import UserError, did_you_mean
+from addp_core.method.addp import ADDP, ADDPConfig
+from addp_core.method.diffusion import ProcessConfig
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.predictor import TokenPredictor
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.tokenizer import Tokenizer
+from addp_core.weights.architectures import (
+    HEAD_KEYS,
+    ClassifierArchitecture,
+    PredictorArchitecture,
+    TokenEncoderArchitecture,
+)
+from addp_core.weights.files import Source
+from addp_core.weights.modules import fill, fit_encoder_state, replace_part, resample_state
+from addp_core.weights.reading import Weights, describe_kind, read_part, read_weights
+
+
+def load_addp(
+    source: Source,
+    *,
+    tokenizer: Source | None = None,
+    predictor: Source | None = None,
+    image_size: tuple[int, int] | None = None,
+    process: ProcessConfig | None = None,
+    **heads: int,
+) -> ADDP:
+    """Load an ADDP model in eval mode, float32, on the CPU.
+
+    Args:
+        source: a path, a run folder, "hf://owner/repository/file" or a state dict, in the published layout or ours.
+        tokenizer, predictor: sources for files that lack those parts. Without a predictor the model can generate but
+            not be trained.
+        image_size: (height, width) in pixels; positions are resampled if it differs from the file's.
+        process: replaces the diffusion process that the file stores.
+        heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, if they differ from the file's;
+            the default for published files is width/64, and 16 for decoders.
+
+    Raises:
+        UserError: if the file cannot be read or does not fit; names every missing, unexpected or mis-shaped tensor.
+    """
+    _check_keywords(heads, HEAD_KEYS, "load_addp")
+    weights = read_weights(source, heads=heads)
+    if weights.kind != "addp":
+        raise UserError(f"{weights.source}: {describe_kind(weights)}; expected an ADDP checkpoint")
+    config: ADDPConfig = weights.architecture
+    state = dict(weights.state)
+    if tokenizer is not None:
+        part = read_part(tokenizer, "tokenizer")
+        check_codebook(part, config.vocabulary.codebook)
+        config = replace(config, tokenizer=part.architecture.tokenizer)
+        state = replace_part(state, "tokenizer.", part.state)
+    if predictor is not None:
+        part = read_part(predictor, "predictor", heads)
+        check_codebook(part, config.vocabulary.codebook)
+        resampled = resample_state(part.state, part.architecture.grid, config.grid)
+        config = replace(config, predictor=part.architecture.predictor)
+        state = replace_part(state, "predictor.", resampled)
+    if not any(key.startswith("tokenizer.") for key in state):
+        raise UserError(
+            f"{weights.source}: has no tokenizer; expected one in the file or passed as tokenizer=<VQGAN file>"
+        )
+    if process is not None:
+        config = replace(config, process=process)
+    if image_size is not None:
+        resized = replace(config, image_size=(image_size[0], image_size[1]))
+        state = resample_state(state, config.grid, resized.grid)
+        config = resized
+    return fill(ADDP(config), state, weights.source)
+
+
+def load_tokenizer(source: Source) -> Tokenizer:
+    """Load the tokenizer of a VQGAN file, a tokenizer run or any ADDP file; eval mode, float32, CPU."""
+    weights = read_part(source, "tokenizer")
+    return fill(Tokenizer(weights.architecture.tokenizer, weights.architecture.grid), weights.state, weights.source)
+
+
+def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads: int) -> TokenPredictor:
+    """Load the token predictor of a MAGE file, a predictor run or any ADDP file; eval mode, float32, CPU.
+
+    Args:
+        source: a path, a run folder, "hf://owner/repository/file" or a state dict.
+        grid: token grid (rows, columns); positions are resampled if it differs from the file's.
+        heads: predictor_heads and predictor_decoder_heads, if they differ from the file's.
+    """
+    weights = read_part(source, "predictor", heads)
+    architecture: PredictorArchitecture = weights.architecture
+    state = weights.state if grid is None else resample_state(weights.state, architecture.grid, grid)
+    rows, columns = grid or architecture.grid
+    predictor = TokenPredictor(architecture.predictor, rows * columns, architecture.vocabulary)
+    predictor.trained_on = architecture.trained_on
+    return fill(predictor, state, weights.source)
+
+
+def load_classifier(source: Source, img_size: int | tuple[int, int] | None = None) -> Classifier:
+    """Load a classifier that `addp finetune` or `addp linprobe` trained; eval mode, float32, CPU.
+
+    Args:
+        source: a path, a run folder, "hf://owner/repository/file" or a state dict.
+        img_size: pixels, a side or (height, width), if other than in training; positions are resampled bicubically.
+    """
+    weights = read_weights(source)
+    if weights.kind != "classifier":
+        raise UserError(f"{weights.source}: {describe_kind(weights)}; expected a classifier: a run of `addp finetune`")
+    architecture: ClassifierArchitecture = weights.architecture
+    stored = architecture.encoder
+    size = stored.image_size if img_size is None else img_size
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    encoder: Encoder | TokenEncoder
+    try:
+        if isinstance(stored, TokenEncoderArchitecture):
+            encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, size)
+        else:
+            encoder = Encoder(stored.encoder, size, stored.patch_size, stored.attention)
+    except ValueError as error:
+        raise UserError(f"img_size={img_size}: {error}") from error
+    model = Classifier(
+        encoder,
+        architecture.classes,
+        architecture.pooling,
+        architecture.norm,
+        architecture.class_names,
+        architecture.mean,
+        architecture.std,
+        architecture.crop,
+    )
+    encoder_state = fit_encoder_state(weights.part("encoder."), stored, encoder)
+    return fill(model, replace_part(weights.state, "encoder.", encoder_state), weights.source)
+
+
+def check_codebook(part: Weights, codes: int) -> None:
+    """Raise UserError if a tokenizer or predictor does not have this number of codes."""
+    architecture = part.architecture
+    found = architecture.tokenizer.codebook if part.kind == "tokenizer" else architecture.vocabulary.codebook
+    if found != codes:
+        raise UserError(f"{part.kind}={part.source}: it has {found} codes, but the model predicts {codes}")
+
+
+def _check_keywords(keywords: Mapping[str, Any], allowed: Iterable[str], function: str) -> None:
+    for key in keywords:
+        if key not in allowed:
+            raise TypeError(f"{function}() got an unexpected keyword argument {key!r}{did_you_mean(key, allowed)}")

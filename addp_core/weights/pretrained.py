@@ -1,0 +1,90 @@
+"""The keys with which transfer recipes choose their pretrained encoder, and the encoder that they build."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+
+from addp_core.base.errors import UserError, renaming_keys
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.weights.encoders import load_encoder
+
+NORMALISATION = {  # values of the key `normalisation`: mean and std of images in [0,1]
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
+
+
+@dataclass(kw_only=True)
+class EncoderKeys:
+    """The keys that choose the encoder of a transfer."""
+
+    model: Annotated[
+        str,
+        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT) or "
+        "hf://owner/repository/file; with init=random also a size (tiny, small, base, large)",
+    ]
+    init: Annotated[
+        Literal["pretrained", "random"],
+        "start from the weights of `model`, or only from its architecture with weights drawn from the seed",
+    ] = "pretrained"
+    patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size (default: 16)"] = None
+    encoder_heads: Annotated[int | None, Ge(1), "attention heads, if the file's encoder does not have width/64"] = None
+    tokenizer: Annotated[str, "VQGAN for an encoder over token ids, if the MAGE file does not contain it"] = ""
+    tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipes drop it)"] = False
+    normalisation: Annotated[
+        Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
+    ] = "imagenet"
+
+    def encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
+        """Load the encoder for images of this size (a side, or height and width).
+
+        `options` are further keyword arguments of `load_encoder`. Raises UserError like `load_encoder`, with the names
+        of a recipe's keys.
+        """
+        try:
+            return load_encoder(
+                self.model,
+                size,
+                init=self.init,
+                patch_size=self.patch_size,
+                encoder_heads=self.encoder_heads,
+                tokenizer=self.tokenizer or None,
+                tokenizer_norm=self.tokenizer_norm,
+                **options,
+            )
+        except UserError as error:
+            raise UserError(str(error).replace("img_size", "data.size")) from error
+
+    def pixel_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder:
+        """Load the encoder like `encoder`. Raises UserError if it reads token ids."""
+        with renaming_keys({"attention: ": f"model: {self.model}: "}):  # no value of the key would help
+            encoder = self.encoder(size, **options)
+        if not isinstance(encoder, Encoder):
+            raise UserError(
+                f"model: {self.model} reads token ids, not pixels; expected an encoder of pixels (ADDP, MAE, BEiT, ViT)"
+            )
+        return encoder
+
+
+def check_positions(encoder: Encoder, source: str, key: str) -> None:
+    """Raise UserError if the encoder has no position information, as BEiT's without its relative tables.
+
+    Args:
+        encoder: the encoder as it will be trained.
+        source: its checkpoint, for the message.
+        key: the recipe's key for the kind of relative positions, for the message.
+    """
+    tables = [value for name, value in encoder.named_parameters() if ".relative." in name]
+    if not any(value.any() for value in (encoder.pos_embed, *tables)):
+        raise UserError(
+            f"{key}={encoder.attention.relative}: {source} has no positions but relative tables (BEiT), which this "
+            f"setting drops; expected {key}=table"
+        )

@@ -1,0 +1,106 @@
+"""Reading any supported file as tensors under our names, with the kind of model and its architecture."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from addp_core.base.errors import UserError
+from addp_core.method.addp import ADDPConfig
+from addp_core.weights.architectures import (
+    PredictorArchitecture,
+    TokenizerArchitecture,
+    parse_architecture,
+    with_heads,
+)
+from addp_core.weights.files import Source, State, read_file, strip_prefix
+from addp_core.weights.layouts.published import from_published, is_published_addp
+from addp_core.weights.layouts.registry import LAYOUTS, describe_tensors
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file under our names, the kind of model (a key of `ARCHITECTURES`) and its architecture."""
+
+    source: str  # names the file in error messages
+    kind: str
+    state: State
+    architecture: Any
+
+    def part(self, prefix: str) -> State:
+        """Return the tensors whose names begin with `prefix`, without it."""
+        return strip_prefix(self.state, prefix)
+
+
+def read_weights(source: Source, preferred_kind: str | None = None, heads: Mapping[str, int] | None = None) -> Weights:
+    """Read any supported file.
+
+    The architecture is the one that the file stores, otherwise it is inferred from shapes.
+
+    Args:
+        source: a path, a run folder, "hf://owner/repository/file", or a state dict.
+        preferred_kind: the kind to read if the file holds several, such as "tokenizer" for a MAGE file with its VQGAN.
+        heads: numbers of attention heads, which shapes do not tell, by the keys of `HEAD_KEYS`.
+
+    Raises:
+        UserError: if the file is missing, damaged, unsafe to read, or of another method; says what it looks like.
+    """
+    content = read_file(source)
+    heads = heads or {}
+    if content.description is not None:
+        kind, architecture = parse_architecture(content.source, content.description)
+        state = content.state
+        if kind == "addp" and is_published_addp(state):
+            state = from_published(state)
+        with impossible_values(content.source):
+            return Weights(content.source, kind, state, with_heads(architecture, heads))
+    for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):
+        if layout.matches(content.state):
+            with impossible_values(content.source):
+                state, architecture = layout.convert(content.source, content.state, heads)
+            return Weights(content.source, layout.kind, state, architecture)
+    raise UserError(
+        f"{content.source}: {describe_tensors(content.state)}; expected an ADDP, MAGE, VQGAN or ViT checkpoint"
+    )
+
+
+def read_part(source: Source, kind: str, heads: Mapping[str, int] | None = None) -> Weights:
+    """Read a "tokenizer" or "predictor" from its own file or from an ADDP file. Raises UserError if there is none."""
+    weights = read_weights(source, kind, heads)
+    if weights.kind == kind:
+        return weights
+    if weights.kind == "addp" and (state := weights.part(f"{kind}.")):
+        config: ADDPConfig = weights.architecture
+        architecture: TokenizerArchitecture | PredictorArchitecture
+        if kind == "tokenizer":
+            architecture = TokenizerArchitecture(config.tokenizer, config.grid)
+        else:
+            assert config.predictor is not None  # the file has its tensors
+            architecture = PredictorArchitecture(config.predictor, config.grid, config.vocabulary)
+        return Weights(weights.source, kind, state, architecture)
+    expected = {"tokenizer": "VQGAN", "predictor": "MAGE"}[kind]
+    raise UserError(f"{kind}={weights.source}: {describe_kind(weights)}; expected a {expected} checkpoint")
+
+
+def describe_kind(weights: Weights) -> str:
+    """Say what a file is, for errors about a file of the wrong kind."""
+    descriptions = {
+        "addp": "this is an ADDP checkpoint",
+        "predictor": "this is a MAGE checkpoint: pass it as predictor=",
+        "tokenizer": "this is a VQGAN checkpoint: pass it as tokenizer=",
+        "encoder": "this is the checkpoint of a ViT encoder (MAE, timm or exported): load_encoder reads it",
+        "token_encoder": "this is the checkpoint of an encoder over token ids",
+        "classifier": "this is the checkpoint of a fine-tuned classifier",
+    }
+    return descriptions.get(weights.kind, f"this is the checkpoint of a {weights.kind}")
+
+
+@contextlib.contextmanager
+def impossible_values(source: str) -> Iterator[None]:
+    """Turn the ValueError of an impossible architecture, such as heads that do not divide the width, into a UserError
+    that names the source.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error

@@ -1,0 +1,105 @@
+"""Writing models: our safetensors with the architecture in their metadata, and the published layout."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from addp_core.base.files import atomic_replace
+from addp_core.method.addp import ADDP
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.predictor import TokenPredictor
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.tokenizer import Tokenizer
+from addp_core.weights.architectures import (
+    ClassifierArchitecture,
+    EncoderArchitecture,
+    PredictorArchitecture,
+    TokenEncoderArchitecture,
+    TokenizerArchitecture,
+)
+from addp_core.weights.files import METADATA_KEY, State
+from addp_core.weights.layouts.published import to_published
+
+
+def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int] | None = None) -> None:
+    """Write a model as one safetensors file with its architecture in the metadata.
+
+    The file appears complete or not at all.
+
+    Args:
+        module: an ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier.
+        path: the file to write.
+        grid: the token grid (rows, columns) of a TokenPredictor, which does not store it.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    kind, architecture = _describe(module, grid)
+    save_state(module.state_dict(), path, kind, architecture)
+
+
+def save_state(state: State, path: str | os.PathLike, kind: str, architecture: Any) -> None:
+    """Write tensors as a safetensors file, with their kind and architecture (a dataclass) in the metadata.
+
+    The file appears complete or not at all. Raises OSError if it cannot be written.
+    """
+    text = json.dumps({"kind": kind, "architecture": asdict(architecture)})
+    tensors = {key: value.detach().to("cpu").contiguous() for key, value in state.items()}
+    with atomic_replace(Path(path)) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: text})
+        except SafetensorError as error:  # raised, for example, if the disk is full
+            raise OSError(str(error)) from error
+
+
+def save_published(model: ADDP, path: str | os.PathLike) -> None:
+    """Write `{"model": ...}` with every tensor that the published implementation declares.
+
+    Raises ValueError like `to_published`, and OSError if the file cannot be written.
+    """
+    text = json.dumps({"kind": "addp", "architecture": asdict(model.config)})
+    content = {"model": to_published(model), METADATA_KEY: text}
+    with atomic_replace(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
+def _describe(module: nn.Module, grid: tuple[int, int] | None) -> tuple[str, Any]:
+    """Return (kind, architecture) of a model. Raises TypeError if it is of no kind that can be saved."""
+    if isinstance(module, ADDP):
+        return "addp", module.config if module.predictor else replace(module.config, predictor=None)
+    if isinstance(module, Tokenizer):
+        return "tokenizer", TokenizerArchitecture(module.config, module.grid)
+    if isinstance(module, TokenPredictor):
+        if grid is None:
+            raise TypeError("save_model: missing grid=(rows, columns), which a TokenPredictor does not store")
+        return "predictor", PredictorArchitecture(module.config, grid, module.vocabulary, module.trained_on)
+    if isinstance(module, Encoder):
+        return "encoder", EncoderArchitecture(module.config, module.image_size, module.patch_size, module.attention)
+    if isinstance(module, TokenEncoder):
+        tokenizer = module.tokenizer.config
+        architecture = TokenEncoderArchitecture(
+            module.predictor_config, module.vocabulary, tokenizer, module.image_size
+        )
+        return "token_encoder", architecture
+    if isinstance(module, Classifier):
+        _, encoder = _describe(module.encoder, None)
+        return "classifier", ClassifierArchitecture(
+            encoder,
+            module.num_classes,
+            module.pooling,
+            module.norm,
+            module.class_names,
+            module.mean,
+            module.std,
+            module.crop,
+        )
+    expected = "ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier"
+    raise TypeError(f"cannot save a {type(module).__name__}; expected {expected}")
