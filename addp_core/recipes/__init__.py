@@ -1,0 +1,1 @@
+"""Recipes, their keys, the verbs and the command line."""

@@ -1,31 +1,32 @@
 """The command `addp <verb> [recipe] [key=value ...]`.
 
-Exit codes: 0 done, 2 the user's input is wrong (one line on stderr), 1 anything else. Results go to stdout, all else to
-stderr.
+Exit codes: 0 done; 2 the user's input is wrong, which one line on stderr explains; 1 anything else. Results go to
+stdout, everything else to stderr.
 """
 
 import contextlib
 import importlib
-import inspect
 import logging
 import os
 import select
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import addp_core
 from addp_core.base.errors import UserError, did_you_mean
-from addp_core.recipes.config import describe, find_recipe, load, recipes_of
-from addp_core.recipes.verbs import VERBS
+from addp_core.recipes.config import load_recipe, show_recipe
+from addp_core.recipes.help import group_help, overview, verb_help
+from addp_core.recipes.verbs import VERBS, verb_groups
 
-HELP = ("-h", "--help", "help")
+HELP = ("-h", "--help")
+PRINT_CONFIG = "--print-config"
+OPTIONS = (*HELP, "--version", PRINT_CONFIG)  # all that may begin with a dash
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line (that of the process by default) and return its exit code. `SystemExit` passes through."""
+    """Run one command line (by default that of the process) and return its exit code. `SystemExit` passes through."""
     rank = os.environ.get("RANK", "0")
     set_up_logging(rank)
     try:
@@ -33,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        name = "addp" if rank == "0" else f"addp (process {rank})"
-        sys.stderr.write(f"{name}: {' '.join(str(error).splitlines())}\n")
+        program = "addp" if rank == "0" else f"addp (rank {rank})"
+        sys.stderr.write(f"{program}: {' '.join(str(error).splitlines())}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\naddp: interrupted\n")
         return 1
     except BrokenPipeError:
-        if not _reader_has_left():
+        if not _discard_output_without_reader():
             traceback.print_exc()
         return 1
     except Exception:
@@ -49,94 +50,77 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """Run one command line; errors are raised."""
+    """Run one command line and return its exit code; errors are raised."""
     if not argv:
         sys.stderr.write(overview())
         return 2
-    verb, rest = _verb(argv)
-    if verb in HELP and not rest:
+    if argv[0] in (*HELP, "help") and len(argv) == 1:
         sys.stdout.write(overview())
         return 0
-    if verb == "--version":
+    if argv[0] == "--version":
         sys.stdout.write(f"addp {addp_core.__version__}\n")
         return 0
-    if verb in HELP:  # addp help pretrain
-        verb, rest = _verb(rest)[0], ["--help"]
+    if argv[0] in (*HELP, "help"):  # addp help pretrain
+        argv = [*argv[1:], "--help"]
+    verb, arguments = _split_verb(argv)
+    wants_help = any(argument in HELP for argument in arguments)
+    if verb in verb_groups() and (wants_help or not arguments or arguments == ["help"]):
+        sys.stdout.write(group_help(verb))
+        return 0
     if verb not in VERBS:
-        actions = [known for known in VERBS if known.startswith(f"{verb.split()[0]} ")]
-        known = actions or list(VERBS)
-        close = did_you_mean(verb, known) if " " in verb or not actions else ""
-        raise UserError(f"unknown verb {verb!r}{close or '; the verbs are ' + ', '.join(known)}")
+        raise UserError(_unknown_verb(verb))
     with _naming_missing_packages(verb):
         module = importlib.import_module(VERBS[verb][0])
-        if any(arg in HELP[:2] for arg in rest):
+        if wants_help:
             sys.stdout.write(verb_help(verb, module))
             return 0
-        recipe, settings = split(rest)
-        path = None if recipe is None else find_recipe(module, recipe)
-        module.run(load(module.Recipe, path, settings))
+        recipe, settings = split(arguments)
+        if PRINT_CONFIG in arguments:
+            sys.stdout.write(show_recipe(module, recipe, settings))
+            return 0
+        module.run(load_recipe(module, recipe, settings))
     return 0
 
 
-def _verb(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The verb, of one word (`pretrain`) or two (`det train`), and what follows it."""
-    groups = {verb.split()[0] for verb in VERBS if " " in verb}
-    words = 2 if argv[0] in groups and len(argv) > 1 and argv[1] not in HELP else 1
+def _split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Split a command line into the verb, which has one word (`pretrain`) or two (`det train`), and its arguments."""
+    has_action = argv[0] in verb_groups() and len(argv) > 1 and not argv[1].startswith("-") and argv[1] != "help"
+    words = 2 if has_action else 1
     return " ".join(argv[:words]), list(argv[words:])
 
 
-def split(args: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe (a name or path, at most one) and the `key=value` settings."""
+def _unknown_verb(verb: str) -> str:
+    group = verb.split()[0] if verb else ""
+    actions = verb_groups().get(group, [])
+    suggestion = did_you_mean(verb, actions or [*VERBS, *verb_groups()])
+    return f"unknown verb {verb!r}{suggestion or '; the verbs are ' + ', '.join(actions or VERBS)}"
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split the arguments of a verb into the recipe (a name or path, at most one) and the `key=value` settings."""
     recipe, settings = None, []
-    for arg in args:
-        if arg.startswith("-"):
-            raise UserError(f"{arg!r}: settings are written key=value, without dashes (train.batch=32)")
-        is_file = recipe is None and Path(arg).is_file()  # a path may hold an equals sign
-        if "=" in arg and not is_file:
-            settings.append(arg)
+    for argument in arguments:
+        if argument == PRINT_CONFIG:
+            continue
+        if argument.startswith("-"):
+            raise UserError(
+                f"{argument!r}: settings are written key=value, without dashes (train.batch=32)"
+                f"{did_you_mean(argument, OPTIONS)}"
+            )
+        is_file = recipe is None and Path(argument).is_file()  # a path may contain an equals sign
+        if "=" in argument and not is_file:
+            settings.append(argument)
         elif recipe is None:
-            recipe = arg
+            recipe = argument
         else:
             raise UserError(
-                f"{arg!r}: expected key=value without spaces; the recipe is {recipe!r}, and there is one at most"
+                f"{argument!r}: expected key=value without spaces; the recipe is {recipe!r}, and there can be only one"
             )
     return recipe, settings
 
 
-def overview() -> str:
-    """The text of `addp --help`."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
-    return (
-        f"addp {addp_core.__version__}: pretrain once, then generate and recognise\n\n"
-        "usage: addp <verb> [recipe] [key=value ...]\n\n"
-        f"{verbs}\n\n"
-        "A recipe is a name that `addp <verb> --help` lists or the path of a YAML file; settings go on top of it.\n"
-        "Exit codes: 0 done, 2 the input is wrong, 1 anything else.\n"
-    )
-
-
-def verb_help(verb: str, module: ModuleType) -> str:
-    """The text of `addp <verb> --help`."""
-    named = recipes_of(module)
-    width = max(map(len, named), default=0)
-    recipes = "".join(f"  {name:<{width}}  {_first_comment(path)}".rstrip() + "\n" for name, path in named.items())
-    parts = [
-        f"usage: addp {verb} {'[recipe] ' if named else ''}[key=value ...]",
-        inspect.cleandoc(module.__doc__ or ""),
-        f"recipes\n{recipes}".rstrip() if named else "",
-        describe(module.Recipe),
-    ]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _first_comment(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")
-
-
 def set_up_logging(rank: str) -> None:
-    """Progress on stderr: everything from the first process, warnings from the others."""
+    """Log to stderr: everything from rank 0, warnings from the other ranks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("addp")
@@ -145,8 +129,8 @@ def set_up_logging(rank: str) -> None:
 
 
 @contextlib.contextmanager
-def _naming_missing_packages(verb: str):
-    """A package of an extra that is not installed is the user's to add: say how."""
+def _naming_missing_packages(verb: str) -> Iterator[None]:
+    """Raise UserError with the command that installs a package, if a package of an extra is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -157,8 +141,9 @@ def _naming_missing_packages(verb: str):
         raise UserError(f"{verb}: the package {error.name!r} is not installed; add it with: {command}") from error
 
 
-def _reader_has_left() -> bool:
-    """Whether nobody reads stdout any more (`addp ... | head`); if so, what is flushed at exit goes nowhere."""
+def _discard_output_without_reader() -> bool:
+    """Check whether the reader of stdout has gone (as in `addp ... | head`) and, if so, discard what is flushed at
+    exit."""
     try:
         stdout = sys.stdout.fileno()
     except (OSError, ValueError):  # not a file

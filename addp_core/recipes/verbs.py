@@ -1,30 +1,43 @@
-"""The verbs of the command line: each names the module whose `Recipe` it reads and whose `run(recipe)` it calls."""
+"""The verbs of the command line.
 
-VERBS = {  # verb: (module, one line of help); modules are imported when their verb is used
+Each verb names the module whose `Recipe` it reads and whose `run(recipe)` it calls. A module is imported when its verb
+is used.
+"""
+
+VERBS = {  # verb: (module, one line of help)
     "tokenizer": ("pretrain.tokenizer", "stage 1: train a VQGAN tokenizer on your images"),
-    "predictor": ("pretrain.predictor", "stage 2: train a token predictor (MAGE) on its ids"),
-    "pretrain": ("pretrain.addp", "stage 3: train ADDP over a frozen tokenizer and predictor"),
-    "finetune": ("cls.finetune", "fine-tune the encoder on labelled images"),
-    "linprobe": ("cls.linprobe", "probe a frozen encoder with a linear layer, as published or in minutes"),
-    "robustness": ("cls.robustness", "top-1 on ImageNet-A, -R, -Sketch and -C of a fine-tuned classifier"),
-    "generate": ("gen.generate", "write generated images and a grid of them"),
-    "inpaint": ("gen.inpaint", "fill a hole in a picture, or paint on beyond its sides"),
-    "figures": ("gen.figures", "draw the paper's figures of any checkpoint"),
-    "app": ("gen.app", "a local page to generate and inpaint"),
-    "evaluate": ("gen.evaluate", "FID, IS, precision, recall and KID of generated images"),
-    "seg train": ("seg.train", "UperNet over the encoder on ADE20K"),
-    "seg test": ("seg.test", "mIoU of a trained segmentor, or of class maps on the disk"),
-    "seg predict": ("seg.predict", "paint the class maps of pictures beside them"),
-    "seg cost": ("seg.cost", "seconds and memory of a segmentor's training step and test crop"),
-    "det train": ("det.train", "train a detector on COCO: ViTDet's Mask R-CNN over an encoder"),
-    "det eval": ("det.eval", "average precision of boxes and masks on COCO"),
-    "det cost": ("det.cost", "seconds and memory of a detector's training step"),
+    "predictor": ("pretrain.predictor", "stage 2: train a token predictor (MAGE) on the tokenizer's ids"),
+    "pretrain": ("pretrain.addp", "stage 3: train ADDP with a frozen tokenizer and token predictor"),
+    "generate": ("gen.generate", "generate images and a grid of them"),
+    "inpaint": ("gen.inpaint", "fill a hole in an image, or extend an image beyond its borders"),
+    "figures": ("gen.figures", "draw the paper's figures for a checkpoint"),
+    "app": ("gen.app", "generate and inpaint on a local web page"),
+    "evaluate": ("gen.evaluate", "measure FID, IS, precision, recall and KID of generated images"),
+    "finetune": ("cls.finetune", "fine-tune the encoder for image classification"),
+    "linprobe": ("cls.linprobe", "train a linear classifier on the frozen encoder, as published or in minutes"),
+    "robustness": ("cls.robustness", "measure a fine-tuned classifier on ImageNet-A, -R, -Sketch and -C"),
+    "det train": ("det.train", "train ViTDet's Mask R-CNN on COCO"),
+    "det eval": ("det.eval", "measure the average precision of boxes and masks on COCO"),
     "det predict": ("det.predict", "draw boxes, masks and scores on a folder of images"),
-    "bench": ("tools.bench.bench", "every benchmark from one checkpoint or several: one table, one report"),
-    "export": ("tools.export", "write a checkpoint in another layout"),
-    "sweep": ("tools.bench.sweep", "compare starts: the same small grid and seeds for each"),
+    "det cost": ("det.cost", "measure time and memory of a detector's training step"),
+    "seg train": ("seg.train", "train UperNet on ADE20K"),
+    "seg test": ("seg.test", "measure the mIoU of a trained segmentor, or of class maps on disk"),
+    "seg predict": ("seg.predict", "draw class maps beside a folder of images"),
+    "seg cost": ("seg.cost", "measure time and memory of a segmentor's training step and test crop"),
+    "bench": ("tools.bench.bench", "run every benchmark on one checkpoint or several, into one table and report"),
+    "sweep": ("tools.bench.sweep", "compare initializations with the same small grid and seeds for each"),
     "report": ("tools.bench.report", "write report.html and report.md of a bench folder"),
     "throughput": ("tools.speed.throughput", "measure images/s, GFLOP, MFU and memory, part by part"),
-    "toy": ("tools.toy.toy", "write small data sets in the formats of ImageNet, COCO and ADE20K"),
+    "toy": ("tools.toy.toy", "write small datasets in the formats of ImageNet, COCO and ADE20K"),
+    "export": ("tools.export", "write a checkpoint in another layout"),
     "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
 }
+
+
+def verb_groups() -> dict[str, list[str]]:
+    """Return the verbs of two words by their first word: {'det': ['det train', ...], ...}."""
+    groups: dict[str, list[str]] = {}
+    for verb in VERBS:
+        if " " in verb:
+            groups.setdefault(verb.split()[0], []).append(verb)
+    return groups

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from addp_core.base.errors import UserError
-from addp_core.recipes.config import describe, dump, load
+from addp_core.recipes.config import dump, load
+from addp_core.recipes.help import describe_keys
 
 
 @dataclass
@@ -157,7 +158,7 @@ def test_what_a_setting_means(setting, get, value):
         ("data.scale=[1", "data.scale: '[1' is not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("note", "'note': settings are written key=value, without spaces; did you mean note=...?"),
         ("=3", "'=3': settings are written key=value, without spaces"),
-        ("sizes=*a", "sizes: anchors (&) and aliases (*) are not read here; write the value out"),
+        ("sizes=*a", "sizes: anchors (&) and aliases (*) are not supported; write the value out"),
     ],
 )
 def test_what_a_wrong_setting_is_told(setting, message):
@@ -184,7 +185,7 @@ def test_what_a_wrong_setting_is_told(setting, message):
             "out: !!python/name:os.getcwd x\n",
             "line 1: out: found tag:yaml.org,2002:python/name:os.getcwd x, expected a path",
         ),
-        ("out: &a b\nnote: *a\n", "anchors (&) and aliases (*) are not read here; write the value out"),
+        ("out: &a b\nnote: *a\n", "anchors (&) and aliases (*) are not supported; write the value out"),
         ("out: a\n---\nout: b\n", "line 2: not valid YAML: but found another document"),
         ("out: \x07\n", "unacceptable character #x0007: special characters are not allowed"),
     ],
@@ -221,7 +222,7 @@ def test_dotted_keys_and_shorthands_work_in_files_too(tmp_path):
 
 def test_the_table_of_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    lines = describe(Recipe).splitlines()
+    lines = describe_keys(Recipe).splitlines()
     assert max(map(len, lines)) <= 120
     table = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert table["out"] == "required run folder (a path)"
@@ -233,7 +234,7 @@ def test_the_table_of_help(monkeypatch):
     assert table["train.lr"] == "0.0001 learning rate (a number > 0)"
     assert table["train.batch"] == "64 a whole number >= 1 and <= 4096"
     assert table["train.precision"] == "fp32 one of fp32, bf16, fp16"
-    assert table["ema:"] == "How to train; off (null); a key below switches it on"
+    assert table["ema:"] == "How to train; off (null); setting a key below switches it on"
     assert table["ema.batch"] == "32 a whole number >= 1 and <= 4096"
     assert table["note"] == "null text or null"
 

@@ -17,10 +17,12 @@ import torch
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.data.images import IMAGE_EXTENSIONS, ImageError
-from addp_core.recipes.config import find_recipe, load
+from addp_core.recipes.config import load_recipe
 from addp_core.recipes.verbs import VERBS
 from addp_core.training.run_folder import MODELS
-from addp_core.weights.checkpoint import MODEL_FILE, load_encoder, read_weights
+from addp_core.weights.encoders import load_encoder
+from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.reading import read_weights
 from tools import doctor
 from tools.bench.curves import read_metrics
 
@@ -310,8 +312,7 @@ def typed(words: list[str], benchmark: str) -> Any:
     module = importlib.import_module(VERBS[verb][0])
     named = rest[0] if rest and "=" not in rest[0] else None
     try:
-        path = find_recipe(module, named) if named else None
-        return load(module.Recipe, path, rest[1:] if named else rest)
+        return load_recipe(module, named, rest[1:] if named else rest)
     except UserError as error:
         raise UserError(f"{benchmark}: {error}") from error
 
