@@ -1,8 +1,9 @@
-"""One pass over labelled images: what a classifier answers, and how often it is right."""
+"""One pass of a model over labeled images: its outputs, and the accuracy of a classifier."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -11,64 +12,67 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
-from addp_core.data.images import ImageError
+from addp_core.data.images import Crop, ImageError
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import default_workers, error_limit, ignore_signals
+from addp_core.data.stream import default_workers, ignore_signals, error_limit
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import arithmetic
 from addp_core.training.engine import process_state
 
 log = logging.getLogger("addp")
 
+UnreadableImages = list[tuple[str, str]]  # (name, reason)
+
 
 @dataclass
-class Answers:
-    """What a model says of a batch: float32 on the CPU."""
+class OutputBatch:
+    """A model's outputs for a batch of images, in float32 on the CPU."""
 
-    outputs: Tensor  # Float[b,C]
+    outputs: Tensor  # Float[b,...]
     labels: Tensor  # Long[b]
     indices: Tensor  # Long[b], into the source
 
 
 @dataclass
 class Scores:
-    """Counts over images seen so far, of C classes."""
+    """Counts of a classifier's correct and wrong predictions over C classes."""
 
-    confusion: Tensor  # Long[C,C], rows: the label, columns: the answer
+    confusion: Tensor  # Long[C,C], rows: true class, columns: predicted class
     top5: int = 0
 
     @classmethod
-    def of(cls, classes: int) -> "Scores":
-        """No images yet."""
+    def zero(cls, classes: int) -> "Scores":
+        """Return the counts over no images."""
         return cls(torch.zeros(classes, classes, dtype=torch.long))
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count Float[b,C] logits against Long[b] labels."""
+        """Count the predictions of Float[b,C] logits against Long[b] labels."""
         classes = len(self.confusion)
-        best = logits.topk(min(5, classes), 1).indices
-        self.confusion += torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
-        self.top5 += int((best == labels[:, None]).sum())
+        top = logits.topk(min(5, classes), 1).indices
+        self.confusion += torch.bincount(labels * classes + top[:, 0], minlength=classes**2).view(classes, classes)
+        self.top5 += int((top == labels[:, None]).sum())
 
     @property
     def images(self) -> int:
+        """The number of images counted."""
         return int(self.confusion.sum())
 
     @property
-    def figures(self) -> dict[str, float]:
-        """top1 and top5 in per cent (of two to five classes, top5 is 100)."""
+    def metrics(self) -> dict[str, float]:
+        """top1 and top5 in percent (with five classes or fewer, top5 is 100)."""
         n = max(self.images, 1)
         return {"top1": 100 * int(self.confusion.trace()) / n, "top5": 100 * self.top5 / n}
 
-    def gathered(self) -> "Scores":
-        """The sum over all processes, on each of them."""
+    def gather(self) -> "Scores":
+        """Return the sum over all processes; to be called on each of them."""
         parts = gather_object([self])
         return Scores(torch.stack([part.confusion for part in parts]).sum(0), sum(part.top5 for part in parts))
 
 
-def answers(
+def compute_outputs(
     model: nn.Module,
     source: ImageSource,
-    transform: Callable,
+    transform: Crop,
     *,
     mean: RGB,
     std: RGB,
@@ -78,67 +82,81 @@ def answers(
     workers: int | None = None,
     max_errors: float = 0.01,
     title: str = "",
-) -> Iterator[Answers]:
-    """What `model` says of every image, or of those at `indices`, once each; the processes of a run share them.
+) -> Iterator[OutputBatch]:
+    """Yield the outputs of `model` for every image, each image once; the processes of a run share the images.
 
-    transform: as `eval_transform` gives; the images are then normalised by `mean` and `std`. Unreadable images are
-    left out and named; UserError past `max_errors` (as in a recipe's `data`), and for a label without a class. title:
-    of the progress bar; empty: none.
+    Unreadable images are skipped, with a warning for each.
+
+    Args:
+        transform: the evaluation crop; its images are then normalized with `mean` and `std`.
+        indices: the images to process; by default all.
+        max_errors: as in a recipe's section `data`.
+        title: of the progress bar; without one, no bar is shown.
+
+    Raises:
+        UserError: more than `max_errors` images are unreadable, or a label is out of range.
     """
     state = process_state()
-    wanted = list(range(len(source)) if indices is None else indices)
-    mine = wanted[state.process_index :: state.num_processes]
-    batches = [mine[first : first + batch] for first in range(0, len(mine), batch)]
+    selected = range(len(source)) if indices is None else indices
+    own_indices = selected[state.process_index :: state.num_processes]
+    batches = [list(own_indices[first : first + batch]) for first in range(0, len(own_indices), batch)]
     loader = DataLoader(
-        _Images(source, transform, batches),
+        _ImageBatches(source, transform, batches),
         batch_size=None,
         num_workers=min(default_workers() if workers is None else workers, len(batches)),
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
     device = next(model.parameters()).device
-    limit, unreadable = error_limit(max_errors, len(wanted)), 0
-    shown = tqdm(total=len(mine), desc=title, unit="img", disable=not (title and state.is_main_process), leave=False)
-    with shown as bar:
-        for images, labels, places, errors in loader:
+    limit, unreadable = error_limit(max_errors, len(selected)), 0
+    hidden = not (title and state.is_main_process)
+    with tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False) as bar:
+        for images, labels, batch_indices, errors in loader:
             for name, reason in errors:
                 unreadable += 1
-                log.warning("unreadable image left out: %s (%s)", name, reason)
+                log.warning("skipped an unreadable image: %s (%s)", name, reason)
                 if unreadable > limit:
                     raise UserError(
-                        f"data.max_errors: more than {limit} of {len(wanted)} images unreadable, the last {name} "
-                        f"({reason}); repair or remove them, or raise data.max_errors"
+                        f"data.max_errors: more than {limit} of {len(selected)} images are unreadable, most recently "
+                        f"{name} ({reason}); repair or remove them, or raise data.max_errors"
                     )
-            if len(places):
-                strays = ((labels < 0) | (labels >= len(source.classes))).nonzero()
-                if len(strays):
-                    row = int(strays[0])
-                    raise UserError(
-                        f"{source.name(int(places[row]))}: found label {int(labels[row])}, "
-                        f"expected 0 to {len(source.classes) - 1}"
-                    )
+            if len(batch_indices):
+                _check_labels(labels, batch_indices, source)
                 pixels = normalize(images.to(device, non_blocking=True).float() / 255, mean, std)
                 with torch.inference_mode(), arithmetic(precision, device):
                     outputs = model(pixels)
-                yield Answers(outputs.float().cpu(), labels, places)
-            bar.update(len(places) + len(errors))
+                yield OutputBatch(outputs.float().cpu(), labels, batch_indices)
+            bar.update(len(batch_indices) + len(errors))
 
 
-class _Images(Dataset):
-    """Number of a batch -> (UInt8[b,3,h,w], labels, indices, what could not be read)."""
+def _check_labels(labels: Tensor, indices: Tensor, source: ImageSource) -> None:
+    """Raise UserError, with the name of the image, if a label is out of range."""
+    invalid = ((labels < 0) | (labels >= len(source.classes))).nonzero()
+    if len(invalid):
+        row = int(invalid[0])
+        raise UserError(
+            f"{source.name(int(indices[row]))}: found label {int(labels[row])}, expected 0 to {len(source.classes) - 1}"
+        )
 
-    def __init__(self, source: ImageSource, transform: Callable, batches: list[list[int]]):
+
+class _ImageBatches(Dataset):
+    """Batch number -> (UInt8[b,3,h,w], labels, indices, unreadable images)."""
+
+    def __init__(self, source: ImageSource, transform: Crop, batches: list[list[int]]):
         self.source, self.transform, self.batches = source, transform, batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, str]]]:
-        images, labels, indices, errors = [], [], [], []
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, UnreadableImages]:
+        images: list[Tensor] = []
+        labels: list[int] = []
+        indices: list[int] = []
+        errors: UnreadableImages = []
         for index in self.batches[number]:
             try:
-                picture, label = self.source.open_image(index)
-                images.append(self.transform.pixels(picture))
+                image, label = self.source.open_image(index)
+                images.append(self.transform.pixels(image))
                 labels.append(label)
                 indices.append(index)
             except ImageError as error:
@@ -147,9 +165,9 @@ class _Images(Dataset):
         return stacked, torch.tensor(labels, dtype=torch.long), torch.tensor(indices, dtype=torch.long), errors
 
 
-def score(model: nn.Module, source: ImageSource, transform: Callable, classes: int, **options) -> Scores:
-    """The scores of a classifier over a whole source; `options` as those of `answers`."""
-    scores = Scores.of(classes)
-    for seen in answers(model, source, transform, **options):
-        scores.add(seen.outputs, seen.labels)
-    return scores.gathered()
+def evaluate_classifier(model: nn.Module, source: ImageSource, transform: Crop, classes: int, **options: Any) -> Scores:
+    """Return a classifier's scores over a whole source, on every process; `options` as those of `compute_outputs`."""
+    scores = Scores.zero(classes)
+    for batch in compute_outputs(model, source, transform, **options):
+        scores.add(batch.outputs, batch.labels)
+    return scores.gather()

@@ -33,10 +33,12 @@ from addp_core.recipes.config import dump
 from addp_core.recipes.keys import with_defaults
 from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, process_state, train
 from addp_core.training.run_folder import tolerant
-from addp_core.weights.checkpoint import read_tensors, read_weights, save_model
-from addp_core.weights.start import NORMALISATION, Start
-from cls.data import check_batch, evaluation_share, held, open_splits
-from cls.evaluation import Scores, score
+from addp_core.weights.files import read_tensors
+from addp_core.weights.pretrained import NORMALISATION, EncoderKeys
+from addp_core.weights.reading import read_weights
+from addp_core.weights.saving import save_model
+from cls.data import check_batch_labels, evaluation_crop, cache_for_evaluation, open_splits
+from cls.evaluation import Scores, evaluate_classifier
 from cls.results import keep_best
 
 log = logging.getLogger("addp")
@@ -77,7 +79,7 @@ FinetuneTrain = with_defaults(
 
 
 @dataclass(kw_only=True)
-class Recipe(Start):
+class Recipe(EncoderKeys):
     """Keys of `addp finetune`."""
 
     out: Annotated[str, "run folder"]
@@ -127,8 +129,8 @@ def run(recipe: Recipe) -> None:
         recipe.train.layer_decay,
         layer_table(model, recipe.train),
     )
-    share = evaluation_share(recipe.data.hw, recipe.eval_crop)
-    stage = FinetuneStage(model, recipe, held(val_set, recipe.data, share), share)
+    share = evaluation_crop(recipe.data.hw, recipe.eval_crop)
+    stage = FinetuneStage(model, recipe, cache_for_evaluation(val_set, recipe.data, share), share)
     stream = Stream(
         train_set,
         train_transform(recipe),
@@ -239,7 +241,7 @@ class FinetuneStage(Stage):
             self.criterion = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(smoothing)
 
     def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        check_batch(batch, self.model.num_classes)
+        check_batch_labels(batch, self.model.num_classes)
         images, targets = self.mixup(batch.images, batch.labels) if self.mixup else (batch.images, batch.labels)
         logits = model(images)
         return {"loss": self.criterion(logits.float(), targets)}
@@ -247,7 +249,7 @@ class FinetuneStage(Stage):
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Top-1 and top-5 of the validation images in per cent; keeps the best weights so far."""
         recipe, out = self.recipe, Path(self.recipe.out)
-        scores = score(
+        scores = evaluate_classifier(
             model,
             self.val_set,
             self.transform,
@@ -263,7 +265,7 @@ class FinetuneStage(Stage):
             if recipe.confusion:
                 write_confusion(scores, self.model.class_names, out)
             keep_best(model, step, scores, out)
-        return scores.figures
+        return scores.metrics
 
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(model, path)
@@ -282,7 +284,7 @@ def write_confusion(scores: Scores, names: tuple[str, ...], out: Path) -> None:
     share = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.3 * len(names)), 12.0)
     figure = Figure(figsize=(side + 1, side))
-    axes = figure.add_subplot(title=f"top-1 {scores.figures['top1']:.1f} %", xlabel="answer", ylabel="true class")
+    axes = figure.add_subplot(title=f"top-1 {scores.metrics['top1']:.1f} %", xlabel="answer", ylabel="true class")
     figure.colorbar(axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis"), label="share of the true class")
     if len(names) <= 40:
         axes.set_xticks(range(len(names)), names, rotation=90)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
-from addp_core.weights.checkpoint import load_encoder
-from addp_core.weights.layouts import encoder_names, strip
+from addp_core.weights.encoders import load_encoder
+from addp_core.weights.files import strip_prefix
+from addp_core.weights.layouts.published import encoder_tensors
 
 log = logging.getLogger("addp")
 
@@ -111,7 +112,7 @@ def _read_foreign(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     if ours and state["encoder.pos_embed"].shape == own["encoder.pos_embed"].shape:
         encoder = {key: value for key, value in state.items() if key.startswith("encoder.")}
     else:
-        part = strip(state, "encoder.") if ours else encoder_names(state)
+        part = strip_prefix(state, "encoder.") if ours else encoder_tensors(state)
         options = {"encoder_heads": config.heads, "tokenizer_norm": config.tokenizer_norm}
         read = load_encoder(part, model.encoder.image_size, **options)
         encoder = {f"encoder.{key}": value for key, value in read.state_dict().items()}

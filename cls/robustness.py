@@ -40,9 +40,10 @@ from addp_core.networks.classifier import Classifier
 from addp_core.recipes.config import dump
 from addp_core.training.compute import Precision, accelerate_model
 from addp_core.training.engine import process_state
-from addp_core.weights.checkpoint import fingerprint, load_classifier
-from cls.data import SHARE_224, share_of
-from cls.evaluation import Scores, answers
+from addp_core.weights.loading import load_classifier
+from addp_core.weights.modules import fingerprint
+from cls.data import CROP_SHARE, classifier_crop
+from cls.evaluation import Scores, compute_outputs
 
 log = logging.getLogger("addp")
 
@@ -229,7 +230,7 @@ class Corrupted(ImageSource):
     def __init__(self, source: ImageSource, hw: tuple[int, int], corruption: str, severity: int, seed: int):
         self.classes, self.labels = source.classes, source.labels
         factor = min(1.0, REFERENCE_SIDE / min(hw))
-        self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), SHARE_224)
+        self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), CROP_SHARE)
         self._corruption, self._severity, self._seed = corruption, severity, seed
 
     def __len__(self) -> int:
@@ -326,7 +327,7 @@ class Bench:
     def __init__(self, recipe: Recipe, model: Classifier, names: tuple[str, ...]):
         self.recipe, self.model, self.names = recipe, model, names
         self.hw = model.encoder.image_size
-        self.share = share_of(model, recipe.crop)
+        self.share = classifier_crop(model, recipe.crop)
         reads = (model.pooling, model.norm, names, model.mean, model.std)
         self.digest = hashlib.blake2b(f"{fingerprint(model)} {reads}".encode(), digest_size=16).hexdigest()
         self.sources: dict[str, ImageSource] = {}  # of all sets but ImageNet-C, whose cells are opened in turn
@@ -397,10 +398,10 @@ class Bench:
     def measure(self, cell: Cell, source: ImageSource, indices: list[int], title: str) -> Measured:
         """Counts over these images, on every process; the processes share the work."""
         over, targets = self.columns(cell.key, source)
-        scores = Scores.of(len(over))
+        scores = Scores.zero(len(over))
         recipe = self.recipe
         with renaming_keys(KEYS | {"data.source": cell.key}):
-            for seen in answers(
+            for seen in compute_outputs(
                 self.model,
                 source,
                 eval_transform(self.hw, 1.0 if cell.corruption else self.share),
@@ -414,7 +415,7 @@ class Bench:
                 title=title,
             ):
                 scores.add(seen.outputs[:, over], targets[seen.labels])
-        scores = scores.gathered()
+        scores = scores.gather()
         return Measured(scores.images, len(over), int(scores.confusion.trace()), scores.top5)
 
     def settings(self, cell: Cell, images: int) -> dict[str, Any]:
@@ -425,7 +426,7 @@ class Bench:
         if cell.corruption:
             found |= {"corruption": cell.corruption, "severity": cell.severity}
         if cell.key == "corrupt":
-            found |= {"seed": self.recipe.seed, "crop": SHARE_224}
+            found |= {"seed": self.recipe.seed, "crop": CROP_SHARE}
         return found
 
 

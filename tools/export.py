@@ -24,19 +24,15 @@ from addp_core.base.files import atomic_replace, write_atomically
 from addp_core.base.rng import generator
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import VIT_SIZES
-from addp_core.weights.checkpoint import (
-    MODEL_FILE,
-    load_addp,
-    load_classifier,
-    load_encoder,
-    read_tensors,
-    read_weights,
-    save_model,
-    save_published,
-    stated_heads,
-)
-from addp_core.weights.layouts import published_addp_names, to_timm
-from cls.data import share_of
+from addp_core.weights.architectures import recipe_heads
+from addp_core.weights.encoders import load_encoder
+from addp_core.weights.files import MODEL_FILE, read_tensors
+from addp_core.weights.layouts.published import from_published
+from addp_core.weights.layouts.vit import to_timm
+from addp_core.weights.loading import load_addp, load_classifier
+from addp_core.weights.reading import read_weights
+from addp_core.weights.saving import save_model, save_published
+from cls.data import classifier_crop
 
 log = logging.getLogger("addp")
 
@@ -105,12 +101,12 @@ def run(recipe: Recipe) -> None:
 
 def _export_ours(recipe: Recipe, out: Path) -> None:
     model = load_addp(
-        recipe.model, tokenizer=recipe.tokenizer or None, predictor=recipe.predictor or None, **stated_heads(recipe)
+        recipe.model, tokenizer=recipe.tokenizer or None, predictor=recipe.predictor or None, **recipe_heads(recipe)
     )
     part = model.denoiser.encoder if recipe.layout == "encoder" else model
     out.parent.mkdir(parents=True, exist_ok=True)
     save_published(model, out) if recipe.layout == "published" else save_model(part, out)
-    again = published_addp_names(read_tensors(out)) if recipe.layout == "published" else read_weights(out).state
+    again = from_published(read_tensors(out)) if recipe.layout == "published" else read_weights(out).state
     written = part.state_dict()
     if again.keys() != written.keys() or not all(torch.equal(value, again[key]) for key, value in written.items()):
         raise RuntimeError(f"{out}: what reads back differs from what was written")
@@ -150,7 +146,7 @@ def export_timm(recipe: Recipe, out: Path) -> None:
             "input_size": [3, height, width],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": share_of(model),
+            "crop_pct": classifier_crop(model),
             "crop_mode": "center",
             "mean": list(model.mean),
             "std": list(model.std),

@@ -30,7 +30,7 @@ from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
 from addp_core.training.stage import TrainConfig
-from cls.evaluation import Scores, score
+from cls.evaluation import Scores, evaluate_classifier
 from cls.finetune import AugmentConfig, FinetuneStage, Recipe, layer_table
 
 COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
@@ -77,8 +77,8 @@ def test_learns_validates_and_keeps_the_best(images, pretrained, tmp_path, caplo
         model = load_classifier(out / name)
         assert model.class_names == ("blue", "green", "red")
         val = open_source(str(images), "val")
-        seen = score(model, val, eval_transform(8, 0.875), 3, mean=model.mean, std=model.std, workers=0)
-        assert seen.figures["top1"] == pytest.approx(results[key]["top1"])
+        seen = evaluate_classifier(model, val, eval_transform(8, 0.875), 3, mean=model.mean, std=model.std, workers=0)
+        assert seen.metrics["top1"] == pytest.approx(results[key]["top1"])
     rows = [line.split(",") for line in (out / "confusion.csv").read_text().splitlines()]
     assert rows[0] == ["true\\answer", "blue", "green", "red"]
     assert [sum(map(int, row[1:])) for row in rows[1:]] == [6, 6, 6]
@@ -205,8 +205,8 @@ def test_the_average_is_what_is_measured_and_kept(images, pretrained, tmp_path):
     for name, key in (("model", "last"), ("model-best", "best")):
         model = load_classifier(tmp_path / f"{name}.safetensors")
         assert model.crop == 0.6  # for what reads it next
-        seen = score(model, val, eval_transform(8, 0.6), 3, mean=model.mean, std=model.std, workers=0)
-        assert seen.figures["top1"] == pytest.approx(results[key]["top1"])
+        seen = evaluate_classifier(model, val, eval_transform(8, 0.6), 3, mean=model.mean, std=model.std, workers=0)
+        assert seen.metrics["top1"] == pytest.approx(results[key]["top1"])
     raw = torch.load(tmp_path / "checkpoints" / "step-6" / "training.pt")
     last = load_classifier(tmp_path).state_dict()
     assert torch.equal(last["head.weight"], raw["ema"]["head.weight"])

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from tiny import tiny_addp
 from torch import nn
 
-import cls.features
-import cls.heads
+import cls.probing.features
+import cls.probing.fast
 import cls.linprobe
+import cls.probing.full
 from addp_core import load_encoder, save_model
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import open_source
@@ -26,10 +27,10 @@ from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
 from addp_core.training.engine import TrainConfig, make_optimizer
 from addp_core.training.run_folder import Report
-from addp_core.weights.checkpoint import load_classifier
-from cls.evaluation import score
-from cls.features import Features
-from cls.linprobe import Recipe
+from addp_core.weights.loading import load_classifier
+from cls.evaluation import evaluate_classifier
+from cls.probing.features import PooledFeatures
+from cls.probing.recipe import Recipe
 
 HW = (8, 12)
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 50)}
@@ -74,8 +75,8 @@ def top1_of_file(room: Path, path: Path) -> float:
     """What the saved classifier scores on the validation images."""
     model = load_classifier(path)
     val = open_source(str(room / "data"), "val", model.class_names)
-    scores = score(model, val, eval_transform(HW), 3, mean=model.mean, std=model.std, workers=0, batch=4)
-    return scores.figures["top1"]
+    scores = evaluate_classifier(model, val, eval_transform(HW), 3, mean=model.mean, std=model.std, workers=0, batch=4)
+    return scores.metrics["top1"]
 
 
 def refused(capsys, code: int, *words: str) -> None:
@@ -125,9 +126,9 @@ class Kill:
 
 
 def test_a_killed_sweep_continues_as_if_never_stopped(room, tmp_path, monkeypatch):
-    shards, heads = Kill(cls.features.save_file, 4), Kill(cls.heads.save_file, 2)
-    monkeypatch.setattr(cls.features, "save_file", shards)
-    monkeypatch.setattr(cls.heads, "save_file", heads)
+    shards, heads = Kill(cls.probing.features.save_file, 4), Kill(cls.probing.fast.save_file, 2)
+    monkeypatch.setattr(cls.probing.features, "save_file", shards)
+    monkeypatch.setattr(cls.probing.fast, "save_file", heads)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     settings = ("fast.mirrored=true", "data.max_errors=1")
     assert fast(room, cut, *settings) == 1  # in the features
@@ -145,8 +146,8 @@ def test_a_killed_sweep_continues_as_if_never_stopped(room, tmp_path, monkeypatc
 def test_features_are_taken_where_they_still_fit(room, tmp_path, monkeypatch):
     cache = f"fast.cache={tmp_path / 'cache'}"
     assert fast(room, tmp_path / "a", cache, "fast.epochs=1") == 0
-    shards = Kill(cls.features.save_file, None)
-    monkeypatch.setattr(cls.features, "save_file", shards)
+    shards = Kill(cls.probing.features.save_file, None)
+    monkeypatch.setattr(cls.probing.features, "save_file", shards)
     assert fast(room, tmp_path / "b", cache, "fast.epochs=2", "fast.lrs=[0.1]") == 0
     assert shards.calls == 0
     assert fast(room, tmp_path / "c", cache, "fast.epochs=1", "tokenizer_norm=true") == 0
@@ -257,14 +258,14 @@ def test_full_mode_over_ids_ends_at_its_block(room, mage, tmp_path):
 def test_options_choose_the_features(room):
     images = torch.randn(2, 3, *HW, generator=torch.Generator().manual_seed(0))
     encoder = load_encoder(room / "model.safetensors", HW)
-    found = Features(encoder, [1, 2], ["token", "avg"], mirrored=True)(images)
+    found = PooledFeatures(encoder, [1, 2], ["token", "avg"], mirrored=True)(images)
     assert found.shape == (2, 2, 2, 2, 16)
     for k, tokens in enumerate(encoder.forward_tokens(images, [0, 1])):
         torch.testing.assert_close(found[:, 0, k, 0], tokens[:, 0])
         torch.testing.assert_close(found[:, 0, k, 1], tokens[:, 1:].mean(1))
-    torch.testing.assert_close(found[:, 1], Features(encoder, [1, 2], ["token", "avg"])(images.flip(-1))[:, 0])
+    torch.testing.assert_close(found[:, 1], PooledFeatures(encoder, [1, 2], ["token", "avg"])(images.flip(-1))[:, 0])
     normed = load_encoder(room / "model.safetensors", HW, tokenizer_norm=True)
-    assert not torch.allclose(Features(normed, [1], ["avg"])(images)[:, 0, 0, 0], found[:, 0, 0, 1], atol=1e-2)
+    assert not torch.allclose(PooledFeatures(normed, [1], ["avg"])(images)[:, 0, 0, 0], found[:, 0, 0, 1], atol=1e-2)
 
 
 def test_block_pooling_and_norm_end_up_in_the_classifier(room, tmp_path):
@@ -294,7 +295,7 @@ def test_published_recipe():
     assert (train.optimizer, train.peak_lr, train.weight_decay) == ("lars", 6.4, 0)
     assert (train.schedule, train.min_lr) == ("cosine", 0)
     assert (data.size, data.scale, data.flip) == (256, (0.08, 1), True)
-    norm = cls.linprobe.build(recipe, Encoder(EncoderConfig(16, 1, 2), (8, 8), 4), ("a", "b")).fc_norm
+    norm = cls.probing.full.build_classifier(recipe, Encoder(EncoderConfig(16, 1, 2), (8, 8), 4), ("a", "b")).fc_norm
     assert isinstance(norm, nn.BatchNorm1d)
     assert not norm.affine
 

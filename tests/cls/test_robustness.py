@@ -21,7 +21,7 @@ from addp_core.data.sources import ImageSource, open_source
 from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
-from addp_core.weights.checkpoint import save_model
+from addp_core.weights.saving import save_model
 from cls import robustness
 from tools.toy import toy
 
@@ -203,7 +203,7 @@ def test_a_list_of_numbers_is_of_the_models_classes(room, tmp_path, capsys):
 
 
 def test_a_killed_run_repeats_nothing(room, tmp_path, monkeypatch):
-    measured, answers = [], robustness.answers
+    measured, answers = [], robustness.compute_outputs
 
     def counted(*args, title, **options):
         if len(measured) == stop:
@@ -211,7 +211,7 @@ def test_a_killed_run_repeats_nothing(room, tmp_path, monkeypatch):
         measured.append(title)
         return answers(*args, title=title, **options)
 
-    monkeypatch.setattr(robustness, "answers", counted)
+    monkeypatch.setattr(robustness, "compute_outputs", counted)
     for name in ("fog", "frost"):
         shutil.copytree(room / "imagenet-c" / name, tmp_path / "c" / name)
     keys = {"imagenet_c": tmp_path / "c", "allow_missing": "true"}

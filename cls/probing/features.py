@@ -1,0 +1,261 @@
+"""Features of a frozen encoder: pooled tokens after any of its blocks, computed once and stored in shards on disk."""
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from addp_core.base.errors import UserError
+from addp_core.base.files import atomic_replace
+from addp_core.data.images import CenterCrop
+from addp_core.data.sources import ImageSource
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.weights.modules import fingerprint
+from cls.evaluation import OutputBatch, compute_outputs
+
+log = logging.getLogger("addp")
+
+Pooling = Literal["avg", "token"]
+STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def resolve_block(encoder: Encoder | TokenEncoder, block: int, key: str = "block") -> int:
+    """Return the number of a block, counted from 1, where a negative number counts from the end.
+
+    key: the recipe's key that holds the number, for messages.
+
+    Raises UserError if the encoder has no such block.
+    """
+    depth = len(encoder.blocks)
+    if not 1 <= abs(block) <= depth:
+        raise UserError(f"{key}: found {block}, expected 1 to {depth}, or -1 to -{depth} from the end")
+    return block if block > 0 else depth + 1 + block
+
+
+def truncate(encoder: Encoder | TokenEncoder, block: int) -> None:
+    """Remove the blocks after `block` (counted from 1), in place."""
+    encoder.blocks = encoder.blocks[:block]
+    encoder.config = replace(encoder.config, depth=block)
+    if isinstance(encoder, TokenEncoder):  # it is saved with the config of the predictor that it comes from
+        encoder.predictor_config = replace(encoder.predictor_config, depth=block)
+
+
+class PooledFeatures(nn.Module):
+    """Images -> pooled tokens after some blocks of a frozen encoder, without its final norm.
+
+    Args:
+        blocks: counted from 1.
+        poolings: "avg" (mean of the patch tokens), "token" (class token), or both.
+        mirrored: compute the features of the mirror image too, as a second view.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | TokenEncoder,
+        blocks: Sequence[int],
+        poolings: Sequence[Pooling],
+        mirrored: bool = False,
+    ):
+        super().__init__()
+        self.encoder, self.blocks, self.poolings, self.mirrored = encoder, tuple(blocks), tuple(poolings), mirrored
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(views, blocks, poolings, width) of an image's features."""
+        return 1 + self.mirrored, len(self.blocks), len(self.poolings), self.encoder.config.width
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Float[B,3,H,W] normalized -> Float[B,V,K,P,W] in float32: views, blocks, poolings."""
+        views = [images, images.flip(-1)] if self.mirrored else [images]
+        return torch.stack([self._pooled(view) for view in views], 1)
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        tokens = self.encoder.forward_tokens(images, [block - 1 for block in self.blocks])
+        pool = {"avg": lambda x: x[:, 1:].float().mean(1), "token": lambda x: x[:, 0].float()}
+        return torch.stack([torch.stack([pool[name](x) for name in self.poolings], 1) for x in tokens], 1)
+
+
+class FeatureBank:
+    """The features of a dataset on disk: `<folder>/00000.safetensors`, ..., each with the labels of its images."""
+
+    def __init__(self, folder: Path, shards: int):
+        self.key = folder.name  # identifies the weights, images and settings of the features
+        self._paths = [_shard_path(folder, number) for number in range(shards)]
+        self.labels = torch.cat([self._read(path, "labels") for path in self._paths])
+        self.indices = torch.cat([self._read(path, "indices") for path in self._paths])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, block: int, pooling: str) -> Tensor:
+        """Return [n,V,W] features in the type they are stored in.
+
+        The files are mapped into memory, so that only this block and pooling are read.
+        """
+        parts = (self._read(path, _tensor_name(block, pooling)) for path in self._paths)
+        first = next(parts)
+        features = torch.empty((len(self), *first.shape[1:]), dtype=first.dtype)
+        features[: len(first)], end = first, len(first)
+        for part in parts:
+            features[end : end + len(part)] = part
+            end += len(part)
+        return features
+
+    def _read(self, path: Path, name: str) -> Tensor:
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); remove it to compute it again") from error
+
+
+def compute_features(
+    model: PooledFeatures,
+    source: ImageSource,
+    transform: CenterCrop,
+    cache: Path,
+    *,
+    title: str,
+    store: str,
+    shard: int,
+    **options: Any,
+) -> FeatureBank:
+    """Return the features of every image, computing those that are not in the cache yet.
+
+    The folder in `cache` depends on the weights, the images and the settings. Each file holds `shard` images and is
+    complete or absent. Images are identified by name and label: an image replaced under the same name goes unnoticed.
+
+    Args:
+        title: prefix of the folder's name, and title of the progress bar.
+        store: the type that the features are stored in, a key of `STORAGE_DTYPES`.
+        options: of `compute_outputs`.
+
+    Raises:
+        UserError: the disk is full, features exceed the range of float16, or a label is out of range.
+    """
+    state = PartialState()
+    folder = cache / f"{title}-{_cache_key(model, source, transform, store, shard, options)}"
+    shards = -(-len(source) // shard)
+    shared = [[number for number in range(shards) if not _shard_path(folder, number).exists()]]
+    broadcast_object_list(shared)  # rank 0's listing: the folder may fill while other processes look at it
+    if missing := shared[0]:
+        indices = [i for number in missing for i in _shard_indices(number, shard, source)]
+        if state.is_main_process:
+            _create_folder(folder, model, len(indices), STORAGE_DTYPES[store].itemsize)
+            log.info("%s: computing the features of %d of %d images: %s", title, len(indices), len(source), folder)
+        bar = title if sys.stderr.isatty() else ""
+        batches = compute_outputs(model, source, transform, indices=indices, title=bar, **options)
+        for number, part in zip(missing, _split_by_shard(batches, missing, shard, model), strict=True):
+            gathered = gather_object([part])
+            if state.is_main_process:
+                _write_shard(_shard_path(folder, number), gathered, model, STORAGE_DTYPES[store])
+    state.wait_for_everyone()
+    return FeatureBank(folder, shards)
+
+
+def _shard_indices(number: int, shard: int, source: ImageSource) -> range:
+    return range(number * shard, min((number + 1) * shard, len(source)))
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _tensor_name(block: int, pooling: str) -> str:
+    return f"block{block}.{pooling}"
+
+
+def _cache_key(
+    model: PooledFeatures, source: ImageSource, transform: CenterCrop, store: str, shard: int, options: dict[str, Any]
+) -> str:
+    """Return a digest of everything the features depend on."""
+    encoder = model.encoder
+    digest = hashlib.blake2b(fingerprint(encoder).encode(), digest_size=8)
+    settings = [asdict(encoder.config), encoder.image_size, encoder.patch_size, model.blocks, model.poolings]
+    settings += [model.mirrored, transform.hw, transform.share, store, shard]
+    settings += [options[name] for name in ("mean", "std", "precision")]
+    digest.update(json.dumps(settings).encode())
+    for index in range(len(source)):
+        digest.update(source.name(index).encode(errors="surrogateescape"))
+    if source.labels is not None:
+        digest.update(source.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _create_folder(folder: Path, model: PooledFeatures, images: int, itemsize: int) -> None:
+    """Create the folder; raise UserError if the features will not fit on its disk."""
+    views, blocks, poolings, width = model.shape
+    size = images * views * blocks * poolings * width * itemsize
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    if size > free:
+        raise UserError(
+            f"{folder}: the features need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
+            "choose fewer fast.blocks or fast.poolings, or another fast.cache"
+        )
+
+
+def _split_by_shard(
+    batches: Iterator[OutputBatch], numbers: Sequence[int], shard: int, model: PooledFeatures
+) -> Iterator[OutputBatch]:
+    """Yield this process's part of each of the shards `numbers`, in order; images come in the order of their indices."""
+    rest = OutputBatch(torch.empty(0, *model.shape), torch.empty(0).long(), torch.empty(0).long())
+    for number in numbers:
+        pending, end = [rest], (number + 1) * shard
+        while not (len(pending[-1].indices) and pending[-1].indices[-1] >= end):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            pending.append(batch)
+        merged = _concatenate(pending)
+        inside = merged.indices < end
+        rest = _select(merged, ~inside)
+        yield _select(merged, inside)
+
+
+def _concatenate(parts: Sequence[OutputBatch]) -> OutputBatch:
+    names = ("outputs", "labels", "indices")
+    return OutputBatch(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _select(part: OutputBatch, which: Tensor) -> OutputBatch:
+    """Return the rows of a mask or of indices."""
+    return OutputBatch(part.outputs[which], part.labels[which], part.indices[which])
+
+
+def _write_shard(path: Path, parts: list[OutputBatch], model: PooledFeatures, dtype: torch.dtype) -> None:
+    merged = _concatenate(parts)
+    merged = _select(merged, merged.indices.argsort())
+    outputs = merged.outputs.to(dtype)
+    if not outputs.isfinite().all():
+        raise UserError(
+            f"fast.store: features up to {merged.outputs.abs().max():.3g} do not fit {dtype}; set fast.store=float32"
+        )
+    tensors = {"labels": merged.labels, "indices": merged.indices}
+    for k, block in enumerate(model.blocks):
+        for p, pooling in enumerate(model.poolings):
+            tensors[_tensor_name(block, pooling)] = outputs[:, :, k, p].contiguous()
+    try:
+        with atomic_replace(path) as temporary:
+            save_file(tensors, temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); free some space and repeat the command to continue"
+        ) from error

@@ -1,0 +1,128 @@
+"""The full mode of `addp linprobe`: one head trained over a frozen encoder on random crops (App. D.2)."""
+
+from copy import copy
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from addp_core.data.images import eval_transform, pretrain_transform
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import Batch, Stream
+from addp_core.networks.classifier import Classifier, normalize
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.training.engine import Draw, Stage, train
+from addp_core.weights.saving import save_model
+from addp_core.weights.pretrained import NORMALISATION
+from cls.data import cache_for_evaluation, check_batch_labels, evaluation_crop
+from cls.evaluation import evaluate_classifier
+from cls.probing.features import PooledFeatures, resolve_block, truncate
+from cls.probing.recipe import Recipe
+from cls.probing.report import print_results
+from cls.results import keep_best
+
+HEAD_STD = 0.01  # of a new head's weights: LARS scales its updates with the norm of the weights, which must not vanish
+
+
+def run_full(
+    recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSource, val_set: ImageSource, recipe_text: str
+) -> None:
+    """Train the head, or continue; end with results.json and the classifier in the run folder."""
+    classifier = build_classifier(recipe, encoder, train_set.classes)
+    crop = evaluation_crop(recipe.data.hw, recipe.eval_crop)
+    stage = LinearProbeStage(classifier, recipe, cache_for_evaluation(val_set, recipe.data, crop), crop)
+    transform = pretrain_transform(recipe.data)
+    stream = Stream(train_set, transform, recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch)
+    train(stage, stream, recipe.train, recipe.out, recipe_text)
+    print_results(Path(recipe.out), recipe.mode)
+
+
+def build_classifier(recipe: Recipe, encoder: Encoder | TokenEncoder, class_names: tuple[str, ...]) -> Classifier:
+    """Return the initial classifier: the encoder up to the block that is probed, and a new head."""
+    truncate(encoder, resolve_block(encoder, recipe.block))
+    mean, std = NORMALISATION[recipe.normalisation]
+    model = Classifier(encoder, len(class_names), recipe.pooling, "batch", class_names, mean, std, recipe.eval_crop)
+    nn.init.trunc_normal_(cast(nn.Linear, model.head).weight, std=HEAD_STD)
+    return model
+
+
+class LinearProbe(nn.Module):
+    """The trained part of a classifier, which is all that checkpoints hold: the statistics of its norm, and its head."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.fc_norm, self.head = classifier.fc_norm, classifier.head
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Float[B,W] -> logits Float[B,C]."""
+        return self.head(self.fc_norm(features))
+
+
+class LinearProbeStage(Stage):
+    """A head over the frozen encoder.
+
+    The loss is computed on the whole batch: the features of all micro-steps and processes are gathered first (they are
+    small and need no gradient), so that the batch norm sees the same batch with and without accumulation.
+    """
+
+    name = "linprobe"
+
+    def __init__(self, classifier: Classifier, recipe: Recipe, val_set: ImageSource, crop: float):
+        self.classifier, self.recipe, self.val_set = classifier, recipe, val_set
+        self.model = LinearProbe(classifier)
+        self.features = PooledFeatures(classifier.encoder, [len(classifier.encoder.blocks)], [recipe.pooling])
+        self.frozen = [self.features]
+        self.transform = eval_transform(recipe.data.hw, crop)
+        self.accumulated: list[tuple[Tensor, Tensor]] = []  # (features, labels) of the batch's micro-steps so far
+
+    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Return the loss of the whole batch in the last micro-step, and zero in the others.
+
+        It is multiplied by the number of micro-steps, because the engine averages over them.
+        """
+        check_batch_labels(batch, self.classifier.num_classes)
+        images = normalize(batch.images, self.classifier.mean, self.classifier.std)
+        self.accumulated.append((self.features(images)[:, 0, 0, 0], batch.labels))
+        micro_steps = self.recipe.train.accumulate
+        if (draw.micro + 1) % micro_steps:
+            zero = torch.zeros((), device=images.device)
+            return {"loss": zero.clone().requires_grad_(), "train_top1": zero}
+        features, labels = (gather(torch.cat(tensors)) for tensors in zip(*self.accumulated, strict=True))
+        self.accumulated.clear()
+        logits = model(features).float()
+        top1 = 100 * (logits.argmax(1) == labels).float().mean()
+        return {"loss": micro_steps * cross_entropy(logits, labels), "train_top1": micro_steps * top1}
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Return top-1 and top-5 on the validation images in percent; keep the best head so far."""
+        recipe, classifier = self.recipe, self._classifier_with(model)
+        scores = evaluate_classifier(
+            classifier,
+            self.val_set,
+            self.transform,
+            classifier.num_classes,
+            mean=classifier.mean,
+            std=classifier.std,
+            batch=recipe.eval_batch,
+            precision=recipe.train.precision,
+            workers=recipe.data.workers,
+            max_errors=recipe.data.max_errors,
+        )
+        if PartialState().is_main_process:
+            keep_best(classifier, step, scores, Path(recipe.out))
+        return scores.metrics
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        save_model(self._classifier_with(model), path)
+
+    def _classifier_with(self, probe: nn.Module) -> Classifier:
+        """Return the classifier with the head of `probe`, whose weights may be averaged (EMA), without a copy."""
+        classifier = copy(self.classifier)
+        trained = {"fc_norm": cast(nn.Module, probe.fc_norm), "head": cast(nn.Module, probe.head)}
+        classifier._modules = {**self.classifier._modules, **trained}
+        return classifier

@@ -1,0 +1,121 @@
+"""Linear heads and a k-NN classifier on stored features: tensors in, tensors and accuracies out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from addp_core.base.rng import generator
+from cls.probing.recipe import FastConfig
+
+KNN_TEMPERATURE = 0.07  # arXiv 1805.01978
+STANDARDIZATION_EPS = 1e-6  # that of the classifier's batch norm
+CHUNK = 1 << 14  # images at a time where all features are read
+MAX_SIMILARITIES = 1 << 26  # elements of a similarity matrix held at once
+
+
+@dataclass
+class LinearHeads:
+    """Linear heads trained with L learning rates on standardized features; float32."""
+
+    mean: Tensor  # Float[W]
+    variance: Tensor  # Float[W]
+    weight: Tensor  # Float[L,C,W]
+    bias: Tensor  # Float[L,C]
+
+    def standardize(self, features: Tensor) -> Tensor:
+        """[n,W] of any type -> Float[n,W]."""
+        return (features.float() - self.mean) * (self.variance + STANDARDIZATION_EPS).rsqrt()
+
+    def logits(self, standardized: Tensor) -> Tensor:
+        """Float[n,W] -> Float[n,L,C], as one matrix product."""
+        lrs, classes, width = self.weight.shape
+        return torch.addmm(self.bias.flatten(), standardized, self.weight.view(-1, width).t()).view(-1, lrs, classes)
+
+    def accuracy(self, features: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+        """Return each head's top-k accuracy on [n,W] features in percent, Double[L]."""
+        correct = torch.zeros(len(self.weight), dtype=torch.double, device=features.device)
+        for part, targets in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
+            top = self.logits(self.standardize(part)).topk(min(k, self.weight.shape[1]), 2).indices
+            correct += (top == targets[:, None, None]).any(2).sum(0)
+        return 100 * correct / len(features)
+
+    def select(self, index: int) -> "LinearHeads":
+        """Return the head of one learning rate."""
+        return LinearHeads(self.mean, self.variance, self.weight[index : index + 1], self.bias[index : index + 1])
+
+
+@torch.no_grad()
+def train_heads(
+    features: Tensor,
+    labels: Tensor,
+    images: Tensor,
+    classes: int,
+    lrs: Sequence[float],
+    config: FastConfig,
+    seed: int,
+) -> LinearHeads:
+    """Train a head for each learning rate, initialized with zeros, by SGD with momentum on cross-entropy.
+
+    All heads see the same batches.
+
+    Args:
+        features: [n,V,W], V views of each image.
+        labels: Long[n].
+        images: Long[m], the images to train on, in all their views.
+    """
+    views, device = features.shape[1], features.device
+    samples = (images[:, None] * views + torch.arange(views)).flatten()
+    features = features.flatten(0, 1)
+    mean, variance = mean_and_variance(features, samples)
+    weight = torch.zeros(len(lrs), classes, features.shape[1], device=device)
+    heads = LinearHeads(mean, variance, weight, torch.zeros(len(lrs), classes, device=device))
+    peak_lrs = torch.tensor(lrs, device=device)
+    momenta = [torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)]
+    steps_per_epoch = math.ceil(len(samples) / config.batch)
+    for epoch in range(config.epochs):
+        order = samples[torch.randperm(len(samples), generator=generator(seed, "order", epoch))].to(device)
+        for step, batch in enumerate(order.tensor_split(steps_per_epoch)):
+            x, targets = heads.standardize(features[batch]), labels[batch // views]
+            # The gradient of the cross-entropy with respect to the logits: softmax minus the one-hot target.
+            gradient = heads.logits(x).softmax(2)
+            gradient[torch.arange(len(batch), device=device), :, targets] -= 1
+            gradient /= len(batch)
+            gradients = [(gradient.flatten(1).t() @ x).view_as(heads.weight), gradient.sum(0)]
+            gradients[0].add_(heads.weight, alpha=config.weight_decay)
+            progress = (epoch * steps_per_epoch + step) / (config.epochs * steps_per_epoch)
+            current_lrs = peak_lrs * (0.5 * (1 + math.cos(math.pi * progress)))
+            for parameter, momentum, update in zip((heads.weight, heads.bias), momenta, gradients, strict=True):
+                momentum.mul_(config.momentum).add_(update)
+                parameter.sub_(current_lrs.view(-1, *[1] * (parameter.ndim - 1)) * momentum)
+    return heads
+
+
+def mean_and_variance(features: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of the [n,W] features at `samples`, Float[W] each, accumulated in double precision."""
+    parts = samples.to(features.device).split(CHUNK)
+    mean = torch.stack([features[part].double().sum(0) for part in parts]).sum(0) / len(samples)
+    variance = torch.stack([(features[part].double() - mean).square().sum(0) for part in parts]).sum(0) / len(samples)
+    return mean.float(), variance.float()
+
+
+@torch.no_grad()
+def knn_accuracy(
+    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, classes: int, k: int
+) -> float:
+    """Return the top-1 accuracy of a weighted k-NN classifier in percent.
+
+    The k nearest training images by cosine similarity vote, each with the weight exp(similarity / temperature).
+    """
+    k, correct = min(k, len(features)), 0
+    normalized = normalize(features.float(), dim=1)
+    chunk = max(1, MAX_SIMILARITIES // len(features))
+    for part, targets in zip(val_features.split(chunk), val_labels.split(chunk), strict=True):
+        similarities, neighbors = (normalize(part.float(), dim=1) @ normalized.t()).topk(k, 1)
+        votes = torch.zeros(len(part), classes, device=features.device)
+        votes.scatter_add_(1, labels[neighbors], (similarities / KNN_TEMPERATURE).exp())
+        correct += int((votes.argmax(1) == targets).sum())
+    return 100 * correct / len(val_features)

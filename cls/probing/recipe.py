@@ -1,0 +1,95 @@
+"""The keys of `addp linprobe`."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
+
+from addp_core.data.config import DataConfig
+from addp_core.training.stage import TrainConfig
+from addp_core.weights.pretrained import EncoderKeys
+from cls.probing.features import Pooling
+
+
+@dataclass
+class FastConfig:
+    """For mode=fast: features computed once per image, then linear heads trained with many learning rates."""
+
+    blocks: Annotated[
+        tuple[int, ...],
+        "blocks whose features are probed, counted from 1, or from the end as -1, -2, ...; empty: all blocks",
+    ] = ()
+    poolings: Annotated[
+        tuple[Pooling, ...], MinLen(1), "features to probe: mean of the patch tokens, class token, or both"
+    ] = ("avg",)
+    mirrored: Annotated[bool, "train on the features of the mirror images too"] = False
+    lrs: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1), "learning rates to try"] = (
+        *(0.0003, 0.001, 0.003, 0.01),
+        *(0.03, 0.1, 0.3, 1.0, 3.0),
+    )
+    epochs: Annotated[int, Ge(1), "passes over the features, with a cosine learning rate schedule"] = 50
+    batch: Annotated[int, Ge(1), "images of one step"] = 256
+    momentum: Annotated[float, Interval(ge=0, lt=1), "momentum of SGD"] = 0.9
+    weight_decay: Annotated[float, Ge(0), "weight decay of the heads' weights"] = 0.0
+    held_out: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        "share of the training images held out to choose the learning rate; 0: choose it on the validation images, "
+        "which biases the result upwards",
+    ] = 0.1
+    knn: Annotated[int, Ge(0), "neighbors of the k-NN classifier; 0: no k-NN"] = 20
+    cache: Annotated[
+        str, "folder for the features, which several runs may share (default: the folder `features` in `out`)"
+    ] = ""
+    store: Annotated[Literal["float16", "float32"], "type that the features are stored in"] = "float16"
+    shard: Annotated[int, Ge(1), "images in one file of features"] = 4096
+
+    def __post_init__(self) -> None:
+        for key in ("blocks", "poolings", "lrs"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: found {list(values)}, expected each value once")
+
+
+@dataclass(kw_only=True)
+class Recipe(EncoderKeys):
+    """Keys of `addp linprobe`."""
+
+    out: Annotated[str, "run folder"]
+    data: DataConfig = field(default_factory=partial(DataConfig, scale=(0.08, 1.0)))
+    val: Annotated[str, "images to validate on (default: the `val` split of `data`)"] = ""
+    mode: Annotated[
+        Literal["full", "fast"],
+        "full: the published training of one head, as set in `train`; fast: features computed once and many heads, as "
+        "set in `fast` (of `train`, only seed, precision, compile and channels_last are used)",
+    ] = "full"
+    pooling: Annotated[Pooling, "mode=full: input of the head: the mean of the patch tokens, or the class token"] = (
+        "avg"
+    )
+    block: Annotated[
+        int, "mode=full: the block whose features are probed, counted from 1, or from the end as -1, -2, ..."
+    ] = -1
+    fast: FastConfig = field(default_factory=FastConfig)
+    train: TrainConfig = field(
+        default_factory=partial(
+            TrainConfig,
+            epochs=90.0,
+            batch=1024,
+            optimizer="lars",
+            weight_decay=0.0,
+            base_lr=0.1,
+            warmup_epochs=10.0,
+            clip_grad=None,
+        )
+    )
+    eval_crop: Annotated[
+        float | None,
+        Gt(0),
+        Le(1),
+        "share of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
+    ] = None
+    eval_batch: Annotated[
+        int, Ge(1), "images at a time on each process, in validation and when features are computed"
+    ] = 64
