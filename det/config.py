@@ -1,4 +1,4 @@
-"""What the verbs of detection share: the keys of data and detector, and what is written beside its weights."""
+"""The keys that the verbs of detection share, and the architecture stored beside a detector's weights."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,36 +8,46 @@ from annotated_types import Ge, Interval
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import EncoderConfig
 
-ANCHOR = 8  # side of a level's anchors over its stride: 32 to 512 pixels on strides 4 to 64
+ANCHOR_SCALE = 8  # side of a level's anchors divided by its stride: 32 to 512 pixels for strides 4 to 64
+
+EngineName = Literal["torchvision", "detectron2"]
+EngineChoice = Literal["auto", "detectron2", "torchvision"]
 
 
 @dataclass
 class CocoFiles:
-    """Which COCO files."""
+    """Keys that locate a COCO dataset."""
 
     __shorthand__ = "root"
     root: Annotated[
         str,
-        "folder with annotations/instances_<split>2017.json and <split>2017/ (or instances_<split>.json and images/); "
-        "split: train, val",
+        "dataset folder with annotations/instances_<split>2017.json and <split>2017/ (or instances_<split>.json and "
+        "images/), where <split> is train or val",
     ] = ""
-    train_annotations: Annotated[str, "file, where it is not found under root"] = ""
-    train_images: Annotated[str, "folder, where it is not found under root"] = ""
-    val_annotations: Annotated[str, "file, where it is not found under root"] = ""
-    val_images: Annotated[str, "folder, where it is not found under root"] = ""
-    max_errors: Annotated[float, Ge(0), "images to do without: a count, or below 1 a share of the set"] = 0.01
+    train_annotations: Annotated[str, "annotation file, if it is not found under root"] = ""
+    train_images: Annotated[str, "image folder, if it is not found under root"] = ""
+    val_annotations: Annotated[str, "annotation file, if it is not found under root"] = ""
+    val_images: Annotated[str, "image folder, if it is not found under root"] = ""
+    max_errors: Annotated[
+        float, Ge(0), "unreadable or missing images to tolerate: a number, or below 1 a share of the dataset"
+    ] = 0.01
 
 
 @dataclass
 class CocoConfig(CocoFiles):
-    """Which COCO files, and how their images are shown in training."""
+    """Keys that locate a COCO dataset and say how its images are augmented and loaded for training."""
 
-    size: Annotated[int, Ge(16), "pixels: side of the training square, longer side in evaluation"] = 1024
-    scale: Annotated[tuple[float, float], "large-scale jitter: range of the image's longer side over size"] = (0.1, 2.0)
-    flip: Annotated[bool, "mirror every other image, by chance"] = True
+    size: Annotated[int, Ge(16), "side of the square training image in pixels; longer side in evaluation"] = 1024
+    scale: Annotated[
+        tuple[float, float], "large-scale jitter: range of the image's longer side, as a multiple of size"
+    ] = (0.1, 2.0)
+    flip: Annotated[bool, "flip images horizontally with probability 1/2"] = True
     empty: Annotated[bool, "train on images without objects too"] = True
     workers: Annotated[
-        int | None, Ge(0), "loading processes a training process; 0: none (default: 1 on a CPU, with a GPU up to 12)"
+        int | None,
+        Ge(0),
+        "data-loading processes per training process; 0 loads in the training process (default: 1 on a CPU, up to 12 "
+        "with a GPU)",
     ] = None
     prefetch: Annotated[int, Ge(1), "batches that each worker prepares ahead"] = 2
 
@@ -48,41 +58,41 @@ class CocoConfig(CocoFiles):
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """The detector around the encoder; the defaults are ViTDet's Mask R-CNN."""
+    """Keys of the detector around the encoder; the defaults are ViTDet's Mask R-CNN."""
 
-    channels: Annotated[int, Ge(1), "of the pyramid's maps"] = 256
+    channels: Annotated[int, Ge(1), "channels of the feature pyramid's maps"] = 256
     scales: Annotated[
         tuple[float, ...],
-        "sizes of the pyramid's maps over the encoder's map, each of 4, 2, 1, 0.5; one more is pooled",
+        "sizes of the pyramid's maps relative to the encoder's map, chosen from 4, 2, 1, 0.5; one more level is pooled",
     ] = (4.0, 2.0, 1.0, 0.5)
     convs: Annotated[int, Ge(1), "channels of the four convolutions of the box head and of the mask head"] = 256
     fc: Annotated[int, Ge(1), "features of the box head's linear layer"] = 1024
-    proposals: Annotated[int, Ge(1), "boxes an image that the RPN hands on"] = 1000
-    samples: Annotated[int, Ge(4), "of them, those the heads are trained on"] = 512
-    score: Annotated[float, Interval(ge=0, lt=1), "detections below it are left out"] = 0.05
-    detections: Annotated[int, Ge(1), "an image at most"] = 100
+    proposals: Annotated[int, Ge(1), "proposals per image that the RPN passes to the heads"] = 1000
+    samples: Annotated[int, Ge(4), "proposals per image that the heads are trained on"] = 512
+    score: Annotated[float, Interval(ge=0, lt=1), "minimum score of a detection"] = 0.05
+    detections: Annotated[int, Ge(1), "maximum number of detections per image"] = 100
 
     def __post_init__(self) -> None:
         allowed = (4.0, 2.0, 1.0, 0.5)
         if not self.scales or tuple(self.scales) != tuple(s for s in allowed if s in self.scales):
             raise ValueError(f"scales: found {list(self.scales)}, expected some of [4, 2, 1, 0.5] in this order")
         if any(a != 2 * b for a, b in zip(self.scales, self.scales[1:], strict=False)):
-            raise ValueError(f"scales: found {list(self.scales)}, expected each half of the one before")
+            raise ValueError(f"scales: found {list(self.scales)}, expected each to be half of the one before")
 
 
 @dataclass(frozen=True)
 class Category:
-    """One of COCO's: its id there, which may leave gaps, and its name."""
+    """One category of a COCO file: its id there (ids may have gaps) and its name."""
 
     id: int
     name: str
 
 
 @dataclass(frozen=True)
-class DetectorFile:
-    """Architecture written beside a detector's weights, kind "detector"."""
+class DetectorArchitecture:
+    """The architecture written beside a detector's weights (kind "detector")."""
 
-    engine: Literal["torchvision", "detectron2"]
+    engine: EngineName
     encoder: EncoderConfig
     attention: AttentionConfig
     patch_size: int
@@ -93,5 +103,5 @@ class DetectorFile:
 
 
 def vitdet_attention() -> AttentionConfig:
-    """How ViTDet's blocks attend."""
+    """Return the attention of ViTDet's blocks: windows, four global blocks and relative positions."""
     return AttentionConfig(window=14, global_blocks=4, relative="decomposed", class_token=False)

@@ -1,4 +1,4 @@
-"""Pictures with boxes, masks, names and scores drawn on them."""
+"""Draws detections on images: boxes, masks, category names and scores."""
 
 import colorsys
 
@@ -10,33 +10,38 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from det.config import Category
 from det.model import Detections
 
-OPACITY = 0.45  # of a mask
+MASK_OPACITY = 0.45
 
 
-def draw(
-    image: Tensor, found: Detections, categories: tuple[Category, ...], score: float = 0.5, most: int = 100
+def draw_detections(
+    image: Tensor,
+    detections: Detections,
+    categories: tuple[Category, ...],
+    min_score: float = 0.5,
+    max_objects: int = 100,
 ) -> Tensor:
-    """UInt8[3,H,W] and what was found on it -> UInt8[3,H,W] with what is at least this sure, the `most` surest."""
-    shown = [i for i, value in enumerate(found.scores[:most].tolist()) if value >= score]
-    if not shown:
+    """UInt8[3,H,W] -> UInt8[3,H,W] with the `max_objects` highest-scoring detections of at least `min_score`."""
+    kept = [i for i, score in enumerate(detections.scores[:max_objects].tolist()) if score >= min_score]
+    if not kept:
         return image
-    labels = [int(found.labels[i]) for i in shown]
-    colours = [_colour(label) for label in labels]
-    masks = torch.stack([found.pixels(i) for i in shown])
-    image = draw_segmentation_masks(image, masks, alpha=OPACITY, colors=colours)
-    texts = [f"{categories[label].name} {found.scores[i]:.2f}" for i, label in zip(shown, labels, strict=True)]
-    width = max(1, round(max(image.shape) / 300))
-    return draw_bounding_boxes(image, found.boxes[shown].cpu(), texts, colours, width=width)
+    labels = [int(detections.labels[i]) for i in kept]
+    colors = [_color(label) for label in labels]
+    masks = torch.stack([detections.mask(i) for i in kept])
+    image = draw_segmentation_masks(image, masks, alpha=MASK_OPACITY, colors=colors)
+    texts = [f"{categories[label].name} {detections.scores[i]:.2f}" for i, label in zip(kept, labels, strict=True)]
+    line_width = max(1, round(max(image.shape) / 300))
+    return draw_bounding_boxes(image, detections.boxes[kept].cpu(), texts, colors, width=line_width)
 
 
-def square(image: Tensor, size: int) -> Tensor:
-    """UInt8[3,H,W] -> Float[3,size,size] in [0,1]: the longer side resized to `size`, the rest white."""
+def fit_to_square(image: Tensor, size: int) -> Tensor:
+    """UInt8[3,H,W] -> Float[3,size,size] in [0,1]: the longer side is resized to `size`, the rest is white."""
     factor = size / max(image.shape)
     hw = [max(1, round(side * factor)) for side in image.shape[-2:]]
     small = F.interpolate(image[None].float() / 255, hw, mode="bilinear", antialias=True)[0]
     return F.pad(small, (0, size - hw[1], 0, size - hw[0]), value=1.0)
 
 
-def _colour(label: int) -> tuple[int, int, int]:
-    """Colours far apart for neighbouring labels: hues by the golden ratio."""
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 1.0))
+def _color(label: int) -> tuple[int, int, int]:
+    """Return an RGB color. Hues advance by the golden ratio, so that neighboring labels are easy to tell apart."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)

@@ -1,14 +1,14 @@
 """`addp det predict`: boxes, masks and scores on a folder of images.
 
-Writes <out>/<image>.png with everything drawn, detections.json in COCO's results format (with `file_name` in each), and
-images.json with the images' ids and the categories, as COCO files have them.
+Writes <out>/<image>.png with the detections drawn on the image, detections.json in COCO's results format (each entry
+with its `file_name`), and images.json with the ids of the images and the categories, as in a COCO file.
 """
 
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from accelerate.utils import gather_object
 from annotated_types import Ge, Interval
@@ -20,9 +20,10 @@ from addp_core.data.images import ImageError, write_png
 from addp_core.data.sources import open_source
 from addp_core.training.compute import accelerate_model
 from addp_core.training.engine import process_state
-from det.drawing import draw
-from det.eval import make_folder, write_json
-from det.model import load_detector, to_tensor
+from det.drawing import draw_detections
+from det.inference import image_to_tensor
+from det.model import load_detector
+from det.output import make_folder, write_json
 
 log = logging.getLogger("addp")
 
@@ -31,15 +32,17 @@ log = logging.getLogger("addp")
 class Recipe:
     """Keys of `addp det predict`."""
 
-    model: Annotated[str, "a run of `addp det train`, or its file"]
+    model: Annotated[str, "run of `addp det train`, or its model file"]
     images: Annotated[str, "folder of images, flat or nested"]
-    out: Annotated[str, "folder for the pictures and the JSON files"]
-    score: Annotated[float, Interval(ge=0, le=1), "draw what is at least this sure; the JSON holds everything"] = 0.5
-    most: Annotated[int, Ge(1), "of an image's objects, the surest, are drawn"] = 100
+    out: Annotated[str, "folder for the drawn images and the JSON files"]
+    score: Annotated[
+        float, Interval(ge=0, le=1), "minimum score of the detections that are drawn; the JSON holds all detections"
+    ] = 0.5
+    most: Annotated[int, Ge(1), "maximum number of detections drawn per image, highest score first"] = 100
 
 
 def run(recipe: Recipe) -> None:
-    """Look at every image; those that cannot be read are named and passed over."""
+    """Detect objects on every image; unreadable images are logged and skipped."""
     out = make_folder(recipe.out)
     state = process_state()
     with renaming_keys({"data.source": "images", "data.split": "images"}):
@@ -47,30 +50,45 @@ def run(recipe: Recipe) -> None:
     model = load_detector(recipe.model).to(state.device).requires_grad_(False)
     accelerate_model(model)
     root = Path(recipe.images).expanduser()
-    entries, results, unreadable = [], [], []
-    mine = range(state.process_index, len(source), state.num_processes)
-    for index in tqdm(mine, desc="detect", unit="img", disable=None if state.is_main_process else True):
+    categories = model.architecture.categories
+    entries: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    indices = range(state.process_index, len(source), state.num_processes)
+    for index in tqdm(indices, desc="detect", unit="img", disable=None if state.is_main_process else True):
         name = os.path.relpath(source.name(index), root)
         try:
-            image = to_tensor(source.open_image(index)[0].decode())
+            image = image_to_tensor(source.open_image(index)[0].decode())
         except ImageError as error:
-            log.warning("%s: %s; passed over", source.name(index), error)
+            log.warning("%s: %s; skipped", source.name(index), error)
             unreadable.append(name)
             continue
-        (found,) = model.detect([image.to(state.device)])
+        (detections,) = model.detect([image.to(state.device)])
         height, width = image.shape[-2:]
         entries.append({"id": index + 1, "file_name": name, "height": height, "width": width})
-        results += [{**result, "file_name": name} for result in found.results(index + 1, model.file.categories)]
-        drawn = draw(image, found, model.file.categories, recipe.score, recipe.most)
+        results += [{**result, "file_name": name} for result in detections.to_results(index + 1, categories)]
+        drawn = draw_detections(image, detections, categories, recipe.score, recipe.most)
         write_png(to_pil_image(drawn), out / f"{name}.png")
     entries, results, unreadable = map(gather_object, (entries, results, unreadable))
     if not state.is_main_process:
         return
     if not entries:
         raise UserError(f"images: none of the {len(unreadable)} images in {root} can be read")
-    categories = [{"id": category.id, "name": category.name} for category in model.file.categories]
     write_json(out / "detections.json", sorted(results, key=lambda result: result["image_id"]))
-    listed = {"images": sorted(entries, key=lambda entry: entry["id"]), "annotations": [], "categories": categories}
-    write_json(out / "images.json", listed)
-    sure = sum(result["score"] >= recipe.score for result in results)
-    log.info("%d images in %s, %d objects this sure, %d images unreadable", len(entries), out, sure, len(unreadable))
+    write_json(
+        out / "images.json",
+        {
+            "images": sorted(entries, key=lambda entry: entry["id"]),
+            "annotations": [],
+            "categories": [{"id": category.id, "name": category.name} for category in categories],
+        },
+    )
+    detected = sum(result["score"] >= recipe.score for result in results)
+    log.info(
+        "wrote %d images to %s: %d objects with a score of at least %g, %d unreadable images",
+        len(entries),
+        out,
+        detected,
+        recipe.score,
+        len(unreadable),
+    )

@@ -1,7 +1,7 @@
 """ViTDet's simple feature pyramid (arXiv 2203.16527): maps of several strides from the encoder's last map alone.
 
 Parameters are named as in detectron2's SimpleFeaturePyramid (`net.*`, `simfp_<log2 of the stride>.*`), so that weights
-go from one to the other as they are.
+can be exchanged without renaming.
 """
 
 import math
@@ -14,35 +14,36 @@ from torch.nn import functional as F
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
 
-EPS = 1e-6  # of every norm, as ViTDet's
+NORM_EPS = 1e-6  # as in ViTDet
 
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of Float[B,C,h,w]."""
 
     def __init__(self, channels: int):
-        super().__init__(channels, eps=EPS)
+        super().__init__(channels, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class NormedConv(nn.Conv2d):
-    """A convolution without bias, then its norm."""
+class ConvNorm(nn.Conv2d):
+    """A convolution without bias, followed by a `ChannelNorm`."""
 
-    def __init__(self, inputs: int, outputs: int, size: int):
-        super().__init__(inputs, outputs, size, padding=size // 2, bias=False)
-        self.norm = ChannelNorm(outputs)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = ChannelNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(super().forward(x))
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of `channels` channels at the encoder's map's size times each of `scales` (of 4, 2, 1, 0.5), and one more
-    at half the last one's size.
+    """Maps of `channels` channels at the size of the encoder's map times each of `scales` (from 4, 2, 1, 0.5), and one
+    more level at half the size of the last.
 
-    The encoder's final norm, which its maps do not use, is frozen.
+    The encoder's final norm is frozen, because the maps are taken before it.
+    Raises UserError if a level's stride is not a whole number of pixels.
     """
 
     def __init__(self, encoder: Encoder, channels: int = 256, scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5)):
@@ -51,32 +52,35 @@ class FeaturePyramid(nn.Module):
         strides = [encoder.patch_size / scale for scale in scales]
         if any(stride < 1 or stride % 1 for stride in strides):
             raise UserError(
-                f"detector.scales: found {list(scales)} of the map of {encoder.patch_size}-pixel patches, "
+                f"detector.scales: found {list(scales)} with {encoder.patch_size}-pixel patches, "
                 "expected strides of whole pixels"
             )
         self.strides = [*map(int, strides), int(2 * strides[-1])]
-        self.stages = [f"simfp_{int(math.log2(stride))}" for stride in strides]
-        for stage, scale in zip(self.stages, scales, strict=True):
-            self.add_module(stage, _stage(encoder.config.width, channels, scale))
+        self.levels = [f"simfp_{int(math.log2(stride))}" for stride in strides]
+        for level, scale in zip(self.levels, scales, strict=True):
+            self.add_module(level, _make_level(encoder.config.width, channels, scale))
         encoder.norm.requires_grad_(False)
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """Float[B,3,H,W] normalised, sides multiples of the patch -> "0", "1", ...: Float[B,C,H/stride,W/stride]."""
+        """Normalized Float[B,3,H,W] with sides divisible by the patch size -> maps "0", "1", ... of
+        Float[B,C,H/stride,W/stride].
+        """
         (tokens,) = self.net.forward_maps(images, [-1])
-        # torchvision places its anchors in the precision of the maps
-        maps = [getattr(self, stage)(tokens).float() for stage in self.stages]
+        # torchvision computes the anchors in the precision of the maps
+        maps = [getattr(self, level)(tokens).float() for level in self.levels]
         maps.append(F.max_pool2d(maps[-1], 1, 2))
         return OrderedDict((str(i), map_) for i, map_ in enumerate(maps))
 
 
-def _stage(width: int, channels: int, scale: float) -> nn.Sequential:
-    """One map's size and channels from Float[B,W,h,w]."""
+def _make_level(width: int, channels: int, scale: float) -> nn.Sequential:
+    """Return the layers that turn Float[B,W,h,w] into Float[B,C,h*scale,w*scale]."""
     if scale == 4.0:
         half, quarter = width // 2, width // 4
         first = nn.ConvTranspose2d(width, half, 2, 2)
-        resize, inner = [first, ChannelNorm(half), nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)], quarter
+        resize: list[nn.Module] = [first, ChannelNorm(half), nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)]
+        inner = quarter
     elif scale == 2.0:
         resize, inner = [nn.ConvTranspose2d(width, width // 2, 2, 2)], width // 2
     else:
         resize, inner = [] if scale == 1.0 else [nn.MaxPool2d(2, 2)], width
-    return nn.Sequential(*resize, NormedConv(inner, channels, 1), NormedConv(channels, channels, 3))
+    return nn.Sequential(*resize, ConvNorm(inner, channels, 1), ConvNorm(channels, channels, 3))

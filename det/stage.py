@@ -1,6 +1,7 @@
-"""How a detector of either engine is trained, looked at and evaluated by the suite's engine."""
+"""Training, previewing and evaluating a detector of either engine with the suite's training engine."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -8,48 +9,53 @@ from torch import Tensor, nn
 
 from addp_core.data.images import ImageError
 from addp_core.training.engine import Draw, Stage
-from det.augment import SceneBatch
-from det.coco import CocoSet, evaluate
-from det.drawing import draw, square
-from det.model import detect_all, save_detector, to_tensor
+from det.augment import DetectionBatch
+from det.average_precision import coco_metrics
+from det.coco import CocoDataset
+from det.drawing import draw_detections, fit_to_square
+from det.inference import detect_dataset, image_to_tensor
+from det.model import Detector, save_detector
 
-PREVIEWS, SURE = 8, 0.3  # images, and the lowest score that is drawn
+PREVIEW_IMAGES, PREVIEW_SCORE = 8, 0.3  # number of images, minimum score of a drawn detection
 
 
 class DetStage(Stage):
-    """`model(scenes)` in training gives losses by name; the rest is `det.model`'s."""
+    """Trains a `Detector` and evaluates it on a validation set."""
 
     name = "det"
 
-    def __init__(self, model: nn.Module, val: CocoSet):
+    def __init__(self, model: Detector, val: CocoDataset):
         self.model, self.val = model, val
 
-    def loss(self, model: nn.Module, batch: SceneBatch, draw: Draw) -> dict[str, Tensor]:
-        """The sum of the detector's losses, and each on its own."""
-        losses = model(batch.scenes())
+    def loss(self, model: nn.Module, batch: DetectionBatch, draw: Draw) -> dict[str, Tensor]:
+        """Return the sum of the detector's losses, and each loss by its name."""
+        losses = model(batch.samples())
         return {"loss": sum(losses.values()), **losses}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Average precision on the validation set; figures that it has no object for are left out."""
-        results = detect_all(model, self.val)
+        """Return the average precision on the validation set, without the metrics that it has no objects for."""
+        results = detect_dataset(cast(Detector, model), self.val)
         if not PartialState().is_main_process:
             return {}
-        figures = evaluate(self.val.dataset(), results)
-        return {name: value for name, value in figures.items() if value is not None}
+        metrics = coco_metrics(self.val.to_coco(), results)
+        return {name: value for name, value in metrics.items() if value is not None}
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Validation images with what is found on them."""
-        shown, device = [], next(model.parameters()).device
+        """Return validation images with their detections drawn, Float[n,3,S,S] in [0,1]."""
+        detector = cast(Detector, model)
+        previews: list[Tensor] = []
+        device = next(model.parameters()).device
+        categories, size = detector.architecture.categories, detector.architecture.size
         for index in range(len(self.val)):
-            if len(shown) == PREVIEWS:
+            if len(previews) == PREVIEW_IMAGES:
                 break
             try:
-                image = to_tensor(self.val.open_image(index)[0].decode())
-            except ImageError:  # evaluation names it
+                image = image_to_tensor(self.val.open_image(index)[0].decode())
+            except ImageError:  # logged by the evaluation
                 continue
-            (found,) = model.detect([image.to(device)])
-            shown.append(square(draw(image, found, model.file.categories, SURE), model.file.size))
-        return {"detections": torch.stack(shown)} if shown else {}
+            (detections,) = detector.detect([image.to(device)])
+            previews.append(fit_to_square(draw_detections(image, detections, categories, PREVIEW_SCORE), size))
+        return {"detections": torch.stack(previews)} if previews else {}
 
     def export(self, model: nn.Module, path: Path) -> None:
-        save_detector(model, path)
+        save_detector(cast(Detector, model), path)

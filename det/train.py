@@ -1,7 +1,7 @@
-"""`addp det train`: ViTDet's Mask R-CNN (arXiv 2203.16527) over an encoder, on COCO files.
+"""`addp det train`: ViTDet's Mask R-CNN (arXiv 2203.16527) over a pretrained encoder, on COCO files.
 
-The engine detectron2 is the paper's; torchvision needs nothing but a plain install. Both read the same keys and files,
-and leave the same run folder.
+The engine detectron2 is the one used in the paper; torchvision works in a plain install. Both read the same keys and
+files and write the same run folder.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import yaml
@@ -22,93 +22,108 @@ from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder
 from addp_core.recipes.config import dump
 from addp_core.training.engine import TrainConfig, prepare_out, train
-from addp_core.weights.start import Start, check_positions
-from det.augment import ScaleJitter, collate
-from det.coco import CocoSet, open_coco
-from det.config import CocoConfig, DetectorConfig, DetectorFile, vitdet_attention
-from det.model import build
+from addp_core.weights.pretrained import EncoderKeys, check_positions
+from det.augment import LargeScaleJitter, collate
+from det.coco import CocoDataset, open_coco
+from det.config import CocoConfig, DetectorArchitecture, DetectorConfig, EngineChoice, EngineName, vitdet_attention
+from det.model import build_detector
 from det.stage import DetStage
 
 log = logging.getLogger("addp")
 
 
 @dataclass(kw_only=True)
-class Recipe(Start):
+class Recipe(EncoderKeys):
     """Keys of `addp det train`."""
 
     out: Annotated[str, "run folder"]
-    engine: Annotated[
-        Literal["auto", "detectron2", "torchvision"], "auto: detectron2 where it is installed, else torchvision"
-    ] = "auto"
+    engine: Annotated[EngineChoice, "auto: detectron2 if it is installed, else torchvision"] = "auto"
     data: CocoConfig = field(default_factory=CocoConfig)
-    drop_path: Annotated[float, Interval(ge=0, lt=1), "stochastic depth of the last block, growing from 0"] = 0.1
+    drop_path: Annotated[
+        float, Interval(ge=0, lt=1), "stochastic depth rate of the last block; earlier blocks have less, the first 0"
+    ] = 0.1
     attention: AttentionConfig = field(default_factory=vitdet_attention)
-    checkpointing: Annotated[bool, "compute the blocks' activations twice rather than keep them"] = False
+    checkpointing: Annotated[bool, "activation checkpointing in the encoder: less memory, more computation"] = False
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def run(recipe: Recipe) -> None:
-    """Train, or continue; ends with `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
-    recipe = replace(recipe, engine=settle_engine(recipe))
+    """Train, or continue a run; the result is `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
+    recipe = replace(recipe, engine=engine_of_run(recipe))
     text = dump(recipe)
     if prepare_out(recipe.out, text):
         return
-    engine = choose_engine(recipe.engine)
-    sets = open_sets(recipe.data)
+    engine = resolve_engine(recipe.engine)
+    train_set, val_set = open_datasets(recipe.data)
     encoder = build_encoder(recipe)
-    size, categories = recipe.data.size, sets["train"].categories
-    parts = (encoder.config, encoder.attention, encoder.patch_size, size, recipe.detector, categories)
-    file = DetectorFile(engine, *parts, recipe.normalisation)
+    architecture = DetectorArchitecture(
+        engine=engine,
+        encoder=encoder.config,
+        attention=encoder.attention,
+        patch_size=encoder.patch_size,
+        size=recipe.data.size,
+        detector=recipe.detector,
+        categories=train_set.categories,
+        normalisation=recipe.normalisation,
+    )
     log.info("det: engine %s", engine)
     torch.manual_seed(recipe.train.seed)
-    stage = DetStage(build(file, encoder), sets["val"])
-    train(stage, make_stream(recipe, sets["train"]), recipe.train, recipe.out, text)
+    stage = DetStage(build_detector(architecture, encoder), val_set)
+    train(stage, make_stream(recipe, train_set), recipe.train, recipe.out, text)
 
 
-def make_stream(recipe: Recipe, coco: CocoSet) -> Stream:
-    """Batches of jittered scenes, for ever."""
+def make_stream(recipe: Recipe, dataset: CocoDataset) -> Stream:
+    """Return an endless stream of batches with large-scale jitter."""
     data = recipe.data
     loading = DataConfig(max_errors=data.max_errors, workers=data.workers, prefetch=data.prefetch)
-    jitter = ScaleJitter(data.size, data.scale, data.flip)
-    return Stream(coco, jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate)
+    jitter = LargeScaleJitter(data.size, data.scale, data.flip)
+    return Stream(dataset, jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate)
 
 
-def settle_engine(recipe: Recipe) -> str:
-    """The engine for recipe.yaml: `auto` is that of the run in `out`, whatever was installed since, or of a new one."""
+def engine_of_run(recipe: Recipe) -> EngineChoice:
+    """Return the engine to record in recipe.yaml.
+
+    `auto` keeps the engine of an existing run in `out`, even if detectron2 was installed or removed since.
+    """
     if recipe.engine != "auto":
         return recipe.engine
-    found = None
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # prepare_out says what is wrong with it
-        found = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text()).get("engine")
-    return found or choose_engine("auto")
+    recorded = None
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # prepare_out reports a broken recipe.yaml
+        recorded = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text()).get("engine")
+    return recorded or resolve_engine("auto")
 
 
-def choose_engine(wanted: str) -> str:
-    """The engine's name; UserError where detectron2 is asked for and missing."""
+def resolve_engine(choice: EngineChoice) -> EngineName:
+    """Return the engine to use. Raises UserError if detectron2 is requested and not installed."""
     installed = find_spec("detectron2") is not None
-    if wanted == "detectron2" and not installed:
+    if choice == "detectron2" and not installed:
         raise UserError(
-            "engine=detectron2: it is not installed; `addp doctor` names the command, or take engine=torchvision"
+            "engine=detectron2: it is not installed; `addp doctor` shows the command to install it, or use "
+            "engine=torchvision"
         )
-    if wanted == "auto":
+    if choice == "auto":
         return "detectron2" if installed else "torchvision"
-    return wanted
+    return choice
 
 
-def open_sets(config: CocoConfig) -> dict[str, CocoSet]:
-    """Both parts; UserError where their categories differ."""
-    sets = {"train": open_coco(config, "train", config.empty), "val": open_coco(config, "val")}
-    if sets["train"].categories != sets["val"].categories:
-        raise UserError(f"{sets['val'].path}: its categories are not those of {sets['train'].path}; expected the same")
-    return sets
+def open_datasets(config: CocoConfig) -> tuple[CocoDataset, CocoDataset]:
+    """Open the training and the validation split. Raises UserError if their categories differ."""
+    train_set, val_set = open_coco(config, "train", config.empty), open_coco(config, "val")
+    if train_set.categories != val_set.categories:
+        raise UserError(f"{val_set.path}: its categories differ from those of {train_set.path}; expected the same")
+    return train_set, val_set
 
 
 def build_encoder(recipe: Recipe) -> Encoder:
-    """The recipe's encoder for squares of `data.size`. UserError for one that sees no pixels, or no positions."""
+    """Build the recipe's encoder for square images of `data.size` pixels.
+
+    Raises UserError if the encoder does not take pixels or has no position information.
+    """
     torch.manual_seed(recipe.train.seed)
-    options = {"drop_path": recipe.drop_path, "attention": recipe.attention, "dynamic": True}
-    encoder = recipe.pixel_encoder(recipe.data.size, **options)
+    encoder = recipe.pixel_encoder(
+        recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True
+    )
     check_positions(encoder, recipe.model, "attention.relative")
     encoder.checkpointing = recipe.checkpointing
     return encoder

@@ -1,86 +1,96 @@
-"""The engine detectron2: its Mask R-CNN (RPN, heads, samplers, RoIAlign as ViTDet's) over the suite's encoder.
+"""The engine "detectron2": its Mask R-CNN (RPN, heads, samplers and RoIAlign as in ViTDet) over the suite's encoder.
 
-`addp det train` trains it with the suite's engine, on the same crops as the other one;
-det/native/train_net.py trains it with nothing but detectron2's own trainer and data loading.
+`addp det train` trains it with the suite's training engine, on the same crops as the other engine;
+det/native/train_net.py trains the same model with detectron2's own trainer and data loading.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from pycocotools import mask as coco_mask
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from addp_core.networks.encoder import Encoder
-from det.augment import Scene
-from det.config import DetectorFile
-from det.model import Detections
+from det.augment import DetectionSample
+from det.config import DetectorArchitecture
+from det.masks import encode_bitmap
+from det.model import Detections, Detector
 from det.native.backbone import EncoderBackbone
 from det.native.lazy import mask_rcnn
 
-NET = "rcnn.backbone.net.encoder."  # begins the names of the encoder's parameters
+ENCODER_PREFIX = "rcnn.backbone.net.encoder."  # of the names of the encoder's parameters
 
 
-class Detectron2Detector(nn.Module):
-    """Training: `model(scenes)` gives the losses. Evaluation: `detect`."""
+class Detectron2Detector(Detector):
+    """detectron2's Mask R-CNN with ViTDet's configuration. In training, `model(samples)` returns the losses by name."""
 
-    def __init__(self, file: DetectorFile, encoder: Encoder):
+    def __init__(self, architecture: DetectorArchitecture, encoder: Encoder):
         super().__init__()
         net = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
-        classes, patch = len(file.categories), encoder.patch_size
-        self.rcnn = instantiate(mask_rcnn(net, patch, file.size, classes, file.detector, file.normalisation))
-        self.file = file
+        self.rcnn = instantiate(
+            mask_rcnn(
+                net,
+                encoder.patch_size,
+                architecture.size,
+                len(architecture.categories),
+                architecture.detector,
+                architecture.normalisation,
+            )
+        )
+        self.architecture = architecture
 
-    def forward(self, scenes: list[Scene]) -> dict[str, Tensor]:
-        """Losses of the RPN (two), of classes, boxes and masks: scalars to be added."""
-        with EventStorage():  # detectron2 writes figures of its own wherever it trains
-            return self.rcnn([{"image": scene.image, "instances": _instances(scene)} for scene in scenes])
+    def forward(self, samples: list[DetectionSample]) -> dict[str, Tensor]:
+        """Return the losses of the RPN (two), of classes, boxes and masks: scalars to be added."""
+        with EventStorage():  # detectron2 logs metrics of its own during training and needs a place for them
+            return self.rcnn([{"image": sample.image, "instances": _to_instances(sample)} for sample in samples])
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:
-        """UInt8[3,H,W] RGB each, of any sizes, on the model's device; the model must be in eval mode."""
-        found = self.rcnn.inference([{"image": self._shown(image)} for image in images], do_postprocess=False)
-        return [_detections(each, image) for each, image in zip(found, images, strict=True)]
+        """Detect objects on UInt8[3,H,W] RGB images of any sizes, on the model's device; requires eval mode."""
+        instances = self.rcnn.inference([{"image": self._resize(image)} for image in images], do_postprocess=False)
+        return [_to_detections(each, image) for each, image in zip(instances, images, strict=True)]
 
-    def _shown(self, image: Tensor) -> Tensor:
-        """Float[3,h,w], the longer side as many pixels as in training."""
-        factor = self.file.size / max(image.shape[-2:])
+    def _resize(self, image: Tensor) -> Tensor:
+        """UInt8[3,H,W] -> Float[3,h,w] whose longer side is the side of the training images."""
+        factor = self.architecture.size / max(image.shape[-2:])
         hw = [max(1, round(side * factor)) for side in image.shape[-2:]]
         return F.interpolate(image[None].float(), hw, mode="bicubic", antialias=True)[0]
 
     def no_weight_decay(self) -> set[str]:
-        return {NET + name for name in self.rcnn.backbone.net.encoder.no_weight_decay()}
+        """Return the names of the encoder's parameters that are exempt from weight decay."""
+        return {ENCODER_PREFIX + name for name in self.rcnn.backbone.net.encoder.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer decay: the encoder's stem and blocks; pyramid and heads come last."""
-        return self.rcnn.backbone.net.encoder.group_matcher(coarse, prefix=NET)
+        """Return timm's parameter groups for layer decay: the encoder's stem, then its blocks; the rest comes last."""
+        return self.rcnn.backbone.net.encoder.group_matcher(coarse, prefix=ENCODER_PREFIX)
 
 
-build = Detectron2Detector
+def _to_instances(sample: DetectionSample) -> Instances:
+    return Instances(
+        sample.image.shape[-2:],
+        gt_boxes=Boxes(sample.boxes),
+        gt_classes=sample.labels,
+        gt_masks=BitMasks(sample.masks.bool()),
+    )
 
 
-def _instances(scene: Scene) -> Instances:
-    masks = BitMasks(scene.masks.bool())
-    return Instances(scene.image.shape[-2:], gt_boxes=Boxes(scene.boxes), gt_classes=scene.labels, gt_masks=masks)
+def _to_detections(instances: Instances, image: Tensor) -> Detections:
+    """Map detections from the resized image to the original one.
 
-
-def _detections(found: Instances, image: Tensor) -> Detections:
-    """What was found on the image as it was shown -> on the image as it is; masks one at a time, for a hundred of a
-    large photograph do not fit.
+    Masks are pasted one at a time: a hundred masks of a large photograph do not fit in memory.
     """
-    codes, kept = [], []
-    for i in range(len(found)):
-        moved = detector_postprocess(found[i : i + 1], *image.shape[-2:])
-        if len(moved):  # a box outside the image is dropped
-            kept.append(moved)
-            codes.append(coco_mask.encode(np.asfortranarray(moved.pred_masks[0].to(torch.uint8).cpu().numpy())))
-            moved.remove("pred_masks")
+    kept, masks = [], []
+    for i in range(len(instances)):
+        restored = detector_postprocess(instances[i : i + 1], *image.shape[-2:])
+        if len(restored):  # detectron2 drops boxes outside the image
+            kept.append(restored)
+            masks.append(encode_bitmap(restored.pred_masks[0]))
+            restored.remove("pred_masks")
     if not kept:
         return Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), [])
-    whole = Instances.cat(kept)
-    return Detections(whole.pred_boxes.tensor.float(), whole.scores.float(), whole.pred_classes, codes)
+    merged = Instances.cat(kept)
+    return Detections(merged.pred_boxes.tensor.float(), merged.scores.float(), merged.pred_classes, masks)

@@ -1,14 +1,12 @@
-"""The detector of a plain install: torchvision's Mask R-CNN over the suite's encoder and feature pyramid, with ViTDet's
-heads (arXiv 2203.16527), trained by the suite's engine.
+"""The engine "torchvision", which a plain install has: torchvision's Mask R-CNN over the suite's encoder and feature
+pyramid, with ViTDet's heads (arXiv 2203.16527).
 """
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
@@ -22,102 +20,108 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from addp_core.networks.encoder import Encoder
-from addp_core.weights.start import NORMALISATION
-from det.augment import Scene
-from det.config import ANCHOR, DetectorFile
-from det.model import Detections
+from addp_core.weights.pretrained import NORMALISATION
+from det.augment import DetectionSample
+from det.config import ANCHOR_SCALE, DetectorArchitecture
+from det.masks import encode_bitmap
+from det.model import Detections, Detector
 from det.pyramid import ChannelNorm, FeaturePyramid
 
-RATIOS = (0.5, 1.0, 2.0)
-NET = "backbone.net."  # begins the names of the encoder's parameters
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+ENCODER_PREFIX = "backbone.net."  # of the names of the encoder's parameters
 
 
-class TorchvisionDetector(MaskRCNN):
+class TorchvisionDetector(MaskRCNN, Detector):
     """torchvision's Mask R-CNN: two convolutions in the RPN head, four and one linear layer in the box head, norms over
-    channels in box and mask head; boxes are regressed for each class.
+    channels in box and mask head; boxes are regressed per class.
 
-    Training: `model(scenes)` gives the losses. Evaluation: `model.detect(images)`.
+    In training, `model(samples)` returns the losses by name.
     """
 
-    def __init__(self, file: DetectorFile, encoder: Encoder):
-        config, classes = file.detector, len(file.categories) + 1  # class 0 is the ground
+    backbone: FeaturePyramid
+
+    def __init__(self, architecture: DetectorArchitecture, encoder: Encoder):
+        config, classes = architecture.detector, len(architecture.categories) + 1  # class 0 is the background
         pyramid = FeaturePyramid(encoder, config.channels, config.scales)
-        sizes = tuple((ANCHOR * stride,) for stride in pyramid.strides)
-        pool, pooled = partial(_Pool, pyramid.strides[:-1]), 7
+        anchor_sizes = tuple((ANCHOR_SCALE * stride,) for stride in pyramid.strides)
+        make_pool, pooled = partial(_RoIAlign, pyramid.strides[:-1]), 7
         super().__init__(
             pyramid,
-            rpn_anchor_generator=AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
-            rpn_head=_RPNHead(config.channels, len(RATIOS), conv_depth=2),
+            rpn_anchor_generator=AnchorGenerator(anchor_sizes, (ASPECT_RATIOS,) * len(anchor_sizes)),
+            rpn_head=_Float32RPNHead(config.channels, len(ASPECT_RATIOS), conv_depth=2),
             rpn_post_nms_top_n_train=config.proposals,
             rpn_post_nms_top_n_test=config.proposals,
-            box_roi_pool=pool(pooled),
+            box_roi_pool=make_pool(pooled),
             box_head=FastRCNNConvFCHead(
                 (config.channels, pooled, pooled), [config.convs] * 4, [config.fc], norm_layer=ChannelNorm
             ),
-            box_predictor=_BoxPredictor(config.fc, classes),
+            box_predictor=_Float32BoxPredictor(config.fc, classes),
             box_batch_size_per_image=config.samples,
             box_score_thresh=config.score,
             box_detections_per_img=config.detections,
-            mask_roi_pool=pool(2 * pooled),
+            mask_roi_pool=make_pool(2 * pooled),
             mask_head=MaskRCNNHeads(config.channels, [config.convs] * 4, 1, norm_layer=ChannelNorm),
             mask_predictor=MaskRCNNPredictor(config.convs, config.convs, classes),
         )
-        self.transform = _Square(file.size, *NORMALISATION[file.normalisation])
-        self.file = file
+        self.transform = _SquareTransform(architecture.size, *NORMALISATION[architecture.normalisation])
+        self.architecture = architecture
 
-    def forward(self, seen: list[Scene] | list[Tensor]) -> dict[str, Tensor] | list[dict[str, Any]]:
-        """Training: scenes of one size -> losses by name. Evaluation: Float[3,H,W] in [0,1] each -> what is found."""
+    def forward(self, inputs: list[Any]) -> Any:
+        """Training: `DetectionSample`s of one size -> losses by name. Evaluation: Float[3,H,W] images in [0,1] ->
+        torchvision's dictionary of detections for each.
+        """
         if not self.training:
-            return super().forward(seen)
-        targets = [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in seen]
-        return super().forward([s.image.float() / 255 for s in seen], targets)
+            return super().forward(inputs)
+        samples: list[DetectionSample] = inputs
+        targets = [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in samples]
+        return super().forward([s.image.float() / 255 for s in samples], targets)
 
     def no_weight_decay(self) -> set[str]:
-        return {NET + name for name in self.backbone.net.no_weight_decay()}
+        """Return the names of the encoder's parameters that are exempt from weight decay."""
+        return {ENCODER_PREFIX + name for name in self.backbone.net.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer decay: the encoder's stem and blocks; pyramid and heads come last."""
-        return self.backbone.net.group_matcher(coarse, prefix=NET)
+        """Return timm's parameter groups for layer decay: the encoder's stem, then its blocks; the rest comes last."""
+        return self.backbone.net.group_matcher(coarse, prefix=ENCODER_PREFIX)
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:
-        """UInt8[3,H,W] RGB each, of any sizes, on the model's device; the model must be in eval mode."""
-        found = self([image.float() / 255 for image in images])
-        return [Detections(f["boxes"].float(), f["scores"].float(), f["labels"] - 1, f["masks"]) for f in found]
+        """Detect objects on UInt8[3,H,W] RGB images of any sizes, on the model's device; requires eval mode."""
+        outputs = self([image.float() / 255 for image in images])
+        return [Detections(o["boxes"].float(), o["scores"].float(), o["labels"] - 1, o["masks"]) for o in outputs]
 
 
-build = TorchvisionDetector
-
-
-class _RPNHead(RPNHead):
-    """In float32 under autocast too: torchvision's boxes take the precision of what moves them, and bfloat16 rounds
-    them to 4 pixels beyond 512.
+class _Float32RPNHead(RPNHead):
+    """Returns float32 under autocast too: torchvision's boxes take the precision of the regressed offsets, and bfloat16
+    rounds coordinates beyond 512 to multiples of 4 pixels.
     """
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], ...]:
         return tuple([map_.float() for map_ in maps] for maps in super().forward(x))
 
 
-class _BoxPredictor(FastRCNNPredictor):
-    """In float32, as `_RPNHead`."""
+class _Float32BoxPredictor(FastRCNNPredictor):
+    """Returns float32, for the reason given in `_Float32RPNHead`."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.float() for part in super().forward(x))
 
 
-class _Pool(MultiScaleRoIAlign):
-    """RoIAlign over maps of known strides; torchvision would guess them from images that are not padded yet."""
+class _RoIAlign(MultiScaleRoIAlign):
+    """RoIAlign over maps of known strides; torchvision would estimate them from image sizes before padding."""
 
-    def __init__(self, strides: list[int], side: int):
-        super().__init__([str(i) for i in range(len(strides))], side, sampling_ratio=0)
+    def __init__(self, strides: list[int], output_size: int):
+        super().__init__([str(i) for i in range(len(strides))], output_size, sampling_ratio=0)
         self.scales = [1 / stride for stride in strides]
         lowest, highest = (stride.bit_length() - 1 for stride in (strides[0], strides[-1]))
         self.map_levels = initLevelMapper(lowest, highest)
 
 
-class _Square(GeneralizedRCNNTransform):
-    """Images normalised, in evaluation resized to a longer side of `size`, and padded to squares of it: where training
-    saw its positions. Masks come back as COCO's codes, one at a time: a hundred of a large photograph do not fit.
+class _SquareTransform(GeneralizedRCNNTransform):
+    """Normalizes images and pads them to squares of `size` pixels, so that positions match those of training.
+
+    In evaluation, images are first resized to a longer side of `size`. Masks are returned in COCO's compressed code,
+    pasted one at a time: a hundred masks of a large photograph do not fit in memory.
     """
 
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
@@ -135,13 +139,10 @@ class _Square(GeneralizedRCNNTransform):
     ) -> list[dict[str, Any]]:
         if self.training:
             return result
-        for found, shown, hw in zip(result, image_shapes, original_image_sizes, strict=True):
-            found["boxes"] = resize_boxes(found["boxes"], shown, hw)
-            masks = zip(found["masks"].float(), found["boxes"], strict=True)
-            found["masks"] = [_code(paste_masks_in_image(mask[None], box[None], hw)[0, 0] > 0.5) for mask, box in masks]
+        for output, resized_hw, hw in zip(result, image_shapes, original_image_sizes, strict=True):
+            output["boxes"] = resize_boxes(output["boxes"], resized_hw, hw)
+            pairs = zip(output["masks"].float(), output["boxes"], strict=True)
+            output["masks"] = [
+                encode_bitmap(paste_masks_in_image(mask[None], box[None], hw)[0, 0] > 0.5) for mask, box in pairs
+            ]
         return result
-
-
-def _code(mask: Tensor) -> dict[str, Any]:
-    """Bool[H,W] -> COCO's compressed code."""
-    return coco_mask.encode(np.asfortranarray(mask.to(torch.uint8).cpu().numpy()))

@@ -1,4 +1,4 @@
-"""The suite's encoder as a backbone of detectron2: registered there, and the `net` of its SimpleFeaturePyramid."""
+"""The suite's encoder as a detectron2 backbone: registered there, and the `net` of its SimpleFeaturePyramid."""
 
 from typing import Any
 
@@ -9,21 +9,23 @@ from torch import Tensor
 
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder
-from addp_core.weights.checkpoint import load_encoder
+from addp_core.weights.encoders import load_encoder
 
 
 @BACKBONE_REGISTRY.register()
 class EncoderBackbone(Backbone):
-    """One map, `out_feature`: the patch tokens after the last block, at the stride of the patch.
+    """One feature map, `out_feature`: the patch tokens after the last block, at the stride of the patch size.
 
-    In a LazyConfig `encoder` is a LazyCall of `load_encoder`. In a yacs config MODEL.BACKBONE.NAME is "EncoderBackbone"
-    and the node MODEL.ENCODER holds `load_encoder`'s arguments, with AttentionConfig's in its node `attention`.
-    checkpointing: compute the blocks' activations twice in training rather than keep them.
-    The encoder's final norm, which the map does not use, is frozen.
+    In a LazyConfig, `encoder` is a LazyCall of `load_encoder`. In a yacs config, MODEL.BACKBONE.NAME is
+    "EncoderBackbone" and the node MODEL.ENCODER holds the arguments of `load_encoder`, with those of AttentionConfig in
+    its node `attention`.
+
+    The encoder's final norm is frozen, because the map is taken before it.
     """
 
     @configurable
     def __init__(self, *, encoder: Encoder, checkpointing: bool = False, out_feature: str = "last_feat"):
+        """checkpointing: activation checkpointing in the encoder."""
         super().__init__()
         self.encoder, self.out_feature = encoder, out_feature
         encoder.checkpointing = checkpointing
@@ -35,7 +37,7 @@ class EncoderBackbone(Backbone):
         return {"encoder": load_encoder(**options | {"attention": AttentionConfig(**options.get("attention", {}))})}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Float[B,3,H,W] normalised, sides multiples of `size_divisibility` -> Float[B,W,H/patch,W/patch]."""
+        """Normalized Float[B,3,H,W] with sides divisible by `size_divisibility` -> Float[B,W,H/patch,W/patch]."""
         (tokens,) = self.encoder.forward_maps(images, [-1])
         return {self.out_feature: tokens}
 

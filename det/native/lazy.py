@@ -1,7 +1,8 @@
-"""What detectron2's LazyConfigs of the suite call: the detector, COCO files, the schedule, rates and weight decay."""
+"""The functions that the suite's LazyConfigs call: the detector, COCO files, the schedule, learning rates and weight
+decay.
+"""
 
 import json
-import logging
 import os
 import re
 from functools import cache
@@ -25,19 +26,20 @@ from torch import nn
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.networks.encoder import Encoder
-from addp_core.weights.start import NORMALISATION
-from det.coco import CocoSet, encode, open_coco
-from det.config import ANCHOR, CocoConfig, DetectorConfig
+from addp_core.weights.pretrained import NORMALISATION
+from det.coco import CocoDataset, open_coco
+from det.config import ANCHOR_SCALE, CocoFiles, DetectorConfig
+from det.masks import to_rle
 
-log = logging.getLogger("addp")
+WARMUP_START_FACTOR = 0.001  # of the learning rate at the first iteration, as in ViTDet
 
-WARMUP_FROM = 0.001  # share of the rate that the warm-up starts from, as ViTDet's
+MaskFormat = Literal["polygon", "bitmask"]
 
 
 def package_config(name: str) -> DictConfig:
-    """A config that detectron2's package brings, such as "common/train.py".
+    """Load a config that is part of the detectron2 package, such as "common/train.py".
 
-    model_zoo.get_config would do the same, but needs `pkg_resources`, which setuptools 81 removed.
+    model_zoo.get_config would do the same, but it needs `pkg_resources`, which setuptools 81 removed.
     """
     return LazyConfig.load(str(Path(detectron2.__file__).parent / "model_zoo" / "configs" / name))
 
@@ -45,9 +47,15 @@ def package_config(name: str) -> DictConfig:
 def mask_rcnn(
     net: Any, patch: int, size: int, classes: int, detector: DetectorConfig, normalisation: str = "imagenet"
 ) -> DictConfig:
-    """Config of ViTDet's Mask R-CNN over a backbone `net` (or its LazyCall) with one map at stride `patch`.
+    """Return the config of ViTDet's Mask R-CNN.
 
-    Images are padded to squares of `size` pixels: where training saw its positions. normalisation: of `NORMALISATION`.
+    Args:
+        net: a backbone with one map, or its LazyCall.
+        patch: stride of that map in pixels.
+        size: images are padded to squares of this side, so that positions match those of training.
+        classes: number of categories.
+        detector: the keys of the pyramid and the heads.
+        normalisation: a key of `NORMALISATION`.
     """
     model = package_config("common/models/mask_rcnn_vitdet.py").model
     model.pixel_mean, model.pixel_std = ([255 * value for value in part] for part in NORMALISATION[normalisation])
@@ -59,7 +67,8 @@ def mask_rcnn(
     pyramid.out_channels, pyramid.scale_factors = detector.channels, list(detector.scales)
     pyramid.top_block = LazyCall(pool_last)(level=levels[-2])
     rpn.in_features, rpn.head.in_channels = levels, detector.channels
-    rpn.anchor_generator.sizes, rpn.anchor_generator.strides = [[ANCHOR * stride] for stride in strides], strides
+    rpn.anchor_generator.sizes = [[ANCHOR_SCALE * stride] for stride in strides]
+    rpn.anchor_generator.strides = strides
     rpn.post_nms_topk = (detector.proposals, detector.proposals)
     heads.num_classes, heads.batch_size_per_image = classes, detector.samples
     heads.box_in_features = heads.mask_in_features = levels[:-1]
@@ -76,7 +85,7 @@ def mask_rcnn(
 
 
 def pool_last(level: str) -> LastLevelMaxPool:
-    """detectron2's extra level, at half the size of `level`."""
+    """Return detectron2's additional level, at half the size of `level`."""
     pool = LastLevelMaxPool()
     pool.in_feature = level
     return pool
@@ -85,63 +94,67 @@ def pool_last(level: str) -> LastLevelMaxPool:
 # -------------------- data
 
 
-MaskFormat = Literal["polygon", "bitmask"]
-
-
-def coco_dicts(coco: CocoSet, masks: MaskFormat) -> list[dict[str, Any]]:
-    """A set in detectron2's standard format, without the images whose files are missing."""
-    missing, found = {os.path.join(coco.folder, name) for name in coco.missing}, []
-    for index, image_id in enumerate(coco.ids):
-        if coco.name(index) in missing:
+def coco_dicts(dataset: CocoDataset, masks: MaskFormat) -> list[dict[str, Any]]:
+    """Convert a dataset to detectron2's standard format, without the images whose files are missing."""
+    missing = {os.path.join(dataset.folder, name) for name in dataset.missing}
+    records = []
+    for index, image_id in enumerate(dataset.ids):
+        if dataset.name(index) in missing:
             continue
-        height, width = coco.sizes[index]
-        things = []
-        for thing in coco.objects(index):
-            mask = thing["segmentation"]
+        height, width = dataset.sizes[index]
+        annotations = []
+        for obj in dataset.objects(index):
+            mask = obj["segmentation"]
             if masks == "bitmask" or isinstance(mask, dict):
-                mask = encode(mask, height, width)
-            entry = {"bbox": thing["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
-            things.append({**entry, "category_id": thing["label"], "iscrowd": thing["iscrowd"]})
-        image = {"file_name": coco.name(index), "image_id": image_id, "height": height, "width": width}
-        found.append({**image, "annotations": things})
-    return found
+                mask = to_rle(mask, height, width)
+            entry = {"bbox": obj["bbox"], "bbox_mode": BoxMode.XYWH_ABS, "segmentation": mask}
+            annotations.append({**entry, "category_id": obj["label"], "iscrowd": obj["iscrowd"]})
+        image = {"file_name": dataset.name(index), "image_id": image_id, "height": height, "width": width}
+        records.append({**image, "annotations": annotations})
+    return records
 
 
 @cache
-def _open(root: str, split: str, masks: MaskFormat, **files: str) -> tuple[str, CocoSet]:
-    """The set and the name it is registered under."""
-    coco = open_coco(CocoConfig(root=root, **files), split)
-    name = f"{coco.path} {coco.folder} {masks}"
-    DatasetCatalog.register(name, lambda: coco_dicts(coco, masks))
+def _register_once(root: str, split: str, masks: MaskFormat, **files: Any) -> tuple[str, CocoDataset]:
+    """Return the name that a dataset is registered under, and the dataset."""
+    dataset = open_coco(CocoFiles(root=root, **files), split)
+    name = f"{dataset.path} {dataset.folder} {masks}"
+    DatasetCatalog.register(name, lambda: coco_dicts(dataset, masks))
     MetadataCatalog.get(name).set(
-        thing_classes=list(coco.classes),
-        thing_dataset_id_to_contiguous_id={category.id: i for i, category in enumerate(coco.categories)},
+        thing_classes=list(dataset.classes),
+        thing_dataset_id_to_contiguous_id={category.id: i for i, category in enumerate(dataset.categories)},
     )
-    return name, coco
+    return name, dataset
 
 
 def register_coco(root: str, split: str, masks: MaskFormat = "bitmask", **files: str) -> str:
-    """Makes the COCO files under `root` known to detectron2, with every check of theirs; returns the name.
+    """Check the COCO files under `root`, register them with detectron2 and return the name of the dataset.
 
-    masks: the mapper's `instance_mask_format`. files: CocoConfig's `<split>_annotations` and `<split>_images`, where
-    they are not found under `root`. UserError as `open_coco`, and where a package for cropping polygons is missing.
+    Args:
+        root: dataset folder.
+        split: "train" or "val".
+        masks: the mapper's `instance_mask_format`.
+        files: `<split>_annotations` and `<split>_images`, if they are not found under `root`.
+
+    Raises:
+        UserError: as in `open_coco`, or if polygons are requested and shapely is not installed.
     """
     if masks == "polygon" and find_spec("shapely") is None:
         raise UserError(
             "dataloader.train.mapper.instance_mask_format=polygon: detectron2 crops polygons with shapely, which is "
-            "not installed; pip install shapely, or take bitmask"
+            "not installed; pip install shapely, or use bitmask"
         )
-    return _open(root, split, masks, **files)[0]
+    return _register_once(root, split, masks, **files)[0]
 
 
 def coco_evaluator(root: str, split: str, out: str, **files: str) -> COCOEvaluator:
-    """detectron2's evaluator of a set, without the annotations that cannot be used; it writes into the folder `out`."""
-    name, coco = _open(root, split, "bitmask", **files)
+    """Return detectron2's evaluator of a dataset without its skipped annotations; it writes into the folder `out`."""
+    name, dataset = _register_once(root, split, "bitmask", **files)
     folder = Path(out)
     truth = folder / f"ground_truth_{split}.json"
     if comm.is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(truth, json.dumps(coco.dataset()).encode())
+        write_atomically(truth, json.dumps(dataset.to_coco()).encode())
     comm.synchronize()
     MetadataCatalog.get(name).set(json_file=str(truth))
     return COCOEvaluator(name, output_dir=out)
@@ -151,22 +164,22 @@ def coco_evaluator(root: str, split: str, out: str, **files: str) -> COCOEvaluat
 
 
 def cosine(iterations: int, warmup: int) -> WarmupParamScheduler:
-    """Factor on the rate: linear over `warmup` iterations, then half a cosine to 0 over the rest."""
+    """Return the factor on the learning rate: linear over `warmup` iterations, then half a cosine to 0."""
     if warmup >= iterations:
         raise UserError(f"train.warmup: found {warmup}, expected fewer iterations than train.max_iter={iterations}")
-    falling = CosineParamScheduler(1.0, 0.0)
-    return WarmupParamScheduler(falling, WARMUP_FROM, warmup / iterations, rescale_interval=True)
+    decay = CosineParamScheduler(1.0, 0.0)
+    return WarmupParamScheduler(decay, WARMUP_START_FACTOR, warmup / iterations, rescale_interval=True)
 
 
 def parameter_groups(model: nn.Module, base_lr: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with the rate `base_lr * layer_decay ** (depth + 1 - layer)`: the encoder's embedding is
-    layer 0, its block i is layer i + 1, everything else layer depth + 1.
+    """Return an optimizer's parameter groups with the learning rate `base_lr * layer_decay ** (depth + 1 - layer)`.
 
-    Weight decay spares one-dimensional tensors (norms, biases) and what the encoder's `no_weight_decay` names.
+    The encoder's embedding is layer 0, its block i is layer i + 1, everything else is layer depth + 1. One-dimensional
+    tensors (norms, biases) and the encoder's `no_weight_decay` parameters are exempt from weight decay.
     """
     ((prefix, encoder),) = ((f"{name}.", part) for name, part in model.named_modules() if isinstance(part, Encoder))
     last, matcher = len(encoder.blocks) + 1, encoder.group_matcher(prefix=prefix)
-    spared = {prefix + name for name in encoder.no_weight_decay()}
+    exempt = {prefix + name for name in encoder.no_weight_decay()}
     groups = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -177,5 +190,5 @@ def parameter_groups(model: nn.Module, base_lr: float, layer_decay: float = 1.0)
         elif block := re.match(matcher["blocks"], name):
             layer = int(block[1]) + 1
         group = {"params": [parameter], "lr": base_lr * layer_decay ** (last - layer)}
-        groups.append(group | ({"weight_decay": 0.0} if parameter.ndim <= 1 or name in spared else {}))
+        groups.append(group | ({"weight_decay": 0.0} if parameter.ndim <= 1 or name in exempt else {}))
     return reduce_param_groups(groups)

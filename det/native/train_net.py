@@ -1,11 +1,13 @@
-"""ViTDet over the suite's encoder with nothing but detectron2's own trainer, data loading and evaluation.
+"""Trains ViTDet over the suite's encoder with detectron2's own trainer, data loading and evaluation.
 
     python -m det.native.train_net --config-file mask_rcnn_vitdet_b_100ep [--num-gpus 8] [--resume] [--eval-only] \
         [key=value]
 
-A config is a LazyConfig: one of det/native/configs/ by its name, or a file. `model.backbone.net.encoder.source` names
-what the encoder starts from, `train.init_checkpoint` a whole detector (for --eval-only). `addp det train` reads the
-same COCO files by YAML recipes and continues bit for bit; this is for those who know detectron2.
+--config-file takes the name of a LazyConfig in det/native/configs/, or a file. `model.backbone.net.encoder.source` is
+the checkpoint of the encoder; `train.init_checkpoint` is the checkpoint of a complete detector (for --eval-only).
+
+This program is for those who work with detectron2. `addp det train` reads the same COCO files, is configured by YAML
+recipes and continues an interrupted run bit for bit.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import logging
 import sys
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -42,50 +44,50 @@ from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
 from addp_core.networks.encoder import Encoder
 from addp_core.training.engine import Signals
-from addp_core.weights.checkpoint import MODEL_FILE, read_tensors
-from addp_core.weights.start import check_positions
-from det.config import Category, DetectorConfig, DetectorFile
-from det.engines.detectron2 import build
-from det.model import save_detector
+from addp_core.weights.files import MODEL_FILE, read_tensors
+from addp_core.weights.pretrained import check_positions
+from det.config import Category, DetectorArchitecture, DetectorConfig
+from det.model import build_detector, mismatched_tensors, save_detector
 
 log = logging.getLogger("detectron2.addp")
 
 CONFIGS = Path(__file__).parent / "configs"
-RCNN = "rcnn."  # begins the names in the files of `addp det train`
+MODEL_PREFIX = "rcnn."  # of the tensor names in the files of `addp det train`
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """detectron2's, for its own checkpoints alone, read as plain tensors: nothing in them could run code."""
+    """detectron2's checkpointer, restricted to plain tensors, so that no checkpoint can run code."""
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return torch.load(filename, map_location="cpu", weights_only=True)
 
 
 class StopOnSignal(HookBase):
-    """Where a signal has come to any process, writes a checkpoint after the iteration and leaves: with 0 for
-    requeueing, with 1 for an interrupt.
+    """If any process has received a signal, saves a checkpoint after the iteration and exits: with 0 for requeueing,
+    with 1 after an interrupt.
     """
 
     def __init__(self, signals: Signals, checkpointer: SafeCheckpointer):
         self.signals, self.checkpointer = signals, checkpointer
 
     def after_step(self) -> None:
-        wishes = comm.all_gather((self.signals.stop, self.signals.interrupt))
-        if any(map(any, wishes)) and self.trainer.iter + 1 < self.trainer.max_iter:
+        requests = comm.all_gather((self.signals.stop, self.signals.interrupt))
+        if any(map(any, requests)) and self.trainer.iter + 1 < self.trainer.max_iter:
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
-            log.info("stopped by a signal after iteration %d; --resume continues", self.trainer.iter)
-            raise SystemExit(1 if any(interrupt for _, interrupt in wishes) else 0)
+            log.info("stopped by a signal after iteration %d; continue with --resume", self.trainer.iter)
+            raise SystemExit(1 if any(interrupt for _, interrupt in requests) else 0)
 
 
 def train(cfg: DictConfig, resume: bool) -> None:
-    """Train to `train.max_iter`, or continue; ends with model_final.pth and, for `addp det eval` and `predict`,
-    model.safetensors.
+    """Train to `train.max_iter`, or continue a run.
+
+    Writes model_final.pth, and model.safetensors for `addp det eval` and `predict`.
     """
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.init_checkpoint:
         load_weights(model, cfg.train.init_checkpoint)
-    start = "model.backbone.net.encoder"
-    check_positions(model.backbone.net.encoder, f"{start}.source", f"{start}.attention.relative")
+    key = "model.backbone.net.encoder"
+    check_positions(model.backbone.net.encoder, f"{key}.source", f"{key}.attention.relative")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     parallel = create_ddp_model(model, **cfg.train.ddp)
@@ -94,18 +96,18 @@ def train(cfg: DictConfig, resume: bool) -> None:
     else:
         trainer = SimpleTrainer(parallel, None, optimizer)
     checkpointer = SafeCheckpointer(parallel, cfg.train.output_dir, trainer=trainer)
-    main = comm.is_main_process()
+    is_main = comm.is_main_process()
     with Signals() as signals:
         trainer.register_hooks(
             [
                 hooks.IterationTimer(),
                 hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main else None,
+                hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
                 hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, parallel)),
                 hooks.PeriodicWriter(
                     default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
                 )
-                if main
+                if is_main
                 else None,
                 StopOnSignal(signals, checkpointer),
             ]
@@ -116,13 +118,15 @@ def train(cfg: DictConfig, resume: bool) -> None:
             start = trainer.iter + 1
         trainer.reset_data_loader(lambda: train_loader(cfg, start))
         trainer.train(start, cfg.train.max_iter)
-    if main:
+    if is_main:
         export(cfg, model)
 
 
 def train_loader(cfg: DictConfig, start: int) -> Any:
-    """The loader from iteration `start` on. detectron2 shuffles from the seed alone: a continued run would see its
-    first images a second time.
+    """Return the data loader from iteration `start` on.
+
+    The order of images depends on `start` as well as on the seed; detectron2's sampler depends on the seed alone, so a
+    continued run would see its first images a second time.
     """
     options = dict(cfg.dataloader.train)
     dataset = options["dataset"] = instantiate(options["dataset"])
@@ -132,68 +136,77 @@ def train_loader(cfg: DictConfig, start: int) -> Any:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """detectron2's figures, in percent; also printed."""
-    figures = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
-    print_csv_format(figures)
-    return figures
+    """Print and return detectron2's metrics, in percent."""
+    metrics = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    print_csv_format(metrics)
+    return metrics
 
 
 def evaluate_only(cfg: DictConfig) -> None:
-    """Figures of the detector `train.init_checkpoint`."""
+    """Evaluate the detector `train.init_checkpoint`."""
     if not cfg.train.init_checkpoint:
-        raise UserError("train.init_checkpoint: missing; expected the detector to evaluate")
+        raise UserError("train.init_checkpoint: missing; expected the checkpoint of the detector to evaluate")
     model = instantiate(cfg.model).to(cfg.train.device)
     load_weights(model, cfg.train.init_checkpoint)
     evaluate(cfg, create_ddp_model(model, **cfg.train.ddp))
 
 
 def load_weights(model: nn.Module, source: str) -> None:
-    """A whole detector: a checkpoint of this program, or a run of either or its file. UserError where it does not
-    fit.
+    """Load a complete detector from a checkpoint of this program, or from the run or the model file of either program.
+
+    Raises UserError if its tensors do not match the model's.
     """
-    state = {name.removeprefix(RCNN): value for name, value in read_tensors(source).items()}
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    found = {name: value.shape for name, value in state.items()}
-    strange = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if strange:
-        names = ", ".join(strange[:3])
+    state = {name.removeprefix(MODEL_PREFIX): value for name, value in read_tensors(source).items()}
+    mismatched = mismatched_tensors(model, state)
+    if mismatched:
+        names = ", ".join(mismatched[:3])
         raise UserError(
-            f"train.init_checkpoint={source}: {len(strange)} tensors are not this config's ({names}); expected a "
-            "detector of the same config; what the encoder starts from is model.backbone.net.encoder.source"
+            f"train.init_checkpoint={source}: {len(mismatched)} tensors do not match this config's ({names}); expected "
+            "a detector of the same config; for the encoder's checkpoint use model.backbone.net.encoder.source"
         )
     model.load_state_dict(state)
 
 
 def export(cfg: DictConfig, model: nn.Module) -> None:
-    """model.safetensors with its architecture, unless the config is not ViTDet's Mask R-CNN any more."""
-    rcnn, path = cfg.model, Path(cfg.train.output_dir) / MODEL_FILE
-    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
-    ids = metadata.thing_dataset_id_to_contiguous_id
-    detector = DetectorConfig(
-        channels=rcnn.backbone.out_channels,
-        scales=tuple(rcnn.backbone.scale_factors),
-        convs=rcnn.roi_heads.mask_head.conv_dims[0],
-        fc=rcnn.roi_heads.box_head.fc_dims[0],
-        proposals=rcnn.proposal_generator.post_nms_topk[1],
-        samples=rcnn.roi_heads.batch_size_per_image,
-        score=rcnn.roi_heads.box_predictor.test_score_thresh,
-        detections=rcnn.roi_heads.box_predictor.test_topk_per_image,
-    )
-    encoder: Encoder = model.backbone.net.encoder
-    categories = tuple(Category(id_, metadata.thing_classes[place]) for id_, place in ids.items())
-    parts = (encoder.config, encoder.attention, encoder.patch_size, rcnn.backbone.square_pad, detector, categories)
-    file = DetectorFile("detectron2", *parts)
-    whole = build(file, deepcopy(encoder)).to(cfg.train.device)
+    """Write model.safetensors with its architecture, unless the model is no longer ViTDet's Mask R-CNN."""
+    path = Path(cfg.train.output_dir) / MODEL_FILE
+    encoder = cast(Encoder, cast(Any, model).backbone.net.encoder)
+    detector = build_detector(architecture_of(cfg, encoder), deepcopy(encoder)).to(cfg.train.device)
     try:
-        whole.load_state_dict({RCNN + name: value for name, value in model.state_dict().items()})
+        detector.load_state_dict({MODEL_PREFIX + name: value for name, value in model.state_dict().items()})
     except RuntimeError:
-        log.warning("%s: not written, the model is not the config's Mask R-CNN; model_final.pth holds it", path)
+        log.warning("%s: not written; the model is not the config's Mask R-CNN, see model_final.pth", path)
         return
-    save_detector(whole, path)
+    save_detector(detector, path)
+
+
+def architecture_of(cfg: DictConfig, encoder: Encoder) -> DetectorArchitecture:
+    """Return the architecture that a config of ViTDet's Mask R-CNN describes."""
+    rcnn = cfg.model
+    metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
+    labels = metadata.thing_dataset_id_to_contiguous_id
+    return DetectorArchitecture(
+        engine="detectron2",
+        encoder=encoder.config,
+        attention=encoder.attention,
+        patch_size=encoder.patch_size,
+        size=rcnn.backbone.square_pad,
+        detector=DetectorConfig(
+            channels=rcnn.backbone.out_channels,
+            scales=tuple(rcnn.backbone.scale_factors),
+            convs=rcnn.roi_heads.mask_head.conv_dims[0],
+            fc=rcnn.roi_heads.box_head.fc_dims[0],
+            proposals=rcnn.proposal_generator.post_nms_topk[1],
+            samples=rcnn.roi_heads.batch_size_per_image,
+            score=rcnn.roi_heads.box_predictor.test_score_thresh,
+            detections=rcnn.roi_heads.box_predictor.test_topk_per_image,
+        ),
+        categories=tuple(Category(id_, metadata.thing_classes[label]) for id_, label in labels.items()),
+    )
 
 
 def main(args: argparse.Namespace) -> None:
-    """What each process does; leaves with 2 where the input is wrong."""
+    """Train or evaluate in each process; exits with 2 if the user's input is wrong."""
     try:
         cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
         if not torch.cuda.is_available():
@@ -211,15 +224,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def find_config(name: str) -> Path:
-    """A config by its name or path. UserError where there is none."""
-    known = {path.stem: path for path in CONFIGS.glob("*.py")}
-    if name in known or Path(name).is_file():
-        return known.get(name, Path(name))
-    raise UserError(f"--config-file {name}: no such file or config; the configs are {', '.join(sorted(known))}")
+    """Return the path of a config given its name or path. Raises UserError if there is none."""
+    configs = {path.stem: path for path in CONFIGS.glob("*.py")}
+    if name in configs or Path(name).is_file():
+        return configs.get(name, Path(name))
+    raise UserError(f"--config-file {name}: no such file or config; the configs are {', '.join(sorted(configs))}")
 
 
 def run(argv: list[str] | None = None) -> None:
-    """The command line. Leaves by SystemExit unless all went well: 2 where the input is wrong, 0 or 1 on a signal."""
+    """Run the command line; raises SystemExit unless it succeeds: 2 for wrong input, 0 or 1 after a signal."""
     args = default_argument_parser(__doc__).parse_args(argv)
     machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank, "dist_url": args.dist_url}
     try:
@@ -228,7 +241,7 @@ def run(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.stderr.write(f"addp: {error}\n")
         raise SystemExit(2) from error
-    except ProcessExitedException as error:  # one of several
+    except ProcessExitedException as error:  # one of several processes
         raise SystemExit(error.exit_code) from error
 
 

@@ -1,10 +1,10 @@
 # A small detector for toy COCO, 128 px, 100 epochs, on a CPU.
 #
-# Source: ours. ViTDet's detector with narrow heads and few samples over the encoder of `addp pretrain tiny`.
+# Source: ours. ViTDet's detector with narrow heads and few sampled proposals, over the encoder of `addp pretrain tiny`.
 # Run:    addp toy out=runs/toy only=[coco]
 #         python -m det.native.train_net --config-file mask_rcnn_vitdet_tiny_100ep \
 #             model.backbone.net.encoder.source=runs/tiny
-#         The baseline: model.backbone.net.encoder.init=random. A look: train.max_iter=500.
+#         Baseline from random weights: model.backbone.net.encoder.init=random. Short trial: train.max_iter=500.
 from detectron2.data import transforms as T
 
 from det.config import DetectorConfig
@@ -23,14 +23,15 @@ detector = DetectorConfig(channels=64, scales=(1.0, 0.5), convs=32, fc=128, prop
 model = mask_rcnn(net=net, patch=8, size=size, classes=10, detector=detector)
 
 dataloader.coco.root = "runs/toy/coco"
-scale, crop = (aug for aug in dataloader.train.mapper.augmentations if aug._target_ is not T.RandomFlip)  # digits
+# no flips, because mirrored digits are not digits
+scale, crop = (aug for aug in dataloader.train.mapper.augmentations if aug._target_ is not T.RandomFlip)
 scale.min_scale, scale.max_scale, scale.target_height, scale.target_width = 0.5, 1.5, size, size
 crop.crop_size = (size, size)
 dataloader.train.mapper.augmentations = [scale, crop]
 dataloader.train.mapper.instance_mask_format = "bitmask"
 dataloader.train.total_batch_size = 8
-edge = dataloader.test.mapper.augmentations[0]
-edge.short_edge_length = edge.max_size = size
+resize = dataloader.test.mapper.augmentations[0]
+resize.short_edge_length = resize.max_size = size
 dataloader.train.num_workers = dataloader.test.num_workers = 1
 
 train.max_iter = 100 * 400 // 8

@@ -1,5 +1,5 @@
-"""What the configs share: ViTDet's Mask R-CNN over the suite's encoder; data, optimizer and schedule of the paper's
-ViT-B.
+"""The common part of the configs: ViTDet's Mask R-CNN over the suite's encoder, with the data, optimizer and schedule
+of the paper's ViT-B.
 """
 
 import detectron2.data.transforms as T
@@ -13,7 +13,7 @@ from detectron2.data import (
 from torch.optim import AdamW
 
 from addp_core.networks.attention import AttentionConfig
-from addp_core.weights.checkpoint import load_encoder
+from addp_core.weights.encoders import load_encoder
 from det.config import DetectorConfig
 from det.native.backbone import EncoderBackbone
 from det.native.lazy import coco_evaluator, cosine, mask_rcnn, package_config, parameter_groups, register_coco
@@ -56,7 +56,7 @@ dataloader = {
             ],
             image_format="RGB",
             use_instance_mask=True,
-            instance_mask_format="polygon",  # "bitmask" for objects with run-length masks, or without shapely
+            instance_mask_format="polygon",  # use "bitmask" for run-length masks, or if shapely is not installed
             recompute_boxes=True,
         ),
         total_batch_size=128,
