@@ -1,1 +1,1 @@
-"""Generation and what is measured on it."""
+"""Generation: sampling, inpainting, the paper's figures, a local web page, and metrics of generated images."""

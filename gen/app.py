@@ -1,7 +1,7 @@
-"""`addp app`: a local page to generate, to paint a hole and have it filled, and to watch the steps.
+"""`addp app`: a local web page to generate images step by step, and to paint a hole into an image and have it filled.
 
-It answers on this machine alone unless `host` says otherwise; whoever reaches it may use its time, so that numbers and
-sizes have limits.
+The page is served to this machine alone unless `host` says otherwise. Everyone who can reach it can use its compute
+time, so image counts, steps and upload sizes are limited.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from annotated_types import Ge, Interval
 
 from addp_core.base.errors import UserError
 from addp_core.training.engine import process_state
-from gen.common import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_sampler
+from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling
 
 
 @dataclass
@@ -19,29 +19,35 @@ class Recipe:
     """Keys of `addp app`."""
 
     model: ModelSource
-    host: Annotated[str, "address to answer on; 0.0.0.0 lets others in"] = "127.0.0.1"
-    port: Annotated[int, Interval(ge=1, le=65535), "of the page"] = 7860
-    max_n: Annotated[int, Ge(1), "images at a time, at most"] = 16
-    max_steps: Annotated[int, Ge(1), "sampling steps, at most"] = 256
-    max_megabytes: Annotated[int, Ge(1), "of an uploaded picture"] = 20
-    max_pixels: Annotated[int, Ge(1), "of an uploaded picture; it is then cropped to the model's size"] = 40_000_000
+    host: Annotated[str, "address to serve on; 0.0.0.0 makes the page reachable from other machines"] = "127.0.0.1"
+    port: Annotated[int, Interval(ge=1, le=65535), "port of the page"] = 7860
+    max_n: Annotated[int, Ge(1), "maximum number of images at a time"] = 16
+    max_steps: Annotated[int, Ge(1), "maximum number of sampling steps"] = 256
+    max_megabytes: Annotated[int, Ge(1), "maximum file size of an uploaded image"] = 20
+    max_pixels: Annotated[
+        int, Ge(1), "maximum number of pixels of an uploaded image, which is then cropped to the model's size"
+    ] = 40_000_000
     tokenizer: TokenizerSource = ""
     encoder_heads: EncoderHeads = None
     decoder_heads: DecoderHeads = None
 
 
 def run(recipe: Recipe) -> None:
-    """Serve the page until interrupted."""
-    from gen.page import Studio, page  # gradio is an extra
+    """Serve the page until interrupted. Raises UserError if the address or port cannot be used."""
+    from gen.page import Limits, PageActions, build_page  # gradio is an optional dependency
 
-    model = load_sampler(recipe, process_state().device)
-    limit = f"{recipe.max_megabytes}mb"
+    model = load_for_sampling(recipe, process_state().device)
+    limits = Limits(images=recipe.max_n, steps=recipe.max_steps, pixels=recipe.max_pixels)
+    page = build_page(PageActions(model, limits), recipe.model)
     try:
-        page(Studio(model, recipe)).launch(
-            server_name=recipe.host, server_port=recipe.port, share=False, max_file_size=limit
+        page.launch(
+            server_name=recipe.host,
+            server_port=recipe.port,
+            share=False,
+            max_file_size=f"{recipe.max_megabytes}mb",
         )
     except OSError as error:  # gradio does not say which of the two it is
         raise UserError(
-            f"port: {recipe.port} at {recipe.host} is taken, or host is no address of this machine; choose another, as "
-            f"in port={recipe.port + 1}"
+            f"port: {recipe.port} at {recipe.host} is taken, or host is not an address of this machine; choose "
+            f"another, such as port={recipe.port + 1}"
         ) from error

@@ -1,11 +1,11 @@
-"""`addp evaluate`: FID, Inception score, precision, recall and KID of generated images, a row for each setting.
+"""`addp evaluate`: FID, Inception score, precision, recall and KID of generated images, one row for each setting.
 
-Measures a folder of images, or generates them from a model: once with `sampling`, or with every combination in `sweep`.
-Numbers are torch-fidelity's on the same images. With `extractor` the features are those of a classifier trained with
-`addp finetune`; distance, score and kernel distance are then called FD, CS and KD, for they are not Inception's.
+The images come from a folder, or are generated from a model: with `sampling`, or with every combination in `sweep`.
+The metrics equal torch-fidelity's on the same images. With `extractor`, the features are those of a classifier trained
+with `addp finetune`; Frechet distance, score and kernel distance are then called FD, CS and KD, because FID, IS and KID
+are defined on Inception's features.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -17,26 +17,30 @@ from typing import Annotated, Any, Literal
 from accelerate import PartialState
 from annotated_types import Ge, Gt, Interval
 
-from addp_core.base.errors import UserError, calling
-from addp_core.base.files import TEMPORARY, write_atomically
+from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.files import TEMPORARY_PREFIX
 from addp_core.data.images import ImageError
-from addp_core.data.sources import Files, ImageSource, open_source
+from addp_core.data.sources import ImageSource
 from addp_core.method.sampler import SampleConfig
 from addp_core.training.compute import Precision
 from addp_core.training.engine import process_state
 from gen import generate
-from gen.common import REPORT, DecoderHeads, EncoderHeads, TokenizerSource, image_path, load_named
-from gen.features import Extractor, Features, cached, content, extract, only, open_extractor, read_statistics
-from gen.metrics import NEIGHBOURS, frechet_distance, inception_score, kernel_distance, precision_recall
+from gen.extractors import Extractor, open_extractor
+from gen.features import FeatureSet, extract_features, require_size
+from gen.image_folder import open_images
+from gen.metrics import check_image_count, frechet_distance, inception_score, kernel_distance, precision_recall
+from gen.model import DecoderHeads, EncoderHeads, TokenizerSource, load_recipe_model
+from gen.reference import Reference, digest_of_images, load_reference, open_reference
+from gen.report import REPORT_FILE, format_report, write_report
 
 log = logging.getLogger("addp")
 
-FEW = 10_000  # images, below which FID is known to be too high
+ENOUGH_IMAGES = 10_000  # with fewer, FID is biased upwards
 
 
 @dataclass
 class Sweep:
-    """Sampling settings to compare: every combination of those listed; none listed: the one of `sampling`."""
+    """Sampling settings to compare, in every combination; a setting without values is that of `sampling`."""
 
     steps: Annotated[tuple[Annotated[int, Ge(1)], ...], "as in steps=[4,8,20]"] = ()
     schedule: tuple[Literal["cosine", "linear"], ...] = ()
@@ -50,26 +54,28 @@ class Sweep:
 class Recipe:
     """Keys of `addp evaluate`."""
 
-    out: Annotated[str, f"folder for {REPORT} and, with `model`, the generated images"]
+    out: Annotated[str, f"folder for {REPORT_FILE} and, with `model`, for the generated images"]
     reference: Annotated[
         str,
-        "images to compare with: folder, ImageNet root, .tar or hub set, centre-cropped to the size of the generated "
-        "ones; or statistics: a folder of the cache, or an .npz file with mu and sigma",
+        "images to compare with: a folder, ImageNet root, .tar file or hub dataset, center-cropped to the size of the "
+        "generated images; or statistics: a folder of the cache, or an .npz file with mu and sigma",
     ]
-    split: Annotated[str, "part of the reference, where it has parts"] = "val"
+    split: Annotated[str, "split of the reference, if it has splits"] = "val"
     images: Annotated[str, "folder of generated images, all of one size"] = ""
-    model: Annotated[str, "instead of `images`: a run or ADDP file, which generates what is missing below `out`"] = ""
-    n: Annotated[int, Ge(1), "images to generate; published numbers take 50000"] = 50_000
-    seed: Annotated[int, "of generated images"] = 0
+    model: Annotated[
+        str, "instead of `images`: a run or ADDP file, from which missing images are generated into folders in `out`"
+    ] = ""
+    n: Annotated[int, Ge(1), "number of images to generate; published metrics use 50000"] = 50_000
+    seed: Annotated[int, "random seed of the generated images"] = 0
     sampling: SampleConfig = field(default_factory=SampleConfig)
     sweep: Sweep = field(default_factory=Sweep)
-    inception: Annotated[str, "file of torch-fidelity's Inception-v3 weights; empty: its own download"] = ""
-    extractor: Annotated[str, "instead of Inception: a run of `addp finetune` on labelled images, or its file"] = ""
-    is_splits: Annotated[int, Ge(1), "parts that the score's mean and deviation are over"] = 10
-    kid_subset: Annotated[int, Ge(2), "images in each of KID's 100 subsets; fewer where there are fewer"] = 1000
+    inception: Annotated[str, "file of torch-fidelity's Inception-v3 weights; empty: download it"] = ""
+    extractor: Annotated[str, "instead of Inception-v3: a run of `addp finetune` on labeled images, or its file"] = ""
+    is_splits: Annotated[int, Ge(1), "parts over which the score's mean and standard deviation are taken"] = 10
+    kid_subset: Annotated[int, Ge(2), "images in each of KID's 100 subsets, or all images if there are fewer"] = 1000
     cache: Annotated[str, "folder that keeps the features of references"] = "~/.cache/addp/features"
-    batch: Annotated[int, Gt(0), "images generated at a time on each process"] = 16
-    workers: Annotated[int, Ge(0), "loading processes of each process"] = 2
+    batch: Annotated[int, Gt(0), "images generated at a time by each process"] = 16
+    workers: Annotated[int, Ge(0), "data loading processes of each process"] = 2
     precision: Precision = "fp32"
     tokenizer: TokenizerSource = ""
     encoder_heads: EncoderHeads = None
@@ -77,174 +83,115 @@ class Recipe:
 
 
 def run(recipe: Recipe) -> None:
-    """Generate what is missing, extract features, write the table to stdout and the report to `out`."""
+    """Generate missing images, extract features, print the table and write the report to `out`."""
     out, state = Path(recipe.out), process_state()
-    rows = settings(recipe)
-    given = None
+    settings = sampling_settings(recipe)
+    folder_images = None
     if recipe.images:
-        with calling({"data.source": "images", "data.split": "images"}):
-            given = generated_images(Path(recipe.images).expanduser())
-    check_counts(recipe.n if given is None else len(given), recipe.is_splits)
-    reference = open_reference(recipe)
-    hw = load_named(recipe).config.image_size if given is None else size_of_first(given)
+        with renaming_keys({"data.source": "images", "data.split": "images"}):
+            folder_images = open_images(Path(recipe.images).expanduser())
+    check_image_count(recipe.n if folder_images is None else len(folder_images), recipe.is_splits)
+    reference_source = open_reference(recipe.reference, recipe.split)
+    hw = load_recipe_model(recipe).config.image_size if folder_images is None else size_of_first(folder_images)
     extractor = open_extractor(recipe.inception, recipe.extractor, state.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror})") from error
-    known = Known.of(reference, hw, recipe, extractor)  # before hours of generating
+    # Before generating, which can take hours: the reference may turn out to be unusable.
+    if not isinstance(reference_source, Path):
+        check_image_count(len(reference_source), name="reference")
+    cache = Path(recipe.cache).expanduser()
+    reference = load_reference(reference_source, hw, extractor, cache, recipe.workers)
 
     report: dict[str, Any] = {"features": extractor.label, "reference": recipe.reference, "rows": []}
-    for name, sampling in rows.items():
-        if given is None:
-            generate.run(generation(recipe, out / name, sampling))
-        images = generated_images(out / name, recipe.n) if given is None else given
-        warn_of_equal_sets(images, known, recipe)
-        found = extract(images, only(hw), extractor, out / f"{TEMPORARY}features", recipe.workers)
+    for name, sampling in settings.items():
+        if sampling is not None:
+            generate.run(generate_recipe(recipe, out / name, sampling))
+        images = open_images(out / name, recipe.n) if folder_images is None else folder_images
+        warn_if_same_images(images, reference, recipe)
+        features = extract_features(
+            images, require_size(hw), extractor, out / f"{TEMPORARY_PREFIX}features", recipe.workers
+        )
         if state.is_main_process:
-            row = {"name": name, "images": len(images), **measure(found, known.features, recipe, extractor)}
+            row = {"name": name, "images": len(images), **compute_metrics(features, reference, recipe, extractor)}
             report["rows"].append(row | ({} if sampling is None else {"sampling": vars(sampling)}))
-            write_atomically(out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+            write_report(report, out)
         state.wait_for_everyone()
     if state.is_main_process:
-        if len(images) < FEW:
-            log.warning("%d images: too few for numbers that compare with published ones", len(images))
-        shutil.rmtree(out / f"{TEMPORARY}features", ignore_errors=True)
-        sys.stdout.write(table(report))
+        if len(images) < ENOUGH_IMAGES:
+            log.warning("%d images are too few to compare the metrics with published ones", len(images))
+        shutil.rmtree(out / f"{TEMPORARY_PREFIX}features", ignore_errors=True)
+        sys.stdout.write(format_report(report))
 
 
-# -------------------- what is compared
+# -------------------- images and settings
 
 
-def settings(recipe: Recipe) -> dict[str, SampleConfig | None]:
-    """A row's name and its sampling settings; None for a folder of images that are there already."""
-    listed = {f.name: getattr(recipe.sweep, f.name) for f in fields(Sweep)}
+def sampling_settings(recipe: Recipe) -> dict[str, SampleConfig | None]:
+    """Return the name and the sampling settings of each row; the settings are None for a folder of existing images."""
+    swept = {f.name: getattr(recipe.sweep, f.name) for f in fields(Sweep)}
     if bool(recipe.images) == bool(recipe.model):
-        raise UserError("images, model: expected one of them: a folder of generated images, or a model that makes them")
+        raise UserError(
+            "images, model: expected one of them, a folder of generated images or a model to generate them from"
+        )
     if recipe.images:
-        if any(listed.values()):
-            raise UserError("sweep: needs model=<run or file>, which generates the images of each setting")
+        if any(swept.values()):
+            raise UserError("sweep: needs model=<run or file>, from which the images of each setting are generated")
         return {recipe.images: None}
-    listed = {key: values for key, values in listed.items() if values}
-    swept = [replace(recipe.sampling, **dict(zip(listed, values, strict=True))) for values in product(*listed.values())]
-    return {row_name(sampling): sampling for sampling in swept}
+    swept = {key: values for key, values in swept.items() if values}
+    combinations = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    settings = [replace(recipe.sampling, **combination) for combination in combinations]
+    return {row_name(sampling): sampling for sampling in settings}
 
 
-def row_name(s: SampleConfig) -> str:
-    """Of a folder and a row: all settings, short."""
-    name = f"{s.schedule}-{s.steps}"
-    name += "-halton" if s.order == "halton" else f"-t{s.temperature:g}"
-    return name + (f"-p{s.top_p:g}" if s.top_p < 1 else "") + (f"-k{s.top_k}" if s.top_k else "")
+def row_name(sampling: SampleConfig) -> str:
+    """Return the name of a row and its folder, which abbreviates the settings, such as "cosine-20-t6-p0.9"."""
+    name = f"{sampling.schedule}-{sampling.steps}"
+    name += "-halton" if sampling.order == "halton" else f"-t{sampling.temperature:g}"
+    name += f"-p{sampling.top_p:g}" if sampling.top_p < 1 else ""
+    return name + (f"-k{sampling.top_k}" if sampling.top_k else "")
 
 
-def generation(recipe: Recipe, out: Path, sampling: SampleConfig) -> generate.Recipe:
-    """`addp generate` with the keys that both verbs have."""
+def generate_recipe(recipe: Recipe, out: Path, sampling: SampleConfig) -> generate.Recipe:
+    """Return the recipe of `addp generate` for one row, with the keys that both verbs have."""
     shared = {f.name: getattr(recipe, f.name) for f in fields(generate.Recipe) if hasattr(recipe, f.name)}
     return generate.Recipe(**shared | {"out": str(out), "sampling": sampling, "grid": 0})
 
 
-def generated_images(folder: Path, n: int | None = None) -> ImageSource:
-    """The images of a folder, or its first `n` by `addp generate`, which keeps a grid and notes beside them.
-
-    UserError, with the key data.source, where there are none.
-    """
-    if is_generated(folder):
-        names = sorted(path.name for path in folder.glob("[0-9]*.png"))
-        if not names:
-            raise UserError(f"data.source: {folder} is empty: `addp generate` has made no image there yet")
-        return Files(folder, names if n is None else [image_path(folder, i).name for i in range(n)])
-    return open_source(str(folder))
-
-
-def is_generated(folder: Path) -> bool:
-    """Whether `addp generate` has made the folder."""
-    return (folder / generate.WEIGHTS).exists()
-
-
 def size_of_first(images: ImageSource) -> tuple[int, int]:
-    """(height, width) of the first image."""
+    """Return (height, width) of the first image."""
     try:
-        picture, _ = images.picture(0)
+        picture, _ = images.open_image(0)
     except ImageError as error:
         raise UserError(f"{images.name(0)}: {error}; repair or remove it") from error
     return picture.height, picture.width
 
 
-def open_reference(recipe: Recipe) -> ImageSource | Path:
-    """Images, or the path of statistics."""
-    path = Path(recipe.reference).expanduser()
-    if path.suffix == ".npz" or (path / "about.json").is_file():
-        return path
-    with calling({"data.source": "reference", "data.split": "split"}):
-        return generated_images(path) if is_generated(path) else open_source(recipe.reference, recipe.split)
-
-
-@dataclass(frozen=True)
-class Known:
-    """The reference: its features, and the digest of its files ("": unknown)."""
-
-    features: Features
-    content: str = ""
-
-    @classmethod
-    def of(cls, reference: ImageSource | Path, hw: tuple[int, int], recipe: Recipe, extractor: Extractor) -> "Known":
-        if isinstance(reference, Path):
-            return cls(*read_statistics(reference, extractor))
-        check_counts(len(reference), which="reference")
-        digest = content(reference)
-        cache = Path(recipe.cache).expanduser()
-        return cls(cached(reference, digest, hw, extractor, cache, recipe.workers), digest)
-
-
-def check_counts(n: int, splits: int = 1, which: str = "images") -> None:
-    """UserError where there are too few images for what is measured."""
-    if n <= NEIGHBOURS:
-        raise UserError(f"{which}: {n} of them; expected more than {NEIGHBOURS}, as precision and recall need")
-    if n < splits:
-        raise UserError(f"is_splits: {splits} parts of {n} images; expected is_splits={n} or less, or more images")
-
-
-def warn_of_equal_sets(images: ImageSource, known: Known, recipe: Recipe) -> None:
-    if known.content and content(images) == known.content:
+def warn_if_same_images(images: ImageSource, reference: Reference, recipe: Recipe) -> None:
+    """Warn if the reference is the set of images itself."""
+    if reference.digest and digest_of_images(images) == reference.digest:
         log.warning(
-            "reference: %s holds the very images that are measured: the distance says nothing", recipe.reference
+            "reference: %s holds the same images as those evaluated, so the metrics are meaningless", recipe.reference
         )
 
 
-# -------------------- what comes out
+# -------------------- metrics
 
 
-def measure(generated: Features, reference: Features, recipe: Recipe, extractor: Extractor) -> dict[str, float]:
-    """All metrics. Names say whether Inception saw the images."""
+def compute_metrics(
+    generated: FeatureSet, reference: Reference, recipe: Recipe, extractor: Extractor
+) -> dict[str, float]:
+    """Return all metrics by their names, which say whether the features are Inception's."""
     distance, score, kernel = ("fid", "is", "kid") if extractor.is_inception else ("fd", "cs", "kd")
-    found = {distance: frechet_distance(generated, reference)}
-    found[f"{score}_mean"], found[f"{score}_std"] = inception_score(generated.logits, recipe.is_splits)
-    if reference.features is not None:
-        sets = generated.features, reference.features
-        found["precision"], found["recall"] = precision_recall(*sets, PartialState().device)
-        subset = min(recipe.kid_subset, *map(len, sets))
-        found[f"{kernel}_mean"], found[f"{kernel}_std"] = kernel_distance(*sets, subset)
-        found[f"{kernel}_subset"] = subset
-    return found
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report for people."""
-    names = {"fid": "FID", "fd": "FD", "is_mean": "IS", "cs_mean": "CS", "precision": "precision", "recall": "recall"}
-    names |= {"kid_mean": "KID x 1000", "kd_mean": "KD x 1000"}
-    columns = [key for key in names if key in report["rows"][0]]
-    lines = [["images", "n", *(names[key] for key in columns)]]
-    for row in report["rows"]:
-        cells = [row["name"], str(row["images"])]
-        for key in columns:
-            scale = 1000 if key.startswith("k") else 1
-            text = f"{row[key] * scale:.3f}"
-            spread = row.get(key.replace("_mean", "_std")) if key.endswith("_mean") else None
-            cells.append(text if spread is None else f"{text} ± {spread * scale:.3f}")
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    body = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([f"features: {report['features']}", f"reference: {report['reference']}", "", *body]) + "\n"
+    assert generated.features is not None  # as `extract_features` returned them
+    assert generated.logits is not None
+    metrics = {distance: frechet_distance(generated, reference.features)}
+    metrics[f"{score}_mean"], metrics[f"{score}_std"] = inception_score(generated.logits, recipe.is_splits)
+    if reference.features.features is not None:
+        pair = generated.features, reference.features.features
+        metrics["precision"], metrics["recall"] = precision_recall(*pair, PartialState().device)
+        subset = min(recipe.kid_subset, *map(len, pair))
+        metrics[f"{kernel}_mean"], metrics[f"{kernel}_std"] = kernel_distance(*pair, subset)
+        metrics[f"{kernel}_subset"] = subset
+    return metrics

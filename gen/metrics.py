@@ -1,4 +1,4 @@
-"""FID, Inception score, precision and recall, and KID of features on the disk, as torch-fidelity defines them."""
+"""FID, Inception score, precision and recall, and KID of stored features, as torch-fidelity defines them."""
 
 import numpy as np
 import torch
@@ -6,30 +6,42 @@ from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-from gen.features import Features, chunks
+from addp_core.base.errors import UserError
+from gen.features import FeatureSet, float64_chunks
 
-NEIGHBOURS = DEFAULTS["prc_neighborhood"]  # k of the balls whose union is the manifold (arXiv 1904.06991)
-DISTANCES = 2**25  # held in memory at a time
+NEIGHBORS = DEFAULTS["prc_neighborhood"]  # k of the balls whose union is the manifold (arXiv 1904.06991)
+DISTANCES_IN_MEMORY = 2**25
 
 
-def frechet_distance(a: Features, b: Features) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (arXiv 1706.08500).
+def check_image_count(n: int, is_splits: int = 1, name: str = "images") -> None:
+    """Raise UserError if `n` images are too few for the metrics. `name` is what the message calls the images."""
+    if n <= NEIGHBORS:
+        raise UserError(f"{name}: found {n} images, expected more than {NEIGHBORS}, as precision and recall need")
+    if n < is_splits:
+        raise UserError(
+            f"is_splits: found {is_splits} parts of {n} images, expected is_splits={n} or less, or more images"
+        )
 
-    With C1 = L L^T, the eigenvalues of C1 C2 are those of the symmetric L^T C2 L, and zeros. Directions in which C1 is
-    nothing but rounding noise (fewer images than features leave many) are left out of L.
+
+def frechet_distance(a: FeatureSet, b: FeatureSet) -> float:
+    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (arXiv 1706.08500).
+
+    With C1 = L L^T, the eigenvalues of C1 C2 are those of the symmetric L^T C2 L, and zeros. L leaves out the
+    directions in which C1 is nothing but rounding noise; there are many if there are fewer images than features.
     """
     values, vectors = np.linalg.eigh(a.covariance)
-    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
-    factor = vectors[:, kept] * np.sqrt(values[kept])
+    significant = values > values.max() * len(values) * np.finfo(np.float64).eps
+    factor = vectors[:, significant] * np.sqrt(values[significant])
     root = np.sqrt(np.linalg.eigvalsh(factor.T @ b.covariance @ factor).clip(min=0)).sum()
     difference = a.mean - b.mean
     return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root)
 
 
 def inception_score(logits: np.ndarray, splits: int) -> tuple[float, float]:
-    """exp of the mean KL of p(y|x) from p(y): its mean and standard deviation over `splits` parts (arXiv 1606.03498).
+    """Return the mean and standard deviation, over `splits` parts of the images, of exp(mean KL(p(y|x) || p(y)))
+    (arXiv 1606.03498).
 
-    logits: Float[n,C], n >= splits. Images are dealt to the parts as torch-fidelity shuffles them.
+    logits: Float[n,C], n >= splits. Images are assigned to the parts as torch-fidelity shuffles them.
     """
     n = len(logits)
     part = np.empty(n, dtype=np.int64)
@@ -39,11 +51,11 @@ def inception_score(logits: np.ndarray, splits: int) -> tuple[float, float]:
         part[shuffled[edges[i] : edges[i + 1]]] = i
     p_sum, p_log_p = np.zeros((splits, logits.shape[1])), np.zeros(splits)
     start = 0
-    for chunk in chunks(logits):
+    for chunk in float64_chunks(logits):
         log_p = torch.from_numpy(chunk).log_softmax(1).numpy()
-        p, of = np.exp(log_p), part[start : start + len(chunk)]
-        np.add.at(p_sum, of, p)
-        np.add.at(p_log_p, of, (p * log_p).sum(1))
+        p, chunk_part = np.exp(log_p), part[start : start + len(chunk)]
+        np.add.at(p_sum, chunk_part, p)
+        np.add.at(p_log_p, chunk_part, (p * log_p).sum(1))
         start += len(chunk)
     size = np.diff(edges)
     q = p_sum / size[:, None]
@@ -53,17 +65,20 @@ def inception_score(logits: np.ndarray, splits: int) -> tuple[float, float]:
 
 
 def precision_recall(generated: np.ndarray, reference: np.ndarray, device: torch.device) -> tuple[float, float]:
-    """Share of generated images within the reference's manifold, and the reverse; features Float[n,D], n > NEIGHBOURS.
+    """Return the share of generated images within the reference's manifold, and the share of the reference within the
+    generated images' manifold.
 
-    A GPU holds both sets of features whole (50,000 of Inception's: 0.4 GB).
+    Both are features Float[n,D], n > NEIGHBORS. On a GPU, both are copied to it (50,000 of Inception's: 0.4 GB).
     """
-    rows = max(DISTANCES // max(len(generated), len(reference)), 1)
-    sets = (torch.from_numpy(features).to(device) for features in (generated, reference))
-    return calculate_precision_recall_part(*sets, NEIGHBOURS, rows)
+    rows = max(DISTANCES_IN_MEMORY // max(len(generated), len(reference)), 1)
+    tensors = (torch.from_numpy(features).to(device) for features in (generated, reference))
+    return calculate_precision_recall_part(*tensors, NEIGHBORS, rows)
 
 
 def kernel_distance(generated: np.ndarray, reference: np.ndarray, subset: int) -> tuple[float, float]:
-    """Squared MMD with a cubic kernel (KID, arXiv 1801.01401): mean and deviation over random subsets of this size."""
-    sets = (torch.from_numpy(features) for features in (generated, reference))
-    found = kid_features_to_metric(*sets, kid_subset_size=subset, verbose=False)
-    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    """Return the mean and standard deviation, over random subsets of `subset` images, of the squared MMD with a cubic
+    kernel (KID, arXiv 1801.01401).
+    """
+    tensors = (torch.from_numpy(features) for features in (generated, reference))
+    kid = kid_features_to_metric(*tensors, kid_subset_size=subset, verbose=False)
+    return kid[KEY_METRIC_KID_MEAN], kid[KEY_METRIC_KID_STD]

@@ -1,4 +1,4 @@
-"""`addp evaluate`: the numbers are torch-fidelity's, a reference is looked at once, and every mistake is named."""
+"""`addp evaluate`: the metrics equal torch-fidelity's, reference features are cached, errors name their cause."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def offline(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
 
 
-def write(folder: Path, images: list[np.ndarray]) -> Path:
+def write_images(folder: Path, images: list[np.ndarray]) -> Path:
     folder.mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
@@ -35,7 +35,7 @@ def write(folder: Path, images: list[np.ndarray]) -> Path:
 
 
 def photographs(n: int, seed: int) -> list[np.ndarray]:
-    """Smooth pictures."""
+    """Return random smooth images."""
     rng = np.random.default_rng(seed)
     small = (Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)) for _ in range(n))
     return [np.array(image.resize(HW[::-1], Image.Resampling.BICUBIC)) for image in small]
@@ -46,12 +46,12 @@ def noise(n: int) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    """Folders of pictures, a small generator in `model` and a small classifier in `classifier`."""
-    root = tmp_path_factory.mktemp("room")
-    write(root / "a", photographs(10, 1))
-    write(root / "b", photographs(8, 2))
-    write(root / "noise", noise(6))
+def inputs(tmp_path_factory) -> Path:
+    """Folders of images, the file of a small generator (`model`) and that of a small classifier (`classifier`)."""
+    root = tmp_path_factory.mktemp("inputs")
+    write_images(root / "a", photographs(10, 1))
+    write_images(root / "b", photographs(8, 2))
+    write_images(root / "noise", noise(6))
     save_model(tiny_addp(HW), root / "model.safetensors")
     torch.manual_seed(0)
     classifier = Classifier(load_encoder("tiny", HW, init="random", patch_size=8), classes=3)
@@ -60,41 +60,34 @@ def room(tmp_path_factory) -> Path:
     return root
 
 
-def evaluate(room: Path, out: Path, *more: str) -> list[str]:
-    """Arguments; with the classifier, which costs little."""
-    keys = {"reference": room / "b", "extractor": room / "classifier.safetensors", "cache": out.parent / "cache"}
+def evaluate_command(inputs: Path, out: Path, *settings: str) -> list[str]:
+    """Return the arguments of an evaluation with the classifier, which is fast; a key set to "-" is left out."""
+    keys = {"reference": inputs / "b", "extractor": inputs / "classifier.safetensors", "cache": out.parent / "cache"}
     keys |= {"out": out, "is_splits": 2, "workers": 0}
-    keys |= dict(setting.split("=", 1) for setting in more)
+    keys |= dict(setting.split("=", 1) for setting in settings)
     return ["evaluate", *(f"{key}={value}" for key, value in keys.items() if value != "-")]
 
 
-def rows(out: Path) -> list[dict]:
+def report_rows(out: Path) -> list[dict]:
     return json.loads((out / "evaluation.json").read_text())["rows"]
 
 
-def wrong(capsys, arguments: list[str], *words: str) -> None:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(word in line for word in words), line
-
-
-# -------------------- the numbers
+# -------------------- metrics
 
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory) -> Path:
-    """Weights of the right layout, drawn so that features differ between pictures."""
+    """Random weights in Inception's layout, initialized such that features differ between images."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    class Blank(FeatureExtractorInceptionV3):
+    class WithoutWeights(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_, **__):
             pass
 
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save({}, path)
     torch.manual_seed(0)
-    model = Blank("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
+    model = WithoutWeights("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -103,17 +96,17 @@ def inception(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_inception_numbers_equal_torch_fidelity(room, inception, tmp_path, capsys):
-    keys = {"images": room / "a", "inception": inception, "kid_subset": 6, "extractor": "-"}
-    assert main(evaluate(room, tmp_path / "out", *(f"{k}={v}" for k, v in keys.items()))) == 0
-    (ours,) = rows(tmp_path / "out")
-    sets = {"input1": str(room / "a"), "input2": str(room / "b"), "feature_extractor": "inception-v3-compat"}
+def test_inception_metrics_equal_torch_fidelity(inputs, inception, tmp_path, capsys):
+    keys = {"images": inputs / "a", "inception": inception, "kid_subset": 6, "extractor": "-"}
+    assert main(evaluate_command(inputs, tmp_path / "out", *(f"{k}={v}" for k, v in keys.items()))) == 0
+    (ours,) = report_rows(tmp_path / "out")
+    images = {"input1": str(inputs / "a"), "input2": str(inputs / "b"), "feature_extractor": "inception-v3-compat"}
     metrics = dict.fromkeys(("fid", "isc", "kid", "prc"), True)
     options = {"isc_splits": 2, "kid_subset_size": 6, "batch_size": 10, "save_cpu_ram": True}
     theirs = fidelity.calculate_metrics(
-        **sets, **metrics, **options, feature_extractor_weights_path=inception, cuda=False, cache=False, verbose=False
+        **images, **metrics, **options, feature_extractor_weights_path=inception, cuda=False, cache=False, verbose=False
     )
-    pairs = {
+    names = {
         "fid": "frechet_inception_distance",
         "is_mean": "inception_score_mean",
         "is_std": "inception_score_std",
@@ -122,220 +115,238 @@ def test_inception_numbers_equal_torch_fidelity(room, inception, tmp_path, capsy
         "precision": "precision",
         "recall": "recall",
     }
-    for mine, their in pairs.items():
-        assert ours[mine] == pytest.approx(theirs[their], rel=1e-4, abs=1e-4), mine
-    said = capsys.readouterr().out
-    assert "FID" in said
-    assert "Inception-v3" in said
+    for our_name, their_name in names.items():
+        assert ours[our_name] == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-4), our_name
+    output = capsys.readouterr().out
+    assert "FID" in output
+    assert "Inception-v3" in output
 
 
-def test_classifier_numbers_equal_torch_fidelity_and_are_not_called_fid(room, tmp_path, capsys):
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'a'}", "kid_subset=6")) == 0
-    (ours,) = rows(tmp_path / "out")
+def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(inputs, tmp_path, capsys):
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "kid_subset=6")) == 0
+    (ours,) = report_rows(tmp_path / "out")
     theirs = fidelity.calculate_metrics(
-        input1=str(room / "a"),
-        input2=str(room / "b"),
+        input1=str(inputs / "a"),
+        input2=str(inputs / "b"),
         feature_extractor="addp-classifier",
-        feature_extractor_weights_path=str(room / "classifier.safetensors"),
+        feature_extractor_weights_path=str(inputs / "classifier.safetensors"),
         **dict.fromkeys(("fid", "isc", "kid", "prc"), True),
         **{"isc_splits": 2, "kid_subset_size": 6, "save_cpu_ram": True, "cuda": False, "cache": False},
         verbose=False,
     )
-    pairs = {"fd": "frechet_inception_distance", "cs_mean": "inception_score_mean", "precision": "precision"}
-    pairs |= {"recall": "recall", "kd_mean": "kernel_inception_distance_mean"}
-    for mine, their in pairs.items():
-        assert ours[mine] == pytest.approx(theirs[their], rel=1e-4, abs=1e-4), mine
-    said = capsys.readouterr().out
-    assert "not Inception" in said
-    table = said.split("\n\n")[1]
+    names = {"fd": "frechet_inception_distance", "cs_mean": "inception_score_mean", "precision": "precision"}
+    names |= {"recall": "recall", "kd_mean": "kernel_inception_distance_mean"}
+    for our_name, their_name in names.items():
+        assert ours[our_name] == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-4), our_name
+    output = capsys.readouterr().out
+    assert "not Inception" in output
+    table = output.split("\n\n")[1]
     assert not {"FID", "IS", "KID"} & set(table.split())
     assert not {"fid", "is_mean", "kid_mean"} & ours.keys()
 
 
-def test_the_same_images_are_at_no_distance_and_it_is_said(room, tmp_path, capsys):
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'b'}")) == 0
-    (row,) = rows(tmp_path / "out")
+def test_evaluating_the_reference_itself_gives_distance_zero_and_a_warning(inputs, tmp_path, capsys):
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'b'}")) == 0
+    (row,) = report_rows(tmp_path / "out")
     assert abs(row["fd"]) < 1e-3
     assert row["precision"] == row["recall"] == 1
-    assert "holds the very images that are measured" in capsys.readouterr().err
-    (kept,) = (tmp_path / "cache").iterdir()
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'b'}", f"reference={kept}")) == 0
-    assert "holds the very images that are measured" in capsys.readouterr().err
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={kept}")) == 0
-    assert "holds the very images" not in capsys.readouterr().err
+    assert "holds the same images as those evaluated" in capsys.readouterr().err
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'b'}", f"reference={cached}")) == 0
+    assert "holds the same images as those evaluated" in capsys.readouterr().err
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={cached}")) == 0
+    assert "holds the same images" not in capsys.readouterr().err
 
 
-def test_a_reference_that_was_generated_is_its_images_alone(room, tmp_path, capsys):
-    folder = write(tmp_path / "generated", photographs(6, 7))
+def test_a_generated_reference_excludes_its_grid(inputs, tmp_path, capsys):
+    folder = write_images(tmp_path / "generated", photographs(6, 7))
     (folder / "weights.txt").write_text("as addp generate leaves it")
     Image.fromarray(noise(1)[0]).save(folder / "grid.png")
-    assert main(evaluate(room, tmp_path / "out", f"images={folder}", f"reference={folder}")) == 0
-    assert "holds the very images that are measured" in capsys.readouterr().err
-    assert abs(rows(tmp_path / "out")[0]["fd"]) < 1e-3
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={folder}", f"reference={folder}")) == 0
+    assert "holds the same images as those evaluated" in capsys.readouterr().err
+    assert abs(report_rows(tmp_path / "out")[0]["fd"]) < 1e-3
 
 
 @pytest.mark.slow
-def test_noise_and_photographs_share_nothing(room, inception, tmp_path):
-    keys = [f"images={room / 'noise'}", f"inception={inception}", "extractor=-"]
-    assert main(evaluate(room, tmp_path / "out", *keys)) == 0
-    (row,) = rows(tmp_path / "out")
+def test_noise_has_no_precision_and_no_recall(inputs, inception, tmp_path):
+    keys = [f"images={inputs / 'noise'}", f"inception={inception}", "extractor=-"]
+    assert main(evaluate_command(inputs, tmp_path / "out", *keys)) == 0
+    (row,) = report_rows(tmp_path / "out")
     assert row["precision"] == row["recall"] == 0
     assert row["fid"] > 1
 
 
-def test_statistics_do_not_depend_on_the_chunk(room, tmp_path, monkeypatch):
-    """What is in memory at a time changes nothing: more images need no more of it."""
-    assert main(evaluate(room, tmp_path / "one", f"images={room / 'a'}")) == 0
-    monkeypatch.setattr("gen.features.ROWS", 3)
-    monkeypatch.setattr("gen.features.AT_ONCE", 5)
-    monkeypatch.setattr("gen.metrics.DISTANCES", 30)
-    again = evaluate(room, tmp_path / "two", f"images={room / 'a'}", f"cache={tmp_path / 'other'}")
+def test_metrics_do_not_depend_on_the_chunk_size(inputs, tmp_path, monkeypatch):
+    """Chunks bound the memory, whatever the number of images."""
+    assert main(evaluate_command(inputs, tmp_path / "one", f"images={inputs / 'a'}")) == 0
+    monkeypatch.setattr("gen.features.ROWS_IN_MEMORY", 3)
+    monkeypatch.setattr("gen.features.EXTRACTOR_BATCH", 5)
+    monkeypatch.setattr("gen.metrics.DISTANCES_IN_MEMORY", 30)
+    again = evaluate_command(inputs, tmp_path / "two", f"images={inputs / 'a'}", f"cache={tmp_path / 'other'}")
     assert main(again) == 0
-    one, two = rows(tmp_path / "one")[0], rows(tmp_path / "two")[0]
+    one, two = report_rows(tmp_path / "one")[0], report_rows(tmp_path / "two")[0]
     assert [two[key] for key in one if key != "name"] == pytest.approx([one[key] for key in one if key != "name"])
 
 
 # -------------------- the reference
 
 
-def test_a_reference_is_looked_at_once_and_again_when_it_changes(room, tmp_path, capsys):
-    reference = write(tmp_path / "reference", photographs(8, 3))
-    arguments = evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={reference}")
+def test_reference_features_are_cached_until_its_images_change(inputs, tmp_path, capsys):
+    reference = write_images(tmp_path / "reference", photographs(8, 3))
+    arguments = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={reference}")
     assert main(arguments) == 0
-    before = rows(tmp_path / "out")
+    before = report_rows(tmp_path / "out")
     assert "features kept in" in capsys.readouterr().err
-    reference = reference.rename(tmp_path / "moved")  # what counts is what is in it
-    arguments = evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={reference}")
+    reference = reference.rename(tmp_path / "moved")  # the cache goes by content, not by path
+    arguments = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={reference}")
     assert main(arguments) == 0
     assert "features found in" in capsys.readouterr().err
-    assert rows(tmp_path / "out") == before
-    (kept,) = (path for path in (tmp_path / "cache").iterdir())
-    assert main([f"reference={kept}" if a.startswith("reference") else a for a in arguments]) == 0
-    assert rows(tmp_path / "out") == before
+    assert report_rows(tmp_path / "out") == before
+    (cached,) = (path for path in (tmp_path / "cache").iterdir())
+    assert main([f"reference={cached}" if a.startswith("reference") else a for a in arguments]) == 0
+    assert report_rows(tmp_path / "out") == before
     Image.fromarray(noise(1)[0]).save(reference / "000.png")
     assert main(arguments) == 0
     assert "features kept in" in capsys.readouterr().err
-    assert rows(tmp_path / "out") != before
+    assert report_rows(tmp_path / "out") != before
 
 
-def test_two_starts_fill_the_cache_at_once(room, tmp_path, monkeypatch):
-    """The second one comes while the first extracts, and is done before it."""
-    from gen import features
+def test_two_runs_fill_the_cache_at_once(inputs, tmp_path, monkeypatch):
+    """The second run starts while the first one extracts, and finishes before it."""
+    from gen import reference
 
-    arguments = evaluate(room, tmp_path / "one", f"images={room / 'a'}")
-    extract, second = features.extract, [[f"out={tmp_path / 'two'}" if a.startswith("out=") else a for a in arguments]]
+    arguments = evaluate_command(inputs, tmp_path / "one", f"images={inputs / 'a'}")
+    extract_features = reference.extract_features
+    second_runs = [[f"out={tmp_path / 'two'}" if a.startswith("out=") else a for a in arguments]]
 
-    def meanwhile(*arguments):
-        found = extract(*arguments)
-        if second:
-            assert main(second.pop()) == 0
-        return found
+    def extract_with_second_run(*arguments):
+        features = extract_features(*arguments)
+        if second_runs:
+            assert main(second_runs.pop()) == 0
+        return features
 
-    monkeypatch.setattr(features, "extract", meanwhile)
+    monkeypatch.setattr(reference, "extract_features", extract_with_second_run)
     cache = tmp_path / "cache"
-    for name in (".tmp-left", ".tmp-now"):
+    for name in (".tmp-stale", ".tmp-recent"):
         (cache / name).mkdir(parents=True)
-    os.utime(cache / ".tmp-left", (0, 0))  # by a start that was killed, long ago
+    os.utime(cache / ".tmp-stale", (0, 0))  # left by a run that was killed long ago
     assert main(arguments) == 0
-    assert rows(tmp_path / "one") == rows(tmp_path / "two")
-    (kept,) = (path for path in cache.iterdir() if path.name != ".tmp-now")
-    assert {path.name for path in kept.iterdir()} >= {"about.json", "features.npy"}
+    assert report_rows(tmp_path / "one") == report_rows(tmp_path / "two")
+    (cached,) = (path for path in cache.iterdir() if path.name != ".tmp-recent")
+    assert {path.name for path in cached.iterdir()} >= {"about.json", "features.npy"}
 
 
-def test_a_reference_of_other_sizes_is_cropped_to_that_of_the_images(room, tmp_path):
+def test_a_reference_of_other_sizes_is_cropped_to_the_size_of_the_images(inputs, tmp_path):
     rng = np.random.default_rng(0)
     big = [rng.integers(0, 256, (60 + i, 70, 3), dtype=np.uint8) for i in range(6)]
     imagenet = tmp_path / "imagenet"
-    write(imagenet / "val" / "cat", big[:3])
-    write(imagenet / "val" / "dog", big[3:])
-    write(imagenet / "train" / "cat", big[:1])
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={imagenet}")) == 0
-    (kept,) = (tmp_path / "cache").iterdir()
-    about = json.loads((kept / "about.json").read_text())
+    write_images(imagenet / "val" / "cat", big[:3])
+    write_images(imagenet / "val" / "dog", big[3:])
+    write_images(imagenet / "train" / "cat", big[:1])
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={imagenet}")) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
+    about = json.loads((cached / "about.json").read_text())
     assert about["images"] == 6
     assert about["size"] == list(HW)
 
 
-def test_statistics_of_others_give_the_distance_alone(room, tmp_path, capsys):
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'a'}")) == 0
-    (kept,) = (tmp_path / "cache").iterdir()
+def test_external_statistics_give_the_distance_alone(inputs, tmp_path, expect_user_error):
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}")) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
     file = tmp_path / "theirs.npz"
-    np.savez(file, mu=np.load(kept / "mean.npy"), sigma=np.load(kept / "covariance.npy"))
-    distance = rows(tmp_path / "out")[0]["fd"]
-    assert main(evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={file}")) == 0
-    (row,) = rows(tmp_path / "out")
+    np.savez(file, mu=np.load(cached / "mean.npy"), sigma=np.load(cached / "covariance.npy"))
+    distance = report_rows(tmp_path / "out")[0]["fd"]
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}")) == 0
+    (row,) = report_rows(tmp_path / "out")
     assert row["fd"] == pytest.approx(distance)
     assert "precision" not in row
     np.savez(file, mu=np.zeros(7), sigma=np.eye(7))
-    wrong(capsys, evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={file}"), "mu (7,)")
+    expect_user_error(
+        evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}"), "mu (7,)"
+    )
     file.write_bytes(b"nothing")
-    wrong(
-        capsys, evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={file}"), "expected mu and sigma"
+    expect_user_error(
+        evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}"),
+        "expected mu and sigma",
     )
 
 
-# -------------------- generating
+# -------------------- generation
 
 
-def test_sampling_settings_in_one_table(room, tmp_path, capsys):
+def test_a_sweep_has_one_row_for_each_combination(inputs, tmp_path, capsys):
     sweep = ["sweep.steps=[1,3]", "sweep.order=[confidence,halton]", "sampling.top_k=5", "n=6", "batch=2"]
-    arguments = evaluate(room, tmp_path / "out", f"model={room / 'model.safetensors'}", *sweep)
+    arguments = evaluate_command(inputs, tmp_path / "out", f"model={inputs / 'model.safetensors'}", *sweep)
     assert main(arguments) == 0
-    found = rows(tmp_path / "out")
+    found = report_rows(tmp_path / "out")
     names = ["cosine-1-t6-k5", "cosine-1-halton-k5", "cosine-3-t6-k5", "cosine-3-halton-k5"]
     assert [row["name"] for row in found] == names
     assert [row["sampling"]["order"] for row in found] == ["confidence", "halton"] * 2
     assert found[2]["fd"] != found[3]["fd"]
-    said = capsys.readouterr()
-    assert [line.split()[:2] for line in said.out.splitlines()[-4:]] == [[name, "6"] for name in names]
+    output = capsys.readouterr().out
+    assert [line.split()[:2] for line in output.splitlines()[-4:]] == [[name, "6"] for name in names]
     image = tmp_path / "out" / names[2] / "000003.png"
     before = image.stat().st_mtime_ns
     (tmp_path / "out" / names[2] / "000004.png").unlink()
-    assert main(arguments) == 0  # what is there stays
+    assert main(arguments) == 0  # images that exist are kept
     assert image.stat().st_mtime_ns == before
-    assert rows(tmp_path / "out") == found
-    # the folder of a row is one of `addp generate`, and is measured alike
-    assert main(evaluate(room, tmp_path / "again", f"images={image.parent}")) == 0
-    assert rows(tmp_path / "again")[0]["fd"] == found[2]["fd"]
+    assert report_rows(tmp_path / "out") == found
+    # a row's folder is one of `addp generate`, and evaluating it gives the same metrics
+    assert main(evaluate_command(inputs, tmp_path / "again", f"images={image.parent}")) == 0
+    assert report_rows(tmp_path / "again")[0]["fd"] == found[2]["fd"]
 
 
-# -------------------- mistakes
+# -------------------- errors
 
 
-def test_mistakes_are_named(room, tmp_path, capsys):
-    images, out = f"images={room / 'a'}", tmp_path / "out"
-    model = f"model={room / 'model.safetensors'}"
-    wrong(capsys, evaluate(room, out, model, "n=0"), "n", "expected a whole number >= 1")
-    wrong(capsys, evaluate(room, out, model, "n=6", "is_splits=10"), "is_splits: 10 parts of 6 images")
-    wrong(capsys, evaluate(room, out, images, "is_splits=50"), "is_splits: 50 parts of 10 images")
-    wrong(capsys, evaluate(room, out, model, "n=3"), "3 of them", "more than 3")
-    wrong(capsys, evaluate(room, out), "images, model", "expected one of them")
-    wrong(capsys, evaluate(room, out, images, "sweep.steps=[1]"), "sweep: needs model=")
-    wrong(capsys, evaluate(room, out, f"images={tmp_path / 'nowhere'}"), "addp: images: ", "does not exist")
-    wrong(capsys, evaluate(room, out, images, f"extractor={room / 'model.safetensors'}"), "expected a classifier")
-    few = write(tmp_path / "few", photographs(3, 4))
-    wrong(capsys, evaluate(room, out, images, f"reference={few}"), "reference: 3 of them")
+def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
+    images, out = f"images={inputs / 'a'}", tmp_path / "out"
+    model = f"model={inputs / 'model.safetensors'}"
+    expect_user_error(evaluate_command(inputs, out, model, "n=0"), "n", "expected a whole number >= 1")
+    expect_user_error(
+        evaluate_command(inputs, out, model, "n=6", "is_splits=10"), "is_splits: found 10 parts of 6 images"
+    )
+    expect_user_error(evaluate_command(inputs, out, images, "is_splits=50"), "is_splits: found 50 parts of 10 images")
+    expect_user_error(evaluate_command(inputs, out, model, "n=3"), "found 3 images", "more than 3")
+    expect_user_error(evaluate_command(inputs, out), "images, model", "expected one of them")
+    expect_user_error(evaluate_command(inputs, out, images, "sweep.steps=[1]"), "sweep: needs model=")
+    expect_user_error(
+        evaluate_command(inputs, out, f"images={tmp_path / 'nowhere'}"), "addp: images: ", "does not exist"
+    )
+    expect_user_error(
+        evaluate_command(inputs, out, images, f"extractor={inputs / 'model.safetensors'}"), "expected a classifier"
+    )
+    few = write_images(tmp_path / "few", photographs(3, 4))
+    expect_user_error(evaluate_command(inputs, out, images, f"reference={few}"), "reference: found 3 images")
     nowhere = f"reference={tmp_path / 'nowhere'}"
-    wrong(capsys, evaluate(room, out, images, nowhere), "addp: reference: ", "does not exist")
+    expect_user_error(evaluate_command(inputs, out, images, nowhere), "addp: reference: ", "does not exist")
     (tmp_path / "file").write_text("")
-    wrong(capsys, evaluate(room, out, images, f"cache={tmp_path / 'file'}"), "addp: cache: ", "cannot be written")
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "weights.txt").write_text("no image yet")
-    wrong(capsys, evaluate(room, out, f"images={tmp_path / 'begun'}"), "addp: images: ", "begun is empty")
+    expect_user_error(
+        evaluate_command(inputs, out, images, f"cache={tmp_path / 'file'}"), "addp: cache: ", "cannot be written"
+    )
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "weights.txt").write_text("no image yet")
+    expect_user_error(
+        evaluate_command(inputs, out, f"images={tmp_path / 'unfinished'}"), "addp: images: ", "unfinished is empty"
+    )
 
 
-def test_without_inception_the_way_out_is_said(room, tmp_path, capsys):
-    without = evaluate(room, tmp_path / "out", f"images={room / 'a'}", "extractor=-")
-    wrong(capsys, without, "no network", "inception=<that file>", "addp finetune")
+def test_a_missing_inception_file_names_the_alternatives(inputs, tmp_path, expect_user_error):
+    without = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "extractor=-")
+    expect_user_error(without, "no network", "inception=<that file>", "addp finetune")
     torch.save({"fc.weight": torch.zeros(10, 3)}, tmp_path / "other.pth")
-    wrong(capsys, [*without, f"inception={tmp_path / 'other.pth'}"], "another layout than torch-fidelity's")
-    wrong(capsys, [*without, f"inception={tmp_path / 'none.pth'}"], "none.pth")
+    expect_user_error([*without, f"inception={tmp_path / 'other.pth'}"], "another layout than torch-fidelity's")
+    expect_user_error([*without, f"inception={tmp_path / 'none.pth'}"], "none.pth")
 
 
-def test_broken_and_odd_images_are_named(room, tmp_path, capsys):
-    folder = write(tmp_path / "images", photographs(6, 5))
+def test_errors_name_unreadable_images_and_those_of_other_sizes(inputs, tmp_path, expect_user_error):
+    folder = write_images(tmp_path / "images", photographs(6, 5))
     Image.new("RGB", (40, 24)).save(folder / "003.png")
-    wrong(capsys, evaluate(room, tmp_path / "out", f"images={folder}"), "003.png", "40 x 24", "others have 32 x 24")
+    expect_user_error(
+        evaluate_command(inputs, tmp_path / "out", f"images={folder}"), "003.png", "40 x 24", "others have 32 x 24"
+    )
     (folder / "003.png").write_bytes(b"no image")
-    wrong(capsys, evaluate(room, tmp_path / "out", f"images={folder}"), "003.png", "repair or remove it")
-    wrong(capsys, evaluate(room, tmp_path / "out", f"images={room / 'a'}", f"reference={folder}"), "003.png")
+    expect_user_error(evaluate_command(inputs, tmp_path / "out", f"images={folder}"), "003.png", "repair or remove it")
+    expect_user_error(
+        evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={folder}"), "003.png"
+    )

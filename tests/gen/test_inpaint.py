@@ -1,4 +1,4 @@
-"""`addp inpaint`: what is kept is kept to the last bit, whatever the hole; mistakes are named."""
+"""`addp inpaint`: pixels outside the hole stay bit for bit, whatever the hole; errors name the key."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ HW = (8, 12)  # of the model's images; a token spans 2 x 2 pixels
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("room")
+def inputs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
     save_model(tiny_addp(HW), root / "model.safetensors")
     rng = np.random.default_rng(0)
     for name, hw in (("same", HW), ("tall", (20, 6)), ("odd", (9, 12)), ("large", (40, 60))):
@@ -23,9 +23,15 @@ def room(tmp_path_factory) -> Path:
     return root
 
 
-def inpaint(room: Path, out: Path, *more: str) -> list[str]:
-    keys = {"model": room / "model.safetensors", "image": room / "same.png", "out": out, "n": 2, "sampling.steps": 3}
-    keys |= dict(setting.split("=", 1) for setting in more)
+def inpaint_command(inputs: Path, out: Path, *settings: str) -> list[str]:
+    keys = {
+        "model": inputs / "model.safetensors",
+        "image": inputs / "same.png",
+        "out": out,
+        "n": 2,
+        "sampling.steps": 3,
+    }
+    keys |= dict(setting.split("=", 1) for setting in settings)
     return ["inpaint", *(f"{key}={value}" for key, value in keys.items())]
 
 
@@ -38,51 +44,44 @@ def write_mask(path: Path, hole: np.ndarray, mode: str = "L") -> Path:
     return path
 
 
-def wrong(capsys, arguments: list[str], *words: str) -> None:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert all(word in line for word in words), line
-
-
-def test_kept_pixels_are_identical_and_variations_differ(room, tmp_path):
+def test_pixels_outside_the_hole_are_unchanged_and_variations_differ(inputs, tmp_path):
     hole = np.zeros(HW, dtype=bool)
     hole[1:6, 3:9] = True
     mask = write_mask(tmp_path / "mask.png", hole)
-    assert main(inpaint(room, tmp_path / "out", f"mask={mask}", "n=3")) == 0
-    before = pixels(room / "same.png")
-    made = [pixels(tmp_path / "out" / f"{i:06d}.png") for i in range(3)]
-    for image in made:
+    assert main(inpaint_command(inputs, tmp_path / "out", f"mask={mask}", "n=3")) == 0
+    before = pixels(inputs / "same.png")
+    variations = [pixels(tmp_path / "out" / f"{i:06d}.png") for i in range(3)]
+    for image in variations:
         assert (image[~hole] == before[~hole]).all()
         assert (image[hole] != before[hole]).any()
-    assert (made[0] != made[1]).any()
+    assert (variations[0] != variations[1]).any()
     assert ((pixels(tmp_path / "out" / "mask.png")[..., 0] > 0) == hole).all()
     assert (pixels(tmp_path / "out" / "input.png")[hole] == 127).all()
     assert pixels(tmp_path / "out" / "grid.png").shape[1] > 4 * HW[1]
-    # the same hole as a box, and by its surroundings
-    assert main(inpaint(room, tmp_path / "box", "box=[3,1,9,6]", "n=3")) == 0
+    # the same hole as a box, and as what lies outside a mask
+    assert main(inpaint_command(inputs, tmp_path / "box", "box=[3,1,9,6]", "n=3")) == 0
     outside = write_mask(tmp_path / "outside.png", ~hole, "RGB")
-    assert main(inpaint(room, tmp_path / "not", f"mask={outside}", "outside=true", "n=3")) == 0
+    assert main(inpaint_command(inputs, tmp_path / "not", f"mask={outside}", "outside=true", "n=3")) == 0
     for folder in ("box", "not"):
-        assert all((pixels(tmp_path / folder / f"{i:06d}.png") == made[i]).all() for i in range(3))
-    # number 2 does not depend on how many there are, another seed makes others
-    assert main(inpaint(room, tmp_path / "seed", f"mask={mask}", "seed=1", "n=1")) == 0
-    assert (pixels(tmp_path / "seed" / "000000.png") != made[0]).any()
+        assert all((pixels(tmp_path / folder / f"{i:06d}.png") == variations[i]).all() for i in range(3))
+    # another seed gives another variation
+    assert main(inpaint_command(inputs, tmp_path / "seed", f"mask={mask}", "seed=1", "n=1")) == 0
+    assert (pixels(tmp_path / "seed" / "000000.png") != variations[0]).any()
 
 
-def test_a_hole_of_nothing_returns_the_picture(room, tmp_path, capsys):
+def test_an_empty_hole_returns_the_image(inputs, tmp_path, capsys):
     mask = write_mask(tmp_path / "mask.png", np.zeros(HW, dtype=bool))
-    assert main(inpaint(room, tmp_path / "out", f"mask={mask}")) == 0
+    assert main(inpaint_command(inputs, tmp_path / "out", f"mask={mask}")) == 0
     for name in ("000000.png", "000001.png", "input.png"):
-        assert (pixels(tmp_path / "out" / name) == pixels(room / "same.png")).all()
-    assert "no hole" in capsys.readouterr().err
+        assert (pixels(tmp_path / "out" / name) == pixels(inputs / "same.png")).all()
+    assert "the hole is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [[], ["sampling.order=halton", "sampling.top_k=3"]])
-def test_a_hole_of_everything_equals_plain_generation(room, tmp_path, more):
-    assert main(inpaint(room, tmp_path / "out", "box=[0,0,12,8]", "seed=4", *more)) == 0
-    generate = ["generate", f"model={room / 'model.safetensors'}", f"out={tmp_path / 'plain'}", "n=2", "seed=4"]
-    assert main([*generate, "sampling.steps=3", *more]) == 0
+@pytest.mark.parametrize("settings", [[], ["sampling.order=halton", "sampling.top_k=3"]])
+def test_a_hole_over_the_whole_image_equals_generation(inputs, tmp_path, settings):
+    assert main(inpaint_command(inputs, tmp_path / "out", "box=[0,0,12,8]", "seed=4", *settings)) == 0
+    generate = ["generate", f"model={inputs / 'model.safetensors'}", f"out={tmp_path / 'plain'}", "n=2", "seed=4"]
+    assert main([*generate, "sampling.steps=3", *settings]) == 0
     for i in range(2):
         assert (pixels(tmp_path / "out" / f"{i:06d}.png") == pixels(tmp_path / "plain" / f"{i:06d}.png")).all()
 
@@ -95,57 +94,70 @@ def test_a_hole_of_everything_equals_plain_generation(room, tmp_path, more):
         (["box=[4,2,8,6]", "outside=true", "extend=[0,0,2,2]"], (10, 14), (slice(2, 6), slice(4, 8))),
     ],
 )
-def test_painting_on_beyond_the_sides(room, tmp_path, keys, shape, kept):
-    assert main(inpaint(room, tmp_path / "out", *keys)) == 0
-    made, before = pixels(tmp_path / "out" / "000000.png"), pixels(room / "same.png")
-    assert made.shape[:2] == shape
+def test_outpainting_and_uncropping(inputs, tmp_path, keys, shape, kept):
+    assert main(inpaint_command(inputs, tmp_path / "out", *keys)) == 0
+    filled, before = pixels(tmp_path / "out" / "000000.png"), pixels(inputs / "same.png")
+    assert filled.shape[:2] == shape
     inside = before if "extend" in keys[0] else before[2:6, 4:8]
-    assert (made[kept] == inside).all()
+    assert (filled[kept] == inside).all()
     white = pixels(tmp_path / "out" / "mask.png")[..., 0] > 0
     assert not white[kept].any()
     assert (~white).sum() == inside.shape[0] * inside.shape[1]
 
 
-def test_any_aspect_ratio_that_the_patches_tile(room, tmp_path, capsys):
-    arguments = inpaint(room, tmp_path / "tall", f"image={room / 'tall.png'}", "box=[0,4,6,12]")
+def test_images_of_any_size_that_the_patches_tile(inputs, tmp_path, capsys):
+    arguments = inpaint_command(inputs, tmp_path / "tall", f"image={inputs / 'tall.png'}", "box=[0,4,6,12]")
     assert main(arguments) == 0
-    made, before = pixels(tmp_path / "tall" / "000000.png"), pixels(room / "tall.png")
-    assert (made[:4] == before[:4]).all()
-    assert (made[12:] == before[12:]).all()
-    assert main(inpaint(room, tmp_path / "large", f"image={room / 'large.png'}", "box=[0,0,9,9]", "n=1")) == 0
-    assert "600 tokens, where the model was trained on 24" in capsys.readouterr().err
-    resized = inpaint(room, tmp_path / "small", f"image={room / 'large.png'}", "box=[0,0,30,40]", "size=[8,12]")
+    filled, before = pixels(tmp_path / "tall" / "000000.png"), pixels(inputs / "tall.png")
+    assert (filled[:4] == before[:4]).all()
+    assert (filled[12:] == before[12:]).all()
+    assert (
+        main(inpaint_command(inputs, tmp_path / "large", f"image={inputs / 'large.png'}", "box=[0,0,9,9]", "n=1")) == 0
+    )
+    assert "600 tokens, but the model was trained on 24" in capsys.readouterr().err
+    resized = inpaint_command(
+        inputs, tmp_path / "small", f"image={inputs / 'large.png'}", "box=[0,0,30,40]", "size=[8,12]"
+    )
     assert main(resized) == 0
     white = pixels(tmp_path / "small" / "mask.png")[..., 0] > 0
     assert white[:, :6].all()
     assert not white[:, 6:].any()
 
 
-def test_the_seam_is_blended_over_the_width_that_is_asked_for(room, tmp_path):
+def test_the_seam_is_blended_over_the_requested_width(inputs, tmp_path):
     for blend in (0, 3):
-        assert main(inpaint(room, tmp_path / str(blend), "box=[6,0,12,8]", f"blend={blend}", "n=1")) == 0
+        assert main(inpaint_command(inputs, tmp_path / str(blend), "box=[6,0,12,8]", f"blend={blend}", "n=1")) == 0
     plain, blended = (pixels(tmp_path / str(blend) / "000000.png").astype(int) for blend in (0, 3))
     changed = np.abs(plain - blended).max((0, 2)) > 0
     assert changed.tolist() == [False] * 6 + [True] * 3 + [False] * 3
 
 
-def test_mistakes_are_named(room, tmp_path, capsys):
+def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
     out = tmp_path / "out"
     mask = write_mask(tmp_path / "mask.png", np.ones((9, 12), dtype=bool))
-    wrong(capsys, inpaint(room, out, f"mask={mask}"), "12 x 9 pixels", "12 x 8", "expected the same size")
-    wrong(capsys, inpaint(room, out), "mask, box, extend: expected at least one")
-    wrong(capsys, inpaint(room, out, "box=[0,0,13,8]"), "box: [0, 0, 13, 8]", "0 to 12 across and 0 to 8 down")
-    wrong(capsys, inpaint(room, out, "box=[4,0,2,8]"), "box:")
-    wrong(capsys, inpaint(room, out, "box=[4,0,2]"), "box", "expected a list of 4")
-    wrong(capsys, inpaint(room, out, "extend=[-2,0,0,0]"), "extend", ">= 0")
-    wrong(capsys, inpaint(room, out, "box=[0,0,2,2]", "n=0"), "n", ">= 1")
-    wrong(
-        capsys, inpaint(room, out, "box=[0,0,2,2]", f"image={room / 'odd.png'}"), "12 x 9", "multiples of 2", "12 x 8"
+    expect_user_error(inpaint_command(inputs, out, f"mask={mask}"), "12 x 9 pixels", "12 x 8", "expected the same size")
+    expect_user_error(inpaint_command(inputs, out), "mask, box, extend: expected at least one")
+    expect_user_error(
+        inpaint_command(inputs, out, "box=[0,0,13,8]"), "box: found [0, 0, 13, 8]", "0 to 12 across and 0 to 8 down"
     )
-    wrong(capsys, inpaint(room, out, "box=[0,0,2,2]", f"image={room / 'none.png'}"), "image:", "none.png")
-    (tmp_path / "broken.png").write_bytes((room / "same.png").read_bytes()[:80])
-    wrong(capsys, inpaint(room, out, "box=[0,0,2,2]", f"image={tmp_path / 'broken.png'}"), "image:", "broken.png")
-    wrong(capsys, inpaint(room, out, f"mask={tmp_path / 'broken.png'}"), "mask:", "broken.png")
+    expect_user_error(inpaint_command(inputs, out, "box=[4,0,2,8]"), "box:")
+    expect_user_error(inpaint_command(inputs, out, "box=[4,0,2]"), "box", "expected a list of 4")
+    expect_user_error(inpaint_command(inputs, out, "extend=[-2,0,0,0]"), "extend", ">= 0")
+    expect_user_error(inpaint_command(inputs, out, "box=[0,0,2,2]", "n=0"), "n", ">= 1")
+    expect_user_error(
+        inpaint_command(inputs, out, "box=[0,0,2,2]", f"image={inputs / 'odd.png'}"),
+        "12 x 9",
+        "multiples of 2",
+        "12 x 8",
+    )
+    expect_user_error(
+        inpaint_command(inputs, out, "box=[0,0,2,2]", f"image={inputs / 'none.png'}"), "image:", "none.png"
+    )
+    (tmp_path / "broken.png").write_bytes((inputs / "same.png").read_bytes()[:80])
+    expect_user_error(
+        inpaint_command(inputs, out, "box=[0,0,2,2]", f"image={tmp_path / 'broken.png'}"), "image:", "broken.png"
+    )
+    expect_user_error(inpaint_command(inputs, out, f"mask={tmp_path / 'broken.png'}"), "mask:", "broken.png")
     assert not out.exists()
-    assert main(inpaint(room, out, "box=[0,0,2,2]", "n=1")) == 0
-    wrong(capsys, inpaint(room, out, "box=[0,0,2,4]"), "holds images made with box=(0, 0, 2, 2)")
+    assert main(inpaint_command(inputs, out, "box=[0,0,2,2]", "n=1")) == 0
+    expect_user_error(inpaint_command(inputs, out, "box=[0,0,2,4]"), "holds images made with box=(0, 0, 2, 2)")

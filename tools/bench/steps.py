@@ -355,7 +355,7 @@ def _robustness_scores(step: Step) -> dict[str, Any]:
 
 
 def _generation_scores(step: Step) -> dict[str, Any]:
-    from gen.generate import write_grid
+    from gen.image_folder import write_grid
 
     runs = {seed: step.folder / f"seed{seed}" for seed in step.seeds}
     tables = [json.loads((run / "evaluation.json").read_text("utf-8"))["rows"] for run in runs.values()]

@@ -1,0 +1,58 @@
+"""The report of `addp evaluate`: evaluation.json, with one row for each setting, and the same as a table in text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from addp_core.base.errors import UserError
+from addp_core.base.files import write_atomically
+
+REPORT_FILE = "evaluation.json"  # in the folder of `addp evaluate`
+# Metrics in the order of the table. FID, IS and KID are defined on Inception's features alone; with a classifier's, the
+# same formulas are called FD, CS (classifier score) and KD.
+METRIC_LABELS = {
+    "fid": "FID",
+    "fd": "FD",
+    "is_mean": "IS",
+    "cs_mean": "CS",
+    "precision": "precision",
+    "recall": "recall",
+    "kid_mean": "KID x 1000",
+    "kd_mean": "KD x 1000",
+}
+KERNEL_DISTANCES = ("kid_mean", "kd_mean")  # shown times 1000
+
+
+def write_report(report: dict[str, Any], out: Path) -> None:
+    """Write `out`/evaluation.json."""
+    write_atomically(out / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read the report in the folder `path`, or the file `path` itself. Raises UserError if it is not a report."""
+    path = path / REPORT_FILE if path.is_dir() else path
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return {"features": report["features"], "rows": list(report["rows"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"evaluation: {path} is not a report of `addp evaluate` ({error})") from error
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Format the report as a text table, with standard deviations after the means."""
+    columns = [key for key in METRIC_LABELS if key in report["rows"][0]]
+    lines = [["images", "n", *(METRIC_LABELS[key] for key in columns)]]
+    for row in report["rows"]:
+        cells = [row["name"], str(row["images"])]
+        for key in columns:
+            scale = 1000 if key in KERNEL_DISTANCES else 1
+            text = f"{row[key] * scale:.3f}"
+            deviation = row.get(key.replace("_mean", "_std")) if key.endswith("_mean") else None
+            cells.append(text if deviation is None else f"{text} ± {deviation * scale:.3f}")
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    body = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([f"features: {report['features']}", f"reference: {report['reference']}", "", *body]) + "\n"
