@@ -1,4 +1,4 @@
-"""Errors of the user's input: one line that names the place, what was found, what was expected and the nearest fix."""
+"""Errors in the user's input: one line that names the key or file, what was found, what was expected and the fix."""
 
 import contextlib
 import difflib
@@ -6,18 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 class UserError(Exception):
-    """The user's input is wrong. The message is one line; the command line prints it alone and exits with 2."""
+    """The user's input is wrong.
+
+    The message is one line; the command line prints it without a traceback and exits with code 2.
+    """
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'; did you mean 'x'?' for the known word closest to `word`, or '' where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the candidate most similar to `name`, or "" if none is similar."""
+    similar = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 @contextlib.contextmanager
 def renaming_keys(names: Mapping[str, str]) -> Iterator[None]:
-    """A `UserError` from within calls keys by the caller's names: {"data.source": "images", ...}."""
+    """Replace keys in the message of a `UserError` from this block by the caller's: {"data.source": "images", ...}."""
     try:
         yield
     except UserError as error:

@@ -1,16 +1,19 @@
-"""Files that are whole or absent: written under a temporary name beside their own, flushed to the disk, renamed."""
+"""Atomic file writes: write under a temporary name in the same folder, flush to disk, rename."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY_PREFIX = ".tmp-"  # begins the name of everything unfinished
+TEMPORARY_PREFIX = ".tmp-"  # every unfinished file or folder has a name that begins with this
 
 
 @contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; on leaving without an error it is flushed to the disk and becomes `path`."""
+    """Yield a temporary path beside `path` and rename it to `path` when the block ends.
+
+    The file is flushed to disk before it is renamed. If the block raises, it is deleted instead.
+    """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         yield temporary
@@ -23,13 +26,13 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a small file; after a kill at any moment it holds its old content or the new one."""
+    """Write a small file so that even a killed process leaves either the old or the new content."""
     with atomic_replace(path) as temporary:
         temporary.write_bytes(content)
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Block until a file or folder has been written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

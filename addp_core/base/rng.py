@@ -1,7 +1,7 @@
-"""Stateless randomness: every random number of the suite is a function of a seed and of what it is for.
+"""Stateless randomness: every random number is a function of a seed and of what the number is used for.
 
-Nothing depends on how many numbers were drawn before. That is why a continued run repeats the numbers of one that never
-stopped, and why the number of workers, processes or images a batch does not change what an image looks like.
+Nothing depends on how many numbers were drawn before. A resumed run therefore repeats the numbers of an uninterrupted
+one, and the number of workers, processes or images per batch does not change how an image is augmented.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ import torch
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed for these parts, for example `seed_for(0, "mask", step)`; stable across machines and versions."""
+    """Return a 63-bit seed for `seed_for(0, "mask", step)` and the like; it is the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded with `seed_for(*parts)`."""
+    """Return a CPU generator seeded with `seed_for(*parts)`."""
     return torch.Generator().manual_seed(seed_for(*parts))

@@ -1,0 +1,1 @@
+"""The method section of the paper: the diffusion process, ADDP and its training loss, and the sampler."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from addp_core.method.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
 from addp_core.networks.decoder import DecoderConfig, TokenDecoder
 from addp_core.networks.encoder import Encoder, EncoderConfig
-from addp_core.networks.layers import MaskPositions, check_heads, learned, take_rows
+from addp_core.networks.layers import MaskPositions, check_heads, gather_tokens, normal_parameter
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_feature_map
 
@@ -69,10 +69,10 @@ class Denoiser(nn.Module):
         self.label_smoothing = config.process.label_smoothing
         self.encoder = Encoder(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
         self.decoder = TokenDecoder(
-            config.denoiser.decoder, width, config.tokens, config.vocabulary, see_ids=ids_to != "none"
+            config.denoiser.decoder, width, config.tokens, config.vocabulary, append_ids=ids_to != "none"
         )
         if ids_to == "encoder+decoder":
-            self.pos_token_embed = learned(1, 1 + config.tokens, width)  # positions of ids that the encoder sees
+            self.pos_token_embed = normal_parameter(1, 1 + config.tokens, width)  # positions of ids that the encoder sees
         for name, value in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
@@ -88,13 +88,13 @@ class Denoiser(nn.Module):
         """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the
         first `vocabulary` ids, or with `masked_only` Float[R,V'] of the unreliable positions in row-major order; with
         target Float[B,N,K], the scalar loss instead, computed at the unreliable positions alone."""
-        positions = MaskPositions.of(mask)
+        positions = MaskPositions.from_mask(mask)
         features = self.encode(images, ids, mask, positions, visible_only=True)
         masked_only = masked_only or target is not None
         logits = self.decoder(features, ids, mask, masked_only, vocabulary, positions)
         if target is None:
             return logits
-        target = positions.flat(take_rows(target, positions.masked))
+        target = positions.unpad_masked(gather_tokens(target, positions.masked))
         return soft_cross_entropy(logits, target, self.label_smoothing).mean()
 
     def encode(
@@ -107,9 +107,9 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """-> Float[B,1+N,W], after the final norm, class token first; with `visible_only` Float[B,E,W], the reliable
         positions in order, which are all that the decoder reads. positions: those of the mask, where known."""
-        positions, extra = positions or MaskPositions.of(mask), None
+        positions, extra = positions or MaskPositions.from_mask(mask), None
         if hasattr(self, "pos_token_embed"):
-            order, real = positions.visible, positions.visible_real
+            order, real = positions.visible, positions.visible_valid
             seen = ids.gather(1, order)
             if real is not None:
                 # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.

@@ -1,6 +1,6 @@
-"""A classifier over the shared encoder: pooled patch tokens or the class token, a norm, a linear head (App. D.2).
+"""A classifier on the shared encoder: average-pooled patch tokens or the class token, a norm, a linear head (App. D.2).
 
-It answers to what timm asks of its own ViTs, so that timm's tools can use it.
+It has the interface of timm's own ViTs, so timm's tools can use it.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,22 @@ from addp_core.networks.layers import LayerNorm
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import to_feature_map
 
-HEAD_STD = 2e-5  # of a new head's weights, as published fine-tuning draws them
+HEAD_STD = 2e-5  # standard deviation of a new head's weights, as in the published fine-tuning
 
-RGB = tuple[float, float, float]
+RGB = tuple[float, float, float]  # one value per color channel
 
 
 class Classifier(nn.Module):
-    """Encoder, pooling, `fc_norm`, `head`.
+    """Encoder, pooling, `fc_norm` and `head`.
 
-    pooling: "avg" of the patch tokens or the class "token". norm: "layer" (fine-tuning) or "batch" without affine
-    parameters (linear probing). classes = 0: no head. mean, std: of the images it takes. crop: the share of their
-    shorter side that its validation saw (None: the published rule).
+    Args:
+        encoder: over pixels or over token ids.
+        classes: outputs of the head; 0: no head.
+        pooling: "avg" of the patch tokens, or the class "token".
+        norm: "layer" (fine-tuning), or "batch" without affine parameters (linear probing).
+        class_names: one per class, if known.
+        mean, std: with which the input images are normalized.
+        crop: fraction of an image's shorter side that validation used (None: the published rule).
     """
 
     num_prefix_tokens = 1
@@ -44,12 +49,14 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.encoder, self.norm = encoder, norm
-        encoder.norm.requires_grad_(False)  # nothing here reads it
-        self.class_names, self.mean, self.std, self.crop = tuple(class_names), tuple(mean), tuple(std), crop
+        encoder.norm.requires_grad_(False)  # the classifier does not use the final norm
+        self.class_names, self.crop = tuple(class_names), crop
+        self.mean: RGB = (mean[0], mean[1], mean[2])
+        self.std: RGB = (std[0], std[1], std[2])
         if isinstance(encoder, TokenEncoder):
-            encoder.mean, encoder.std = self.mean, self.std  # it has to undo them
+            encoder.mean, encoder.std = self.mean, self.std  # the tokenizer needs the normalization undone
         self.num_features = self.head_hidden_size = self.embed_dim = width = encoder.config.width
-        self.fc_norm = LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.fc_norm: nn.Module = LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.feature_info = [
             {"module": f"encoder.blocks.{i}", "num_chs": width, "reduction": encoder.patch_size}
             for i in range(len(encoder.blocks))
@@ -57,26 +64,26 @@ class Classifier(nn.Module):
         self.reset_classifier(classes, pooling)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] normalised by `mean` and `std` -> logits, Float[B,classes]."""
+        """Map images normalized by `mean` and `std`, Float[B,3,H,W], to logits Float[B,classes]."""
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] -> tokens, Float[B,1+N,W], class token first, before pooling and norm."""
+        """Map images Float[B,3,H,W] to tokens Float[B,1+N,W], class token first, before pooling and norm."""
         return self.encoder.forward_features(images)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens Float[B,1+N,W] -> logits Float[B,classes], or what the head sees, Float[B,W]."""
+        """Map tokens Float[B,1+N,W] to logits Float[B,classes], or with `pre_logits` to the head's input Float[B,W]."""
         x = self.fc_norm(self.pool(x))
         return x if pre_logits else self.head(x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Tokens Float[B,1+N,W] -> Float[B,W]."""
+        """Pool tokens, Float[B,1+N,W] -> Float[B,W]."""
         return x[:, 1:].mean(1) if self.pooling == "avg" else x[:, 0]
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -84,46 +91,52 @@ class Classifier(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> Any:
-        """timm's: images Float[B,3,H,W] -> (tokens, a list of features after the blocks `indices`), or one of the two.
+        """Return the tokens after the last block and the features after some blocks, through timm's interface.
 
-        indices: the last n blocks, those named, or all. norm: with the encoder's final norm. Features are maps
-        Float[B,W,h,w] or patch tokens Float[B,N,W], with `return_prefix_tokens` each beside its class token.
+        Args:
+            x: images, Float[B,3,H,W].
+            indices: the last n blocks, the blocks of a list, or all (None).
+            return_prefix_tokens: pair each feature with its class token.
+            norm: apply the encoder's final norm to the features.
+            stop_early: skip the blocks after the last of `indices`.
+            output_fmt: feature maps Float[B,W,h,w] ("NCHW") or patch tokens Float[B,N,W] ("NLC").
+            intermediates_only: return the list of features only.
+            output_dict: return a dict with timm's names instead.
         """
-        taken, last = feature_take_indices(len(self.encoder.blocks), indices)
+        block_indices, last = feature_take_indices(len(self.encoder.blocks), indices)
         depth = last + 1 if stop_early or intermediates_only else len(self.encoder.blocks)
         outputs = self.encoder.forward_tokens(x, range(depth))
-        kept = [self.encoder.norm(outputs[i]) if norm else outputs[i] for i in sorted(taken)]
+        selected = [self.encoder.norm(outputs[i]) if norm else outputs[i] for i in sorted(block_indices)]
         grid = self.encoder.grid_of(x)
-        features = [to_feature_map(y[:, 1:], grid) if output_fmt == "NCHW" else y[:, 1:] for y in kept]
-        prefix = [y[:, :1] for y in kept]
+        features = [to_feature_map(y[:, 1:], grid) if output_fmt == "NCHW" else y[:, 1:] for y in selected]
+        class_tokens = [y[:, :1] for y in selected]
         if output_dict:
-            found: dict[str, Any] = {"image_intermediates": features}
+            output: dict[str, Any] = {"image_intermediates": features}
             if return_prefix_tokens:
-                found["image_intermediates_prefix"] = prefix
-            return found if intermediates_only else {**found, "image_features": outputs[-1]}
-        if return_prefix_tokens:
-            features = list(zip(features, prefix, strict=True))
-        return features if intermediates_only else (outputs[-1], features)
+                output["image_intermediates_prefix"] = class_tokens
+            return output if intermediates_only else {**output, "image_features": outputs[-1]}
+        intermediates = list(zip(features, class_tokens, strict=True)) if return_prefix_tokens else features
+        return intermediates if intermediates_only else (outputs[-1], intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drops the blocks after the last of `indices`, and what else is not wanted; returns the indices."""
-        taken, last = feature_take_indices(len(self.encoder.blocks), indices)
+        """Drop the blocks after the last of `indices`, and optionally norm and head; return the indices (timm's API)."""
+        block_indices, last = feature_take_indices(len(self.encoder.blocks), indices)
         self.encoder.blocks = self.encoder.blocks[: last + 1]
         if prune_norm:
             self.encoder.norm = nn.Identity()
         if prune_head:
             self.fc_norm = nn.Identity()
             self.reset_classifier(0)
-        return taken
+        return block_indices
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Literal["avg", "token"] | None = None) -> None:
-        """A new head, of small weights; 0 classes: none."""
+        """Replace the head by a new one with small random weights; with 0 classes, by none."""
         if global_pool is not None:
             if global_pool not in ("avg", "token"):
                 raise ValueError(f"global_pool: found {global_pool!r}, expected 'avg' or 'token'")
@@ -137,20 +150,20 @@ class Classifier(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute activations a second time in training rather than keep them."""
+        """Recompute activations in the backward pass instead of storing them."""
         self.encoder.checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay spares, beside one-dimensional ones."""
+        """Return the parameters, besides one-dimensional ones, without weight decay."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """timm's description of the layers; `fc_norm` and `head`, which nothing matches, are the last."""
+        """Describe the layers to timm; `fc_norm` and `head`, which no pattern matches, come last."""
         return self.encoder.group_matcher(coarse, prefix="encoder.")
 
 
 def normalize(images: Tensor, mean: RGB, std: RGB) -> Tensor:
-    """Float[B,3,H,W] in [0,1] -> the same minus `mean`, over `std`, a channel each."""
+    """Subtract `mean` from images Float[B,3,H,W] in [0,1] and divide by `std`, per channel."""
     shape = (3, 1, 1)
     return (images - torch.tensor(mean, device=images.device).view(shape)) / torch.tensor(
         std, device=images.device

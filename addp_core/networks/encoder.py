@@ -1,7 +1,7 @@
-"""The encoder that everything shares: a ViT over pixels, for pretraining, recognition, detection and segmentation.
+"""The encoder that all tasks share: a ViT over pixels, for pretraining, recognition, detection and segmentation.
 
-Pretraining passes normalised noisy images and keeps `tokenizer_norm` and the final `norm` (Sec. 3.3); recognition drops
-both (App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
+Pretraining feeds it normalized noisy images and keeps `tokenizer_norm` and the final `norm` (Sec. 3.3). Recognition
+drops both (App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
 """
 
 import re
@@ -20,9 +20,9 @@ from addp_core.networks.layers import (
     Dropout,
     LayerNorm,
     check_heads,
+    gather_tokens,
     init_transformer,
-    learned,
-    take_rows,
+    normal_parameter,
     transformer_blocks,
 )
 from addp_core.networks.tokenizer import to_feature_map
@@ -30,23 +30,25 @@ from addp_core.networks.tokenizer import to_feature_map
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Architecture of the ViT; the defaults are ViT-B's."""
+    """Architecture of the ViT; the defaults are those of ViT-B."""
 
-    width: Annotated[int, Ge(1), "features a token"] = 768
-    depth: Annotated[int, Ge(1), "blocks"] = 12
+    width: Annotated[int, Ge(1), "features per token"] = 768
+    depth: Annotated[int, Ge(1), "number of blocks"] = 12
     heads: Annotated[int, Ge(1), "attention heads"] = 12
-    dropout: Annotated[float, Interval(ge=0, lt=1), "in attention and MLP"] = 0.0
-    drop_path: Annotated[float, Interval(ge=0, lt=1), "stochastic depth of the last block, growing from 0"] = 0.0
+    dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in attention and MLP"] = 0.0
+    drop_path: Annotated[
+        float, Interval(ge=0, lt=1), "stochastic depth of the last block; it grows linearly from 0"
+    ] = 0.0
     tokenizer_norm: Annotated[
         bool, "LayerNorm on the embedded patches: on in pretraining, off by default in transfer"
     ] = False
-    input_dropout: Annotated[float, Interval(ge=0, lt=1), "after `tokenizer_norm`, where that is on"] = 0.1
-    layer_scale: Annotated[bool, "learned scales on the branches of each block (BEiT's; ADDP has none)"] = False
+    input_dropout: Annotated[float, Interval(ge=0, lt=1), "dropout after `tokenizer_norm`, if that is on"] = 0.1
+    layer_scale: Annotated[bool, "learned scales on the branches of each block (BEiT has them, ADDP does not)"] = False
     pre_norm: Annotated[
-        bool, "`tokenizer_norm` is the ViT's own (CLIP's), and transfer keeps it (ADDP's is dropped)"
+        bool, "`tokenizer_norm` belongs to the ViT itself (CLIP), so transfer keeps it (it drops ADDP's)"
     ] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_heads("heads", self.heads, self.width)
 
 
@@ -59,34 +61,40 @@ VIT_SIZES = {
 
 
 class FeatureEncoder(nn.Module):
-    """What tasks read of an encoder that has `blocks` and a `patch_size`."""
+    """The interface through which tasks read features; subclasses set `blocks` and `patch_size` and define `embed`."""
 
-    checkpointing = False
-    """Whether training computes the blocks' activations a second time rather than keep them."""
-    prefix = 1
-    """Tokens before the patches."""
+    blocks: nn.ModuleList
+    patch_size: int
+    num_prefix_tokens = 1  # tokens before the patches: the class token
+    checkpointing = False  # in training, recompute the blocks' activations instead of storing them
 
     def embed(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] normalised -> Float[B,1+N,W], what the first block sees."""
+        """Return the input of the first block: normalized images Float[B,3,H,W] -> Float[B,1+N,W]."""
         raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] normalised -> Float[B,1+N,W], class token (where it attends) first, without the final norm."""
+        """Map normalized images Float[B,3,H,W] to tokens Float[B,1+N,W] before the final norm.
+
+        The class token comes first, unless the attention has none.
+        """
         return self.forward_tokens(images, (-1,))[0]
 
     def forward_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Float[B,3,H,W] normalised -> the patch tokens after each of the named blocks (negative counts from the end),
-        Float[B,W,h,w], without the final norm.
+        """Return the patch tokens after each of these blocks as feature maps, Float[B,W,h,w], before the final norm.
+
+        images: normalized, Float[B,3,H,W]. blocks: indices; negative ones count from the end.
         """
         grid = self.grid_of(images)
-        return [to_feature_map(x[:, self.prefix :], grid) for x in self.forward_tokens(images, blocks)]
+        return [to_feature_map(x[:, self.num_prefix_tokens :], grid) for x in self.forward_tokens(images, blocks)]
 
     def forward_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Float[B,3,H,W] normalised -> all tokens after each of the named blocks, Float[B,1+N,W]; later ones are not
-        computed.
+        """Return all tokens, Float[B,1+N,W], after each of these blocks; later blocks are not computed.
+
+        images: normalized, Float[B,3,H,W]. blocks: indices; negative ones count from the end.
         """
         wanted = [i % len(self.blocks) for i in blocks]
-        x, grid, outputs = self.embed(images), self.grid_of(images), {}
+        x, grid = self.embed(images), self.grid_of(images)
+        outputs: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, grid=grid, use_reentrant=False)
@@ -97,16 +105,20 @@ class FeatureEncoder(nn.Module):
         return [outputs[i] for i in wanted]
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of the patches of Float[B,3,H,W]."""
+        """Return the rows and columns of patches of images Float[B,3,H,W]."""
         return (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
 
 
 class Encoder(FeatureEncoder):
-    """ViT with learned positions and a class token, over images of `image_size` (height, width) cut into `patch_size`
-    squares.
+    """A ViT with learned positions and a class token.
 
-    attention: windows and relative positions, for dense prediction. dynamic: images may have any size that is a
-    multiple of the patch; absolute positions are then resampled, relative ones interpolated, at each call.
+    Args:
+        config: the architecture.
+        image_size: height and width in pixels, multiples of the patch size (ValueError otherwise).
+        patch_size: side of a patch in pixels.
+        attention: windows and relative positions, for dense prediction.
+        dynamic: accept images of any size that is a multiple of the patch size. Absolute positions are then resampled,
+            and relative ones interpolated, at each call.
     """
 
     def __init__(
@@ -118,17 +130,17 @@ class Encoder(FeatureEncoder):
         dynamic: bool = False,
     ):
         super().__init__()
-        self.config, self.image_size, self.patch_size = config, tuple(image_size), patch_size
+        height, width = image_size
+        self.config, self.image_size, self.patch_size = config, (height, width), patch_size
         self.attention, self.dynamic = attention, dynamic
-        if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(
-                f"image size {image_size[0]} x {image_size[1]}: expected multiples of the patch size {patch_size}"
-            )
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.num_prefix_tokens = int(attention.class_token)
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"image size {height} x {width}: expected multiples of the patch size {patch_size}")
+        self.grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(self.image_size, patch_size, 3, config.width, strict_img_size=not dynamic)
         if attention.class_token:
-            self.cls_token = learned(1, 1, config.width)
-        self.pos_embed = learned(1, 1 + self.grid[0] * self.grid[1], config.width)
+            self.cls_token = normal_parameter(1, 1, config.width)
+        self.pos_embed = normal_parameter(1, 1 + self.grid[0] * self.grid[1], config.width)
         if config.tokenizer_norm:
             self.tokenizer_norm = LayerNorm(config.width)
             self.tokenizer_dropout = Dropout(config.input_dropout)
@@ -146,29 +158,33 @@ class Encoder(FeatureEncoder):
         init_transformer(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
 
-    def forward(self, images: Tensor, extra: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """Float[B,3,H,W] normalised -> Float[B,1+N,W] after the final norm, class token (where it attends) first.
+    def forward(self, images: Tensor, extra: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """Map normalized images Float[B,3,H,W] to tokens after the final norm, Float[B,1+N,W], class token first.
 
-        extra: Float[B,E,W], further tokens that the image attends to; they are not part of the output. ValueError
-        where attention is windowed, relative or dynamic.
-        at: Long[B,Q], patches whose features are wanted, instead of the class token and all -> Float[B,Q,W].
+        Args:
+            extra: Float[B,E,W], further tokens that the image attends to; they are not part of the output. Raises
+                ValueError if the attention is windowed or relative or the image size is dynamic.
+            queries: Long[B,Q], patches whose features are wanted -> Float[B,Q,W] (default: class token and all).
         """
         if self.attention != PLAIN_ATTENTION or self.dynamic:
             if extra is not None:
-                raise ValueError("extra: tokens without a place need plain attention")
+                raise ValueError("extra: tokens without a position need plain attention and a fixed image size")
             x = self.norm(self.forward_features(images))
-            return x if at is None else take_rows(x, self.prefix + at)
+            return x if queries is None else gather_tokens(x, self.num_prefix_tokens + queries)
         x = self.embed(images, extra)
-        if at is None:
-            at = torch.arange(-1, self.pos_embed.shape[1] - 1, device=x.device).expand(len(x), -1)
+        if queries is None:
+            queries = torch.arange(-1, self.pos_embed.shape[1] - 1, device=x.device).expand(len(x), -1)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(self.blocks[-1](x, at=1 + at))
+        return self.norm(self.blocks[-1](x, queries=1 + queries))
 
     def embed(self, images: Tensor, extra: Tensor | None = None) -> Tensor:
-        """Float[B,3,H,W] normalised -> Float[B,1+N(+E),W]: class token, patches with positions, extra tokens."""
+        """Map normalized images Float[B,3,H,W] to class token, patches with positions and extra tokens.
+
+        -> Float[B,1+N(+E),W].
+        """
         x = self.patch_embed(images)
-        positions = self.pos_embed
+        positions: Tensor = self.pos_embed
         if (grid := self.grid_of(images)) != self.grid:
             positions = resample_positions(positions, self.grid, grid)
         if self.attention.class_token:
@@ -179,21 +195,17 @@ class Encoder(FeatureEncoder):
             x = torch.cat([x, extra], 1)
         return self.tokenizer_dropout(self.tokenizer_norm(x)) if self.config.tokenizer_norm else x
 
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patches."""
-        return int(self.attention.class_token)
-
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay spares, beside one-dimensional ones (App. D.2). Relative positions decay, as in
-        the published recipes of ViTDet and BEiT.
+        """Return the parameters, besides one-dimensional ones, without weight decay (App. D.2).
+
+        Relative positions do decay, as in the published recipes of ViTDet and BEiT.
         """
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, str]:
-        """timm's description of the layers for layer-wise decay: what embeds is layer 0, block i is layer i + 1.
+        """Describe the layers to timm for layer-wise learning rate decay: embeddings are layer 0, block i layer i + 1.
 
-        prefix: of the encoder's names in the model around it.
+        prefix: what precedes the names of the encoder's parameters in the enclosing model.
         """
         start = "^" + re.escape(prefix)
         stem = rf"{start}(?:cls_token|pos_embed|patch_embed|tokenizer_norm)"
@@ -201,6 +213,8 @@ class Encoder(FeatureEncoder):
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions Float[1,1+N,W] on the old grid (rows, columns) -> the new one, bicubically, the class position kept."""
-    # Without antialiasing, as published fine-tuning does it.
+    """Resample positions Float[1,1+N,W] from the grid `old` (rows, columns) to `new` bicubically.
+
+    The class position is kept. There is no antialiasing, as in the published fine-tuning.
+    """
     return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1, antialias=False)

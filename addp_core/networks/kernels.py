@@ -1,25 +1,25 @@
-"""Faster ways to compute the same on a CPU, in float32, without gradients. `compute.accelerate_model` switches them on.
+"""Faster CPU implementations of some layers, for float32 without gradients; `compute.accelerate_model` enables them.
 
-References: Winograd convolution (Lavin and Gray, arXiv 1509.09308), which cuDNN also chooses for such layers.
+Reference: Winograd convolution (Lavin and Gray, arXiv 1509.09308), which cuDNN also chooses for such layers.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HAS_WINOGRAD = torch._nnpack_available()  # asking also starts it, once a process
-WINOGRAD_PIXELS = 16 * 16  # below, transforming the kernels costs more than it saves
+HAS_WINOGRAD = torch._nnpack_available()  # the first call also initializes NNPACK
+WINOGRAD_PIXELS = 16 * 16  # on smaller maps, transforming the kernels costs more than it saves
 WINOGRAD_CHANNELS = 32
-TILE = 6  # pixels a side that one transform yields
-SHARED_PIXELS = 64 * 64  # up to here the images of a batch share the kernels' transform
+TILE = 6  # side in pixels of the output of one transform
+SHARED_PIXELS = 64 * 64  # up to this size, the images of a batch share one transform of the kernels
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the image's size.
+    """A 3x3 convolution that keeps the size of the map.
 
-    With `winograd` set, large enough maps go through NNPACK's Winograd convolution F(6x6, 3x3): a fifth of the
-    multiplications. Its rounding error is about 1e-5 of the output's spread, ten times that of a direct sum, and an
-    image's result does not depend on the rest of the batch.
+    If `winograd` is set, large enough maps go through NNPACK's Winograd convolution F(6x6, 3x3), which needs a fifth of
+    the multiplications. Its rounding error is about 1e-5 of the output's standard deviation, ten times that of a direct
+    sum, and the result of an image does not depend on the rest of the batch.
     """
 
     winograd = False
@@ -33,19 +33,19 @@ class Conv3x3(nn.Conv2d):
         if not self.uses_winograd(x, h, w):
             return super().forward(x)
         if b == 1:
-            return self._convolve(x)
+            return self._winograd_convolution(x)
         if h * w > SHARED_PIXELS:
-            return torch.cat([self._convolve(image) for image in x.split(1)])
-        # One tall image, with zeros in between that serve as padding and let each image start a row of tiles.
+            return torch.cat([self._winograd_convolution(image) for image in x.split(1)])
+        # Stack the images into a tall one. The zeros in between are the padding and start each image at a new tile.
         rows = h + TILE - h % TILE
         tall = F.pad(x, (0, 0, 0, rows - h)).transpose(0, 1).reshape(1, c, b * rows, w)
-        return self._convolve(tall).view(-1, b, rows, w)[:, :, :h].transpose(0, 1).contiguous()
+        return self._winograd_convolution(tall).view(-1, b, rows, w)[:, :, :h].transpose(0, 1).contiguous()
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _winograd_convolution(self, x: Tensor) -> Tensor:
         return torch._nnpack_spatial_convolution(x, self.weight, self.bias, [1, 1], [1, 1])
 
     def uses_winograd(self, x: Tensor, h: int, w: int) -> bool:
-        """Whether an input like `x`, of h x w pixels, goes that way."""
+        """Return whether an input of x's type and device, with h x w pixels, takes the Winograd convolution."""
         return (
             self.winograd
             and h * w >= WINOGRAD_PIXELS
@@ -56,13 +56,13 @@ class Conv3x3(nn.Conv2d):
 
 
 def norm_swish(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """swish(norm(x)); without gradients in one buffer."""
+    """Return swish(norm(x)); without gradients, in one buffer."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 def avg_pool_2x2(x: Tensor) -> Tensor:
-    """2x2 average pooling, Float[B,C,2h,2w] -> Float[B,C,h,w]."""
+    """Average 2x2 blocks, Float[B,C,2h,2w] -> Float[B,C,h,w]; on a CPU four times as fast as torch's pooling."""
     if x.is_cuda or torch.is_grad_enabled():
         return F.avg_pool2d(x, 2)
-    rows = x[:, :, ::2] + x[:, :, 1::2]  # four times as fast as the CPU's pooling
+    rows = x[:, :, ::2] + x[:, :, 1::2]
     return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)

@@ -1,6 +1,6 @@
 """The token predictor: MAGE, which gives q(z | reliable ids), a distribution over the codebook at every position.
 
-Frozen while ADDP trains (Sec. 3.2 of the paper); `addp predictor` trains one. Reference: MAGE (arXiv 2211.09117).
+It is frozen while ADDP trains (Sec. 3.2); `addp predictor` trains it. Reference: MAGE (arXiv 2211.09117).
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from addp_core.networks.layers import (
     TokenHead,
     check_heads,
     init_transformer,
-    learned,
-    put_rows,
+    normal_parameter,
+    scatter_tokens,
     transformer_blocks,
 )
 from addp_core.networks.tokenizer import Vocabulary
@@ -28,16 +28,16 @@ from addp_core.networks.tokenizer import Vocabulary
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """Architecture of MAGE; the defaults are ViT-B's."""
+    """Architecture of MAGE; the defaults are those of MAGE ViT-B."""
 
-    width: Annotated[int, Ge(1), "features a token"] = 768
+    width: Annotated[int, Ge(1), "features per token"] = 768
     depth: Annotated[int, Ge(1), "encoder blocks"] = 12
-    heads: Annotated[int, Ge(1), "encoder heads; width/64 in published files"] = 12
+    heads: Annotated[int, Ge(1), "attention heads of the encoder; width/64 in published checkpoints"] = 12
     decoder_depth: Annotated[int, Ge(1), "decoder blocks"] = 8
-    decoder_heads: Annotated[int, Ge(1), "decoder heads"] = 16
-    dropout: Annotated[float, Interval(ge=0, lt=1), "in embeddings, attention and MLP"] = 0.1
+    decoder_heads: Annotated[int, Ge(1), "attention heads of the decoder"] = 16
+    dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in embeddings, attention and MLP"] = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_heads("heads", self.heads, self.width)
         check_heads("decoder_heads", self.decoder_heads, self.width)
 
@@ -48,37 +48,36 @@ class TokenPredictor(nn.Module):
     def __init__(self, config: PredictorConfig, tokens: int, vocabulary: Vocabulary):
         super().__init__()
         self.config, self.tokens, self.vocabulary = config, tokens, vocabulary
-        self.trained_on = ""  # fingerprint of the tokenizer whose ids it knows, where that is known
+        self.trained_on = ""  # fingerprint of the tokenizer whose ids it was trained on; empty if unknown
         width = config.width
         self.token_emb = TokenEmbeddings(vocabulary.size, 1 + tokens, width, config.dropout)
         self.blocks = transformer_blocks(width, config.depth, config.heads, config.dropout)
         self.norm = LayerNorm(width)
 
         self.decoder_embed = nn.Linear(width, width)
-        self.decoder_pos_embed_learned = learned(1, 1 + tokens, width)
+        self.decoder_pos_embed_learned = normal_parameter(1, 1 + tokens, width)
         self.decoder_blocks = transformer_blocks(width, config.decoder_depth, config.decoder_heads, config.dropout)
         self.decoder_norm = LayerNorm(width)
         self.mlm_layer = TokenHead(width, vocabulary.size)
         init_transformer(self)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """q(z | reliable ids): Long[B,N] ids, Bool[B,N] mask (True = unreliable) -> Float[B,N,K] probabilities over the
-        codebook.
-        """
+        """Return q(z | reliable ids), Float[B,N,K], from ids Long[B,N] and mask Bool[B,N] (True = unreliable)."""
         return self.logits(ids, mask, vocabulary=self.vocabulary.codebook).softmax(-1)
 
     def logits(self, ids: Tensor, mask: Tensor, dropped: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
-        """Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] over the first `vocabulary` ids (all by default).
+        """Return the logits of all positions: Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'].
 
-        dropped: Bool[B,N], part of the mask, the same number in every row: positions that the encoder skips in
-        training.
+        Args:
+            dropped: Bool[B,N], the part of the mask that the encoder skips in training; the same number in every row.
+            vocabulary: compute the logits of the first `vocabulary` ids only (default: all).
         """
         hidden = ids.masked_fill(mask, self.vocabulary.mask_id)
-        # Unreliable positions start from the class token's features: MAGE pads with them rather than with a mask token.
+        # MAGE pads unreliable positions with the class token's features rather than with a mask token.
         if dropped is None:
-            visible = MaskPositions.of(mask).visible
-            x = self.decoder_embed(self.encode(hidden, at=visible))
-            class_token, patches = x[:, :1], put_rows(x[:, 1:], visible, ids.shape[1])
+            visible = MaskPositions.from_mask(mask).visible
+            x = self.decoder_embed(self.encode(hidden, queries=visible))
+            class_token, patches = x[:, :1], scatter_tokens(x[:, 1:], visible, ids.shape[1])
         else:
             x = self.decoder_embed(self.encode(hidden, dropped))
             class_token, patches = x[:, :1], _scatter_kept(x[:, 1:], dropped)
@@ -89,9 +88,12 @@ class TokenPredictor(nn.Module):
         embeddings = self.token_emb.word_embeddings.weight[:vocabulary]
         return self.mlm_layer(self.decoder_norm(x[:, 1:]), embeddings)
 
-    def encode(self, ids: Tensor, dropped: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """Long[B,N] ids (mask ids included) -> Float[B,1+N',W] with the class slot in front; N' excludes dropped
-        positions, or counts those of `at` Long[B,N'], which alone are wanted then.
+    def encode(self, ids: Tensor, dropped: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """Encode Long[B,N] ids (mask ids included) as Float[B,1+N',W], class slot first.
+
+        Args:
+            dropped: Bool[B,N], positions that the sequence leaves out; N' counts the others.
+            queries: Long[B,N'], the only positions whose features are wanted.
         """
         x = self.token_emb(torch.cat([ids.new_full((len(ids), 1), self.vocabulary.class_id), ids], 1))
         if dropped is not None:
@@ -99,11 +101,11 @@ class TokenPredictor(nn.Module):
             x = x[kept].view(len(ids), -1, x.shape[-1])
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.norm(self.blocks[-1](x, at=None if at is None else F.pad(1 + at, (1, 0))))
+        return self.norm(self.blocks[-1](x, queries=None if queries is None else F.pad(1 + queries, (1, 0))))
 
 
 class TokenEmbeddings(nn.Module):
-    """Word plus position embedding, LayerNorm, dropout (BERT's)."""
+    """BERT's embeddings: word plus position embedding, LayerNorm, dropout."""
 
     def __init__(self, vocabulary: int, positions: int, width: int, dropout: float):
         super().__init__()
@@ -115,12 +117,12 @@ class TokenEmbeddings(nn.Module):
         nn.init.normal_(self.position_embeddings.weight, std=INIT_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Long[B,L] -> Float[B,L,W]."""
+        """Embed ids, Long[B,L] -> Float[B,L,W]."""
         return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
 
 
 def _scatter_kept(x: Tensor, dropped: Tensor) -> Tensor:
-    """Float[B,N',W] features of the kept positions -> Float[B,N,W] with zeros where dropped."""
+    """Spread the features of the kept positions over all: Float[B,N',W] -> Float[B,N,W], zeros where dropped."""
     full = x.new_zeros(*dropped.shape, x.shape[-1])
     full[~dropped] = x.flatten(0, 1)
     return full

@@ -1,6 +1,6 @@
-"""An encoder over token ids rather than pixels: MAGE's, as a contestant in recognition (Tab. 1 of the paper).
+"""MAGE's encoder over token ids instead of pixels, for comparison in recognition (Tab. 1 of the paper).
 
-References: MAGE (arXiv 2211.09117).
+Reference: MAGE (arXiv 2211.09117).
 """
 
 import re
@@ -16,10 +16,15 @@ from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 
 
 class TokenEncoder(FeatureEncoder):
-    """A frozen tokenizer and MAGE's encoder over its ids, with the class slot in front; images come in normalised.
+    """A frozen tokenizer followed by MAGE's encoder over its ids, with the class slot first.
 
-    mean, std: of those images. `config.dropout` acts in embeddings, attention and MLP. ValueError where the tokenizer's
-    stride does not divide the image size (height, width).
+    Args:
+        config: MAGE's architecture; its dropout acts in embeddings, attention and MLP.
+        vocabulary: ids of the encoder.
+        tokenizer: architecture of the VQGAN.
+        image_size: height and width in pixels, multiples of the tokenizer's stride (ValueError otherwise).
+        drop_path: stochastic depth of the last block; it grows linearly from 0.
+        mean, std: with which the input images are normalized; the tokenizer needs them undone.
     """
 
     def __init__(
@@ -33,7 +38,8 @@ class TokenEncoder(FeatureEncoder):
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
     ):
         super().__init__()
-        self.predictor_config, self.vocabulary, self.image_size = config, vocabulary, tuple(image_size)
+        self.predictor_config, self.vocabulary = config, vocabulary
+        self.image_size = (image_size[0], image_size[1])
         self.config = EncoderConfig(config.width, config.depth, config.heads, config.dropout, drop_path)
         self.mean, self.std = mean, std
         self.patch_size = tokenizer.stride
@@ -43,25 +49,25 @@ class TokenEncoder(FeatureEncoder):
         self.norm = LayerNorm(config.width)
         init_transformer(self)
         self.tokenizer = Tokenizer(tokenizer).requires_grad_(False)
-        del self.tokenizer.decoder  # no pixels are wanted back
+        del self.tokenizer.decoder  # nothing is decoded back to pixels
 
     def embed(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] normalised -> Float[B,1+N,W]: the class slot and the embedded ids."""
+        """Embed the class slot and the ids of normalized images: Float[B,3,H,W] -> Float[B,1+N,W]."""
         ids = self.tokenize(images)
         return self.token_emb(torch.cat([ids.new_full((ids.shape[0], 1), self.vocabulary.class_id), ids], 1))
 
     @torch.no_grad()
     def tokenize(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] normalised -> Long[B,N] ids."""
+        """Return the ids of normalized images: Float[B,3,H,W] -> Long[B,N]."""
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return self.tokenizer.encode((images * std + mean).clamp(0, 1))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay spares, beside one-dimensional ones."""
+        """Return the parameters, besides one-dimensional ones, without weight decay."""
         return {"token_emb.position_embeddings.weight"}
 
     def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, str]:
-        """timm's description of the layers for layer-wise decay, as that of `Encoder`."""
+        """Describe the layers to timm for layer-wise learning rate decay, as `Encoder.group_matcher` does."""
         start = "^" + re.escape(prefix)
         return {
             "stem": f"{start}(?:token_emb|tokenizer)",

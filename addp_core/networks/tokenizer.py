@@ -1,8 +1,9 @@
 """The image tokenizer: MaskGIT's VQGAN, and the vocabulary that the transformers build on its codebook.
 
-Images in [0, 1] become a grid of codebook ids and come back as unclamped images. No attention, GroupNorm with swish,
-average pooling on the way down, nearest-neighbour upsampling with a 3x3 convolution on the way up.
-References: VQGAN (arXiv 2012.09841), MaskGIT (2202.04200). Module names are those of published files.
+It maps images in [0, 1] to a grid of codebook ids, and ids back to unclamped images. There is no attention; norms are
+GroupNorm followed by swish; the encoder downsamples by average pooling, the decoder upsamples by nearest neighbor and a
+3x3 convolution. References: VQGAN (arXiv 2012.09841), MaskGIT (2202.04200). Module names are those of the published
+checkpoints.
 """
 
 import math
@@ -24,15 +25,15 @@ class TokenizerConfig:
 
     width: Annotated[int, Ge(1), "channels at full resolution, a multiple of groups"] = 128
     multipliers: Annotated[
-        tuple[int, ...], "width multiplier of each level; every level but the last halves the grid"
+        tuple[int, ...], "width multiplier of each level; every level except the last halves the resolution"
     ] = (1, 1, 2, 2, 4)
-    blocks: Annotated[int, Ge(1), "residual blocks a level"] = 2
+    blocks: Annotated[int, Ge(1), "residual blocks per level"] = 2
     codebook: Annotated[int, Ge(2), "number of codes"] = 1024
-    dim: Annotated[int, Ge(1), "width of a code"] = 256
-    # With one channel a group, the decoder can hardly tell a dark image from a bright one; published widths have four.
-    groups: Annotated[int, Ge(1), "groups of every norm; a quarter of width is good for narrow models"] = 32
+    dim: Annotated[int, Ge(1), "features per code"] = 256
+    # With one channel per group, the decoder can hardly tell dark from bright images; published models have four.
+    groups: Annotated[int, Ge(1), "groups of every GroupNorm; width / 4 works well for narrow models"] = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.width % self.groups:
             raise ValueError(f"width: found {self.width}, expected a multiple of groups = {self.groups}")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -40,11 +41,14 @@ class TokenizerConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a token spans, per side."""
+        """Pixels per token, along each side."""
         return 2 ** (len(self.multipliers) - 1)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tokens of an image (height, width). ValueError where the stride does not divide it."""
+        """Return the rows and columns of tokens of an image (height, width).
+
+        Raises ValueError if the stride does not divide the image size.
+        """
         height, width = image_size
         if height % self.stride or width % self.stride:
             raise ValueError(
@@ -55,88 +59,97 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids that the transformers know: the codebook's, unused slots (1000 classes in MaskGIT), and one mask id, the
-    last.
-    """
+    """The ids of the transformers: the codebook's, unused slots (MaskGIT's 1000 classes), and last the mask id."""
 
     codebook: int
     unused: int = 1000
-    class_slot: int = 76  # which unused slot stands in front of the sequence: id 1100 in published files
+    class_slot: int = 76  # the unused slot that stands first in the sequence: id 1100 in published checkpoints
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.class_slot < self.unused:
             raise ValueError(f"class_slot: found {self.class_slot}, expected one of the {self.unused} unused slots")
 
     @classmethod
     def with_slots(cls, codebook: int, unused: int) -> "Vocabulary":
-        """With `unused` slots, the class slot the published one, or the last where there are fewer."""
+        """Return a vocabulary with `unused` slots and the published class slot, or the last slot if there are fewer."""
         return cls(codebook, unused, min(cls.class_slot, unused - 1))
 
     @property
     def size(self) -> int:
+        """V, the number of ids."""
         return self.codebook + self.unused + 1
 
     @property
     def class_id(self) -> int:
+        """The id of the class slot."""
         return self.codebook + self.class_slot
 
     @property
     def mask_id(self) -> int:
+        """The id of masked tokens."""
         return self.size - 1
 
 
 class Tokenizer(nn.Module):
-    """VQGAN. `grid` is the token grid (rows, columns) that `lookup` assumes where it is not told one."""
+    """The VQGAN.
+
+    grid: rows and columns of tokens that `lookup` assumes by default.
+    """
 
     def __init__(self, config: TokenizerConfig, grid: tuple[int, int] | None = None):
         super().__init__()
         self.config = config
         self.grid = grid
-        self.chunk_size: int | None = None  # compute only: images in one go where nothing trains; None is all
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.chunk_size: int | None = None  # compute only: images at a time without gradients; None: all of them
+        self.encoder = VQEncoder(config)
+        self.decoder = VQDecoder(config)
         self.quantize = Codebook(config.codebook, config.dim)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] in [0,1] -> Long[B,N] codebook ids, row-major over the token grid."""
-        return self._each(lambda x: self.quantize.nearest_ids(self.encoder(x)), images)
+        """Map images Float[B,3,H,W] in [0,1] to codebook ids Long[B,N], row-major over the token grid."""
+        return self._in_chunks(lambda x: self.quantize.nearest_ids(self.encoder(x)), images)
 
     def lookup(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Long[B,N] ids -> Float[B,D,h,w] code embeddings. ValueError where N does not fit the grid."""
-        h, w = grid or self.grid or _square(ids.shape[1])
+        """Map ids Long[B,N] to code embeddings Float[B,D,h,w].
+
+        grid: rows and columns (default: the tokenizer's, or else square). Raises ValueError if N does not fit.
+        """
+        h, w = grid or self.grid or _square_grid(ids.shape[1])
         if h * w != ids.shape[1]:
             raise ValueError(f"lookup: found {ids.shape[1]} ids, expected {h} x {w}; pass grid=(rows, columns)")
         return to_feature_map(self.quantize.embedding(ids), (h, w))
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        """Float[B,D,h,w] code embeddings (or mixtures of them) -> Float[B,3,H,W], unclamped."""
-        return self._each(self.decoder, embeddings)
+        """Map code embeddings or mixtures of them, Float[B,D,h,w], to unclamped images Float[B,3,H,W]."""
+        return self._in_chunks(self.decoder, embeddings)
 
-    def _each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function` of the batch `x`, or of some images at a time."""
+    def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply `function` to the batch, `chunk_size` images at a time."""
         if self.chunk_size is None or len(x) <= self.chunk_size or torch.is_grad_enabled():
             return function(x)
-        return torch.cat([function(rows) for rows in x.split(self.chunk_size)])
+        return torch.cat([function(chunk) for chunk in x.split(self.chunk_size)])
 
 
 def to_feature_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Float[B,N,D] tokens, row-major -> Float[B,D,h,w]."""
+    """Arrange row-major tokens on their grid: Float[B,N,D] -> Float[B,D,h,w]."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def _square(n: int) -> tuple[int, int]:
+def _square_grid(n: int) -> tuple[int, int]:
     side = math.isqrt(n)
     return side, side
 
 
 class Codebook(nn.Module):
+    """The code embeddings."""
+
     def __init__(self, size: int, dim: int):
         super().__init__()
         self.embedding = nn.Embedding(size, dim)
         nn.init.uniform_(self.embedding.weight, -1 / size, 1 / size)
 
-    def did_you_mean(self, h: Tensor) -> Tensor:
-        """Float[B,D,h,w] -> Long[B,h*w], the id of the nearest code by Euclidean distance."""
+    def nearest_ids(self, h: Tensor) -> Tensor:
+        """Return the ids of the nearest codes by Euclidean distance: Float[B,D,h,w] -> Long[B,h*w]."""
         codes = self.embedding.weight.float()
         h = h.flatten(2).transpose(1, 2).float()
         # |h|^2 is the same for every code and cannot change which is nearest. float32: bf16 distances would tie.
@@ -144,65 +157,88 @@ class Codebook(nn.Module):
             return (codes.square().sum(1) - 2 * h @ codes.T).argmin(-1)
 
 
-class Encoder(nn.Module):
+class VQEncoder(nn.Module):
+    """The VQGAN's encoder."""
+
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [config.width * m for m in config.multipliers]
         self.conv_in = Conv3x3(3, config.width)
         self.down = nn.ModuleList()
-        previous = config.width
-        for width in widths:
-            level = nn.Module()
-            level.block = residual_blocks(previous, width, config)
-            self.down.append(level)
-            previous = width
-        self.mid = middle(previous, config)
-        self.norm_out = group_norm(previous, config)
-        self.conv_out = nn.Conv2d(previous, config.dim, 1)
+        width_in = config.width
+        for multiplier in config.multipliers:
+            width = config.width * multiplier
+            self.down.append(Level(width_in, width, config))
+            width_in = width
+        self.mid = MiddleBlocks(width_in, config)
+        self.norm_out = group_norm(width_in, config)
+        self.conv_out = nn.Conv2d(width_in, config.dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float[B,3,H,W] in [0,1] -> Float[B,D,h,w], before quantization."""
+        """Map images Float[B,3,H,W] in [0,1] to features Float[B,D,h,w] before quantization."""
         x = self.conv_in(x)
         for i, level in enumerate(self.down):
-            if i:
-                x = avg_pool_2x2(x)
-            for block in level.block:
-                x = block(x)
-        x = self.mid.block_2(self.mid.block_1(x))
+            x = level(avg_pool_2x2(x) if i else x)
+        x = self.mid(x)
         return self.conv_out(norm_swish(self.norm_out, x))
 
 
-class Decoder(nn.Module):
+class VQDecoder(nn.Module):
+    """The VQGAN's decoder."""
+
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [config.width * m for m in config.multipliers]
-        previous = widths[-1]
-        self.conv_in = Conv3x3(config.dim, previous, bias=True)
-        self.mid = middle(previous, config)
+        width_in = config.width * config.multipliers[-1]
+        self.conv_in = Conv3x3(config.dim, width_in, bias=True)
+        self.mid = MiddleBlocks(width_in, config)
         levels = []
-        for i, width in reversed(list(enumerate(widths))):
-            level = nn.Module()
-            level.block = residual_blocks(previous, width, config)
-            if i:
-                level.upsample = Upsample(width)
-            levels.append(level)
-            previous = width
-        self.up = nn.ModuleList(reversed(levels))  # published files count from the full resolution
-        self.norm_out = group_norm(previous, config)
-        self.conv_out = Conv3x3(previous, 3, bias=True)
+        for i, multiplier in reversed(list(enumerate(config.multipliers))):
+            width = config.width * multiplier
+            levels.append(Level(width_in, width, config, upsample=i > 0))
+            width_in = width
+        self.up = nn.ModuleList(reversed(levels))  # published checkpoints count from the full resolution
+        self.norm_out = group_norm(width_in, config)
+        self.conv_out = Conv3x3(width_in, 3, bias=True)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Float[B,D,h,w] -> Float[B,3,H,W]."""
-        x = self.mid.block_2(self.mid.block_1(self.conv_in(z)))
-        for i, level in reversed(list(enumerate(self.up))):
-            for block in level.block:
-                x = block(x)
-            if i:
-                x = level.upsample(x)
+        """Map code embeddings Float[B,D,h,w] to images Float[B,3,H,W]."""
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(norm_swish(self.norm_out, x))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and in the decoder the upsampling to the next one."""
+
+    def __init__(self, width_in: int, width: int, config: TokenizerConfig, upsample: bool = False):
+        super().__init__()
+        widths_in = [width_in] + [width] * (config.blocks - 1)
+        self.block = nn.ModuleList(ResidualBlock(block_width, width, config) for block_width in widths_in)
+        self.upsample = Upsample(width) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float[B,C,h,w] -> Float[B,C',h,w], or Float[B,C',2h,2w] with upsampling."""
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
+
+
+class MiddleBlocks(nn.Module):
+    """Two residual blocks at the lowest resolution."""
+
+    def __init__(self, width: int, config: TokenizerConfig):
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width, config)
+        self.block_2 = ResidualBlock(width, width, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float[B,C,h,w] -> Float[B,C,h,w]."""
+        return self.block_2(self.block_1(x))
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions, each after GroupNorm and swish, and a shortcut."""
+
     def __init__(self, width_in: int, width: int, config: TokenizerConfig):
         super().__init__()
         self.norm1 = group_norm(width_in, config)
@@ -213,6 +249,7 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Float[B,C,h,w] -> Float[B,C',h,w]."""
         h = self.conv1(norm_swish(self.norm1, x))
         h = self.conv2(norm_swish(self.norm2, h))
         # MaskGIT's quirk: where the width changes, the shortcut starts from the block's own output, not from its input.
@@ -220,16 +257,19 @@ class ResidualBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour x2, then a 3x3 convolution, computed as four 2x2 convolutions on the small map.
+    """Nearest-neighbor x2, then a 3x3 convolution, computed as four 2x2 convolutions on the small map.
 
-    Each output phase sees only 2x2 different input pixels, so the taps that fall on the same pixel are summed first:
-    the same result with 4/9 of the multiplications and without the enlarged input. Winograd's way saves more than that.
+    Each of the four output phases sees only 2x2 different input pixels, so kernel taps that fall on the same pixel are
+    summed first. This gives the same result with 4/9 of the multiplications and without the enlarged input. Winograd's
+    convolution, where it is used, saves more than that.
     """
+
+    fold: Tensor
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = Conv3x3(width, width, bias=True)
-        # fold[phase][pixel][tap]: which of three taps fall on the first and the second pixel that a phase sees
+        # fold[phase][pixel][tap]: which of three taps fall on the first and on the second pixel that a phase sees
         fold = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         self.register_buffer("fold", fold, persistent=False)
 
@@ -250,14 +290,5 @@ class Upsample(nn.Module):
 
 
 def group_norm(width: int, config: TokenizerConfig) -> nn.GroupNorm:
+    """Return a GroupNorm with the configured number of groups."""
     return nn.GroupNorm(config.groups, width, eps=1e-6)
-
-
-def residual_blocks(width_in: int, width: int, config: TokenizerConfig) -> nn.ModuleList:
-    return nn.ModuleList(ResidualBlock(width if i else width_in, width, config) for i in range(config.blocks))
-
-
-def middle(width: int, config: TokenizerConfig) -> nn.Module:
-    mid = nn.Module()
-    mid.block_1, mid.block_2 = ResidualBlock(width, width, config), ResidualBlock(width, width, config)
-    return mid

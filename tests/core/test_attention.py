@@ -165,7 +165,7 @@ def test_dynamic_sizes(attention):
     torch.testing.assert_close(dynamic.forward_features(images), fixed.forward_features(images))
     (found,) = dynamic.forward_maps(torch.randn(1, 3, 48, 24), [-1])
     assert found.shape == (1, 16, 6, 3)
-    assert dynamic(torch.randn(2, 3, 48, 24)).shape == (2, 18 + dynamic.prefix, 16)
+    assert dynamic(torch.randn(2, 3, 48, 24)).shape == (2, 18 + dynamic.num_prefix_tokens, 16)
     with pytest.raises(AssertionError, match="Input"):
         fixed.forward_features(torch.randn(1, 3, 48, 24))
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from addp_core.base.rng import generator
 from addp_core.method.sampler import sample
 from addp_core.networks.kernels import HAS_WINOGRAD, Conv3x3, avg_pool_2x2, norm_swish
-from addp_core.networks.layers import Block, Dropout, MaskPositions, put_rows, take_rows
+from addp_core.networks.layers import Block, Dropout, MaskPositions, gather_tokens, scatter_tokens
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
 from addp_core.training import compute
 from addp_core.training.compute import accelerate_model
@@ -129,7 +129,7 @@ def test_block_at_positions_equals_those_rows_of_the_whole():
     torch.manual_seed(0)
     block, x, at = Block(16, 2, 0.0, 0.0), spread(3, 7, 16), torch.tensor([[0, 6], [5, 5], [2, 1]])
     mask = torch.rand(3, 1, 1, 7) < 0.8
-    torch.testing.assert_close(block(x, mask, at), take_rows(block(x, mask), at))
+    torch.testing.assert_close(block(x, mask, at), gather_tokens(block(x, mask), at))
     assert block(x, None, at[:, :0]).shape == (3, 0, 16)
 
 
@@ -150,11 +150,11 @@ def test_block_is_timms():
 
 def test_positions_of_rows_that_differ():
     mask = torch.tensor([[True, False, True, False], [True, True, True, False]])
-    positions = MaskPositions.of(mask)
-    assert positions.visible[positions.visible_real].tolist() == [1, 3, 3]
-    assert positions.masked[positions.masked_real].tolist() == [0, 2, 0, 1, 2]
+    positions = MaskPositions.from_mask(mask)
+    assert positions.visible[positions.visible_valid].tolist() == [1, 3, 3]
+    assert positions.masked[positions.masked_valid].tolist() == [0, 2, 0, 1, 2]
     x = spread(2, 4, 3)
-    torch.testing.assert_close(positions.flat(take_rows(x, positions.masked)), x[mask])
-    even = MaskPositions.of(mask[:1])
-    assert (even.visible.tolist(), even.visible_real) == ([[1, 3]], None)
-    torch.testing.assert_close(put_rows(take_rows(x[:1], even.visible), even.visible, 4), x[:1] * ~mask[:1, :, None])
+    torch.testing.assert_close(positions.unpad_masked(gather_tokens(x, positions.masked)), x[mask])
+    even = MaskPositions.from_mask(mask[:1])
+    assert (even.visible.tolist(), even.visible_valid) == ([[1, 3]], None)
+    torch.testing.assert_close(scatter_tokens(gather_tokens(x[:1], even.visible), even.visible, 4), x[:1] * ~mask[:1, :, None])
