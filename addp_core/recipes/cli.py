@@ -90,9 +90,9 @@ def _split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _unknown_verb(verb: str) -> str:
-    group = verb.split()[0] if verb else ""
-    actions = verb_groups().get(group, [])
-    suggestion = did_you_mean(verb, actions or [*VERBS, *verb_groups()])
+    groups = verb_groups()
+    actions = groups.get(verb.split(" ")[0], [])
+    suggestion = "" if verb in groups else did_you_mean(verb, actions or [*VERBS, *groups])
     return f"unknown verb {verb!r}{suggestion or '; the verbs are ' + ', '.join(actions or VERBS)}"
 
 

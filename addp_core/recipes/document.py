@@ -146,6 +146,8 @@ class Document:
 
     def suggest_key(self, cls: type, name: str, prefix: str) -> str:
         """Suggest the key that was probably meant: the same name in another section, then the closest name."""
+        if name.split(".")[0] == BASE:
+            return f"; {BASE} belongs at the top level of a recipe file, with the name or path of a recipe"
         all_names = [full_name for full_name, _ in all_keys(self.recipe)]
         same_name = [full_name for full_name in all_names if full_name.split(".")[-1] == name.split(".")[-1]]
         if same_name and len(same_name) <= 3:

@@ -1,21 +1,16 @@
-"""The command line: what it runs, what it says, and its exit codes."""
+"""The command line: what it runs, what it prints, and its exit codes."""
 
-import importlib
 import logging
 import os
 import re
 import subprocess
 import sys
-from dataclasses import MISSING
 
 import pytest
-import yaml
 
 import addp_core
 from addp_core.recipes.cli import main
-from addp_core.recipes.config import load, recipes_of
-from addp_core.recipes.keys import all_keys
-from addp_core.recipes.verbs import VERBS
+from addp_core.recipes.verbs import VERBS, verb_groups
 
 PARROT = '''"""`addp parrot` says words."""
 import logging, os, signal, sys
@@ -26,6 +21,10 @@ from addp_core.base.errors import UserError
 @dataclass
 class Voice:
     volume: Annotated[int, "decibels"] = 60
+
+    def __post_init__(self):
+        if not self.volume:
+            raise ValueError("volume: found 0, expected a parrot")
 
 @dataclass
 class Recipe:
@@ -50,7 +49,7 @@ def run(recipe):
 
 @pytest.fixture
 def parrot(tmp_path, monkeypatch):
-    """A verb of a package of its own, with two named recipes; the test runs in an empty folder."""
+    """A verb with two named recipes and a group of two verbs, in a package of their own; the folder is empty."""
     package = tmp_path / "package" / "aviary"
     (package / "recipes" / "parrot").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -71,7 +70,7 @@ def parrot(tmp_path, monkeypatch):
 
 
 def refusal(capsys, *argv: str) -> str:
-    """The one line that a wrong command line is answered with."""
+    """Run a wrong command line and return the one line of its error."""
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -86,7 +85,7 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
     run_folder = tmp_path / "here" / "run"
     run_folder.mkdir()
     (run_folder / "recipe.yaml").write_text("word: resumed\n")
-    said = {
+    outputs = {
         ("polly",): "hello\n",
         ("twice", "word=x"): "x\nx\n",
         ("times=2", "polly"): "hello\nhello\n",
@@ -95,7 +94,7 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
         ("run",): "resumed\n",
         ("word=a b",): "a b\n",
     }
-    for args, text in said.items():
+    for args, text in outputs.items():
         assert main(["parrot", *args]) == 0
         assert capsys.readouterr().out == text
 
@@ -106,20 +105,28 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
         (["pretrian"], "unknown verb 'pretrian'; did you mean 'pretrain'?"),
         (["xyz"], f"unknown verb 'xyz'; the verbs are {', '.join(VERBS)}, parrot, cage open, cage shut"),
         (["cage", "opne"], "unknown verb 'cage opne'; did you mean 'cage open'?"),
-        (["cage"], "unknown verb 'cage'; the verbs are cage open, cage shut"),
+        (["caeg"], "unknown verb 'caeg'; did you mean 'cage'?"),
+        (["cage", "--print-config"], "unknown verb 'cage'; the verbs are cage open, cage shut"),
+        (["cage", "opne", "--help"], "unknown verb 'cage opne'; did you mean 'cage open'?"),
+        (["help", "cage", "opne"], "unknown verb 'cage opne'; did you mean 'cage open'?"),
         (["cage", "zzz", "x=1"], "unknown verb 'cage zzz'; the verbs are cage open, cage shut"),
         (["parrot", "poly"], "no recipe named 'poly'; named recipes: polly, twice; did you mean 'polly'?"),
         (
             ["parrot", "zzz"],
             "no recipe named 'zzz'; named recipes: polly, twice; a setting is written key=value, "
-            "a file of your own by its path",
+            "a recipe file of your own as its path",
         ),
         (["parrot", "a/polly.yaml"], "a/polly.yaml: no such file; named recipes: polly, twice; did you mean 'polly'?"),
         (
             ["parrot", "polly", "times"],
-            "'times': expected key=value without spaces; the recipe is 'polly', and there is one at most",
+            "'times': expected key=value without spaces; the recipe is 'polly', and there can be only one",
         ),
         (["parrot", "--times=3"], "'--times=3': settings are written key=value, without dashes (train.batch=32)"),
+        (
+            ["parrot", "polly", "--print-confg"],
+            "'--print-confg': settings are written key=value, without dashes (train.batch=32); "
+            "did you mean '--print-config'?",
+        ),
         (["parrot", "polly", "tims=3"], "unknown key 'tims'; did you mean 'times'?"),
         (["parrot", "polly", "volume=3"], "unknown key 'volume'; did you mean 'voice.volume'?"),
         (["parrot", "polly", "times=x"], "times: found 'x', expected a whole number"),
@@ -128,7 +135,7 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(parrot, capsys, args, message):
-    # the log's own lines go to stderr as well; these come before anything runs, except where the run finds the mistake
+    # The log goes to stderr as well. Nothing has been logged yet, except if the run itself finds the mistake.
     if args[-1] == "word=user":
         assert main(args) == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"addp: {message}"
@@ -136,7 +143,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(parrot, capsys, args, message):
         assert refusal(capsys, *args) == message
 
 
-def test_other_ends(parrot, capsys):
+def test_interrupts_bugs_and_system_exit(parrot, capsys):
     assert main(["parrot", "word=stop"]) == 1
     assert capsys.readouterr().err.endswith("\naddp: interrupted\n")
     for word, trace in {"bug": "ZeroDivisionError: seven", "pipe": "BrokenPipeError: a worker's pipe"}.items():
@@ -154,7 +161,7 @@ def test_a_missing_package_is_named_with_its_command(parrot, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("addp: parrot: the package 'detectron2' is not installed; add it with: ")
     assert "--no-build-isolation" in last
-    assert main(["parrot", "word=extra"]) == 1  # none of the suite's packages: a bug, shown in full
+    assert main(["parrot", "word=extra"]) == 1  # not a package of any extra: a bug, shown with its traceback
     assert "No module named 'detectron2_of_mars'" in capsys.readouterr().err
 
 
@@ -179,7 +186,7 @@ def test_help_and_version(parrot, capsys):
     assert re.search(r"^  voice\.volume +60 +decibels \(a whole number\)$", text, re.M)
 
 
-def test_only_the_first_process_reports_progress(parrot, capsys, monkeypatch):
+def test_only_rank_0_reports_progress(parrot, capsys, monkeypatch):
     assert main(["parrot", "polly"]) == 0
     assert re.fullmatch(
         r"(\d\d:){2}\d\d clearing the throat\n(\d\d:){2}\d\d feathers everywhere\n", capsys.readouterr().err
@@ -188,16 +195,16 @@ def test_only_the_first_process_reports_progress(parrot, capsys, monkeypatch):
     assert main(["parrot", "polly"]) == 0
     assert re.fullmatch(r"(\d\d:){2}\d\d feathers everywhere\n", capsys.readouterr().err)
     assert main(["parrot", "tims=3"]) == 2
-    assert capsys.readouterr().err.startswith("addp (process 3): unknown key")
+    assert capsys.readouterr().err.startswith("addp (rank 3): unknown key")
     assert len(logging.getLogger("addp").handlers) == 1
 
 
 def test_a_verb_of_two_words(parrot, capsys):
     (parrot / "recipes" / "open").mkdir()
     assert main(["cage", "open", "word=out"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert main(["parrot", "word=out"]) == 0
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == output
     for argv in (["cage", "open", "--help"], ["help", "cage", "open"]):
         assert main(argv) == 0
         assert capsys.readouterr().out.startswith("usage: addp cage open ")
@@ -209,25 +216,54 @@ def test_every_verb_has_a_module_and_help(verb, capsys):
     assert capsys.readouterr().out.startswith(f"usage: addp {verb} ")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_named_recipe_is_read(verb):
-    module = importlib.import_module(VERBS[verb][0])
-    required = [name for name, key in all_keys(module.Recipe) if key.default is MISSING and not key.section]
-    for path in recipes_of(module).values():
-        text = path.read_text()
-        assert text.startswith("# "), f"{path} opens with what it is for"
-        load(module.Recipe, path, [f"{name}=x" for name in required if name not in yaml.safe_load(text)])
+@pytest.mark.parametrize("group", verb_groups())
+def test_a_group_lists_its_verbs(group, capsys):
+    texts = set()
+    for argv in ([group], [group, "--help"], [group, "-h"], [group, "help"], ["help", group], ["--help", group]):
+        assert main(argv) == 0
+        texts.add(capsys.readouterr().out)
+    (text,) = texts
+    assert text.startswith(f"usage: addp {group} <action> [recipe] [key=value ...]\n\n")
+    lines = [line for verb in verb_groups()[group] for line in [VERBS[verb][1]]]
+    assert re.findall(rf"^  {group} \w+ +(.*)$", text, re.M) == lines
 
 
-def test_the_first_second_does_without_torch():
-    """`addp --help` and `addp doctor --help` in a fresh process: torch would take seconds."""
+def test_print_config_runs_nothing(parrot, capsys, tmp_path):
+    for argv in (["polly", "times=3", "--print-config"], ["--print-config", "times=3", "polly"]):
+        assert main(["parrot", *argv]) == 0
+        out, err = capsys.readouterr()
+        assert (out, err) == ("word: hello\ntimes: 3\nvoice:\n  volume: 60\n", "")
+    (tmp_path / "here" / "loud.yaml").write_text("base: twice\nvoice: {volume: 90}\n")
+    assert main(["parrot", "loud.yaml", "--print-config"]) == 0
+    assert capsys.readouterr().out == "word: again\ntimes: 2\nvoice:\n  volume: 90\n"
+    assert main(["parrot", "polly", "--print-config", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: addp parrot ")
+
+
+def test_print_config_names_the_keys_that_are_missing(parrot, capsys, tmp_path):
+    assert main(["parrot", "voice.volume=1", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert text == "# required, not set: word\ntimes: 1\nvoice:\n  volume: 1\n"
+    (tmp_path / "here" / "printed.yaml").write_text(text)
+    assert main(["parrot", "printed.yaml", "word=hi"]) == 0
+    assert capsys.readouterr().out == "hi\n"
+
+
+@pytest.mark.parametrize("setting", ["tims=3", "times=x", "voice.volume=0", "--times=3"])
+def test_print_config_refuses_what_a_run_refuses(parrot, capsys, setting):
+    """Also without the required key: the sections that are complete are checked."""
+    assert refusal(capsys, "parrot", setting, "--print-config") == refusal(capsys, "parrot", "word=x", setting)
+
+
+def test_help_and_errors_do_not_import_torch():
+    """Importing torch would take seconds."""
     code = "import sys; from addp_core.recipes.cli import main; main({}); sys.exit('torch' in sys.modules)"
-    for argv in (["--help"], ["doctor", "--help"], ["nonsense"]):
+    for argv in (["--help"], ["det"], ["doctor", "--help"], ["nonsense"]):
         done = subprocess.run([sys.executable, "-c", code.format(argv)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_reader_of_stdout_that_leaves_early_causes_no_traceback():
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-m", "addp_core", "--help"], stdout=writer, stderr=subprocess.PIPE)
@@ -235,7 +271,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_as_a_module():
+def test_python_m_addp_core():
     done = subprocess.run([sys.executable, "-m", "addp_core", "tokeniser"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "addp: unknown verb 'tokeniser'; did you mean 'tokenizer'?\n"
