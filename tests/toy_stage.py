@@ -18,8 +18,8 @@ from addp_core.base import rng
 from addp_core.base.errors import UserError
 from addp_core.recipes import config as recipes
 from addp_core.training import engine
-from addp_core.training.run_folder import Report
-from addp_core.training.stage import Draw, Stage, TrainConfig
+from addp_core.training.metrics import RunLogger
+from addp_core.training.stage import MicroStep, Stage, TrainConfig
 
 N = 40  # images
 
@@ -104,28 +104,28 @@ class ToyStage(Stage):
             self.frozen = [nn.Linear(3, 3)]
         self.faults = faults or Faults()
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         faults = self.faults
-        here = faults.only_rank in (None, draw.rank)
-        if draw.step in faults.signals and here:
-            os.kill(os.getpid(), faults.signals[draw.step])
+        here = faults.only_rank in (None, micro_step.rank)
+        if micro_step.step in faults.signals and here:
+            os.kill(os.getpid(), faults.signals[micro_step.step])
         assert not self.frozen[0].training
         assert not self.frozen[0].weight.requires_grad
         logits = model(batch.images)
         cross_entropy = nn.functional.cross_entropy(logits.float(), batch.labels)
         # random numbers as a method draws them: for the whole micro-batch, of which the rows are kept
-        weights = torch.rand(draw.batch, generator=draw.generator("weights"))[draw.rows].to(logits.device)
+        weights = torch.rand(micro_step.batch, generator=micro_step.generator("weights"))[micro_step.rows].to(logits.device)
         size = (weights[:, None] * logits.float() ** 2).mean()
-        if draw.step in faults.nan_loss and here:
+        if micro_step.step in faults.nan_loss and here:
             cross_entropy = cross_entropy * float("nan")
-        if draw.step in faults.nan_gradient:
+        if micro_step.step in faults.nan_gradient:
             logits.register_hook(lambda gradient: gradient * float("inf"))
-        if draw.step == faults.huge_gradient:
+        if micro_step.step == faults.huge_gradient:
             logits.register_hook(lambda gradient: gradient * 1e12)
         return {"loss": cross_entropy + 0.1 * size, "ce": cross_entropy, "size": size}
 
-    def after_step(self, model, draw, accelerator) -> dict[str, float]:
-        model.seen[draw.step % 2] += draw.batch
+    def after_step(self, model, micro_step, accelerator) -> dict[str, float]:
+        model.seen[micro_step.step % 2] += micro_step.batch
         return {"seen": model.seen.sum().item()}
 
     def preview(self, model, step) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ def run(settings: list[str], faults: Faults | None = None) -> Path:
 def command(settings: list[str], faults: Faults | None = None, log: Path | None = None, environment=None, before=None):
     """What the command line does: exit codes 0, 2 for the user's errors, 1; messages to `log`."""
     torch.set_num_threads(1)
-    Report.curves = lambda self: None  # slow, and looked at elsewhere
+    RunLogger.plot_curves = lambda self: None  # slow, and looked at elsewhere
     os.environ |= environment or {}
     if log:
         logging.basicConfig(filename=log, format="%(message)s", level=logging.INFO, force=True)

@@ -1,4 +1,6 @@
-"""The one place of switches that change how fast results come, not which: for training, generation and benchmarks."""
+"""Switches that change how fast results are computed, but not the results beyond rounding: for training, generation and
+benchmarks.
+"""
 
 import ctypes
 import platform
@@ -11,20 +13,23 @@ from torch import nn
 from addp_core.networks.kernels import HAS_WINOGRAD, Conv3x3
 from addp_core.networks.tokenizer import Tokenizer
 
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the networks"]
+Precision = Annotated[Literal["fp32", "bf16", "fp16"], "precision of the networks' matrix products"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-IMAGES = 8  # that a tokenizer handles at a time: more cost memory and gain nothing
+TOKENIZER_CHUNK = 8  # images that a tokenizer processes at a time on a CPU; more take memory and are no faster
 
 
 def accelerate_model(model: nn.Module, compile: bool = False, channels_last: bool = False) -> None:
-    """Switch on what pays on the device of `model`. Results change by rounding alone.
+    """Switch on what is faster on the device of `model`. Results change by rounding only.
 
-    compile: torch.compile. channels_last: the memory format of convolutions.
+    Args:
+        model: is changed in place.
+        compile: use torch.compile.
+        channels_last: use this memory format in convolutions.
     """
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if compile:
-        # a tokenizer is called by its methods; what compiles is what they call
+        # a tokenizer is called by its methods, so the modules that they call are compiled
         for part in (model.encoder, model.decoder) if isinstance(model, Tokenizer) else (model,):
             part.compile()
     if next(model.parameters()).device.type != "cpu":
@@ -33,18 +38,18 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
     winograd = HAS_WINOGRAD and not compile
     for module in model.modules():
         if isinstance(module, Tokenizer):
-            module.chunk_size = IMAGES
+            module.chunk_size = TOKENIZER_CHUNK
         if isinstance(module, Conv3x3):
             module.winograd = winograd
 
 
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which the networks compute with this precision."""
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context in which the networks compute in this precision."""
     return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor rather than hand it back page by page (elsewhere: nothing)."""
+    """Let glibc keep freed memory for the next tensor instead of returning it page by page; no effect elsewhere."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)

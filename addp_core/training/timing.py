@@ -1,4 +1,4 @@
-"""Seconds of the parts of a step (by events on a GPU), peak memory, and the machine's best matrix product."""
+"""Timing of the parts of a step (by events on a GPU), peak memory, and the machine's fastest matrix product."""
 
 import resource
 import sys
@@ -11,22 +11,24 @@ from typing import Any
 
 import torch
 
-SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # of the square products tried
-TRIES, PATIENCE = 8, 4.0  # of each side; seconds
+MATMUL_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # of the square products that are timed
+MATMUL_REPEATS, MATMUL_SECONDS = 8, 4.0  # at most, for each side
 
 
-class Parts:
-    """Adds up the seconds spent in named parts. A part inside another is taken off the outer one, but not off
-    `whole`.
+class PartTimer:
+    """Sums the seconds spent in named parts.
+
+    The time of a part inside another is subtracted from the outer one, unless the outer one is `whole`.
     """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.spans: list[tuple[str, str, Any, Any]] = []  # part, enclosing part, start, end
-        self.open: list[str] = []
+        self.open: list[str] = []  # the parts that have started and not ended
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Time the block as `part`."""
         outer = self.open[-1] if self.open else ""
         self.open.append(part)
         start = self._now()
@@ -37,13 +39,11 @@ class Parts:
             self.open.pop()
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
-        """Let the time of the method or module `owner.name` count towards `part`, wherever it is called through
-        `owner`.
-        """
-        owner.__dict__[name] = _Timed(getattr(owner, name), self, part)  # before a module's own children
+        """Time all calls of the method or module `owner.name` as `part`."""
+        owner.__dict__[name] = _Timed(getattr(owner, name), self, part)  # found before a module's own children
 
     def take(self) -> dict[str, float]:
-        """Seconds of each part since the last call."""
+        """Return the seconds of each part since the last call."""
         if self.cuda:
             torch.cuda.synchronize()
         seconds: dict[str, float] = defaultdict(float)
@@ -64,53 +64,54 @@ class Parts:
 
 
 class _Timed:
-    """A callable whose calls are timed and which otherwise looks like what it stands for."""
+    """Wraps a callable to time its calls; its attributes are the callable's."""
 
-    def __init__(self, of: Callable, parts: Parts, part: str):
-        self._of, self._parts, self._part = of, parts, part
+    def __init__(self, function: Callable[..., Any], timer: PartTimer, part: str):
+        self._function, self._timer, self._part = function, timer, part
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._parts(self._part):
-            return self._of(*args, **kwargs)
+        with self._timer(self._part):
+            return self._function(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._of, name)
+        return getattr(self._function, name)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` start anew, where the system can."""
+    """Reset what `peak_memory` measures, if the operating system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark becomes the present size
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark becomes the current size
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that CUDA tensors took, or the high-water mark of the process."""
+    """Return the peak memory in bytes: of CUDA tensors, or on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    # kilobytes, except on macOS
+    # in kilobytes, except on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
-    """GFLOP a second of square matrix products by side, each the best of some tries; sides that would take long where
-    there is no fast way for this type are left out.
+    """Return GFLOP/s of square matrix products by side, each the fastest of several repeats.
+
+    Larger sides are left out once a side has reached its time limit, as with types that the device emulates.
     """
-    rates, parts = {}, Parts(device)
-    for side in SIDES[device.type]:
+    speeds, timer = {}, PartTimer(device)
+    for side in MATMUL_SIDES[device.type]:
         a = torch.randn(side, side, device=device).to(dtype)
         seconds: list[float] = []
-        while len(seconds) < TRIES and sum(seconds) < PATIENCE:
-            with parts("product"):
+        while len(seconds) < MATMUL_REPEATS and sum(seconds) < MATMUL_SECONDS:
+            with timer("product"):
                 a @ a
-            seconds.append(parts.take()["product"])
-        rates[side] = 2 * side**3 / min(seconds) / 1e9
-        if sum(seconds) >= PATIENCE:
+            seconds.append(timer.take()["product"])
+        speeds[side] = 2 * side**3 / min(seconds) / 1e9
+        if sum(seconds) >= MATMUL_SECONDS:
             break
-    return rates
+    return speeds

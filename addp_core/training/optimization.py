@@ -1,0 +1,56 @@
+"""The learning-rate schedule, and the optimizer with its parameter groups."""
+
+import math
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+
+from addp_core.base.errors import UserError
+from addp_core.training.stage import TrainConfig
+
+
+def learning_rate(step: int, total: int, warmup: float, config: TrainConfig) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) of `total`.
+
+    It rises linearly from 0 over `warmup` steps and then follows half a cosine, or stays constant.
+    """
+    if step < warmup:
+        return config.peak_lr * step / warmup
+    if config.schedule == "constant":
+        return config.peak_lr
+    progress = (step - warmup) / max(total - warmup, 1)
+    return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build timm's optimizer over its parameter groups.
+
+    One-dimensional tensors and those that the model's `no_weight_decay()` names are not decayed. With `layer_decay`,
+    the learning rate falls from layer to layer, in the order of the model's `group_matcher`.
+    """
+    info = timm.optim.get_optimizer_info(config.optimizer)
+    options: dict[str, Any] = {"betas": config.betas} if info.has_betas else {}
+    if info.has_momentum:
+        options["momentum"] = config.momentum
+    if config.optimizer in ("adam", "adamw"):
+        options["fused"] = True  # one pass over the weights; half the time on a CPU
+    options |= {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+    if config.optimizer == "lars" and not config.weight_decay:
+        options["param_group_fn"] = _lars_groups
+    try:
+        return timm.optim.create_optimizer_v2(model, opt=config.optimizer, lr=config.peak_lr, **options)
+    except ValueError as error:
+        raise UserError(f"train.optimizer={config.optimizer}: {error}") from error
+
+
+def _lars_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return LARS's parameter groups for training without weight decay (MAE's linear probing).
+
+    LARS adapts the learning rate of matrices, which timm's does without weight decay only on request, and never that
+    of vectors.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    return [{"params": matrices, "always_adapt": True}, {"params": vectors}]

@@ -1,0 +1,88 @@
+"""The processes of a run: the accelerator, devices, seeds, and tensors that FSDP has sharded."""
+
+import atexit
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from torch import Tensor
+
+from addp_core.base import rng
+from addp_core.base.errors import UserError
+
+
+def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
+    """Return accelerate's `Accelerator` for this process.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        find_unused: DDP's find_unused_parameters.
+
+    Raises:
+        UserError: if the device does not support the precision.
+    """
+    if precision == "fp16" and not torch.accelerator.is_available():  # accelerate would silently compute in float32
+        raise UserError("train.precision=fp16: needs a GPU, but there is none; use bf16 or fp32")
+    mixed_precision = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # accelerate keeps one precision per process; a bench may train with two
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=_use_cpu(),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
+        )
+    except ValueError as error:
+        if precision == "fp32":
+            raise
+        raise UserError(f"train.precision={precision}: not supported on this device ({error}); try fp32") from error
+    if accelerator.num_processes > 1:
+        atexit.register(leave_process_group)
+    return accelerator
+
+
+def process_state() -> PartialState:
+    """Return this process's device and its rank among the processes that torchrun started."""
+    return PartialState(cpu=_use_cpu())
+
+
+def leave_process_group() -> None:
+    """Leave torch's process group, if this process is in one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _use_cpu() -> bool:
+    # Without an explicit `cpu`, accelerate does not connect several processes on CPUs.
+    return not torch.accelerator.is_available()
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed Python's, NumPy's and torch's global generators with `seed_for(*parts)`."""
+    seed = rng.seed_for(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def move_to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a dataclass, list, dict or tensor to the device; other values stay as they are."""
+    if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
+        return send_to_device(batch, device, non_blocking=True)
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return dataclasses.replace(batch, **send_to_device(fields, device, non_blocking=True))
+
+
+def local_shard(value: Tensor) -> Tensor:
+    """Return this process's part of a tensor that FSDP may have sharded."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """Return the full tensor, gathered from all processes if FSDP has sharded it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,0 +1,161 @@
+"""The state of a run: model, optimizer, moving average and counters, as checkpoints store and restore them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from addp_core.base.errors import UserError
+from addp_core.training.compute import accelerate_model
+from addp_core.training.optimization import make_optimizer
+from addp_core.training.processes import local_shard
+from addp_core.training.stage import TrainConfig
+
+
+@dataclass
+class Counters:
+    """What a run counts. The names of the fields are keys of state.json."""
+
+    step: int = 0  # optimizer steps done
+    skipped: int = 0  # steps that were not finite
+    bad_in_a_row: int = 0  # the last of them in a row
+    window: dict[str, list[float]] = field(default_factory=dict)  # metric -> [sum, count] since the last log line
+    window_steps: int = 0
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Counters":
+        """Read the counters of a checkpoint's state.json."""
+        return cls(**{item.name: state[item.name] for item in fields(cls)})
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add a step's metrics to the window; values that are not finite are left out."""
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                total = self.window.setdefault(name, [0.0, 0])
+                total[0] += value
+                total[1] += 1
+        self.window_steps += 1
+
+    def take_window(self) -> tuple[dict[str, float], int]:
+        """Return the mean of each metric and the number of steps since the last call."""
+        means = {name: total / count for name, (total, count) in self.window.items()}
+        steps = self.window_steps
+        self.window, self.window_steps = {}, 0
+        return means, steps
+
+
+class TrainingState:
+    """The model of a run with its optimizer and moving average, newly built or as a checkpoint holds them.
+
+    `model` is what the loss calls, wrapped by DDP or FSDP; `unwrapped` is the stage's own module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        payload: Mapping[str, Any] | None,
+        source: Path | None,
+    ):
+        """Build everything; fill it from a checkpoint's `payload`, which error messages call `source`.
+
+        Raises UserError if the checkpoint is of another model.
+        """
+        self.accelerator = accelerator
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        model = model.to(accelerator.device)
+        self.names = list(model.state_dict())
+        self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
+        if payload:
+            _fill(model, payload["model"], self.names, source)
+            if self.ema:
+                _fill(self.ema.module, payload["ema"], self.names, source)
+        # FSDP splits the model; previews, evaluation and export then work on a full copy, which is filled when needed.
+        self.full_copy = deepcopy(model) if self.sharded else None
+        accelerate_model(model, config.compile, config.channels_last)
+        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
+        self.unwrapped = accelerator.unwrap_model(self.model)
+        self.buffers = list(self.unwrapped.buffers())
+        self.saved_buffers = [buffer.clone() for buffer in self.buffers]
+        if payload:
+            self._load_optimizer(payload["optimizer"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(payload["scaler"])
+
+    def payload(self) -> dict[str, Any]:
+        """Return what a checkpoint stores. Under FSDP, all processes must call this."""
+        if self.sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self.model, options=options)
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        else:
+            weights, optimizer = self.unwrapped.state_dict(), self.optimizer.optimizer.state_dict()
+        payload = {"model": {name: weights[name] for name in self.names if name in weights}, "optimizer": optimizer}
+        if self.ema:
+            average = self.ema.module.state_dict()
+            payload["ema"] = {name: average[name] for name in self.names}
+        if self.accelerator.scaler is not None:
+            payload["scaler"] = self.accelerator.scaler.state_dict()
+        return payload
+
+    def full_model(self) -> nn.Module:
+        """Return the trained model with all its weights. Under FSDP, all processes must call this."""
+        if self.full_copy is None:
+            return self.unwrapped
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        self.full_copy.load_state_dict(weights)
+        return self.full_copy
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of every parameter group, scaled by the group's `lr_scale`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
+    def save_buffers(self) -> None:
+        """Remember the buffers, such as batch statistics, in case the step has to be undone."""
+        for saved, buffer in zip(self.saved_buffers, self.buffers, strict=True):
+            saved.copy_(buffer)
+
+    def restore_buffers(self) -> None:
+        """Put the buffers back to what they were at `save_buffers`."""
+        for saved, buffer in zip(self.saved_buffers, self.buffers, strict=True):
+            buffer.copy_(saved)
+
+    def local_weights_finite(self) -> bool:
+        """Check whether all weights on this process are finite."""
+        return all(bool(local_shard(weight).isfinite().all()) for weight in self.unwrapped.parameters())
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        optimizer = self.optimizer.optimizer
+        if self.sharded:
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        else:
+            optimizer.load_state_dict(state)
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], expected: Iterable[str], source: Path | None) -> None:
+    """Load the weights. Raises UserError if names or shapes differ from the module's."""
+    missing, unknown = sorted(set(expected) - weights.keys()), sorted(weights.keys() - set(expected))
+    current = module.state_dict()
+    other_shape = [name for name in weights.keys() & current.keys() if weights[name].shape != current[name].shape]
+    if missing or unknown or other_shape:
+        raise UserError(
+            f"{source}: does not fit this model: missing {missing}, unknown {unknown}, "
+            f"other shape {sorted(other_shape)}; choose another out"
+        )
+    module.load_state_dict(weights, strict=False)
