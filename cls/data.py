@@ -84,7 +84,7 @@ def classifier_crop(model: Classifier, share: float | None = None) -> float:
 
 
 def cache_for_evaluation(source: ImageSource, config: DataConfig, share: float) -> ImageSource:
-    """Keep the images in memory if `data.cache` is `ram`, at the resolution that an evaluation crop of `share` needs."""
+    """Keep the images in memory if `data.cache` is `ram`, at the resolution that a crop of this share needs."""
     if config.cache != "ram":
         return source
     return CachedSource(source, math.ceil(max(config.hw) / share), config.cache_gb)

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import Crop, ImageError
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import default_workers, ignore_signals, error_limit
+from addp_core.data.stream import default_workers, error_limit, ignore_signals
 from addp_core.networks.classifier import RGB, normalize
-from addp_core.training.compute import arithmetic
-from addp_core.training.engine import process_state
+from addp_core.training.compute import autocast
+from addp_core.training.processes import process_state
 
 log = logging.getLogger("addp")
 
@@ -123,7 +123,7 @@ def compute_outputs(
             if len(batch_indices):
                 _check_labels(labels, batch_indices, source)
                 pixels = normalize(images.to(device, non_blocking=True).float() / 255, mean, std)
-                with torch.inference_mode(), arithmetic(precision, device):
+                with torch.inference_mode(), autocast(precision, device):
                     outputs = model(pixels)
                 yield OutputBatch(outputs.float().cpu(), labels, batch_indices)
             bar.update(len(batch_indices) + len(errors))

@@ -31,13 +31,15 @@ from addp_core.data.stream import Batch, Stream
 from addp_core.networks.classifier import Classifier
 from addp_core.recipes.config import dump
 from addp_core.recipes.keys import with_defaults
-from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, process_state, train
-from addp_core.training.run_folder import tolerant
+from addp_core.training.engine import train
+from addp_core.training.processes import process_state
+from addp_core.training.run_folder import log_write_errors, prepare_out
+from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.weights.files import read_tensors
 from addp_core.weights.pretrained import NORMALISATION, EncoderKeys
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_model
-from cls.data import check_batch_labels, evaluation_crop, cache_for_evaluation, open_splits
+from cls.data import cache_for_evaluation, check_batch_labels, evaluation_crop, open_splits
 from cls.evaluation import Scores, evaluate_classifier
 from cls.results import keep_best
 
@@ -240,7 +242,7 @@ class FinetuneStage(Stage):
         else:
             self.criterion = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(smoothing)
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         check_batch_labels(batch, self.model.num_classes)
         images, targets = self.mixup(batch.images, batch.labels) if self.mixup else (batch.images, batch.labels)
         logits = model(images)
@@ -279,7 +281,7 @@ def write_confusion(scores: Scores, names: tuple[str, ...], out: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["true\\answer", *names])
     writer.writerows([name, *row] for name, row in zip(names, scores.confusion.tolist(), strict=True))
-    with tolerant(out / CONFUSION):
+    with log_write_errors(out / CONFUSION):
         write_atomically(out / CONFUSION, text.getvalue().encode())
     share = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.3 * len(names)), 12.0)
@@ -290,5 +292,5 @@ def write_confusion(scores: Scores, names: tuple[str, ...], out: Path) -> None:
         axes.set_xticks(range(len(names)), names, rotation=90)
         axes.set_yticks(range(len(names)), names)
     figure.tight_layout()
-    with tolerant(out / "images" / "confusion.png"):
+    with log_write_errors(out / "images" / "confusion.png"):
         figure.savefig(out / "images" / "confusion.png", dpi=100)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from addp_core.recipes.config import dump
-from addp_core.training.engine import prepare_out
+from addp_core.training.run_folder import prepare_out
 from cls.data import open_splits
 from cls.probing.fast import run_fast
 from cls.probing.full import run_full

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from addp_core.base.files import write_atomically
-from addp_core.training.run_folder import tolerant
+from addp_core.training.run_folder import log_write_errors
 from addp_core.weights.saving import save_model
 from cls.evaluation import Scores
 
@@ -23,10 +23,10 @@ def keep_best(model: nn.Module, step: int, scores: Scores, out: Path) -> None:
     best = json.loads(best_path.read_text(encoding="utf-8")) if best_path.exists() else None
     # A run that fell back to an older checkpoint reaches its best step a second time.
     if best is None or last["top1"] > best["top1"] or step == best["step"]:
-        with tolerant(out / BEST_MODEL):
+        with log_write_errors(out / BEST_MODEL):
             save_model(model, out / BEST_MODEL)
             write_atomically(best_path, json.dumps(last).encode())
             best = last
     results = {"images": scores.images, "classes": len(scores.confusion), "last": last, "best": best}
-    with tolerant(out / RESULTS):
+    with log_write_errors(out / RESULTS):
         write_atomically(out / RESULTS, json.dumps(results, indent=1).encode())

@@ -1,1 +1,1 @@
-"""Linear probing in two modes: the published training of one head (`full`), and a sweep over stored features (`fast`)."""
+"""Linear probing: the published training of one head (`full.py`), and many heads on stored features (`fast.py`)."""

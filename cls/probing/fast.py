@@ -27,7 +27,7 @@ from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.compute import accelerate_model
-from addp_core.training.engine import process_state
+from addp_core.training.processes import process_state
 from addp_core.training.run_folder import mark_finished, release_out
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import NORMALISATION

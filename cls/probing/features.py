@@ -215,7 +215,7 @@ def _create_folder(folder: Path, model: PooledFeatures, images: int, itemsize: i
 def _split_by_shard(
     batches: Iterator[OutputBatch], numbers: Sequence[int], shard: int, model: PooledFeatures
 ) -> Iterator[OutputBatch]:
-    """Yield this process's part of each of the shards `numbers`, in order; images come in the order of their indices."""
+    """Yield this process's part of each of the shards `numbers`; all images come in the order of their indices."""
     rest = OutputBatch(torch.empty(0, *model.shape), torch.empty(0).long(), torch.empty(0).long())
     for number in numbers:
         pending, end = [rest], (number + 1) * shard

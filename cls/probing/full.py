@@ -16,9 +16,10 @@ from addp_core.data.stream import Batch, Stream
 from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.training.engine import Draw, Stage, train
-from addp_core.weights.saving import save_model
+from addp_core.training.engine import train
+from addp_core.training.stage import MicroStep, Stage
 from addp_core.weights.pretrained import NORMALISATION
+from addp_core.weights.saving import save_model
 from cls.data import cache_for_evaluation, check_batch_labels, evaluation_crop
 from cls.evaluation import evaluate_classifier
 from cls.probing.features import PooledFeatures, resolve_block, truncate
@@ -52,7 +53,7 @@ def build_classifier(recipe: Recipe, encoder: Encoder | TokenEncoder, class_name
 
 
 class LinearProbe(nn.Module):
-    """The trained part of a classifier, which is all that checkpoints hold: the statistics of its norm, and its head."""
+    """The trained part of a classifier, and all that checkpoints hold: its head, and the statistics of its norm."""
 
     def __init__(self, classifier: Classifier):
         super().__init__()
@@ -80,7 +81,7 @@ class LinearProbeStage(Stage):
         self.transform = eval_transform(recipe.data.hw, crop)
         self.accumulated: list[tuple[Tensor, Tensor]] = []  # (features, labels) of the batch's micro-steps so far
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Return the loss of the whole batch in the last micro-step, and zero in the others.
 
         It is multiplied by the number of micro-steps, because the engine averages over them.
@@ -89,7 +90,7 @@ class LinearProbeStage(Stage):
         images = normalize(batch.images, self.classifier.mean, self.classifier.std)
         self.accumulated.append((self.features(images)[:, 0, 0, 0], batch.labels))
         micro_steps = self.recipe.train.accumulate
-        if (draw.micro + 1) % micro_steps:
+        if (micro_step.index + 1) % micro_steps:
             zero = torch.zeros((), device=images.device)
             return {"loss": zero.clone().requires_grad_(), "train_top1": zero}
         features, labels = (gather(torch.cat(tensors)) for tensors in zip(*self.accumulated, strict=True))

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tiny import tiny_addp
 from torch import nn
 
-import cls.probing.features
-import cls.probing.fast
 import cls.linprobe
+import cls.probing.fast
+import cls.probing.features
 import cls.probing.full
 from addp_core import load_encoder, save_model
 from addp_core.data.images import eval_transform
@@ -25,8 +25,9 @@ from addp_core.networks.classifier import normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
-from addp_core.training.engine import TrainConfig, make_optimizer
-from addp_core.training.run_folder import Report
+from addp_core.training.metrics import RunLogger
+from addp_core.training.optimization import make_optimizer
+from addp_core.training.stage import TrainConfig
 from addp_core.weights.loading import load_classifier
 from cls.evaluation import evaluate_classifier
 from cls.probing.features import PooledFeatures
@@ -38,7 +39,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 50)}
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(Report, "curves", lambda self: None)  # slow, and looked at elsewhere
+    monkeypatch.setattr(RunLogger, "plot_curves", lambda self: None)  # slow, and looked at elsewhere
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,9 @@ from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.weights.saving import save_model
-from cls import robustness
+from cls.variants import classes, evaluation
+from cls.variants.generated import CorruptedImages
+from cls.variants.mce import corruption_errors
 from tools.toy import toy
 
 DIGITS = tuple("0123456789")
@@ -149,7 +151,7 @@ def test_mce_of_a_made_up_error_table(room, tmp_path, capsys):
 
 def test_alexnet_itself_has_an_mce_of_one():
     errors = {name: dict.fromkeys(SEVERITIES, error) for name, error in zip(CORRUPTIONS, ALEXNET, strict=True)}
-    assert [row["ce"] for row in robustness.corruption_errors(errors).values()] == pytest.approx([100] * 15)
+    assert [row["ce"] for row in corruption_errors(errors).values()] == pytest.approx([100] * 15)
 
 
 # -------------------- classes
@@ -158,14 +160,14 @@ def test_alexnet_itself_has_an_mce_of_one():
 @pytest.mark.parametrize(("key", "letter"), [("imagenet_a", "a"), ("imagenet_r", "r")])
 @pytest.mark.parametrize("numbered", [False, True])
 def test_a_model_that_names_no_classes_has_imagenets(key, letter, numbered):
-    names = robustness.names_of(classifier(1000, tuple(map(str, range(1000))) if numbered else ()))
+    names = classes.logit_names(classifier(1000, tuple(map(str, range(1000))) if numbered else ()))
     lists = Path(timm.data.__file__).parent / "_info"
     wanted = sorted(map(int, (lists / f"imagenet_{letter}_indices.txt").read_text().split()))
     folders = sorted((lists / f"imagenet_{letter}_synsets.txt").read_text().split())
-    assert robustness.competing(key, "folder", folders, names) == wanted
-    assert sorted(robustness.logits_of(key, "folder", folders, names)) == wanted
-    assert robustness.competing(key, "folder", folders[:3], names) == wanted  # a part of the set is no easier
-    assert robustness.competing("sketch", "folder", folders, names) == list(range(1000))
+    assert classes.competing_logits(key, "folder", folders, names) == wanted
+    assert sorted(classes.match_classes(key, "folder", folders, names)) == wanted
+    assert classes.competing_logits(key, "folder", folders[:3], names) == wanted  # a part of the set is no easier
+    assert classes.competing_logits("sketch", "folder", folders, names) == list(range(1000))
 
 
 def test_classes_in_another_order_are_matched_by_name(room, tmp_path):
@@ -196,22 +198,22 @@ def test_a_list_of_numbers_is_of_the_models_classes(room, tmp_path, capsys):
     found = results(tmp_path / "out")["imagenet_a"]
     assert (found["images"], found["classes"], found["top1"]) == (2, 200, 50)
     (root / "meta" / "val.txt").write_text(f"x.png {labels[0]}\ny.png {strange}\n")
-    wrong(capsys, command(room, tmp_path / "out", **keys), "imagenet_a", "none of the 200 of ImageNet-A")
+    wrong(capsys, command(room, tmp_path / "out", **keys), "imagenet_a", "not among the 200 classes of ImageNet-A")
 
 
 # -------------------- continuing
 
 
 def test_a_killed_run_repeats_nothing(room, tmp_path, monkeypatch):
-    measured, answers = [], robustness.compute_outputs
+    measured, compute_outputs = [], evaluation.compute_outputs
 
     def counted(*args, title, **options):
         if len(measured) == stop:
             raise KeyboardInterrupt
         measured.append(title)
-        return answers(*args, title=title, **options)
+        return compute_outputs(*args, title=title, **options)
 
-    monkeypatch.setattr(robustness, "compute_outputs", counted)
+    monkeypatch.setattr(evaluation, "compute_outputs", counted)
     for name in ("fog", "frost"):
         shutil.copytree(room / "imagenet-c" / name, tmp_path / "c" / name)
     keys = {"imagenet_c": tmp_path / "c", "allow_missing": "true"}
@@ -305,7 +307,7 @@ def test_labels_without_a_class(room, tmp_path, capsys, monkeypatch):
 
     for labels, said in ((None, "set[2]: found label -1, expected 0 to 9"), ([1, 0, -1], "has label -1")):
         source = Late(labels if labels is None else np.array(labels))
-        monkeypatch.setattr(robustness, "open_source", lambda *_, source=source: source)
+        monkeypatch.setattr(evaluation, "open_source", lambda *_, source=source: source)
         for key in ("val", "imagenet_a"):
             wrong(capsys, command(room, tmp_path / "out", key), said)
 
@@ -324,7 +326,7 @@ def test_a_model_brings_the_crop_that_it_was_validated_with(room, tmp_path):
 
 def test_what_cannot_be_measured_is_said_at_once(room, tmp_path, capsys):
     out = tmp_path / "out"
-    wrong(capsys, command(room, out), "no set given", "imagenet_a=")
+    wrong(capsys, command(room, out), "no dataset given", "imagenet_a=")
     wrong(capsys, command(room, out, "imagenet_c", corrupt=room / "imagenet"), "imagenet_c, corrupt", "both")
     save_model(classifier().encoder, tmp_path / "encoder.safetensors")
     wrong(capsys, command(room, out, "sketch", model=tmp_path / "encoder.safetensors"), "encoder", "finetune")
@@ -346,12 +348,12 @@ def test_what_cannot_be_measured_is_said_at_once(room, tmp_path, capsys):
     (tmp_path / "listed" / "meta" / "val.txt").write_text("a.png 12\nb.png 3\n")
     wrong(capsys, command(room, out, val=tmp_path / "listed"), "val:", "label 12", "0 to 9")
 
-    only_r = sorted(set(robustness.published_classes("imagenet_r")) - set(robustness.published_classes("imagenet_a")))
-    for name in (only_r[0], robustness.published_classes("imagenet_a")[0]):
+    only_r = sorted(set(classes.published_classes("imagenet_r")) - set(classes.published_classes("imagenet_a")))
+    for name in (only_r[0], classes.published_classes("imagenet_a")[0]):
         picture(tmp_path / "mixed" / name / "0.png")
     save_model(classifier(1000, ()), tmp_path / "imagenet.safetensors")
     keys = {"model": tmp_path / "imagenet.safetensors", "imagenet_a": tmp_path / "mixed"}
-    wrong(capsys, command(room, out, **keys), "imagenet_a", only_r[0], "none of the 200")
+    wrong(capsys, command(room, out, **keys), "imagenet_a", only_r[0], "not among the 200 classes")
     assert not out.exists()
 
     (tmp_path / "sketch" / "goldfisch" / "1.png").write_text("no picture")
@@ -402,7 +404,7 @@ def test_an_image_is_corrupted_by_seed_and_index_alone(room):
     source = open_source(str(room / "imagenet"), "val")
 
     def pixels(index: int, seed: int = 0, severity: int = 3, hw: tuple[int, int] = (24, 24)) -> np.ndarray:
-        made = robustness.Corrupted(source, hw, "gaussian_noise", severity, seed)
+        made = CorruptedImages(source, hw, "gaussian_noise", severity, seed)
         return np.asarray(made.open_image(index)[0].decode()).astype(int)
 
     assert (pixels(5) == pixels(5)).all()
@@ -418,7 +420,7 @@ def test_generated_pictures_are_cropped_as_imagenet_c(side, tmp_path):
     framed.paste("teal", (8, 8, 192, 192))
     (tmp_path / "0").mkdir()
     framed.save(tmp_path / "0" / "0.png")
-    made = robustness.Corrupted(open_source(str(tmp_path)), (side, side), "brightness", 1, 0).open_image(0)[0]
+    made = CorruptedImages(open_source(str(tmp_path)), (side, side), "brightness", 1, 0).open_image(0)[0]
     pixels = np.asarray(made.decode()).astype(int)
     assert pixels.shape == (224, 224, 3)
     assert np.abs(pixels - pixels[0, 0]).max() < 10
@@ -429,7 +431,7 @@ def test_generated_corruptions_are_called_so(room, tmp_path, capsys):
     assert main(command(room, tmp_path / "out", "imagenet_a", "imagenet_r", "sketch", **keys)) == 0
     table = capsys.readouterr().out
     assert "ImageNet-C (generated)" in table
-    assert "not to be compared" in table
+    assert "do not compare" in table
     found = results(tmp_path / "out")
     assert found["corrupt"]["images"] == 150
     assert "imagenet_c" not in found

@@ -1,0 +1,104 @@
+"""Which of a model's logits the classes of a dataset correspond to, and which logits compete on it."""
+
+import logging
+from collections.abc import Sequence
+from importlib.resources import files
+
+from timm.data import ImageNetInfo
+
+from addp_core.base.errors import UserError, did_you_mean
+from addp_core.networks.classifier import Classifier
+from cls.variants.datasets import DATASETS
+
+log = logging.getLogger("addp")
+
+SUBSET_CLASSES = {"imagenet_a": "imagenet_a_synsets.txt", "imagenet_r": "imagenet_r_synsets.txt"}  # timm's class lists
+
+
+def logit_names(model: Classifier) -> tuple[str, ...]:
+    """Return the class name of each logit.
+
+    A model with 1000 classes and without names (or with numbers as names) has the classes of ImageNet, sorted by
+    WordNet id.
+    """
+    numbers = tuple(map(str, range(model.num_classes)))
+    if model.class_names and model.class_names != numbers:
+        return model.class_names
+    imagenet = tuple(ImageNetInfo().label_names())
+    return imagenet if len(numbers) == len(imagenet) else numbers
+
+
+def published_classes(key: str) -> list[str]:
+    """Return the WordNet ids of the 200 classes of ImageNet-A or -R, as timm lists them; none for other datasets."""
+    if key not in SUBSET_CLASSES:
+        return []
+    return files("timm.data").joinpath("_info", SUBSET_CLASSES[key]).read_text(encoding="ascii").split()
+
+
+def match_classes(
+    key: str, location: str, classes: Sequence[str], names: Sequence[str], numbered: bool = False
+) -> list[int]:
+    """Return the model's logit for each class of a dataset.
+
+    Args:
+        key, location: the recipe's key of the dataset and its path, for messages.
+        classes: of the dataset, in the order of its labels.
+        names: of the model's logits.
+        numbered: the dataset's labels are the model's, whatever the names of its classes.
+
+    Raises:
+        UserError: the dataset has no classes, or classes that the model does not have.
+    """
+    if not classes:
+        raise UserError(f"{key}: {location} has no class folders; expected <class>/<image>, as published")
+    logits = {name: logit for logit, name in enumerate(names)}
+    unknown = [name for name in classes if name not in logits]
+    if not unknown:
+        return [logits[name] for name in classes]
+    if not numbered and list(classes) != list(map(str, range(len(classes)))):
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise UserError(
+            f"{key}: class {unknown[0]!r}{more} of {location} is not among the model's {len(names)} classes, such as "
+            f"{names[0]!r}{did_you_mean(unknown[0], names)}"
+        )
+    if len(classes) > len(names):
+        raise UserError(
+            f"{key}: {location} has label {len(classes) - 1}, expected 0 to {len(names) - 1}, the classes of the model"
+        )
+    return list(range(len(classes)))
+
+
+def competing_logits(key: str, location: str, classes: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the logits that predictions are taken from: all, or on ImageNet-A and -R those of the dataset's classes.
+
+    On ImageNet-A and -R, the 200 published classes compete, even if some of them have no images; in a dataset of
+    entirely different classes, those that have images.
+
+    Args:
+        key, location: the recipe's key of the dataset and its path, for messages.
+        classes: those with images, by the model's names.
+        names: of the model's logits.
+
+    Raises:
+        UserError: some of the classes are published classes of ImageNet-A or -R, and others are not.
+    """
+    if key not in SUBSET_CLASSES:
+        return list(range(len(names)))
+    published = published_classes(key)
+    competing = set(classes)
+    if competing & set(published):
+        unpublished = sorted(competing - set(published))
+        if unpublished:
+            raise UserError(
+                f"{key}: class {unpublished[0]!r} of {location} is not among the {len(published)} classes of "
+                f"{DATASETS[key]}; expected {DATASETS[key]}, or a dataset without any of its classes"
+            )
+        if len(competing) < len(published):
+            log.warning(
+                "%s: found images of %d of the %d classes; predictions are taken from all of them",
+                key,
+                len(competing),
+                len(published),
+            )
+        competing = set(published)
+    return [logit for logit, name in enumerate(names) if name in competing]

@@ -1,0 +1,178 @@
+"""The evaluation of a classifier on one part of a dataset after the other."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from addp_core.base.errors import UserError, renaming_keys
+from addp_core.data.config import DataConfig
+from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
+from addp_core.data.images import eval_transform
+from addp_core.data.sources import HubDataset, ImageSource, open_source
+from addp_core.networks.classifier import Classifier
+from addp_core.training.processes import process_state
+from addp_core.weights.modules import fingerprint
+from cls.data import CROP_SHARE, classifier_crop
+from cls.evaluation import Scores, compute_outputs
+from cls.variants.classes import competing_logits, logit_names, match_classes
+from cls.variants.datasets import DatasetPart, find_imagenet_c
+from cls.variants.generated import CorruptedImages
+from cls.variants.recipe import Recipe
+
+log = logging.getLogger("addp")
+
+RENAMED_KEYS = {"data.split": "split", "data.max_errors": "max_errors"}  # in messages: a section's key -> this recipe's
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The correct predictions on one part of a dataset; the fields are keys of cells.json."""
+
+    images: int
+    classes: int
+    right: int
+    right5: int  # images whose class is among the five highest logits
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy in percent."""
+        return 100 * self.right / max(self.images, 1)
+
+    @property
+    def top5(self) -> float:
+        """Top-5 accuracy in percent."""
+        return 100 * self.right5 / max(self.images, 1)
+
+
+class Evaluator:
+    """A classifier and the datasets that it is evaluated on."""
+
+    def __init__(self, recipe: Recipe, model: Classifier):
+        self.recipe, self.model, self.names = recipe, model, logit_names(model)
+        self.hw = model.encoder.image_size
+        self.crop = classifier_crop(model, recipe.crop)
+        interface = (model.pooling, model.norm, self.names, model.mean, model.std)
+        self.digest = hashlib.blake2b(f"{fingerprint(model)} {interface}".encode(), digest_size=16).hexdigest()
+        self.sources: dict[str, ImageSource] = {}  # all datasets but ImageNet-C, whose parts are opened one by one
+
+    def parts(self, keys: Sequence[str]) -> list[DatasetPart]:
+        """Open the datasets of these keys and list their parts.
+
+        Raises UserError if a dataset does not open, is incomplete, or has classes that the model does not have.
+        """
+        parts: list[DatasetPart] = []
+        for key in keys:
+            location = getattr(self.recipe, key)
+            if key == "imagenet_c":
+                parts += self._imagenet_c_parts(Path(location).expanduser())
+                continue
+            with renaming_keys(RENAMED_KEYS | {"data.source": key}):
+                source = self.sources[key] = open_source(DataConfig(source=location, split=self.recipe.split))
+            self.logits_and_targets(key, source)
+            if key == "corrupt":
+                parts += [DatasetPart(key, name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+            else:
+                parts.append(DatasetPart(key))
+        return parts
+
+    def _imagenet_c_parts(self, root: Path) -> list[DatasetPart]:
+        """Raise UserError if a part has classes that the model does not have, or lacks classes of other parts."""
+        folders = {
+            part: sorted(entry.name for entry in os.scandir(part.path) if entry.is_dir())
+            for part in find_imagenet_c(root, self.recipe.allow_missing)
+        }
+        for part, classes in folders.items():
+            match_classes(part.key, str(part.path), classes, self.names)
+        self._check_same_classes(folders)
+        return list(folders)
+
+    def _check_same_classes(self, folders: Mapping[DatasetPart, Sequence[str]]) -> None:
+        """Raise UserError, or with `allow_missing` warn, if a part lacks class folders that other parts have."""
+        all_classes = set().union(*folders.values())
+        for part, classes in folders.items():
+            missing = sorted(all_classes - set(classes))
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                text = f"{part.key}: {part.path} lacks class folder {missing[0]!r}{more}, which other parts have"
+                if not self.recipe.allow_missing:
+                    raise UserError(
+                        f"{text}; add it, or set allow_missing=true to evaluate on the classes of each part"
+                    )
+                if process_state().is_main_process:
+                    log.warning("%s; evaluating on the %d classes that it has", text, len(classes))
+
+    def open(self, part: DatasetPart) -> ImageSource:
+        """Return the images of a part."""
+        if part.path is not None:
+            with renaming_keys(RENAMED_KEYS | {"data.source": part.key}):
+                return open_source(str(part.path), self.recipe.split)
+        source = self.sources[part.key]
+        if part.key != "corrupt":
+            return source
+        return CorruptedImages(source, self.hw, part.corruption, part.severity, self.recipe.seed)
+
+    def indices(self, part: DatasetPart, source: ImageSource) -> list[int]:
+        """Return the indices of the images to evaluate: all, or `corrupt_n` evenly spaced ones."""
+        n = self.recipe.corrupt_n
+        if part.key != "corrupt" or not 0 < n < len(source):
+            return list(range(len(source)))
+        return [i * len(source) // n for i in range(n)]
+
+    def logits_and_targets(self, key: str, source: ImageSource) -> tuple[Tensor, Tensor]:
+        """Return the logits that compete on a dataset, Long[k], and for each of its labels which of these is correct.
+
+        The second is Long[labels] with values in 0..k-1, or -1 for a label without images.
+
+        Raises UserError if the classes or labels do not match the model's.
+        """
+        location = getattr(self.recipe, key)
+        logits = match_classes(key, location, source.classes, self.names, isinstance(source, HubDataset))
+        if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= len(logits)):
+            invalid = source.labels.min() if source.labels.min() < 0 else source.labels.max()
+            raise UserError(f"{key}: {location} has label {invalid}, expected 0 to {len(logits) - 1}")
+        labels = range(len(logits)) if source.labels is None else np.unique(source.labels).tolist()
+        competing = competing_logits(key, location, [self.names[logits[label]] for label in labels], self.names)
+        positions = {logit: position for position, logit in enumerate(competing)}
+        return torch.tensor(competing), torch.tensor([positions.get(logit, -1) for logit in logits])
+
+    def evaluate(self, part: DatasetPart, source: ImageSource, indices: list[int], title: str) -> Counts:
+        """Count the correct predictions on these images; the processes share the work, and each gets the result."""
+        competing, targets = self.logits_and_targets(part.key, source)
+        scores = Scores.zero(len(competing))
+        recipe = self.recipe
+        with renaming_keys(RENAMED_KEYS | {"data.source": part.key}):
+            for batch in compute_outputs(
+                self.model,
+                source,
+                eval_transform(self.hw, 1.0 if part.corruption else self.crop),
+                mean=self.model.mean,
+                std=self.model.std,
+                indices=indices,
+                batch=recipe.batch,
+                precision=recipe.precision,
+                workers=recipe.workers,
+                max_errors=recipe.max_errors,
+                title=title,
+            ):
+                scores.add(batch.outputs[:, competing], targets[batch.labels])
+        scores = scores.gather()
+        return Counts(scores.images, len(competing), int(scores.confusion.trace()), scores.top5)
+
+    def settings(self, part: DatasetPart, images: int) -> dict[str, Any]:
+        """Return everything that the result on a part depends on."""
+        path = part.path or getattr(self.recipe, part.key)
+        settings = {"model": self.digest, "set": part.key, "path": os.path.realpath(path), "images": images}
+        settings |= {"size": self.hw, "crop": self.crop, "precision": self.recipe.precision, "split": self.recipe.split}
+        if part.corruption:
+            settings |= {"corruption": part.corruption, "severity": part.severity}
+        if part.key == "corrupt":
+            settings |= {"seed": self.recipe.seed, "crop": CROP_SHARE}
+        return settings
