@@ -1,8 +1,8 @@
 """ADDP: Alternating Denoising Diffusion Process (arXiv 2306.05423, ICLR 2024), the model and its training loss.
 
 A training step (Sec. 3.3): tokenize the image; draw which ids are unreliable; let the frozen token predictor guess
-them; decode the mixture into a noisy image; from that image and the reliable ids, predict the distribution of the
-unreliable ones.
+them; decode the mixture of ids and guesses into a noisy image; from this image and the reliable ids, predict the
+distribution of the unreliable ids.
 """
 
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary,
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Architecture of what ADDP trains; the defaults are ViT-B's."""
+    """Architecture of the part that ADDP trains; the defaults are those of ViT-B."""
 
     encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1, tokenizer_norm=True))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_heads("decoder.heads", self.decoder.heads, self.encoder.width)
 
 
@@ -48,20 +48,23 @@ class ADDPConfig:
 
     @property
     def tokens(self) -> int:
-        """N, positions of the grid."""
+        """N, the number of tokens per image."""
         return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
 class CorruptedBatch:
-    """A training example of the denoiser: the noisy image Float[B,3,H,W], unclamped, and its target Float[B,N,K]."""
+    """Training examples of the denoiser: unclamped noisy images Float[B,3,H,W] and their targets Float[B,N,K]."""
 
     images: Tensor
     target: Tensor
 
 
 class Denoiser(nn.Module):
-    """What is trained: a pixel encoder, and a decoder over ids."""
+    """The trained part: an encoder over noisy pixels and a decoder over ids."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ADDPConfig):
         super().__init__()
@@ -72,7 +75,7 @@ class Denoiser(nn.Module):
             config.denoiser.decoder, width, config.tokens, config.vocabulary, append_ids=ids_to != "none"
         )
         if ids_to == "encoder+decoder":
-            self.pos_token_embed = normal_parameter(1, 1 + config.tokens, width)  # positions of ids that the encoder sees
+            self.pos_token_embed = normal_parameter(1, 1 + config.tokens, width)  # positions of the encoder's ids
         for name, value in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
@@ -85,9 +88,16 @@ class Denoiser(nn.Module):
         vocabulary: int | None = None,
         masked_only: bool = False,
     ) -> Tensor:
-        """Noisy images Float[B,3,H,W] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'] logits over the
-        first `vocabulary` ids, or with `masked_only` Float[R,V'] of the unreliable positions in row-major order; with
-        target Float[B,N,K], the scalar loss instead, computed at the unreliable positions alone."""
+        """Return the logits of all positions, Float[B,N,V'], or the scalar loss if there is a target.
+
+        Args:
+            images: noisy images before clamping, Float[B,3,H,W].
+            ids: Long[B,N].
+            mask: Bool[B,N], True = unreliable.
+            target: Float[B,N,K]; the loss is computed at the unreliable positions only.
+            vocabulary: compute the logits of the first `vocabulary` ids only (default: all).
+            masked_only: return the logits of the unreliable positions only, Float[R,V'] in row-major order.
+        """
         positions = MaskPositions.from_mask(mask)
         features = self.encode(images, ids, mask, positions, visible_only=True)
         masked_only = masked_only or target is not None
@@ -105,25 +115,29 @@ class Denoiser(nn.Module):
         positions: MaskPositions | None = None,
         visible_only: bool = False,
     ) -> Tensor:
-        """-> Float[B,1+N,W], after the final norm, class token first; with `visible_only` Float[B,E,W], the reliable
-        positions in order, which are all that the decoder reads. positions: those of the mask, where known."""
+        """Encode the noisy images, Float[B,3,H,W] -> Float[B,1+N,W] after the final norm, class token first.
+
+        Args:
+            positions: those of the mask, if the caller has computed them.
+            visible_only: return the features of the reliable positions in order, Float[B,E,W], which are all that the
+                decoder reads.
+        """
         positions, extra = positions or MaskPositions.from_mask(mask), None
         if hasattr(self, "pos_token_embed"):
-            order, real = positions.visible, positions.visible_valid
-            seen = ids.gather(1, order)
-            if real is not None:
-                # Rows that see fewer ids than the fullest are padded with ids they are told nothing about: the mask id.
-                seen = seen.masked_fill(~real, self.decoder.vocabulary.mask_id)
-            extra = self.decoder.token_emb(seen) + self.pos_token_embed[0, 1:][order]
+            visible_ids = ids.gather(1, positions.visible)
+            if positions.visible_valid is not None:
+                # Rows with fewer reliable ids than the fullest row are padded with the mask id, which says nothing.
+                visible_ids = visible_ids.masked_fill(~positions.visible_valid, self.decoder.vocabulary.mask_id)
+            extra = self.decoder.token_emb(visible_ids) + self.pos_token_embed[0, 1:][positions.visible]
         return self.encoder(self.normalize(images), extra, positions.visible if visible_only else None)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] -> the same, clamped to [0,1], with ImageNet's mean and deviation removed."""
+        """Clamp images Float[B,3,H,W] to [0,1] and normalize them by ImageNet's mean and standard deviation."""
         return (images.clamp(0, 1) - self.mean) / self.std
 
 
 class ADDP(nn.Module):
-    """Tokenizer and token predictor, both frozen, and the denoiser."""
+    """The frozen tokenizer and token predictor, and the denoiser."""
 
     def __init__(self, config: ADDPConfig):
         super().__init__()
@@ -133,21 +147,26 @@ class ADDP(nn.Module):
             TokenPredictor(config.predictor, config.tokens, config.vocabulary) if config.predictor else None
         )
         self.denoiser = Denoiser(config)
-        for part in (self.tokenizer, self.predictor):
-            if part is not None:
-                part.requires_grad_(False)
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        return [part for part in (self.tokenizer, self.predictor) if part is not None]
 
     def train(self, mode: bool = True) -> "ADDP":
-        """Keep frozen parts in eval mode, as the paper says (the published code turns on the predictor's dropout)."""
+        """Set the mode of the denoiser only: frozen parts stay in eval mode, as the paper says.
+
+        (The published code turns on the predictor's dropout.)
+        """
         super().train(mode)
-        for part in (self.tokenizer, self.predictor):
-            if part is not None:
-                part.eval()
+        for part in self._frozen_parts():
+            part.eval()
         return self
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Float[B,3,H,W] in [0,1] -> {"loss": scalar}; draws the step itself, from `generator` or torch's default
-        state.
+        """Draw a step and return its loss: images Float[B,3,H,W] in [0,1] -> {"loss": scalar}.
+
+        generator: on the CPU (default: one seeded from torch's global state).
         """
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         mask, next_mask = draw_masks(self.config.process, len(images), self.config.tokens, generator)
@@ -158,18 +177,20 @@ class ADDP(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] in [0,1] -> Long[B,N], z_0."""
+        """Return z_0, the ids of the images: Float[B,3,H,W] in [0,1] -> Long[B,N]."""
         return self.tokenizer.encode(images)
 
     @torch.no_grad()
     def corrupt(self, ids: Tensor, mask: Tensor, next_mask: Tensor) -> CorruptedBatch:
-        """Noisy image x_t and target (Eq. 4-6): Long[B,N] ids, Bool[B,N] unreliable at t and at the later step.
+        """Return the noisy images x_t and their targets (Eq. 4-6).
 
-        ValueError where the model was loaded without a token predictor.
+        ids: Long[B,N]. mask, next_mask: Bool[B,N], True = unreliable at t and at the later step. Raises ValueError if
+        the model was loaded without a token predictor.
         """
         if self.predictor is None:
             raise ValueError(
-                "this model has no token predictor, which corrupting images needs: load it with predictor=<file>"
+                "corrupting images needs a token predictor, which this model was loaded without: "
+                "load it with predictor=<file>"
             )
         process, codebook = self.config.process, self.tokenizer.quantize.embedding.weight
         if process.condition == "z_t+1":
@@ -180,15 +201,18 @@ class ADDP(nn.Module):
         return CorruptedBatch(images, training_target(posterior, ids, process.target))
 
     def render(self, embeddings: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Decode Float[B,N,D] embeddings where masked and the ids' own codes elsewhere -> Float[B,3,H,W], unclamped."""
+        """Decode a mixture into unclamped images, Float[B,3,H,W].
+
+        embeddings: Float[B,N,D], used where the mask Bool[B,N] is True. ids: Long[B,N], used elsewhere.
+        """
         codes = self.tokenizer.quantize.embedding(ids)
         mixed = torch.where(mask.unsqueeze(-1), embeddings.to(codes.dtype), codes)
         return self.tokenizer.decode(to_feature_map(mixed, self.config.grid))
 
     def logits(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Images Float[B,3,H,W] in [0,1] before clamping, Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V] logits."""
+        """Return logits Float[B,N,V] for images before clamping Float[B,3,H,W], ids Long[B,N] and mask Bool[B,N]."""
         return self.denoiser(images, ids, mask)
 
     def loss(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """Soft cross-entropy over all V classes at the unreliable positions (Eq. 7): scalar, nats."""
+        """Return the soft cross-entropy in nats over all V classes at the unreliable positions (Eq. 7), a scalar."""
         return soft_cross_entropy(logits[mask], target[mask], self.config.process.label_smoothing).mean()

@@ -121,7 +121,7 @@ class Classifier(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the blocks after the last of `indices`, and optionally norm and head; return the indices (timm's API)."""
+        """Drop the blocks after the last of `indices`, optionally norm and head; return the indices (timm's API)."""
         block_indices, last = feature_take_indices(len(self.encoder.blocks), indices)
         self.encoder.blocks = self.encoder.blocks[: last + 1]
         if prune_norm:

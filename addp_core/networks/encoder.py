@@ -61,9 +61,10 @@ VIT_SIZES = {
 
 
 class FeatureEncoder(nn.Module):
-    """The interface through which tasks read features; subclasses set `blocks` and `patch_size` and define `embed`."""
+    """The interface through which tasks read features; subclasses set the first three attributes and define `embed`."""
 
     blocks: nn.ModuleList
+    norm: nn.Module
     patch_size: int
     num_prefix_tokens = 1  # tokens before the patches: the class token
     checkpointing = False  # in training, recompute the blocks' activations instead of storing them
