@@ -1,5 +1,7 @@
-"""What a training run keeps of its validations: the best checkpoint so far and the metrics."""
+"""What a training run keeps of its validations: the best checkpoint so far, the metrics, and a confusion matrix."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from addp_core.weights.saving import save_model
 from cls.evaluation import Scores
 
 BEST_MODEL, BEST_METRICS, RESULTS = "model-best.safetensors", "best.json", "results.json"
+CONFUSION = "confusion.csv"
 
 
 def keep_best(model: nn.Module, step: int, scores: Scores, out: Path) -> None:
@@ -30,3 +33,30 @@ def keep_best(model: nn.Module, step: int, scores: Scores, out: Path) -> None:
     results = {"images": scores.images, "classes": len(scores.confusion), "last": last, "best": best}
     with log_write_errors(out / RESULTS):
         write_atomically(out / RESULTS, json.dumps(results, indent=1).encode())
+
+
+def write_confusion(scores: Scores, class_names: tuple[str, ...], out: Path) -> None:
+    """Write the confusion matrix (rows: true class, columns: prediction) as confusion.csv and images/confusion.png.
+
+    What does not fit on the disk is skipped with a warning.
+    """
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true\\answer", *class_names])
+    writer.writerows([name, *row] for name, row in zip(class_names, scores.confusion.tolist(), strict=True))
+    with log_write_errors(out / CONFUSION):
+        write_atomically(out / CONFUSION, text.getvalue().encode())
+    share = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
+    side = min(max(4.0, 0.3 * len(class_names)), 12.0)
+    figure = Figure(figsize=(side + 1, side))
+    title = f"top-1 {scores.metrics['top1']:.1f} %"
+    axes = figure.add_subplot(title=title, xlabel="prediction", ylabel="true class")
+    figure.colorbar(axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis"), label="share of the true class")
+    if len(class_names) <= 40:
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90)
+        axes.set_yticks(range(len(class_names)), class_names)
+    figure.tight_layout()
+    with log_write_errors(out / "images" / "confusion.png"):
+        figure.savefig(out / "images" / "confusion.png", dpi=100)

@@ -146,7 +146,7 @@ def test_options_train(images, pretrained, tmp_path, more):
 def test_options_say_what_they_do(images, pretrained, tmp_path):
     def built(*more):
         words = settings(images, pretrained, tmp_path, *more)[1:]
-        return cls.finetune.build(load(Recipe, None, words), tuple(COLOURS))
+        return cls.finetune.build_classifier(load(Recipe, None, words), tuple(COLOURS))
 
     model, kept, other = built(), built("tokenizer_norm=true"), built("init=random")
     x = torch.rand(2, 3, 8, 8)
@@ -175,10 +175,10 @@ def test_a_head_of_other_classes_is_dropped_and_said_once(images, pretrained, tm
     assert main(settings(images, pretrained, first, "train.steps=1")) == 0
     head = load_classifier(first).head.weight.clone()
     recipe = load(Recipe, None, settings(images, first, tmp_path / "x")[1:])
-    assert torch.equal(cls.finetune.build(recipe, tuple(COLOURS)).head.weight, head)
+    assert torch.equal(cls.finetune.build_classifier(recipe, tuple(COLOURS)).head.weight, head)
     caplog.clear()
     with caplog.at_level("INFO", "addp"):
-        assert cls.finetune.build(recipe, ("a", "b")).head.weight.shape == (2, 16)
+        assert cls.finetune.build_classifier(recipe, ("a", "b")).head.weight.shape == (2, 16)
     said = [record.message for record in caplog.records if "head" in record.message]
     assert said == [f"{first}: its head for 3 classes is dropped; a new one for 2"]
 
@@ -191,7 +191,7 @@ def test_the_head_of_a_foreign_file_is_said_to_go(images, tmp_path, caplog, monk
     for name, classes in (("headed", 5), ("bare", 0)):
         save_file(VisionTransformer(**shape, num_classes=classes).state_dict(), tmp_path / f"{name}.safetensors")
         words = settings(images, tmp_path / f"{name}.safetensors", tmp_path / "x", "encoder_heads=2")
-        cls.finetune.build(load(Recipe, None, words[1:]), tuple(COLOURS))
+        cls.finetune.build_classifier(load(Recipe, None, words[1:]), tuple(COLOURS))
     said = [record.message for record in caplog.records if "head" in record.message]
     expected = [f"{tmp_path / 'headed.safetensors'}: its head for 5 classes is dropped; a new one for 3"]
     assert said == (expected if main_process else [])
@@ -227,7 +227,7 @@ def test_a_full_disk_costs_figures_and_not_the_run(images, pretrained, tmp_path,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(cls.results, "save_model", full)
-    monkeypatch.setattr(cls.finetune, "write_atomically", refused)
+    monkeypatch.setattr(cls.results, "write_atomically", refused)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", refused)
     words = ["train.steps=4", "train.evaluate_every=2", "confusion=true"]
     assert main(settings(images, pretrained, tmp_path, *words)) == 0
@@ -241,7 +241,7 @@ def test_a_full_disk_costs_figures_and_not_the_run(images, pretrained, tmp_path,
 def test_confusion_of_names_with_commas(tmp_path):
     (tmp_path / "images").mkdir()
     names = ("crane, bird", 'crane "machine"', "tench")
-    cls.finetune.write_confusion(Scores(torch.arange(9).view(3, 3)), names, tmp_path)
+    cls.results.write_confusion(Scores(torch.arange(9).view(3, 3)), names, tmp_path)
     with (tmp_path / "confusion.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [["true\\answer", *names], [names[0], *"012"], [names[1], *"345"], [names[2], *"678"]]
