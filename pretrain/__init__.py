@@ -1,1 +1,1 @@
-"""Pretraining in three stages: tokenizer, token predictor, ADDP."""
+"""Pretraining in three stages: the tokenizer, the token predictor, and ADDP."""

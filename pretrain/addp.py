@@ -1,12 +1,12 @@
-"""Stage 3: `addp pretrain` trains ADDP over a frozen tokenizer and a frozen token predictor (Sec. 3.3, App. D.1).
+"""Stage 3: `addp pretrain` trains ADDP with a frozen tokenizer and a frozen token predictor (Sec. 3.3, App. D.1).
 
-Where one of the two is not given and the recipe names `stages`, it is trained first, into a folder of its own within
-the run.
+If one of these two is not given and the recipe sets `stages`, it is trained first, in a subfolder of the run.
 """
 
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,26 +15,23 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.data.config import DataConfig
-from addp_core.data.images import pretrain_transform
-from addp_core.data.sources import open_source
-from addp_core.data.stream import Batch, Stream
+from addp_core.data.stream import Batch
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.method.diffusion import ProcessConfig, draw_masks
 from addp_core.method.sampler import sample
-from addp_core.recipes.config import dump, find_recipe, load
-from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.weights.checkpoint import (
-    MODEL_FILE,
-    fingerprint,
-    load_predictor,
-    load_tokenizer,
-    save_model,
-    stated_heads,
-)
+from addp_core.recipes.config import find_recipe, load, recipes_of
+from addp_core.training.stage import MicroStep, Stage, TrainConfig
+from addp_core.weights.architectures import recipe_heads
+from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.loading import load_predictor
+from addp_core.weights.modules import fingerprint
+from addp_core.weights.saving import save_model
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
+from pretrain.common import load_frozen_tokenizer, run_stage
 
-PREVIEWS = 16  # generated images in a preview
+PREVIEW_IMAGES = 16
+FROZEN_STAGES: dict[str, ModuleType] = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}
 PUBLISHED = {
     "tokenizer": "the published vqgan_jax_strongaug.ckpt, Google Drive id 13S_unB87n6KKuuMdyMnyExW0G1kplTbP",
     "predictor": "the published mage-vitb-1600.pth / mage-vitl-1600.pth, Google Drive ids "
@@ -52,43 +49,41 @@ class Recipe:
     predictor: Annotated[str, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
     stages: Annotated[
         str,
-        "what trains the parts that are not given: the name of a recipe of `addp tokenizer` and `addp predictor`, "
-        "or a folder with tokenizer.yaml and predictor.yaml",
+        "how to train the tokenizer and predictor if they are not given: the name of a recipe that `addp tokenizer` "
+        "and `addp predictor` both have, or a folder with tokenizer.yaml and predictor.yaml",
     ] = ""
-    predictor_heads: Annotated[int | None, Ge(1), "of a MAGE file whose heads are not width/64"] = None
-    predictor_decoder_heads: Annotated[int | None, Ge(1), "of a MAGE file whose decoder heads are not 16"] = None
+    predictor_heads: Annotated[int | None, Ge(1), "for a MAGE file whose heads are not width/64"] = None
+    predictor_decoder_heads: Annotated[int | None, Ge(1), "for a MAGE file whose decoder heads are not 16"] = None
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     draw: Annotated[
         Literal["batch", "process"],
-        "one mask ratio for the whole batch (the same numbers on any number of processes), "
-        "or one on each process (as published)",
+        "one mask ratio for the whole batch (the same numbers for any number of processes), "
+        "or one for each process (as published)",
     ] = "batch"
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def run(recipe: Recipe) -> None:
-    """Pretrain, or continue; ends with `<out>/model.safetensors`, which feeds every other verb."""
-    text = dump(recipe)
-    if prepare_out(recipe.out, text):
-        return
-    source = open_source(recipe.data)
-    _check_parts(recipe)
-    tokenizer_source = recipe.tokenizer or _train_part(recipe, "tokenizer")
-    predictor_source = recipe.predictor or _train_part(recipe, "predictor", tokenizer=tokenizer_source)
-    model = build(recipe, tokenizer_source, predictor_source)
-    stage = PretrainStage(model, recipe.draw)
-    stream = Stream(
-        source, pretrain_transform(recipe.data), recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch
-    )
-    train(stage, stream, recipe.train, recipe.out, text)
+    """Pretrain, or continue; ends with `<out>/model.safetensors`, which all other verbs read."""
+    run_stage(recipe, lambda source: build_stage(recipe))
+
+
+def build_stage(recipe: Recipe) -> "PretrainStage":
+    """Return the stage; the frozen parts that are not given are trained first."""
+    _check_frozen_parts(recipe)
+    tokenizer_source = recipe.tokenizer or _train_frozen_part(recipe, "tokenizer")
+    predictor_source = recipe.predictor or _train_frozen_part(recipe, "predictor", tokenizer=tokenizer_source)
+    return PretrainStage(build(recipe, tokenizer_source, predictor_source), recipe.draw)
 
 
 def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
-    """The model with both frozen parts loaded and the denoiser freshly drawn from the seed."""
-    tokenizer = load_tokenizer(tokenizer_source)
-    grid = tokenizer_stage.token_grid(tokenizer.config, recipe.data)
-    predictor = load_predictor(predictor_source, grid, **stated_heads(recipe))
+    """Return ADDP with both frozen parts loaded and a randomly initialized denoiser.
+
+    Raises UserError if the predictor and the tokenizer do not belong together.
+    """
+    tokenizer, grid = load_frozen_tokenizer(tokenizer_source, recipe.data)
+    predictor = load_predictor(predictor_source, grid, **recipe_heads(recipe))
     if predictor.vocabulary.codebook != tokenizer.config.codebook:
         raise UserError(
             f"predictor: {predictor_source} predicts {predictor.vocabulary.codebook} codes, "
@@ -98,58 +93,58 @@ def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
     if predictor.trained_on not in ("", fingerprint(tokenizer)):
         raise UserError(
             f"predictor: {predictor_source} was trained on another tokenizer than {tokenizer_source}; "
-            "expected the one it knows, or a predictor trained anew"
+            "expected the tokenizer it was trained on, or a predictor trained on this one"
         )
     torch.manual_seed(recipe.train.seed)
     config = ADDPConfig(
         recipe.data.hw, tokenizer.config, predictor.vocabulary, predictor.config, recipe.model, recipe.process
     )
     model = ADDP(config)
+    assert model.predictor is not None
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.predictor.load_state_dict(predictor.state_dict())
     return model
 
 
 class PretrainStage(Stage):
-    """What the engine trains: the denoiser, on images that the frozen parts corrupt."""
+    """Trains the denoiser on images that the frozen parts corrupt."""
 
     name = "pretrain"
 
     def __init__(self, addp: ADDP, draw: str = "batch"):
+        assert addp.predictor is not None
         self.addp, self.model, self.frozen = addp, addp.denoiser, [addp.tokenizer, addp.predictor]
-        self.shared = draw == "batch"
+        self.one_ratio_per_batch = draw == "batch"
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """One training step of Sec. 3.3. `model` is the denoiser as the engine wrapped it."""
-        addp, device = self.addp, batch.images.device
-        rows = draw.rows if self.shared else slice(None)
-        drawn = draw.batch if self.shared else len(batch.images)
-        masks = draw_masks(addp.config.process, drawn, addp.config.tokens, draw.generator("mask", shared=self.shared))
+    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
+        """Compute the loss of one training step (Sec. 3.3). `model` is the denoiser as the engine wrapped it."""
+        addp, device, shared = self.addp, batch.images.device, self.one_ratio_per_batch
+        mask_rows = micro_step.batch if shared else len(batch.images)
+        rows = micro_step.rows if shared else slice(None)
+        generator = micro_step.generator("mask", shared=shared)
+        masks = draw_masks(addp.config.process, mask_rows, addp.config.tokens, generator)
         mask, next_mask = (m[rows].to(device) for m in masks)
         ids = addp.encode_images(batch.images)
         corrupted = addp.corrupt(ids, mask, next_mask)
         return {"loss": model(corrupted.images, ids, mask, corrupted.target), "mask_ratio": mask.float().mean()}
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Images generated with the paper's sampler, always from the same seed."""
-        return {"sample": sample(self._with(model), PREVIEWS)}
+        """Generate images with the paper's sampler, always from the same seed."""
+        return {"sample": sample(self._with_denoiser(model), PREVIEW_IMAGES)}
 
     def export(self, model: nn.Module, path: Path) -> None:
-        save_model(self._with(model), path)
+        save_model(self._with_denoiser(model), path)
 
-    def _with(self, denoiser: nn.Module) -> ADDP:
-        """The model around the denoiser at hand, which may be the one with averaged weights; nothing is copied."""
+    def _with_denoiser(self, denoiser: nn.Module) -> ADDP:
+        """Return ADDP with another denoiser, such as the one with averaged weights; nothing is copied."""
         addp = copy(self.addp)
         addp._modules = {**self.addp._modules, "denoiser": denoiser}
         return addp
 
 
-STAGES = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}
-
-
-def _check_parts(recipe: Recipe) -> None:
-    """Find what is missing before the first stage starts to train."""
-    for part in STAGES:
+def _check_frozen_parts(recipe: Recipe) -> None:
+    """Raise UserError for whatever is missing to load or train both parts, before the first of them starts to train."""
+    for part in FROZEN_STAGES:
         if getattr(recipe, part):
             continue
         if not recipe.stages:
@@ -157,21 +152,22 @@ def _check_parts(recipe: Recipe) -> None:
                 f"{part}: not given; expected {part}=<file or run> ({PUBLISHED[part]}), "
                 "or stages=tiny to train one on these images first"
             )
-        _stage_recipe(recipe, part, out="", **({} if part == "tokenizer" else {"tokenizer": ""}))
+        _frozen_stage_recipe(recipe, part, out="", **({} if part == "tokenizer" else {"tokenizer": ""}))
 
 
-def _train_part(recipe: Recipe, part: str, **given: str) -> str:
-    """Train the tokenizer or predictor on the same images into `<out>/<part>` (or continue, or find it finished)."""
+def _train_frozen_part(recipe: Recipe, part: str, **settings: str) -> str:
+    """Train the tokenizer or predictor on the same images in `<out>/<part>` unless it is finished; return its file."""
     out = Path(recipe.out) / part
-    STAGES[part].run(_stage_recipe(recipe, part, out=str(out), **given))
+    FROZEN_STAGES[part].run(_frozen_stage_recipe(recipe, part, out=str(out), **settings))
     return str(out / MODEL_FILE)
 
 
-def _stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
-    """The recipe of an earlier stage, on this recipe's images."""
-    module, folder = STAGES[part], Path(recipe.stages)
+def _frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
+    """Return the recipe that trains the tokenizer or predictor on the images of this recipe."""
+    module, folder = FROZEN_STAGES[part], Path(recipe.stages)
     try:
         path = folder / f"{part}.yaml" if folder.is_dir() else find_recipe(module, recipe.stages)
     except UserError as error:
         raise UserError(f"stages: {error}") from error
-    return replace(load(module.Recipe, path, [f"{key}={value}" for key, value in settings.items()]), data=recipe.data)
+    texts = [f"{key}={value}" for key, value in settings.items()]
+    return replace(load(module.Recipe, path, texts, recipes_of(module)), data=recipe.data)

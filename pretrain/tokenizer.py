@@ -1,13 +1,14 @@
-"""Stage 1: `addp tokenizer` trains the VQGAN on the user's images (VQGAN, arXiv 2012.09841; VQ-VAE, 1711.00937).
+"""Stage 1: `addp tokenizer` trains the VQGAN on your images (VQGAN, arXiv 2012.09841; VQ-VAE, 1711.00937).
 
-The codebook is a moving average of the encoder's outputs (VQ-VAE, App. A.1). A code that nothing has used for a while
-is put where an encoder output lies now; the codebook starts that way too, as no code has ever been used then.
+The codebook is a moving average of the encoder's outputs (VQ-VAE, App. A.1). A code that has not been used for a while
+is moved to a current output of the encoder. The codebook is initialized in the same way, because at first no code has
+been used.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,18 +20,17 @@ from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
 from addp_core.data.config import DataConfig
-from addp_core.data.images import pretrain_transform
-from addp_core.data.sources import open_source
-from addp_core.data.stream import Batch, Stream, example_images
+from addp_core.data.sources import ImageSource
+from addp_core.data.stream import Batch, example_images
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, to_feature_map
-from addp_core.recipes.config import dump
-from addp_core.training.engine import Draw, Stage, TrainConfig, prepare_out, train
-from addp_core.weights.checkpoint import save_model
-from pretrain.losses import PatchDiscriminator, PerceptualDistance, hinge
+from addp_core.training.stage import MicroStep, Stage, TrainConfig
+from addp_core.weights.saving import save_model
+from pretrain.common import run_stage, token_grid
+from pretrain.losses import PatchDiscriminator, PerceptualDistance, hinge_loss
 
-EXAMPLES = 16  # images in a preview
-LARGEST_BALANCE = 1e4  # of the adaptive adversarial weight
-NEVER = 2**40  # steps
+PREVIEW_IMAGES = 16
+MAX_GRADIENT_RATIO = 1e4  # of the adaptive adversarial weight
+NEVER_USED = 2**40  # steps since the last use of a code that has never been used
 
 
 @dataclass
@@ -39,24 +39,31 @@ class LossConfig:
 
     l1: Annotated[float, Ge(0), "weight of the mean absolute error"] = 1.0
     l2: Annotated[float, Ge(0), "weight of the mean squared error"] = 0.0
-    commitment: Annotated[float, Ge(0), "weight of the encoder's squared distance to its codes (beta)"] = 0.25
-    codebook_decay: Annotated[float, Interval(ge=0, lt=1), "of the codes' moving averages, per step"] = 0.99
-    revive_after: Annotated[int | None, Ge(1), "steps until an unused code is put to use; null: never"] = 100
+    commitment: Annotated[float, Ge(0), "weight of the squared distance from encoder outputs to their codes (beta)"] = (
+        0.25
+    )
+    codebook_decay: Annotated[float, Interval(ge=0, lt=1), "decay of the codes' moving averages, per step"] = 0.99
+    revive_after: Annotated[
+        int | None, Ge(1), "steps until an unused code is moved to an encoder output; null: never"
+    ] = 100
     perceptual_weights: Annotated[str, "local file of torchvision's vgg16 state dict; empty: no perceptual term"] = ""
     perceptual: Annotated[float, Ge(0), "weight of the perceptual term"] = 0.1
-    perceptual_depth: Annotated[int, Interval(ge=1, le=5), "VGG blocks that are compared"] = 5
+    perceptual_depth: Annotated[int, Interval(ge=1, le=5), "VGG blocks whose features are compared"] = 5
     adversarial: Annotated[float, Ge(0), "weight of the adversarial term; 0: no discriminator"] = 0.0
-    adversarial_start: Annotated[int, Ge(0), "step from which the discriminator is trained and counts"] = 0
+    adversarial_start: Annotated[int, Ge(0), "step from which the discriminator is trained and used"] = 0
     adversarial_balance: Annotated[
         Literal["fixed", "adaptive"],
-        "adaptive: the weight is relative to the gradient of the other terms at the last layer (VQGAN, Eq. 7)",
+        "adaptive: scale the weight by the ratio of the other terms' gradient to the adversarial term's at the last "
+        "layer (VQGAN, Eq. 7)",
     ] = "fixed"
-    discriminator_width: Annotated[int, Ge(32), MultipleOf(32), "channels of its first layer"] = 64
-    discriminator_layers: Annotated[int, Ge(1), "layers after the first; one fewer of them halves the image"] = 3
+    discriminator_width: Annotated[int, Ge(32), MultipleOf(32), "channels of the discriminator's first layer"] = 64
+    discriminator_layers: Annotated[int, Ge(1), "layers after the first; all of these but one halve the image"] = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.l1 or self.l2 or (self.perceptual and self.perceptual_weights)):
-            raise ValueError("l1: found 0, as all other terms that compare images; expected one of them above 0")
+            raise ValueError(
+                "l1: found 0, and no other term compares images; expected one of l1, l2, perceptual above 0"
+            )
 
 
 def _train_defaults() -> TrainConfig:
@@ -73,51 +80,42 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=_train_defaults)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.train.compile and self.loss.adversarial and self.loss.adversarial_balance == "adaptive":
             raise ValueError("train.compile: found true, expected false with loss.adversarial_balance=adaptive")
 
 
 def run(recipe: Recipe) -> None:
     """Train a tokenizer, or continue; ends with `<out>/model.safetensors`."""
-    text = dump(recipe)
-    if prepare_out(recipe.out, text):
-        return
-    source = open_source(recipe.data)
-    stage = build(recipe, example_images(source, recipe.data, EXAMPLES))
-    crop, settings = pretrain_transform(recipe.data), recipe.train
-    stream = Stream(source, crop, recipe.data, seed=settings.seed, batch=settings.micro_batch)
-    train(stage, stream, settings, recipe.out, text)
+    run_stage(recipe, lambda source: build_stage(recipe, source))
 
 
-def build(recipe: Recipe, examples: Tensor) -> "TokenizerStage":
-    """The stage, its tokenizer freshly drawn from the seed. `examples`: Float[n,3,H,W], the images of previews."""
+def build_stage(recipe: Recipe, source: ImageSource) -> "TokenizerStage":
+    """Return the stage with a randomly initialized tokenizer. `source` provides the images of previews.
+
+    Raises UserError if the image size does not suit the tokenizer or the discriminator.
+    """
+    examples = example_images(source, recipe.data, PREVIEW_IMAGES)
     size, loss = recipe.data.hw, recipe.loss
     grid = token_grid(recipe.model, recipe.data)
-    smallest = 3 * 2**loss.discriminator_layers
-    if loss.adversarial and min(size) < smallest:
+    min_size = 3 * 2**loss.discriminator_layers
+    if loss.adversarial and min(size) < min_size:
         raise UserError(
-            f"loss.discriminator_layers: found {loss.discriminator_layers}, for images of at least {smallest} pixels a "
-            f"side; expected fewer, or data.size={smallest} or more"
+            f"loss.discriminator_layers: found {loss.discriminator_layers}, for images of at least {min_size} pixels a "
+            f"side; expected fewer, or data.size={min_size} or more"
         )
     torch.manual_seed(recipe.train.seed)
     return TokenizerStage(Tokenizer(recipe.model, grid), loss, examples)
 
 
-def token_grid(tokenizer: TokenizerConfig, data: DataConfig) -> tuple[int, int]:
-    """Rows and columns of tokens of the recipe's images. UserError where the size does not fit the tokenizer."""
-    try:
-        return tokenizer.grid(data.hw)
-    except ValueError as error:
-        raise UserError(f"data.size: {error}") from error
-
-
 class TokenizerStage(Stage):
-    """What the engine trains: encoder, decoder and discriminator by gradient, the codebook by averages."""
+    """Trains the encoder, decoder and discriminator by gradient descent, and the codebook by moving averages."""
 
     name = "tokenizer"
+    model: "TokenizerTraining"
 
     def __init__(self, tokenizer: Tokenizer, config: LossConfig, examples: Tensor):
+        """`examples`: Float[n,3,H,W] in [0,1], the images of previews."""
         self.config, self.examples = config, examples
         discriminator = None
         if config.adversarial:
@@ -127,89 +125,101 @@ class TokenizerStage(Stage):
         if config.perceptual_weights and config.perceptual:
             self.perceptual = PerceptualDistance(config.perceptual_weights, config.perceptual_depth)
             self.frozen = [self.perceptual]
-        self.seen: list[tuple[Tensor, Tensor]] = []  # features and ids of the micro-steps of optimizer step `seen_in`
-        self.seen_in = -1
+        # (features, ids) of the micro-steps of the current optimizer step
+        self.quantized: list[tuple[Tensor, Tensor]] = []
+        self.quantized_step = -1
 
-    def loss(self, model: nn.Module, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         config, images = self.config, batch.images
-        adversarial = config.adversarial > 0 and draw.step >= config.adversarial_start
+        adversarial = config.adversarial > 0 and micro_step.step >= config.adversarial_start
         out = model(images, adversarial)
-        if draw.step != self.seen_in:  # a step that was skipped has left its own behind
-            self.seen, self.seen_in = [], draw.step
-        self.seen.append((out["features"].detach(), out["ids"].flatten()))
+        if micro_step.step != self.quantized_step:  # drop what a skipped optimizer step has left behind
+            self.quantized, self.quantized_step = [], micro_step.step
+        self.quantized.append((out["features"].detach(), out["ids"].flatten()))
 
         decoded = out["images"].float()
         terms = {"l1": F.l1_loss(decoded, images), "l2": F.mse_loss(decoded, images)}
         weights = {"l1": config.l1, "l2": config.l2}
         if self.perceptual is not None:
             terms["perceptual"], weights["perceptual"] = self.perceptual(decoded, images), config.perceptual
-        loss = similarity = sum(weights[name] * term for name, term in terms.items())
+        reconstruction = cast(Tensor, sum(weights[name] * term for name, term in terms.items()))
         terms["commitment"] = out["commitment"]
-        loss = loss + config.commitment * out["commitment"]
+        loss = reconstruction + config.commitment * out["commitment"]
         if self.model.discriminator is not None:
             loss = loss + out["discriminator"]
         if adversarial:
             weight = torch.as_tensor(config.adversarial, device=loss.device)
             if config.adversarial_balance == "adaptive":
-                weight = weight * self._balance(similarity, out["adversarial"])
+                weight = weight * self._gradient_ratio(reconstruction, out["adversarial"])
             loss = loss + weight * out["adversarial"]
             terms |= {name: out[name] for name in ("adversarial", "discriminator")}
             terms["adversarial_weight"] = weight
-        squared = (decoded.detach().clamp(0, 1) - images).square().mean((1, 2, 3))
-        return {"loss": loss, **terms, "psnr": -10 * squared.clamp_min(1e-10).log10().mean()}
+        squared_error = (decoded.detach().clamp(0, 1) - images).square().mean((1, 2, 3))
+        return {"loss": loss, **terms, "psnr": -10 * squared_error.clamp_min(1e-10).log10().mean()}
 
-    def _balance(self, similarity: Tensor, adversarial: Tensor) -> Tensor:
-        """How much stronger the one term's gradient is than the other's, at the decoder's last layer (VQGAN, Eq. 7)."""
-        last = self.model.tokenizer.decoder.conv_out.weight
+    def _gradient_ratio(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        """Return how much larger the gradient of the first term is at the decoder's last layer (VQGAN, Eq. 7)."""
+        last_layer = self.model.tokenizer.decoder.conv_out.weight
         norms = [
-            reduce(torch.autograd.grad(term, last, retain_graph=True)[0].float(), "mean").norm()
-            for term in (similarity, adversarial)
+            cast(Tensor, reduce(torch.autograd.grad(term, last_layer, retain_graph=True)[0].float(), "mean")).norm()
+            for term in (reconstruction, adversarial)
         ]
-        return (norms[0] / (norms[1] + 1e-4)).clamp_max(LARGEST_BALANCE)
+        return (norms[0] / (norms[1] + 1e-4)).clamp_max(MAX_GRADIENT_RATIO)
 
     @torch.no_grad()
-    def after_step(self, model: "TokenizerTraining", draw: Draw, accelerator: Accelerator) -> dict[str, float]:
-        """Let the codebook follow the features of all processes and micro-steps; it stays the same on all of them."""
-        counts, sums = (accelerator.reduce(part, "sum") for part in model.statistics(self.seen))
-        # Drawn over the outputs of all processes, so that the choice does not depend on how many there are.
-        features, _ = self.seen[-1]
-        tokens = len(features) // (draw.rows.stop - draw.rows.start)
-        order = torch.randperm(draw.batch * tokens, generator=draw.generator("revive"))
-        wanted = order[torch.arange(len(counts)) % len(order)].to(features.device)
-        candidates = accelerator.reduce(_owned_rows(features, wanted - draw.rows.start * tokens), "sum")
-        self.seen = []
-        return model.update_codebook(counts, sums, candidates, self.config.codebook_decay, self.config.revive_after)
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
+        """Update the codebook with the features of all processes and micro-steps; all processes get the same one."""
+        training = cast(TokenizerTraining, model)
+        counts, sums = (accelerator.reduce(part, "sum") for part in training.statistics(self.quantized))
+        # Candidates come from the features of all processes, so that they do not depend on the number of processes.
+        features, _ = self.quantized[-1]
+        tokens = len(features) // (micro_step.rows.stop - micro_step.rows.start)
+        order = torch.randperm(micro_step.batch * tokens, generator=micro_step.generator("revive"))
+        chosen = order[torch.arange(len(counts)) % len(order)].to(features.device)
+        candidates = accelerator.reduce(_local_rows(features, chosen - micro_step.rows.start * tokens), "sum")
+        self.quantized = []
+        return training.update_codebook(counts, sums, candidates, self.config.codebook_decay, self.config.revive_after)
 
-    def preview(self, model: "TokenizerTraining", step: int) -> dict[str, Tensor]:
-        """Pairs of an image and its reconstruction."""
-        tokenizer = model.tokenizer
+    def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
+        """Show images beside their reconstructions."""
+        tokenizer = cast(TokenizerTraining, model).tokenizer
         images = self.examples.to(tokenizer.quantize.embedding.weight.device)
         decoded = tokenizer.decode(tokenizer.lookup(tokenizer.encode(images)))
         return {"recon": torch.cat([images, decoded.float()], 3).clamp(0, 1)}
 
-    def export(self, model: "TokenizerTraining", path: Path) -> None:
-        save_model(model.tokenizer, path)
+    def export(self, model: nn.Module, path: Path) -> None:
+        save_model(cast(TokenizerTraining, model).tokenizer, path)
 
 
 class TokenizerTraining(nn.Module):
-    """A tokenizer with all that only its training needs: the averages behind the codebook, and a discriminator."""
+    """A tokenizer with what only its training needs: the averages behind the codebook, and a discriminator."""
+
+    count: Tensor  # Float[K], moving average of the uses of each code
+    total: Tensor  # Float[K,D], moving average of the sums of features behind each code
+    idle: Tensor  # Long[K], steps since the last use of each code
 
     def __init__(self, tokenizer: Tokenizer, discriminator: PatchDiscriminator | None = None):
         super().__init__()
         self.tokenizer, self.discriminator = tokenizer, discriminator
-        # The codes are averages and get no gradient: as a buffer they are saved, and restored where a step is skipped.
+        # The codes are averages and get no gradient. As a buffer they are saved, and restored when a step is skipped.
         embedding = tokenizer.quantize.embedding
         codes = embedding.weight.detach().clone()
         del embedding.weight
         embedding.register_buffer("weight", codes)
         self.register_buffer("count", torch.zeros(len(codes)))
         self.register_buffer("total", torch.zeros_like(codes))
-        self.register_buffer("idle", torch.full((len(codes),), NEVER))  # steps since a code was used
+        self.register_buffer("idle", torch.full((len(codes),), NEVER_USED))
 
     def forward(self, images: Tensor, adversarial: bool = False) -> dict[str, Tensor]:
-        """Float[B,3,H,W] in [0,1] -> decoded `images`, `features` Float[B*N,D], `ids` Long[B,N] and scalar losses.
+        """Quantize and decode images; the gradient passes straight through the quantization.
 
-        The gradient reaches the encoder as if there were no quantization (straight through).
+        Args:
+            images: Float[B,3,H,W] in [0,1].
+            adversarial: whether the discriminator scores the decoded images.
+
+        Returns:
+            "images" Float[B,3,H,W] (decoded), "features" Float[B*N,D], "ids" Long[B,N], and the scalar losses
+            "commitment", "adversarial" (if asked for) and "discriminator" (if there is one).
         """
         h = self.tokenizer.encoder(images).float()
         ids = self.tokenizer.quantize.nearest_ids(h.detach())
@@ -217,50 +227,59 @@ class TokenizerTraining(nn.Module):
         out = {"features": h.flatten(2).transpose(1, 2).flatten(0, 1), "ids": ids, "commitment": F.mse_loss(h, codes)}
         out["images"] = self.tokenizer.decode(h + (codes - h).detach())
         if self.discriminator is not None and adversarial:
-            fixed = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-            out["adversarial"] = -functional_call(self.discriminator, fixed, (out["images"],)).float().mean()
+            frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+            out["adversarial"] = -functional_call(self.discriminator, frozen, (out["images"],)).float().mean()
             scores = self.discriminator(torch.cat([images, out["images"].detach().to(images.dtype)]))
-            out["discriminator"] = hinge(*scores.chunk(2))
+            out["discriminator"] = hinge_loss(*scores.chunk(2))
         elif self.discriminator is not None:  # data-parallel wrappers expect a gradient for each parameter
-            out["discriminator"] = sum(0 * value.sum() for value in self.discriminator.parameters())
+            zeros = (0 * value.sum() for value in self.discriminator.parameters())
+            out["discriminator"] = cast(Tensor, sum(zeros))
         return out
 
-    def statistics(self, seen: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Pairs of Float[M,D] features and Long[M] ids -> each code's uses Float[K] and sum of features Float[K,D]."""
+    def statistics(self, quantized: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Count the uses of each code, Float[K], and sum the features quantized to it, Float[K,D].
+
+        quantized: pairs of features Float[M,D] and ids Long[M].
+        """
         counts, sums = torch.zeros_like(self.count), torch.zeros_like(self.total)
-        for features, ids in seen:
-            # a product: on GPUs, index_add_ sums in another order each time
-            chosen = F.one_hot(ids, len(counts)).to(features.dtype)
-            counts += chosen.sum(0)
-            sums += chosen.T @ features
+        for features, ids in quantized:
+            # A matrix product, because on GPUs index_add_ sums in a different order each time.
+            one_hot = F.one_hot(ids, len(counts)).to(features.dtype)
+            counts += one_hot.sum(0)
+            sums += one_hot.T @ features
         return counts, sums
 
     def update_codebook(
         self, counts: Tensor, sums: Tensor, candidates: Tensor, decay: float, revive_after: int | None
     ) -> dict[str, float]:
-        """One step of the moving averages; codes unused for `revive_after` steps (None: ever) become their candidate.
+        """Update the moving averages, move unused codes to their candidates, and return the codebook's metrics.
 
-        counts: Float[K] uses of each code; sums: Float[K,D] of the features behind them; candidates: Float[K,D].
+        Args:
+            counts: Float[K], uses of each code.
+            sums: Float[K,D], sums of the features quantized to each code.
+            candidates: Float[K,D], encoder outputs.
+            decay: of the moving averages.
+            revive_after: steps without use after which a code moves; None: only codes that were never used.
         """
-        codes = self.tokenizer.quantize.embedding.weight
+        codes = cast(Tensor, self.tokenizer.quantize.embedding.weight)
         self.count.lerp_(counts, 1 - decay)
         self.total.lerp_(sums, 1 - decay)
-        # A code that is not used keeps its place; its count and sum fade together until their ratio is noise.
-        faded = self.count <= torch.finfo(self.count.dtype).tiny / (1 - decay)
-        codes.copy_(torch.where(faded[:, None], codes, self.total / self.count[:, None]))
+        # An unused code keeps its place. Its count and total shrink together until their ratio is only noise.
+        vanished = self.count <= torch.finfo(self.count.dtype).tiny / (1 - decay)
+        codes.copy_(torch.where(vanished[:, None], codes, self.total / self.count[:, None]))
         used = counts > 0
         self.idle.copy_(torch.where(used, 0, self.idle + 1))
-        dead = self.idle >= (NEVER if revive_after is None else revive_after)
+        dead = self.idle >= (NEVER_USED if revive_after is None else revive_after)
         codes.copy_(torch.where(dead[:, None], candidates, codes))
         for average in (self.count, self.total, self.idle):
             average[dead] = 0
         share = counts / counts.sum()
         perplexity = torch.special.entr(share).sum().exp()
-        figures = {"usage": used.float().mean(), "perplexity": perplexity, "revived": dead.float().sum()}
-        return dict(zip(figures, torch.stack(list(figures.values())).tolist(), strict=True))
+        metrics = {"usage": used.float().mean(), "perplexity": perplexity, "revived": dead.float().sum()}
+        return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
-def _owned_rows(features: Tensor, wanted: Tensor) -> Tensor:
-    """Rows `wanted` of Float[M,D] features; zeros for those outside of it, which other processes hold."""
-    inside = (wanted >= 0) & (wanted < len(features))
-    return features[wanted.clamp(0, len(features) - 1)] * inside[:, None]
+def _local_rows(features: Tensor, rows: Tensor) -> Tensor:
+    """Return rows of Float[M,D] features; zeros for rows out of range, which other processes hold."""
+    inside = (rows >= 0) & (rows < len(features))
+    return features[rows.clamp(0, len(features) - 1)] * inside[:, None]

@@ -13,11 +13,11 @@ from addp_core.base.errors import UserError
 from addp_core.data.stream import Batch
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
 from addp_core.recipes import config as recipes
-from addp_core.training import run_folder
-from addp_core.training.engine import Draw
-from addp_core.weights.checkpoint import load_tokenizer
+from addp_core.training.metrics import RunLogger
+from addp_core.training.stage import MicroStep
+from addp_core.weights.loading import load_tokenizer
 from pretrain import tokenizer as tokenizer_stage
-from pretrain.losses import VGG16, PatchDiscriminator, PerceptualDistance, hinge
+from pretrain.losses import VGG16, PatchDiscriminator, PerceptualDistance, hinge_loss
 from pretrain.tokenizer import LossConfig, Recipe, TokenizerStage, TokenizerTraining
 
 MODEL = TokenizerConfig(width=32, multipliers=(1, 1), blocks=1, codebook=16, dim=4)
@@ -31,9 +31,9 @@ class OneProcess:
         return tensor
 
 
-def draw_at(step: int, batch: int, rows: slice | None = None, world: int = 1) -> Draw:
+def micro_step_at(step: int, batch: int, rows: slice | None = None, world: int = 1) -> MicroStep:
     rank = 0 if rows is None else rows.start * world // batch
-    return Draw(seed=0, step=step, micro=step, rank=rank, world=world, batch=batch, rows=rows or slice(0, batch))
+    return MicroStep(seed=0, step=step, index=step, rank=rank, world=world, batch=batch, rows=rows or slice(0, batch))
 
 
 def images(n: int = 4, seed: int = 0, size: int = SIZE) -> torch.Tensor:
@@ -55,11 +55,11 @@ def stage_of(model: TokenizerConfig = MODEL, **loss) -> TokenizerStage:
 
 def step(stage: TokenizerStage, number: int, pixels: torch.Tensor) -> tuple[dict, dict]:
     """Loss terms with their gradients in place, and the figures of the codebook's step."""
-    draw = draw_at(number, len(pixels))
+    micro_step = micro_step_at(number, len(pixels))
     stage.model.zero_grad()
-    terms = stage.loss(stage.model, batch_of(pixels), draw)
+    terms = stage.loss(stage.model, batch_of(pixels), micro_step)
     terms["loss"].backward()
-    return terms, stage.after_step(stage.model, draw, OneProcess())
+    return terms, stage.after_step(stage.model, micro_step, OneProcess())
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
@@ -69,7 +69,7 @@ def test_gradient_passes_straight_through_the_codes():
     stage = stage_of(commitment=0.0)
     step(stage, 0, images())
     stage.model.zero_grad()
-    stage.loss(stage.model, batch_of(images()), draw_at(1, 4))["loss"].backward()
+    stage.loss(stage.model, batch_of(images()), micro_step_at(1, 4))["loss"].backward()
     parameters = dict(stage.model.named_parameters())
     assert all(value.grad is not None and value.grad.abs().max() > 0 for value in parameters.values())
     assert not any("quantize" in name for name in parameters)  # codes are averages
@@ -87,15 +87,15 @@ def test_commitment_pulls_features_to_their_codes():
     out = stage.model(images())
     codes = stage.model.tokenizer.quantize.embedding(out["ids"].flatten())
     assert out["commitment"].item() == pytest.approx((out["features"] - codes).square().mean().item(), rel=1e-5)
-    without = stage.loss(stage.model, batch_of(images()), draw_at(1, 4))["loss"]
+    without = stage.loss(stage.model, batch_of(images()), micro_step_at(1, 4))["loss"]
     stage.config = replace(stage.config, commitment=2.0)
-    terms = stage.loss(stage.model, batch_of(images()), draw_at(1, 4))
+    terms = stage.loss(stage.model, batch_of(images()), micro_step_at(1, 4))
     assert (terms["loss"] - without).item() == pytest.approx(2 * terms["commitment"].item(), rel=1e-4)
 
 
 def test_pixel_terms_and_psnr():
     stage = stage_of(l1=0.5, l2=3.0, commitment=0.0)
-    terms = stage.loss(stage.model, batch_of(images()), draw_at(0, 4))
+    terms = stage.loss(stage.model, batch_of(images()), micro_step_at(0, 4))
     assert terms["loss"].item() == pytest.approx((0.5 * terms["l1"] + 3 * terms["l2"]).item(), rel=1e-5)
     decoded = stage.model(images())["images"].detach().clamp(0, 1)
     each = [-10 * math.log10(F.mse_loss(*pair).item()) for pair in zip(decoded, images(), strict=True)]
@@ -167,7 +167,7 @@ def test_codebook_starts_from_features_and_revival_keeps_it_in_use():
 def test_processes_agree_with_one(world):
     """Counts, sums and candidates of the processes' shares add up to those of one process with all rows."""
     whole = stage_of()
-    whole.loss(whole.model, batch_of(images()), draw_at(0, 4))
+    whole.loss(whole.model, batch_of(images()), micro_step_at(0, 4))
 
     class Recorder(OneProcess):
         def __init__(self):
@@ -178,30 +178,30 @@ def test_processes_agree_with_one(world):
             self.seen.append(tensor.clone())
             return tensor
 
-    def recorded(stage, draw):
+    def recorded(stage, micro_step):
         recorder = Recorder()
-        stage.after_step(stage.model, draw, recorder)
+        stage.after_step(stage.model, micro_step, recorder)
         return recorder.seen
 
-    expected = recorded(whole, draw_at(0, 4))
+    expected = recorded(whole, micro_step_at(0, 4))
     shares = []
     for rank in range(world):
         rows = slice(4 * rank // world, 4 * (rank + 1) // world)
         stage = stage_of()
-        stage.loss(stage.model, batch_of(images()[rows]), draw_at(0, 4, rows, world))
-        shares.append(recorded(stage, draw_at(0, 4, rows, world)))
+        stage.loss(stage.model, batch_of(images()[rows]), micro_step_at(0, 4, rows, world))
+        shares.append(recorded(stage, micro_step_at(0, 4, rows, world)))
     for one, parts in zip(expected, zip(*shares, strict=True), strict=True):
         assert torch.allclose(one, sum(parts), atol=1e-5)
 
 
 def test_micro_steps_count_together_and_skipped_steps_do_not():
     stage = stage_of()
-    stage.loss(stage.model, batch_of(images(seed=7)), draw_at(0, 4))  # skipped: no after_step
+    stage.loss(stage.model, batch_of(images(seed=7)), micro_step_at(0, 4))  # skipped: no after_step
     for part in (slice(0, 2), slice(2, 4)):
-        stage.loss(stage.model, batch_of(images()[part]), draw_at(1, 2))
-    counts, sums = stage.model.statistics(stage.seen)
-    stage.loss(stage.model, batch_of(images()), draw_at(2, 4))
-    expected = stage.model.statistics(stage.seen)
+        stage.loss(stage.model, batch_of(images()[part]), micro_step_at(1, 2))
+    counts, sums = stage.model.statistics(stage.quantized)
+    stage.loss(stage.model, batch_of(images()), micro_step_at(2, 4))
+    expected = stage.model.statistics(stage.quantized)
     assert torch.equal(counts, expected[0])
     assert torch.allclose(sums, expected[1], atol=1e-5)
 
@@ -308,7 +308,7 @@ def test_each_side_learns_from_its_own_loss_alone():
         assert all(value.grad.abs().max() > 0 for value in mine.parameters()), name
     out = training(images(), True)
     scores = training.discriminator(images()), training.discriminator(out["images"])
-    assert out["discriminator"].item() == pytest.approx(hinge(*scores).item(), rel=1e-5)
+    assert out["discriminator"].item() == pytest.approx(hinge_loss(*scores).item(), rel=1e-5)
     assert out["adversarial"].item() == pytest.approx(-scores[1].mean().item(), rel=1e-5)
 
 
@@ -331,10 +331,10 @@ def test_discriminator_learns_to_tell_apart():
     discriminator = PatchDiscriminator(32, 1)
     optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
     real, fake = images(), images(seed=1) + 0.2 * torch.randn(4, 3, SIZE, SIZE)
-    before = hinge(discriminator(real), discriminator(fake)).item()
+    before = hinge_loss(discriminator(real), discriminator(fake)).item()
     for _ in range(15):
         optimizer.zero_grad()
-        loss = hinge(discriminator(real), discriminator(fake))
+        loss = hinge_loss(discriminator(real), discriminator(fake))
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * before
@@ -347,7 +347,7 @@ def test_discriminator_learns_to_tell_apart():
 def without_curves():
     """Curves take a second to draw."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder.Report, "curves", lambda self: None)
+        patch.setattr(RunLogger, "plot_curves", lambda self: None)
         yield
 
 

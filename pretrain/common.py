@@ -1,0 +1,56 @@
+"""What the three stages share: running a stage, the token grid of the images, and the frozen tokenizer."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from addp_core.base.errors import UserError
+from addp_core.data.config import DataConfig
+from addp_core.data.images import pretrain_transform
+from addp_core.data.sources import ImageSource, open_source
+from addp_core.data.stream import Stream
+from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
+from addp_core.recipes.config import dump
+from addp_core.training.engine import train
+from addp_core.training.run_folder import prepare_out
+from addp_core.training.stage import Stage, TrainConfig
+from addp_core.weights.loading import load_tokenizer
+
+
+class StageRecipe(Protocol):
+    """The keys that every stage has."""
+
+    out: str
+    data: DataConfig
+    train: TrainConfig
+
+
+def run_stage(recipe: StageRecipe, build_stage: Callable[[ImageSource], Stage]) -> None:
+    """Train a stage, or continue it; does nothing if this run has finished.
+
+    build_stage: called with the images once the run folder is claimed.
+    """
+    recipe_text = dump(recipe)
+    if prepare_out(recipe.out, recipe_text):
+        return
+    source = open_source(recipe.data)
+    stage = build_stage(source)
+    transform, settings = pretrain_transform(recipe.data), recipe.train
+    stream = Stream(source, transform, recipe.data, seed=settings.seed, batch=settings.micro_batch)
+    train(stage, stream, settings, recipe.out, recipe_text)
+
+
+def token_grid(tokenizer: TokenizerConfig, data: DataConfig) -> tuple[int, int]:
+    """Return the rows and columns of tokens of the recipe's images.
+
+    Raises UserError if the tokenizer's stride does not divide the image size.
+    """
+    try:
+        return tokenizer.grid(data.hw)
+    except ValueError as error:
+        raise UserError(f"data.size: {error}") from error
+
+
+def load_frozen_tokenizer(source: str, data: DataConfig) -> tuple[Tokenizer, tuple[int, int]]:
+    """Load the tokenizer that a later stage builds on, and return it with its grid for the recipe's images."""
+    tokenizer = load_tokenizer(source)
+    return tokenizer, token_grid(tokenizer.config, data)
