@@ -1,1 +1,1 @@
-"""Semantic segmentation: UperNet over the encoder on ADE20K, through MMSegmentation (Sec. 4, App. D)."""
+"""Semantic segmentation on ADE20K: UperNet over the encoder, through MMSegmentation (Sec. 4, App. D)."""

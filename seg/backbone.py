@@ -1,10 +1,10 @@
-"""The encoder as MMSegmentation's backbone, the pyramid of maps on it, and rates that fall from layer to layer.
+"""The encoder as a backbone of MMSegmentation, the feature pyramid over it, and layer-wise learning rate decay.
 
-Registered under their names: `AddpViT` and `MapPyramid` in MODELS, `LayerDecay` in OPTIM_WRAPPER_CONSTRUCTORS.
+Registers `AddpViT` and `MapPyramid` in MODELS, and `LayerDecay` in OPTIM_WRAPPER_CONSTRUCTORS.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mmengine.model import BaseModule
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -16,25 +16,39 @@ from torch import Tensor, nn
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
-from addp_core.weights.checkpoint import load_encoder
-from addp_core.weights.start import check_positions
+from addp_core.weights.encoders import load_encoder
+from addp_core.weights.pretrained import check_positions
 
 
-def default_indices(depth: int) -> tuple[int, ...]:
-    """The blocks that end a third, a half, two thirds and all of the depth; of 12: 3, 5, 7, 11."""
+def default_out_indices(depth: int) -> tuple[int, ...]:
+    """Return the last blocks of the first third, half, two thirds and all of the depth; for 12: 3, 5, 7, 11."""
     return tuple(max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1))
 
 
 @MODELS.register_module()
 class AddpViT(BaseModule):
-    """The encoder; images of any size that is a multiple of the patch -> the maps after the blocks `out_indices`.
+    """The encoder as a backbone: the feature maps after the blocks `out_indices`.
 
-    init_cfg: dict(type="Pretrained", checkpoint=...), any source that `load_encoder` reads, which then also says what
-    the architecture is. Without it, fresh weights for `arch`: the name of a size, or `EncoderConfig`'s width, depth,
-    heads and layer_scale.
-    relative: "table" is BEiT's relative position table in each block, over patch tokens alone; "none" is the plain
-    ViT, whose class token takes part. out_indices: None for `default_indices`. Weights are read when the module is
-    made; UserError where they do not fit.
+    Weights are loaded by the constructor, not by `init_weights`.
+
+    Args:
+        arch: The architecture without `init_cfg`: the name of a size, or `EncoderConfig`'s width, depth, heads and
+            layer_scale.
+        img_size: Size of training images; images of other sizes must be multiples of the patch size.
+        patch_size: Side of a patch in pixels, without `init_cfg`.
+        out_indices: The blocks after which feature maps are taken; None for `default_out_indices`.
+        relative: "table" for BEiT's relative position tables in each block, without the class token; "none" for the
+            plain ViT with its class token.
+        dropout: Dropout rate.
+        drop_path: Stochastic depth of the last block.
+        tokenizer_norm: Keep ADDP's norm after the patches.
+        encoder_heads: Attention heads of a checkpoint whose heads are not width/64.
+        checkpointing: Compute the blocks twice to save memory.
+        init_cfg: dict(type="Pretrained", checkpoint=...) with any source that `load_encoder` reads, which also
+            determines the architecture; None for a random initialization.
+
+    Raises:
+        UserError: The checkpoint does not fit the other arguments.
     """
 
     def __init__(
@@ -53,55 +67,74 @@ class AddpViT(BaseModule):
     ):
         super().__init__()
         attention = AttentionConfig(relative=relative, class_token=relative == "none")
-        options = {"dropout": dropout, "drop_path": drop_path, "tokenizer_norm": tokenizer_norm}
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if init_cfg:
-            shape = {"attention": attention, "dynamic": True, "encoder_heads": encoder_heads}
-            self.encoder = load_encoder(init_cfg["checkpoint"], size, **options, **shape)
-            check_positions(self.encoder, init_cfg["checkpoint"], "relative")
-        else:
-            config = EncoderConfig(
-                **(VIT_SIZES[arch] if isinstance(arch, str) else arch), **options, input_dropout=dropout
+            checkpoint = init_cfg["checkpoint"]
+            encoder = load_encoder(
+                checkpoint,
+                size,
+                encoder_heads=encoder_heads,
+                dropout=dropout,
+                drop_path=drop_path,
+                tokenizer_norm=tokenizer_norm,
+                attention=attention,
+                dynamic=True,
             )
-            self.encoder = Encoder(config, size, patch_size, attention, dynamic=True)
+            if not isinstance(encoder, Encoder):
+                raise UserError(f"{checkpoint} reads token ids, not pixels; expected an encoder of pixels")
+            check_positions(encoder, checkpoint, "relative")
+        else:
+            shape: dict[str, Any] = VIT_SIZES[arch] if isinstance(arch, str) else arch
+            config = EncoderConfig(
+                **shape,
+                dropout=dropout,
+                drop_path=drop_path,
+                tokenizer_norm=tokenizer_norm,
+                input_dropout=dropout,
+            )
+            encoder = Encoder(config, size, patch_size, attention, dynamic=True)
+        self.encoder = encoder
         self.encoder.checkpointing = checkpointing
         self.encoder.requires_grad_(True)
         depth = len(self.encoder.blocks)
-        self.out_indices = default_indices(depth) if out_indices is None else tuple(out_indices)
+        self.out_indices = default_out_indices(depth) if out_indices is None else tuple(out_indices)
         if not all(-depth <= i < depth for i in self.out_indices):
             raise UserError(f"out_indices: found {list(self.out_indices)}, expected blocks of 0 to {depth - 1}")
         last = max(i % depth for i in self.out_indices)
-        for unread in (self.encoder.norm, *self.encoder.blocks[last + 1 :]):
-            unread.requires_grad_(False)  # or processes would wait for its gradient
+        for unused in (self.encoder.norm, *self.encoder.blocks[last + 1 :]):
+            unused.requires_grad_(False)  # otherwise DDP would wait for its gradients
 
     def init_weights(self) -> None:
-        """Nothing is left to do; mmengine's initialisers are not called."""
+        """Do nothing, in place of mmengine's initializers: the constructor has initialized the weights."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Float[B,3,H,W] normalised -> Float[B,W,H/patch,W/patch] for each of `out_indices`."""
+        """Normalized images Float[B,3,H,W] -> Float[B,W,H/patch,W/patch] for each of `out_indices`."""
         return tuple(self.encoder.forward_maps(images, self.out_indices))
 
 
 @MODELS.register_module()
 class MapPyramid(Feature2Pyramid):
-    """Maps of one scale -> x4, x2, x1 and x0.5. One map serves all four levels, four maps serve one level each."""
+    """Feature maps of one scale -> x4, x2, x1 and x0.5, from four feature maps or from one for all four levels."""
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One or as many Float[B,W,h,w] as there are levels -> Float[B,W,4h,4w], ..., Float[B,W,h/2,w/2]."""
+        """One Float[B,W,h,w], or one for each level -> Float[B,W,4h,4w], ..., Float[B,W,h/2,w/2]."""
         return super().forward(list(inputs) * len(self.rescales) if len(inputs) == 1 else inputs)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecay(DefaultOptimWrapperConstructor):
-    """Rates that fall by paramwise_cfg["decay_rate"] from each layer of the backbone's encoder to the one below; the
-    heads learn at the full rate. No weight decay for one-dimensional tensors, nor for what the encoder's
-    `no_weight_decay` names.
+    """Layer-wise learning rate decay of the backbone's encoder.
+
+    The learning rate falls by the factor paramwise_cfg["decay_rate"] from each layer to the one below; the heads have
+    the full learning rate. One-dimensional tensors and those that the encoder's `no_weight_decay` names have no weight
+    decay.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, **_: Any) -> None:
-        """Append one group for each pair of layer and weight decay to `params`."""
-        encoder, prefix = module.backbone.encoder, "backbone.encoder."
-        spared = {prefix + name for name in encoder.no_weight_decay()}
+        """Append one parameter group to `params` for each pair of layer and weight decay."""
+        encoder: Encoder = cast(Any, module.backbone).encoder
+        prefix = "backbone.encoder."
+        without_decay = {prefix + name for name in encoder.no_weight_decay()}
         layers = group_with_matcher(encoder.named_parameters(), encoder.group_matcher(), reverse=True)
         top = len(encoder.blocks) + 1
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -109,7 +142,7 @@ class LayerDecay(DefaultOptimWrapperConstructor):
             if not parameter.requires_grad:
                 continue
             layer = min(layers[name.removeprefix(prefix)], top) if name.startswith(prefix) else top
-            decays = parameter.ndim > 1 and name not in spared
+            decays = parameter.ndim > 1 and name not in without_decay
             if (layer, decays) not in groups:
                 scale = self.paramwise_cfg["decay_rate"] ** (top - layer)
                 groups[layer, decays] = {

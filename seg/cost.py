@@ -1,7 +1,8 @@
 """`addp seg cost`: seconds and peak memory of a segmentor's training step and of one test crop.
 
-Pictures and labels are noise, weights random: both cost what real ones do. A step is forward, backward and the
-config's optimizer. On a CPU the peak is that of the process, libraries included; on a GPU that of the tensors.
+Images and labels are noise and weights are random, which costs as much as real ones. A training step is forward,
+backward and the config's optimizer. On a CPU, the peak memory is that of the whole process; on a GPU, that of the
+tensors.
 """
 
 import json
@@ -9,19 +10,20 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from annotated_types import Ge
 
-from addp_core.training.compute import accelerate_model, arithmetic
-from addp_core.training.timing import Parts, peak_memory, reset_peak_memory
+from addp_core.training.compute import accelerate_model, autocast
+from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
+from seg.mmseg_config import fill_model, import_mmseg, read_config
 from seg.scenes import SceneConfig
-from seg.settings import Segmentor, fill_model, import_mmseg, read_config
+from seg.segmentor import Segmentor
 from seg.train import Recipe as TrainRecipe
-from seg.train import describe, resolve
+from seg.train import describe_segmentor, resolve
 
-CLASSES = 150  # ADE20K's
+ADE20K_CLASSES = 150
 
 
 @dataclass
@@ -29,56 +31,56 @@ class Recipe:
     """Keys of `addp seg cost`."""
 
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
-    model: Annotated[str, "a size or a file whose architecture is taken; by default the config's"] = ""
-    relative: Annotated[Literal["table", "none"] | None, "as `addp seg train` takes it"] = None
-    crop: Annotated[int | None, Ge(16), "pixels of a side; null: the config's"] = None
-    batch: Annotated[int, Ge(2), "crops a training step"] = 2
-    steps: Annotated[int, Ge(1), "that are timed, after one that is not"] = 3
+    model: Annotated[str, "a size, or a file whose architecture is used; by default the config's"] = ""
+    relative: Annotated[Literal["table", "none"] | None, "relative positions, as in `addp seg train`"] = None
+    crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
+    batch: Annotated[int, Ge(2), "crops in a training step"] = 2
+    steps: Annotated[int, Ge(1), "number of timed steps, after one that is not timed"] = 3
     checkpointing: Annotated[bool, "compute the blocks twice to save memory"] = False
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products"] = "fp32"
-    json: Annotated[bool, "print JSON instead of lines"] = False
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of matrix products"] = "fp32"
+    json: Annotated[bool, "print JSON instead of text"] = False
 
 
 def run(recipe: Recipe) -> None:
-    """Measure and write to stdout."""
-    figures = measure(recipe)
+    """Measure and print."""
+    costs = measure(recipe)
     if recipe.json:
-        sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+        sys.stdout.write(json.dumps(costs, indent=2) + "\n")
         return
     for name in ("test", "train"):
-        of = figures[name]
-        seconds = f"{of['seconds_per_crop']:.3g} s a crop ({of['low']:.3g} to {of['high']:.3g})"
-        sys.stdout.write(f"{name:<5}  {seconds}, peak memory {of['peak_memory_bytes'] / 2**30:.2f} GiB\n")
-    sys.stdout.write(f"{figures['crop']} px, batch {recipe.batch} in training, {figures['device']}\n")
+        cost = costs[name]
+        seconds = f"{cost['seconds_per_crop']:.3g} s per crop ({cost['low']:.3g} to {cost['high']:.3g})"
+        sys.stdout.write(f"{name:<5}  {seconds}, peak memory {cost['peak_memory_bytes'] / 2**30:.2f} GiB\n")
+    sys.stdout.write(f"{costs['crop']} px, batch {recipe.batch} in training, {costs['device']}\n")
 
 
 def measure(recipe: Recipe) -> dict[str, Any]:
-    """Of a test crop and of a training step: median, lowest and highest seconds a crop, and the peak so far."""
+    """Return the device, the crop, and what `time_step` returns for a test crop and for a training step."""
     import_mmseg()
     from mmengine.optim import build_optim_wrapper
     from mmseg.structures import SegDataSample
 
-    from seg.launch import build
+    from seg.launch import build_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg, segmentor = settings(recipe)
+    cfg, segmentor = read_segmentor(recipe)
     fill_model(cfg, segmentor)
-    model = build(cfg).to(device)
+    model = cast(Any, build_model(cfg).to(device))  # an mmseg EncoderDecoder
     model.backbone.encoder.checkpointing = recipe.checkpointing
     accelerate_model(model)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
-    side = segmentor.crop
-    images = torch.rand(recipe.batch, 3, side, side, device=device)
-    samples = [SegDataSample(metainfo={"img_shape": (side, side), "ori_shape": (side, side)}) for _ in images]
+    crop = segmentor.crop
+    images = torch.rand(recipe.batch, 3, crop, crop, device=device)
+    samples = [SegDataSample(metainfo={"img_shape": (crop, crop), "ori_shape": (crop, crop)}) for _ in images]
     for sample in samples:
-        sample.gt_sem_seg = label_map(side, device)
+        sample.gt_sem_seg = random_labels(crop, device)
 
     def test() -> None:
-        with torch.inference_mode(), arithmetic(recipe.precision, device):
+        with torch.inference_mode(), autocast(recipe.precision, device):
             model.eval().encode_decode(images[:1], [samples[0].metainfo])
 
     def train() -> None:
-        with arithmetic(recipe.precision, device):
+        with autocast(recipe.precision, device):
             losses = model.train().loss(images, samples)
             total = sum(value for name, value in losses.items() if "loss" in name)
         total.backward()
@@ -86,19 +88,19 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         optimizer.zero_grad()
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    timed = {"test": timings(recipe, device, test, 1), "train": timings(recipe, device, train, recipe.batch)}
-    return {"device": name, "crop": side, **timed}
+    costs = {"test": time_step(recipe, device, test, 1), "train": time_step(recipe, device, train, recipe.batch)}
+    return {"device": name, "crop": crop, **costs}
 
 
-def timings(recipe: Recipe, device: torch.device, step: Callable[[], None], crops: int) -> dict[str, float]:
-    """The figures of one kind of step."""
+def time_step(recipe: Recipe, device: torch.device, step: Callable[[], None], crops: int) -> dict[str, float]:
+    """Return the median, lowest and highest seconds per crop of a step with this many crops, and its peak memory."""
     reset_peak_memory(device)
-    parts, seconds = Parts(device), []
+    timer, seconds = PartTimer(device), []
     for i in range(1 + recipe.steps):
         torch.manual_seed(i)
-        with parts("step"):
+        with timer("step"):
             step()
-        seconds.append(parts.take()["step"] / crops)
+        seconds.append(timer.take()["step"] / crops)
     timed = seconds[1:]
     return {
         "seconds_per_crop": statistics.median(timed),
@@ -108,19 +110,19 @@ def timings(recipe: Recipe, device: torch.device, step: Callable[[], None], crop
     }
 
 
-def settings(recipe: Recipe) -> tuple[Any, Segmentor]:
-    """The config and the segmentor that training with these settings would use."""
+def read_segmentor(recipe: Recipe) -> tuple[Any, Segmentor]:
+    """Return the config, and the segmentor that `addp seg train` would train with the same keys."""
     cfg = read_config(recipe.config)
     data = SceneConfig(source="", crop=recipe.crop)
-    train = TrainRecipe(
+    train_recipe = TrainRecipe(
         out="", data=data, config=recipe.config, model=recipe.model, init="random", relative=recipe.relative
     )
-    segmentor = describe(resolve(train, cfg), cfg, tuple(map(str, range(CLASSES))))
-    return cfg, segmentor
+    class_names = tuple(map(str, range(ADE20K_CLASSES)))
+    return cfg, describe_segmentor(resolve(train_recipe, cfg), cfg, class_names)
 
 
-def label_map(side: int, device: torch.device) -> Any:
-    """A class for each pixel, at random."""
+def random_labels(side: int, device: torch.device) -> Any:
+    """Return a random class for each pixel, as mmseg's samples hold it."""
     from mmengine.structures import PixelData
 
-    return PixelData(data=torch.randint(CLASSES, (1, side, side), device=device))
+    return PixelData(data=torch.randint(ADE20K_CLASSES, (1, side, side), device=device))

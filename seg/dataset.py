@@ -1,6 +1,6 @@
-"""ADE20K's layout as an mmseg dataset whose order and crops are functions of the seed and the position in the run.
+"""ADE20K's layout as an mmseg dataset, whose order and crops depend on the seed and on the position in the run alone.
 
-Registered: the dataset `SceneFolder`, the sampler `PositionSampler`, the transforms `LoadPicture` and `LoadClassMap`,
+Registers the dataset `SceneFolder`, the sampler `PositionSampler`, the transforms `LoadPicture` and `LoadClassMap`, and
 the function `start_worker`.
 """
 
@@ -20,28 +20,30 @@ from torch.utils.data import Sampler
 
 from addp_core.base.rng import generator, seed_for
 from addp_core.data.stream import ignore_signals, preserve_rng, seed_cpu
-from seg.scenes import class_names, find_pairs, palette, read_class_map, read_picture
+from seg.scenes import class_colors, find_pairs, read_class_map, read_class_names, read_image
 
 FUNCTIONS.register_module(name="start_worker", module=ignore_signals)
 
 
 @DATASETS.register_module()
 class SceneFolder(BaseSegDataset):
-    """The pairs of one split. With a `seed`, item p is what stands at position p of an endless run over shuffled
-    epochs, and what its transforms draw depends on the seed and p alone; without one, item i is pair i.
+    """The pairs of images and class maps of one split.
+
+    With a `seed`, item p is the pair at position p of an endless run over shuffled epochs, and the random numbers of
+    its transforms depend on the seed and p alone. Without one, item i is pair i.
     """
 
     def __init__(self, data_root: str, split: str, table: str = "", seed: int | None = None, **options: Any):
         self.split, self.seed = split, seed
-        classes = class_names(data_root, table)
-        metainfo = {"classes": classes, "palette": palette(len(classes)).tolist()}
+        classes = read_class_names(data_root, table)
+        metainfo = {"classes": classes, "palette": class_colors(len(classes)).tolist()}
         super().__init__(data_root=data_root, metainfo=metainfo, reduce_zero_label=True, **options)
         self._order = lru_cache(2)(self._permutation)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         shared = {"classes": len(self.metainfo["classes"]), "reduce_zero_label": True, "label_map": None}
         return [
-            {"img_path": str(pair.picture), "seg_map_path": str(pair.classes), "seg_fields": [], **shared}
+            {"img_path": str(pair.image), "seg_map_path": str(pair.class_map), "seg_fields": [], **shared}
             for pair in find_pairs(self.data_root, self.split)
         ]
 
@@ -51,10 +53,10 @@ class SceneFolder(BaseSegDataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         if self.seed is None:
             return super().__getitem__(position)
-        epoch, place = divmod(position, len(self))
+        epoch, index = divmod(position, len(self))
         with preserve_rng():
             seed_cpu(seed_for(self.seed, "augment", position))
-            return super().__getitem__(int(self._order(epoch)[place]))
+            return super().__getitem__(int(self._order(epoch)[index]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_order"}
@@ -65,14 +67,11 @@ class SceneFolder(BaseSegDataset):
 
 @DATA_SAMPLERS.register_module()
 class PositionSampler(Sampler):
-    """The positions of a run, for ever: each step's batch is shared out to the processes in contiguous rows.
-
-    batch_size: of one process.
-    """
+    """The positions of a run, endlessly. Each rank takes `batch_size` consecutive positions of each step's batch."""
 
     def __init__(self, dataset: Any, batch_size: int, seed: int | None = None):
         self.dataset, self.batch_size, self.step = dataset, batch_size, 0
-        self.rank, self.world = get_dist_info()
+        self.rank, self.world_size = get_dist_info()
 
     def skip(self, samples: int) -> None:
         """Start after this many samples of this process."""
@@ -81,7 +80,7 @@ class PositionSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         step = self.step
         while True:
-            first = (step * self.world + self.rank) * self.batch_size
+            first = (step * self.world_size + self.rank) * self.batch_size
             yield from range(first, first + self.batch_size)
             step += 1
 
@@ -91,21 +90,21 @@ class PositionSampler(Sampler):
 
 @TRANSFORMS.register_module()
 class LoadPicture(BaseTransform):
-    """The picture of `img_path`."""
+    """Load the image at `img_path`."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        return results | loaded(read_picture(results["img_path"]))
+        return results | image_fields(read_image(results["img_path"]))
 
 
-def loaded(picture: Image.Image) -> dict[str, Any]:
-    """An RGB picture as the other transforms expect it: `img` is UInt8[H,W,3] in mmcv's channel order, BGR."""
-    image = np.ascontiguousarray(np.asarray(picture)[..., ::-1])
-    return {"img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2]}
+def image_fields(image: Image.Image) -> dict[str, Any]:
+    """Return the fields that mmseg's transforms expect of an RGB image: `img`, UInt8[H,W,3] in BGR, and its shape."""
+    bgr = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+    return {"img": bgr, "img_shape": bgr.shape[:2], "ori_shape": bgr.shape[:2]}
 
 
 @TRANSFORMS.register_module()
 class LoadClassMap(BaseTransform):
-    """The class map of `seg_map_path`, checked against its picture and the number of classes."""
+    """Load the class map at `seg_map_path`, and check it against its image's size and the number of classes."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         labels = read_class_map(results["seg_map_path"], results["ori_shape"], results["classes"])

@@ -1,4 +1,7 @@
-"""What is measured: `ClassIoU` in METRICS; and `StoredMaps` in MODELS, which feeds class maps on the disk to it."""
+"""Evaluation of class maps: the metrics, and a stand-in for a model that reads class maps from files.
+
+Registers `ClassIoU` in METRICS and `StoredMaps` in MODELS.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +15,23 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
 
 from addp_core.data.images import write_png
-from seg.scenes import numbered, palette, read_class_map
+from seg.scenes import class_colors, read_class_map, to_class_map
 
 
 @METRICS.register_module()
 class ClassIoU(IoUMetric):
-    """mmseg's mIoU, mAcc and aAcc over all pixels but those labelled "other", and `constant_mIoU`: that of a map which
-    shows the most frequent class everywhere. `per_class` keeps what the last evaluation found, in percent, NaN for
-    classes that neither appear nor were predicted.
+    """mmseg's mIoU, mAcc and aAcc over all pixels except those labeled "other", and `constant_mIoU`.
 
-    maps: a folder for the class maps found, numbered as the annotations; each where its annotation lies in `root`.
+    `constant_mIoU` is the chance level: the mIoU of predicting the most frequent class everywhere.
+
+    Args:
+        maps: Folder to write the predicted class maps to; empty to write none. They have the labels of the annotations,
+            and each has the relative path that its annotation has in `root`.
+        root: Folder of the annotations.
+
+    Attributes:
+        per_class: IoU and Acc of each class in the last evaluation, in percent; NaN for classes that neither occur nor
+            were predicted.
     """
 
     per_class: dict[str, np.ndarray]
@@ -34,23 +44,26 @@ class ClassIoU(IoUMetric):
         super().process(data_batch, data_samples)
         for sample in data_samples if self.maps else ():
             labels = sample["pred_sem_seg"]["data"].squeeze(0).cpu().numpy()
-            colours = palette(len(self.dataset_meta["classes"]))
-            place = Path(sample["seg_map_path"]).relative_to(self.root)
-            write_png(numbered(labels, colours), Path(self.maps, place))
+            colors = class_colors(len(self.dataset_meta["classes"]))
+            relative_path = Path(sample["seg_map_path"]).relative_to(self.root)
+            write_png(to_class_map(labels, colors), Path(self.maps, relative_path))
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        figures = super().compute_metrics(results)
-        intersect, union, predicted, labelled = (torch.stack(area).sum(0) for area in zip(*results, strict=True))
-        found = self.total_area_to_metrics(intersect, union, predicted, labelled, self.metrics, None, self.beta)
-        self.per_class = {key: 100 * np.asarray(found[key]) for key in ("IoU", "Acc")}
-        share = labelled.max() / labelled.sum().clamp(min=1)
-        constant = 100 * float(share) / max(int((labelled > 0).sum()), 1)
-        return {key: round(float(value), 2) for key, value in (figures | {"constant_mIoU": constant}).items()}
+        metrics = super().compute_metrics(results)
+        intersection, union, predicted, labeled = (torch.stack(area).sum(0) for area in zip(*results, strict=True))
+        per_class = self.total_area_to_metrics(intersection, union, predicted, labeled, self.metrics, None, self.beta)
+        self.per_class = {key: 100 * np.asarray(per_class[key]) for key in ("IoU", "Acc")}
+        largest_share = labeled.max() / labeled.sum().clamp(min=1)
+        constant = 100 * float(largest_share) / max(int((labeled > 0).sum()), 1)
+        return {key: round(float(value), 2) for key, value in (metrics | {"constant_mIoU": constant}).items()}
 
 
 @MODELS.register_module()
 class StoredMaps(BaseModel):
-    """A "model" that answers with the class maps in `folder`, each where its annotation lies in `root`."""
+    """A stand-in for a model: its predictions are the class maps in `folder`.
+
+    Each has the relative path that its annotation has in `root`.
+    """
 
     def __init__(self, folder: str, root: str, classes: int):
         super().__init__()

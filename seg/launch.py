@@ -1,4 +1,4 @@
-"""From a filled config to a Runner or a model: processes, registered parts, errors of the data told as such."""
+"""From a filled config to a runner or a model: starting processes, registering our parts, reporting data errors."""
 
 import atexit
 from collections.abc import Iterator
@@ -7,77 +7,95 @@ from typing import Any
 
 import torch
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from addp_core.base.errors import UserError
-from addp_core.training.compute import arithmetic
-from addp_core.training.engine import leave_group, process_state
-from seg import backbone, dataset, evaluation  # noqa: F401 (what they register is called by name)
-from seg.runner import AddpRunner, fill
-from seg.settings import Segmentor, TestConfig, base_config, fill_model, fill_test, world
+from addp_core.training.compute import autocast
+from addp_core.training.processes import leave_process_group, process_state
+from seg import backbone, dataset, evaluation  # noqa: F401 (importing them registers their parts)
+from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, read_base_config, world_size
+from seg.runner import AddpRunner
+from seg.segmentor import Segmentor, load_tensors
 
 
 def start_runner(cfg: Any) -> AddpRunner:
-    """A Runner on all processes of the launcher; on GPUs where there are any."""
-    process_state()  # mmengine alone would not find processes on CPUs
-    if world() > 1:
-        atexit.register(leave_group)
+    """Create a runner on all processes of the launcher, on GPUs if there are any."""
+    process_state()  # mmengine alone would not detect processes on CPUs
+    if world_size() > 1:
+        atexit.register(leave_process_group)
     return AddpRunner.from_cfg(cfg)
 
 
 @contextmanager
-def loading(runner: AddpRunner) -> Iterator[None]:
-    """Within it the runner's loading processes live. A UserError of one of them arrives with that process's traceback
-    around it; its line alone goes on.
+def data_workers(runner: AddpRunner) -> Iterator[None]:
+    """Run the block and end the runner's data loading processes after it.
+
+    A UserError of a data loading process arrives with that process's traceback; it is raised again with its message
+    alone.
     """
     try:
         yield
     except UserError as error:
-        last = str(error).splitlines()[-1]
-        raise UserError(last.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
+        last_line = str(error).splitlines()[-1]
+        raise UserError(last_line.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from error
     finally:
-        # Else multiprocessing would wait at the interpreter's end for processes that do not heed its SIGTERM.
+        # Otherwise multiprocessing would, when the interpreter exits, wait for processes that ignore its SIGTERM.
         for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
             iterator = getattr(getattr(loop, "dataloader", None), "_iterator", None)
-            if hasattr(iterator, "_shutdown_workers"):
+            if iterator is not None and hasattr(iterator, "_shutdown_workers"):
                 iterator._shutdown_workers()
 
 
-def build(cfg: Any) -> nn.Module:
-    """The model of a filled config, without a Runner."""
+def build_model(cfg: Any) -> BaseModel:
+    """Build the model of a filled config, without a runner."""
     init_default_scope("mmseg")
     return MODELS.build(cfg.model)
 
 
-class Painter:
-    """A segmentor that answers pictures with class maps; `test` says how."""
+class ClassMapPredictor:
+    """A segmentor that predicts the class maps of single images.
 
-    def __init__(self, segmentor: Segmentor, state: dict[str, Tensor], where: str, test: TestConfig, precision: str):
-        cfg = base_config()
+    Args:
+        segmentor: Its description.
+        state: Its tensors.
+        source: Where the tensors come from, for error messages.
+        inference: How class maps are predicted for whole images.
+        precision: Of the network's arithmetic.
+    """
+
+    def __init__(
+        self,
+        segmentor: Segmentor,
+        state: dict[str, Tensor],
+        source: str,
+        inference: AugmentedInferenceConfig,
+        precision: str,
+    ):
+        cfg = read_base_config()
         fill_model(cfg, segmentor)
-        fill_test(cfg, test)
+        fill_inference(cfg, inference)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = build(cfg)  # first: it names the scope in which the steps are looked up
-        steps = without_files(cfg.test_dataloader.dataset.pipeline)
-        self.pipeline, self.collate = Compose(steps), pseudo_collate
-        fill(getattr(model, "module", model), state, where)
+        model = build_model(cfg)  # before Compose, since it sets the scope in which transforms are looked up
+        self.pipeline, self.collate = Compose(for_loaded_images(cfg.test_dataloader.dataset.pipeline)), pseudo_collate
+        load_tensors(getattr(model, "module", model), state, source)
         self.model, self.precision = model.to(self.device).eval(), precision
 
     @torch.inference_mode()
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """Long[H,W] on the CPU, the class of each pixel of the RGB picture, from 0."""
-        named = {"img_path": ""} | dataset.loaded(picture)  # SegTTAModel asks for the key
-        data = self.collate([self.pipeline(named)])
-        with arithmetic(self.precision, self.device):
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return the class of each pixel of an RGB image, Long[H,W] from 0, on the CPU."""
+        fields = {"img_path": ""} | dataset.image_fields(image)  # SegTTAModel expects the key img_path
+        data = self.collate([self.pipeline(fields)])
+        with autocast(self.precision, self.device):
             [sample] = self.model.test_step(data)
         return sample.pred_sem_seg.data.squeeze(0).cpu()
 
 
-def without_files(pipeline: list[Any]) -> list[Any]:
-    """A test pipeline for pictures as `dataset.loaded` gives them, without class maps."""
+def for_loaded_images(pipeline: list[Any]) -> list[Any]:
+    """Return a test pipeline without its steps that load files, for images that `dataset.image_fields` provides."""
     _, first, *rest = pipeline
     if first["type"] != "TestTimeAug":
         return [first, *(step for step in rest if step["type"] != "LoadClassMap")]

@@ -1,7 +1,8 @@
-"""`addp seg predict`: each picture beside its class map, with a legend of the classes found and their shares.
+"""`addp seg predict`: show each image beside its predicted class map, with a legend of the classes and their shares.
 
-Writes `<out>/<name>.png`, and the bare map to `<out>/maps/<name>.png`: numbered as the annotations (0 is unused, the
-first class is 1) and in the legend's colours. Where pictures share a name, each keeps its extension: `<name>.jpg.png`.
+Writes `<out>/<name>.png`, and the class map alone to `<out>/maps/<name>.png`, with the labels of the annotations (0 is
+unused, the first class is 1) and the legend's colors. Images that share a name keep their extension:
+`<name>.jpg.png`.
 """
 
 import logging
@@ -20,10 +21,11 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
 from addp_core.data.sources import ImageFiles, ImageSource, open_source
-from addp_core.training.engine import process_state
-from seg.scenes import numbered, palette
-from seg.settings import TestConfig, import_mmseg, load_segmentor
-from seg.test import MAPS
+from addp_core.training.processes import process_state
+from seg.mmseg_config import AugmentedInferenceConfig, import_mmseg
+from seg.scenes import class_colors, to_class_map
+from seg.segmentor import load_segmentor
+from seg.test import MAPS_FOLDER
 
 log = logging.getLogger("addp")
 
@@ -33,45 +35,45 @@ class Recipe:
     """Keys of `addp seg predict`."""
 
     model: Annotated[str, "a run of `addp seg train` or its model.safetensors"]
-    images: Annotated[str, "a picture or a folder of pictures, flat or nested"]
-    out: Annotated[str, "folder for the painted pictures"]
-    n: Annotated[int | None, Ge(1), "the first n pictures of the folder; null: all"] = None
-    test: TestConfig = field(default_factory=TestConfig)
-    paint: Annotated[float, Interval(ge=0, le=1), "opacity of the classes' colours over the picture"] = 0.6
+    images: Annotated[str, "an image or a folder of images, which may be nested"]
+    out: Annotated[str, "folder for the results"]
+    n: Annotated[int | None, Ge(1), "number of images, the first ones of the folder; null: all"] = None
+    test: AugmentedInferenceConfig = field(default_factory=AugmentedInferenceConfig)
+    paint: Annotated[float, Interval(ge=0, le=1), "opacity of the class colors over the image"] = 0.6
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the network"] = "fp32"
 
 
 def run(recipe: Recipe) -> None:
-    """Paint the pictures; several processes share them. Those that cannot be read are named and passed over."""
+    """Predict and write the class maps. Several processes share the images; unreadable ones are logged and skipped."""
     segmentor, state = load_segmentor(recipe.model)
-    root, source = open_pictures(recipe.images)
-    names = file_names(root, source)[: recipe.n]
+    root, source = open_images(recipe.images)
+    names = output_names(root, source)[: recipe.n]
     import_mmseg()
-    from seg.launch import Painter
+    from seg.launch import ClassMapPredictor
 
     processes = process_state()
-    painter = Painter(segmentor, state, recipe.model, recipe.test, recipe.precision)
-    colours, out, unreadable = palette(len(segmentor.classes)), Path(recipe.out), []
-    mine = range(processes.process_index, len(names), processes.num_processes)
-    for index in tqdm(mine, unit="img", disable=not processes.is_main_process):
+    predict = ClassMapPredictor(segmentor, state, recipe.model, recipe.test, recipe.precision)
+    colors, out, unreadable = class_colors(len(segmentor.classes)), Path(recipe.out), []
+    assigned = range(processes.process_index, len(names), processes.num_processes)
+    for index in tqdm(assigned, unit="img", disable=not processes.is_main_process):
         try:
-            picture = source.open_image(index)[0].decode()
+            image = source.open_image(index)[0].decode()
         except ImageError as error:
-            log.warning("%s: %s; passed over", source.name(index), error)
+            log.warning("%s: %s; skipped", source.name(index), error)
             unreadable.append(index)
             continue
-        labels = painter(picture).numpy()
-        write_png(paint(picture, labels, segmentor.classes, colours, recipe.paint), out / names[index])
-        write_png(numbered(labels, colours), out / MAPS / names[index])
+        labels = predict(image).numpy()
+        write_png(draw_prediction(image, labels, segmentor.classes, colors, recipe.paint), out / names[index])
+        write_png(to_class_map(labels, colors), out / MAPS_FOLDER / names[index])
     unreadable = gather_object(unreadable)
     if len(unreadable) == len(names):
-        raise UserError(f"images: none of the {len(names)} pictures in {recipe.images} can be read")
+        raise UserError(f"images: none of the {len(names)} images in {recipe.images} can be read")
     if processes.is_main_process:
-        log.info("seg predict: %d pictures in %s, %d unreadable", len(names) - len(unreadable), out, len(unreadable))
+        log.info("seg predict: %d images in %s, %d unreadable", len(names) - len(unreadable), out, len(unreadable))
 
 
-def open_pictures(images: str) -> tuple[Path, ImageSource]:
-    """(the folder they lie in, the pictures by name). UserError where there are none."""
+def open_images(images: str) -> tuple[Path, ImageSource]:
+    """Return the folder that names are relative to, and the images. Raises UserError if there are none."""
     path = Path(images).expanduser()
     if path.is_file() and path.suffix.lower() != ".tar":
         return path.parent, ImageFiles(path.parent, [path.name])
@@ -79,33 +81,33 @@ def open_pictures(images: str) -> tuple[Path, ImageSource]:
         return path, open_source(images)
 
 
-def file_names(root: Path, source: ImageSource) -> list[Path]:
-    """What each picture's map is called, relative to `out`: no two the same."""
-    pictures = [Path(os.path.relpath(source.name(index), root)) for index in range(len(source))]
-    shared = Counter(path.with_suffix("") for path in pictures)
+def output_names(root: Path, source: ImageSource) -> list[Path]:
+    """Return the file name of each image's result, relative to `out`; all differ."""
+    images = [Path(os.path.relpath(source.name(index), root)) for index in range(len(source))]
+    counts = Counter(path.with_suffix("") for path in images)
     return [
-        path.with_suffix(".png") if shared[path.with_suffix("")] == 1 else path.with_name(f"{path.name}.png")
-        for path in pictures
+        path.with_suffix(".png") if counts[path.with_suffix("")] == 1 else path.with_name(f"{path.name}.png")
+        for path in images
     ]
 
 
-def paint(
-    picture: Image.Image, labels: np.ndarray, classes: tuple[str, ...], colours: np.ndarray, opacity: float
+def draw_prediction(
+    image: Image.Image, labels: np.ndarray, classes: tuple[str, ...], colors: np.ndarray, opacity: float
 ) -> Image.Image:
-    """The picture, the picture under its classes' colours, and the legend, side by side."""
-    painted = Image.blend(picture, Image.fromarray(colours[labels]), opacity)
+    """Draw the image, the image under its classes' colors, and the legend, side by side."""
+    painted = Image.blend(image, Image.fromarray(colors[labels]), opacity)
     counts = np.bincount(labels.flatten(), minlength=len(classes))
     present = [i for i in np.argsort(-counts) if counts[i]]
-    line, width, height = 14, picture.width, picture.height
+    line_height, width, height = 14, image.width, image.height
     texts = [f"{classes[i]} {100 * counts[i] / labels.size:.1f}%" for i in present]
     font = ImageFont.load_default(11)
-    legend = 24 + max(int(font.getlength(text)) for text in texts)
-    sheet = Image.new("RGB", (2 * width + legend, max(height, line * len(texts) + 4)), "white")
-    sheet.paste(picture, (0, 0))
+    legend_width = 24 + max(int(font.getlength(text)) for text in texts)
+    sheet = Image.new("RGB", (2 * width + legend_width, max(height, line_height * len(texts) + 4)), "white")
+    sheet.paste(image, (0, 0))
     sheet.paste(painted, (width, 0))
     draw = ImageDraw.Draw(sheet)
     for row, (i, text) in enumerate(zip(present, texts, strict=True)):
-        top = 2 + row * line
-        draw.rectangle((2 * width + 4, top + 1, 2 * width + 14, top + 11), tuple(map(int, colours[i])))
+        top = 2 + row * line_height
+        draw.rectangle((2 * width + 4, top + 1, 2 * width + 14, top + 11), tuple(map(int, colors[i])))
         draw.text((2 * width + 19, top), text, "black", font)
     return sheet

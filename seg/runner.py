@@ -1,14 +1,16 @@
-"""mmengine's Runner in a run folder of the suite: `AddpRunner` in RUNNERS and the hook `RunFolder` in HOOKS.
+"""mmengine's Runner in a run folder like that of every other training.
 
-mmengine's own checkpoints hold objects that only an unpickler which may run code can read. These hold tensors and plain
-values, are written whole or not at all, and are read as such: a file that wants more is refused.
+Registers the runner `AddpRunner` in RUNNERS and the hook `RunFolder` in HOOKS.
+
+mmengine's own checkpoints contain objects that need an unpickler which can run arbitrary code. Ours contain tensors and
+plain values alone, are written atomically, and are refused if they contain anything else.
 """
 
 import logging
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from mmengine.dist import all_reduce, all_reduce_dict, broadcast_object_list, get_dist_info, is_main_process
@@ -20,96 +22,99 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
-from addp_core.training.engine import Signals
-from addp_core.training.run_folder import Checkpoints, Report
-from addp_core.weights.checkpoint import read_tensors
+from addp_core.training.checkpoints import Checkpoints
+from addp_core.training.metrics import RunLogger
+from addp_core.training.signals import StopSignals
+from addp_core.weights.files import read_tensors
+from seg.segmentor import load_tensors
 
 log = logging.getLogger("addp")
 
 
 @RUNNERS.register_module()
 class AddpRunner(Runner):
-    """The Runner whose checkpoints are those of the hook `RunFolder`, in `<work_dir>/checkpoints`."""
+    """A Runner whose checkpoints are those of the hook `RunFolder`, in `<out>/checkpoints`."""
+
+    _has_loaded: bool  # of mmengine: whether `load_or_resume` has been called
 
     @property
-    def bare(self) -> nn.Module:
-        """The model as it was built."""
+    def unwrapped_model(self) -> nn.Module:
+        """The model without a wrapper for distributed training."""
         return self.model.module if is_model_wrapper(self.model) else self.model
 
     @property
-    def folder(self) -> "RunFolder":
-        """The hook that keeps the run folder."""
+    def run_folder(self) -> "RunFolder":
+        """The hook that writes the run folder."""
         return next(hook for hook in self.hooks if isinstance(hook, RunFolder))
 
     def load_or_resume(self) -> None:
-        """With `resume`, continue from the newest whole checkpoint, if there is one; else read `load_from`, if any."""
+        """With `resume`, continue from the newest intact checkpoint, if there is one; otherwise read `load_from`, if
+        set.
+        """
         if self._has_loaded:
             return
         self._has_loaded = True
         if self._resume:
-            found = [self.folder.checkpoints.newest() if is_main_process() else None]
-            broadcast_object_list(found)
-            if found[0] is not None:
-                self.resume(found[0])
+            newest = [self.run_folder.checkpoints.newest() if is_main_process() else None]
+            broadcast_object_list(newest)
+            if newest[0] is not None:
+                self.resume(newest[0])
         elif self._load_from is not None:
             self.load_checkpoint(self._load_from)
 
     def resume(self, step: int) -> None:  # type: ignore[override]
-        """Continue from the checkpoint of this step. UserError where it belongs to another model or length."""
-        payload, state = self.folder.checkpoints.read(step)
-        where = self.folder.checkpoints.path(step)
+        """Continue from the checkpoint of this step. Raises UserError if it is of another model or another length."""
+        payload, state = self.run_folder.checkpoints.read(step)
+        path = self.run_folder.checkpoints.path(step)
         if state["iterations"] != self.max_iters:
             raise UserError(
-                f"train.steps: {where} belongs to a run of {state['iterations']} iterations, found {self.max_iters}; "
-                "its schedule cannot be stretched: put the length back or choose another out"
+                f"train.steps: {path} belongs to a run of {state['iterations']} iterations, found {self.max_iters}; "
+                "the schedule of a run cannot be changed: restore the length or choose another out"
             )
-        fill(self.bare, payload["model"], str(where))
+        load_tensors(self.unwrapped_model, payload["model"], str(path))
         self.optim_wrapper.load_state_dict(payload["optimizer"])
         for scheduler, values in zip(self.param_schedulers, payload["schedulers"], strict=True):
             scheduler.load_state_dict(values)
         self.train_loop._iter = state["iteration"]
 
     def load_checkpoint(self, filename: str, *_: Any, **__: Any) -> None:  # type: ignore[override]
-        """Fill the model from a file of plain tensors. UserError where it is anything else or does not fit."""
-        fill(self.bare, read_tensors(filename), str(filename))
+        """Load the model from a file of tensors. Raises UserError if it contains anything else or does not fit."""
+        load_tensors(self.unwrapped_model, read_tensors(filename), str(filename))
 
-    def payload(self, done: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(tensors and plain values, JSON) of a checkpoint after `done` iterations."""
-        schedulers = [scheduler.state_dict() for scheduler in self.param_schedulers]
-        state = {"iteration": done, "iterations": self.max_iters}
-        content = {"model": self.bare.state_dict(), "optimizer": self.optim_wrapper.state_dict()}
-        return content | {"schedulers": schedulers}, state
+    def checkpoint_content(self, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the tensors and the JSON of a checkpoint after this many iterations."""
+        payload = {
+            "model": self.unwrapped_model.state_dict(),
+            "optimizer": self.optim_wrapper.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in self.param_schedulers],
+        }
+        return payload, {"iteration": iteration, "iterations": self.max_iters}
 
     def dump_config(self) -> None:
-        """The resolved config, once: a continued run has the same."""
+        """Write the resolved config, unless it exists: that of a continued run is the same."""
         path = Path(self.work_dir) / "config.py"
         if is_main_process() and not path.exists():
             path.write_text(self.cfg.pretty_text)
 
 
-def fill(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Copy the tensors in; UserError that names what is missing, unknown or of another shape."""
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
-    if missing or unknown or shapes:
-        raise UserError(
-            f"{where}: does not fit this segmentor: missing {missing[:5]}, unknown {unknown[:5]}, "
-            f"of another shape {shapes[:5]}"
-        )
-    model.load_state_dict(state)
-
-
 @HOOKS.register_module()
 class RunFolder(Hook):
-    """What the suite's trainings do besides training: figures, checkpoints every `interval` iterations, signals, and
-    random numbers that depend on the seed and the step alone.
+    """What all our trainings do around the training itself: metrics, checkpoints, signals and seeding.
 
-    SIGTERM and SIGUSR1 finish the step, write a checkpoint and leave by SystemExit(0), SIGINT by SystemExit(1).
-    `accumulate` iterations make up one step; `batch` images a step, of `images` in the set.
+    Random numbers depend on the seed and the iteration alone. After SIGTERM or SIGUSR1, the current step is finished, a
+    checkpoint is written and SystemExit(0) raised; after SIGINT, the same with SystemExit(1).
+
+    Args:
+        interval: Steps between checkpoints; 0 for one at the end and after a signal alone.
+        keep: Number of checkpoints to keep.
+        log_every: Steps between two lines of metrics.
+        seed: Random seed.
+        accumulate: Iterations of a step.
+        out: The run folder; empty for the runner's work_dir.
+        batch: Images of a step, over all processes.
     """
 
-    priority = "LOWEST"  # a checkpoint holds schedulers that have made their step
+    priority = "LOWEST"  # after the schedulers' step, which the checkpoint has to include
 
     def __init__(
         self,
@@ -123,11 +128,13 @@ class RunFolder(Hook):
     ):
         self.interval, self.keep, self.log_every, self.seed = interval, keep, log_every, seed
         self.accumulate, self.out, self.batch = accumulate, out, batch
-        self.signals, self.report = Signals(), None
+        self.signals = StopSignals()
+        self.run_logger: RunLogger | None = None  # on rank 0, while training
+        # Sums of the losses, number of iterations and start time since the last line of metrics.
         self.window: dict[str, torch.Tensor] = {}
-        self.iterations, self.since = 0, 0.0
-        self.figures: dict[str, float] | None = None  # of the last evaluation
-        self.evaluated = -1  # the iteration of it
+        self.window_iterations, self.window_start = 0, 0.0
+        self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.evaluated_iteration = -1  # when it took place
 
     def before_run(self, runner: AddpRunner) -> None:
         out = Path(self.out or runner.work_dir)
@@ -136,60 +143,60 @@ class RunFolder(Hook):
 
     def before_train(self, runner: AddpRunner) -> None:
         self.signals.__enter__()
-        self.rank, self.world = get_dist_info()
+        self.rank, self.world_size = get_dist_info()
         if is_main_process():
             total, step = runner.max_iters // self.accumulate, runner.iter // self.accumulate
-            self.report = Report(self.checkpoints.folder.parent, "seg", step, total)
-        self.since = time.perf_counter()
+            self.run_logger = RunLogger(self.checkpoints.folder.parent, "seg", step, total)
+        self.window_start = time.perf_counter()
 
     def before_train_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None) -> None:
         torch.manual_seed(seed_for(self.seed, "step", runner.iter, self.rank))
-        self.rate = max(group["lr"] for group in runner.optim_wrapper.param_groups)
+        self.learning_rate = max(group["lr"] for group in runner.optim_wrapper.param_groups)
 
     def after_train_iter(
         self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: dict[str, torch.Tensor] | None = None
     ) -> None:
         for name, value in (outputs or {}).items():
-            value = value.detach().float().cpu() if self.world == 1 else value.detach().float()
+            value = value.detach().float().cpu() if self.world_size == 1 else value.detach().float()
             self.window[name] = self.window[name] + value if name in self.window else value
-        self.iterations += 1
-        done = runner.iter + 1
-        if done % self.accumulate:
+        self.window_iterations += 1
+        iteration = runner.iter + 1
+        if iteration % self.accumulate:
             return
-        step, last = done // self.accumulate, done == runner.max_iters
-        if self.report:
-            self.report.advance()
-        stop, interrupt = self._agreed(self.signals.stop), self._agreed(self.signals.interrupt)
+        step, last = iteration // self.accumulate, iteration == runner.max_iters
+        if self.run_logger:
+            self.run_logger.advance()
+        stop, interrupt = self._on_any_rank(self.signals.stop), self._on_any_rank(self.signals.interrupt)
         if step % self.log_every == 0 or last or stop or interrupt:
-            self._log(runner, step)
+            self._log_metrics(runner, step)
         if last or stop or interrupt or (self.interval and step % self.interval == 0):
-            self.save(runner, done)
+            self.save(runner, iteration)
         if (stop or interrupt) and not last:
-            self._leave(step, interrupt)
+            self._exit(step, interrupt)
 
     def after_val_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        stop, interrupt = self._agreed(self.signals.stop), self._agreed(self.signals.interrupt)
+        stop, interrupt = self._on_any_rank(self.signals.stop), self._on_any_rank(self.signals.interrupt)
         if stop or interrupt:
             self.save(runner, runner.iter)
-            self._leave(runner.iter // self.accumulate, interrupt)
+            self._exit(runner.iter // self.accumulate, interrupt)
 
     def after_val_epoch(self, runner: AddpRunner, metrics: dict[str, float] | None = None) -> None:
-        self.figures, self.evaluated = dict(metrics or {}), runner.iter
-        if self.report:
-            self.report.evaluation(runner.iter // self.accumulate, self.figures)
-        self.since, self.iterations = time.perf_counter(), 0
+        self.metrics, self.evaluated_iteration = dict(metrics or {}), runner.iter
+        if self.run_logger:
+            self.run_logger.log_evaluation(runner.iter // self.accumulate, self.metrics)
+        self.window_start, self.window_iterations = time.perf_counter(), 0
 
     def close(self) -> None:
-        """Gives signals and files back."""
+        """Restore the signal handlers and close the files."""
         self.signals.__exit__()
-        if self.report:
-            self.report.close()
-            self.report = None
+        if self.run_logger:
+            self.run_logger.close()
+            self.run_logger = None
 
-    def save(self, runner: AddpRunner, done: int) -> None:
-        """Write a checkpoint after `done` iterations. UserError where weights are not finite or the disk refuses."""
-        step = done // self.accumulate
-        payload, state = runner.payload(done)
+    def save(self, runner: AddpRunner, iteration: int) -> None:
+        """Write a checkpoint. Raises UserError if a weight is not finite or the checkpoint cannot be written."""
+        step = iteration // self.accumulate
+        payload, state = runner.checkpoint_content(iteration)
         if not all(bool(value.isfinite().all()) for value in payload["model"].values()):
             raise UserError(f"step {step}: weights are not finite; older checkpoints are intact: lower train.lr")
         if is_main_process():
@@ -197,36 +204,37 @@ class RunFolder(Hook):
                 self.checkpoints.write(step, payload, state)
             except OSError as error:
                 raise UserError(
-                    f"{self.checkpoints.path(step)}: not written ({error.strerror or error}); "
-                    "older checkpoints are intact: make room and start the same command again"
+                    f"{self.checkpoints.path(step)}: cannot be written ({error.strerror or error}); older checkpoints "
+                    "are intact: free disk space and run the same command again"
                 ) from error
 
-    def _log(self, runner: AddpRunner, step: int) -> None:
-        figures = {name: value / self.iterations for name, value in self.window.items()}
-        if self.world > 1:
-            all_reduce_dict(figures, "mean")
-        figures = {name: float(value) for name, value in figures.items()}
-        if not math.isfinite(figures.get("loss", 0.0)):
+    def _log_metrics(self, runner: AddpRunner, step: int) -> None:
+        means = {name: value / self.window_iterations for name, value in self.window.items()}
+        if self.world_size > 1:
+            all_reduce_dict(means, "mean")
+        losses = {name: float(value) for name, value in means.items()}
+        if not math.isfinite(losses.get("loss", 0.0)):
             raise UserError(
-                f"step {step}: the loss is {figures['loss']}; the last checkpoint is intact: lower train.lr or clip"
+                f"step {step}: the loss is {losses['loss']}; the last checkpoint is intact: lower train.lr, or set "
+                "train.clip_grad"
             )
-        seconds = max(time.perf_counter() - self.since, 1e-9)
-        steps = self.iterations / self.accumulate
-        if self.report:
+        seconds = max(time.perf_counter() - self.window_start, 1e-9)
+        steps = self.window_iterations / self.accumulate
+        if self.run_logger:
             total, images = runner.max_iters // self.accumulate, len(runner.train_dataloader.dataset)
-            order = {"step": step, "epoch": step * self.batch / images, "loss": figures.pop("loss", None)}
-            figures = order | figures | {"lr": self.rate, "img_s": steps * self.batch / seconds}
-            self.report.train(figures, eta=(total - step) * seconds / steps)
-        self.window, self.iterations, self.since = {}, 0, time.perf_counter()
+            metrics = {"step": step, "epoch": step * self.batch / images, "loss": losses.pop("loss", None)}
+            metrics |= losses | {"lr": self.learning_rate, "img_s": steps * self.batch / seconds}
+            self.run_logger.log_training(metrics, eta=(total - step) * seconds / steps)
+        self.window, self.window_iterations, self.window_start = {}, 0, time.perf_counter()
 
-    def _agreed(self, flag: bool) -> bool:
-        """Whether it is set on any process."""
-        if self.world == 1:
+    def _on_any_rank(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank."""
+        if self.world_size == 1:
             return flag
         value = torch.tensor(float(flag), device="cuda" if torch.cuda.is_available() else "cpu")
         all_reduce(value)
         return bool(value > 0)
 
-    def _leave(self, step: int, interrupt: bool) -> None:
+    def _exit(self, step: int, interrupt: bool) -> NoReturn:
         log.info("stopped by a signal after step %d; the same command continues", step)
         raise SystemExit(1 if interrupt else 0)

@@ -1,9 +1,9 @@
-"""Scenes with class maps in ADE20K's layout: which files belong together, what the classes are called, what is wrong.
+"""Datasets in ADE20K's layout: pairs of an image and its class map, the classes, and checks of both.
 
     <root>/images/{training,validation}/*.jpg        <root>/annotations/{training,validation}/*.png
-    <root>/objectInfo150.txt or objectInfo.txt       a table with the columns Idx and Name
+    <root>/objectInfo150.txt or objectInfo.txt       a tab-separated table with the columns Idx and Name
 
-A class map holds 0 for "other", which is neither learned nor counted, and 1, 2, ... for the classes.
+A class map holds 0 for "other", which is neither learned nor evaluated, and 1, 2, ... for the classes.
 """
 
 import colorsys
@@ -22,92 +22,108 @@ from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 
 log = logging.getLogger("addp")
 
-FOLDERS = {"train": "training", "val": "validation"}
-TABLES = ("objectInfo150.txt", "objectInfo.txt")
-SUFFIXES = (".jpg", ".jpeg", ".png")
-IGNORED = 255  # what mmseg does not count
+SPLIT_FOLDERS = {"train": "training", "val": "validation"}
+CLASS_TABLES = ("objectInfo150.txt", "objectInfo.txt")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IGNORED = 255  # the label that mmseg neither learns nor evaluates
 
 
 @dataclass
 class SceneConfig:
-    """Where the scenes lie and how they are cut."""
+    """The dataset, and the sizes of its images."""
 
     __shorthand__ = "source"
 
-    source: Annotated[str, "ADE20K's folder (ADEChallengeData2016): images/ and annotations/ with training, validation"]
-    classes: Annotated[str, "table of the classes; by default objectInfo150.txt or objectInfo.txt in the folder"] = ""
-    crop: Annotated[int | None, Ge(16), "pixels of a side of the crops; null: the config's"] = None
+    source: Annotated[
+        str, "ADE20K's folder (ADEChallengeData2016), with training/ and validation/ in images/ and in annotations/"
+    ]
+    classes: Annotated[
+        str, "table of the classes; by default objectInfo150.txt or objectInfo.txt in the dataset's folder"
+    ] = ""
+    crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
     scale: Annotated[
         tuple[int, int] | None,
-        "shorter and longest side of resized images, times a factor of 0.5 to 2 in training; null: the config's",
+        "shorter and longest side of resized images, in training times a factor of 0.5 to 2; null: the config's",
     ] = None
-    workers: Annotated[int | None, Ge(0), "loading processes; by default one on a CPU, else as many as cores"] = None
+    workers: Annotated[
+        int | None, Ge(0), "data loading processes; by default one, or with a GPU one for each CPU core"
+    ] = None
     check: Annotated[
-        int, Ge(0), "pairs of each split whose sizes and labels are read before training starts, spread evenly"
+        int, Ge(0), "number of pairs in each split, evenly spaced, whose sizes and labels are checked before training"
     ] = 1000
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A picture and its class map."""
+class ScenePair:
+    """The paths of an image and its class map."""
 
-    picture: Path
-    classes: Path
-
-
-def maps_of(root: str | Path, split: str) -> Path:
-    """The folder of a split's class maps."""
-    return Path(root) / "annotations" / FOLDERS[split]
+    image: Path
+    class_map: Path
 
 
-def find_pairs(root: str | Path, split: str) -> list[Pair]:
-    """The pairs of a split, by name. UserError where folders or class maps are missing."""
-    images, maps = Path(root) / "images" / FOLDERS[split], maps_of(root, split)
+# -------------------- files
+
+
+def class_map_folder(root: str | Path, split: str) -> Path:
+    """Return the folder of a split's class maps."""
+    return Path(root) / "annotations" / SPLIT_FOLDERS[split]
+
+
+def find_pairs(root: str | Path, split: str) -> list[ScenePair]:
+    """Return the pairs of a split, sorted by name. Raises UserError if folders, images or class maps are missing."""
+    images, maps = Path(root) / "images" / SPLIT_FOLDERS[split], class_map_folder(root, split)
     for folder in (images, maps):
         if not folder.is_dir():
             raise UserError(
-                f"data.source: {folder} is missing; expected ADE20K's folder with images/{FOLDERS[split]} and "
-                f"annotations/{FOLDERS[split]}"
+                f"data.source: {folder} is missing; expected ADE20K's folder with images/{SPLIT_FOLDERS[split]} and "
+                f"annotations/{SPLIT_FOLDERS[split]}"
             )
-    pictures = sorted(path for path in images.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not pictures:
-        raise UserError(f"data.source: no pictures in {images}; expected {', '.join(SUFFIXES)}")
-    known = {path.relative_to(maps) for path in maps.rglob("*.png")}
-    pairs = [path.relative_to(images).with_suffix(".png") for path in pictures]
-    if missing := [name for name in pairs if name not in known]:
+    image_paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not image_paths:
+        raise UserError(f"data.source: no images in {images}; expected {', '.join(IMAGE_SUFFIXES)}")
+    existing = {path.relative_to(maps) for path in maps.rglob("*.png")}
+    map_names = [path.relative_to(images).with_suffix(".png") for path in image_paths]
+    if missing := [name for name in map_names if name not in existing]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"data.source: {maps / missing[0]} is missing{more}; expected a class map for each picture")
-    return [Pair(picture, maps / name) for picture, name in zip(pictures, pairs, strict=True)]
+        raise UserError(f"data.source: {maps / missing[0]} is missing{more}; expected a class map for each image")
+    return [ScenePair(image, maps / name) for image, name in zip(image_paths, map_names, strict=True)]
 
 
-def class_names(root: str | Path, table: str = "") -> tuple[str, ...]:
-    """The classes in order, each by its first name. UserError where there is no table or it is not one."""
-    found = [Path(table)] if table else [path for name in TABLES if (path := Path(root) / name).is_file()]
-    if not found:
+def read_class_names(root: str | Path, table: str = "") -> tuple[str, ...]:
+    """Return the names of the classes in order, each the first of its synonyms.
+
+    Args:
+        root: The dataset's folder.
+        table: The file with the columns Idx and Name; by default the one in the dataset's folder.
+
+    Raises:
+        UserError: The table is missing, unreadable or not of this form.
+    """
+    paths = [Path(table)] if table else [path for name in CLASS_TABLES if (path := Path(root) / name).is_file()]
+    if not paths:
         raise UserError(
-            f"data.classes: neither {' nor '.join(TABLES)} in {root}; expected one, or data.classes=<table>"
+            f"data.classes: neither {' nor '.join(CLASS_TABLES)} in {root}; expected one, or data.classes=<table>"
         )
+    path = paths[0]
     try:
-        rows = list(csv.DictReader(found[0].read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
         names = {int(row["Idx"]): row["Name"].split(",")[0].split(";")[0].strip() for row in rows}
     except OSError as error:
-        raise UserError(f"data.classes: {found[0]} cannot be read ({error.strerror})") from error
+        raise UserError(f"data.classes: {path} cannot be read ({error.strerror})") from error
     except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"data.classes: {found[0]}: expected a table with tabs and the columns Idx and Name") from error
+        raise UserError(
+            f"data.classes: {path}: expected a tab-separated table with the columns Idx and Name"
+        ) from error
     if sorted(names) != list(range(1, len(names) + 1)) or not 1 <= len(names) < IGNORED:
-        raise UserError(f"data.classes: {found[0]}: expected Idx 1, 2, ... without gaps, {IGNORED - 1} at most")
+        raise UserError(f"data.classes: {path}: expected Idx 1, 2, ... without gaps, at most {IGNORED - 1}")
     return tuple(names[i] for i in range(1, len(names) + 1))
 
 
-def palette(classes: int) -> np.ndarray:
-    """UInt8[classes,3], colours that differ most between neighbours; always the same."""
-    golden = 0.618034
-    hues = [colorsys.hsv_to_rgb(i * golden % 1, 0.9 - 0.4 * (i % 3) / 2, 1 - 0.35 * (i % 2)) for i in range(classes)]
-    return np.uint8(np.array(hues).reshape(-1, 3) * 255)
+# -------------------- images and class maps
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """The picture as upright RGB. UserError where it cannot be read."""
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image as upright RGB. Raises UserError if it cannot be read."""
     try:
         return LazyImage(Path(path).read_bytes()).decode()
     except OSError as error:
@@ -117,9 +133,15 @@ def read_picture(path: str | Path) -> Image.Image:
 
 
 def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int) -> np.ndarray:
-    """UInt8[H,W]: 0 and up for the classes, `IGNORED` for other. size: (height, width) of the picture.
+    """Read a class map as UInt8[H,W]: 0, 1, ... for the classes and `IGNORED` for "other".
 
-    UserError where it cannot be read, has another size or more than one channel, or holds a label beyond the classes.
+    Args:
+        path: The file.
+        size: (height, width) of its image, to be checked; None not to check it.
+        classes: Number of classes.
+
+    Raises:
+        UserError: The file cannot be read, has another size or several channels, or holds a label beyond the classes.
     """
     try:
         with wrap_image_errors(), Image.open(path) as image:
@@ -129,29 +151,41 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
     if labels.ndim != 2:
         raise UserError(f"{path}: found {labels.shape[2]} channels, expected one that holds the number of the class")
     if size is not None and labels.shape != tuple(size):
-        (h, w), (height, width) = labels.shape, size
-        raise UserError(f"{path}: found {w} x {h} pixels, expected its picture's {width} x {height}")
-    if (most := int(labels.max(initial=0))) > classes:
-        raise UserError(f"{path}: found label {most}, expected 0 (other) to {classes}; more classes? give data.classes")
+        (map_height, map_width), (height, width) = labels.shape, size
+        raise UserError(f"{path}: found {map_width} x {map_height} pixels, expected its image's {width} x {height}")
+    if (largest := int(labels.max(initial=0))) > classes:
+        raise UserError(
+            f"{path}: found label {largest}, expected 0 (other) to {classes}; for more classes, set data.classes"
+        )
     return np.where(labels == 0, IGNORED, labels - 1).astype(np.uint8)
 
 
-def numbered(labels: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """Int[H,W] from 0 -> the class map as the annotations number it, with the colours as its palette."""
+def to_class_map(labels: np.ndarray, colors: np.ndarray) -> Image.Image:
+    """Convert Int[H,W], with classes from 0, into a class map as ADE20K stores it, with `colors` as its palette."""
     image = Image.fromarray((labels + 1).astype(np.uint8), "P")
-    image.putpalette([0, 0, 0, *colours.flatten().tolist()])
+    image.putpalette([0, 0, 0, *colors.flatten().tolist()])
     return image
 
 
-def check_pairs(pairs: list[Pair], classes: int, most: int) -> None:
-    """Reads at most `most` of the pairs, spread evenly; UserError on the first that training could not use."""
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(most, len(pairs))).astype(int)) if most else []
-    if len(chosen) < len(pairs):
-        log.info("reading %d of %d pairs to check them (data.check)", len(chosen), len(pairs))
-    for i in chosen:
+def class_colors(classes: int) -> np.ndarray:
+    """Return UInt8[classes,3], the same for every call, with clearly different colors for neighboring classes."""
+    golden_ratio = 0.618034
+    colors = [
+        colorsys.hsv_to_rgb(i * golden_ratio % 1, 0.9 - 0.4 * (i % 3) / 2, 1 - 0.35 * (i % 2)) for i in range(classes)
+    ]
+    return np.uint8(np.array(colors).reshape(-1, 3) * 255)
+
+
+def check_pairs(pairs: list[ScenePair], classes: int, limit: int) -> None:
+    """Read up to `limit` of the pairs, evenly spaced. Raises UserError for the first one that cannot be used."""
+    indices = np.unique(np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)) if limit else []
+    if len(indices) < len(pairs):
+        log.info("checking %d of %d pairs of images and class maps (data.check)", len(indices), len(pairs))
+    for i in indices:
+        pair = pairs[i]
         try:
             with wrap_image_errors():
-                picture = LazyImage(pairs[i].picture.read_bytes())
+                image = LazyImage(pair.image.read_bytes())
         except ImageError as error:
-            raise UserError(f"{pairs[i].picture}: {error}") from error
-        read_class_map(pairs[i].classes, (picture.height, picture.width), classes)
+            raise UserError(f"{pair.image}: {error}") from error
+        read_class_map(pair.class_map, (image.height, image.width), classes)

@@ -1,14 +1,14 @@
-"""`addp seg train`: UperNet over a pretrained encoder on ADE20K or a set in its layout, by MMSegmentation on mmengine's
-Runner.
+"""`addp seg train`: train UperNet over a pretrained encoder on ADE20K, or on a dataset in its layout.
 
-What a recipe leaves at null is the config's. Ends with `<out>/model.safetensors`, which `addp seg test` and
-`addp seg predict` read, and with mIoU, aAcc and mAcc on the validation split. The same command continues a stopped run.
+Training runs in MMSegmentation, with mmengine's Runner. Keys that a recipe leaves at null have the config's values. The
+run ends with `<out>/model.safetensors`, which `addp seg test` and `addp seg predict` read, and with mIoU, aAcc and mAcc
+on the validation split. The same command continues a stopped run.
 """
 
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Interval, Le
 
@@ -16,47 +16,47 @@ from addp_core.base.errors import UserError, renaming_keys
 from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
-from addp_core.weights.checkpoint import MODEL_FILE
-from addp_core.weights.start import Start
-from seg.scenes import SceneConfig, check_pairs, class_names, find_pairs
-from seg.settings import (
-    MapConfig,
-    Segmentor,
-    fill_model,
-    fill_runtime,
-    rank,
-    read_config,
-    save_segmentor,
-    world,
-)
+from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.pretrained import EncoderKeys
+from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, process_rank, read_config, world_size
+from seg.scenes import SceneConfig, check_pairs, find_pairs, read_class_names
+from seg.segmentor import Segmentor, save_segmentor
 
 log = logging.getLogger("addp")
+
+T = TypeVar("T")
 
 
 @dataclass
 class TrainConfig:
-    """How long, how fast, with what; null stands for the config's value."""
+    """Length, optimization and logging of the training; null stands for the config's value."""
 
-    steps: Annotated[int | None, Ge(1), "optimizer steps"] = None
-    batch: Annotated[int | None, Ge(2), "images of a step, over all processes"] = None
-    accumulate: Annotated[int, Ge(1), "parts in which a step's images are computed"] = 1
+    steps: Annotated[int | None, Ge(1), "number of optimizer steps"] = None
+    batch: Annotated[int | None, Ge(2), "images in a step, over all processes"] = None
+    accumulate: Annotated[int, Ge(1), "parts in which each step's images are processed, to save memory"] = 1
     lr: Annotated[float | None, Gt(0), "peak learning rate of the heads"] = None
-    warmup_steps: Annotated[int | None, Ge(0), "steps in which the rate rises from 0"] = None
-    weight_decay: Annotated[float | None, Ge(0), "0 for biases, norms, positions"] = None
-    layer_decay: Annotated[float | None, Gt(0), Le(1), "factor on the rate from each block to the one below"] = None
+    warmup_steps: Annotated[int | None, Ge(0), "steps over which the learning rate rises from 0"] = None
+    weight_decay: Annotated[float | None, Ge(0), "weight decay; 0 for biases, norms and positions"] = None
+    layer_decay: Annotated[
+        float | None, Gt(0), Le(1), "factor on the learning rate from each block to the one below"
+    ] = None
     drop_path: Annotated[float | None, Interval(ge=0, lt=1), "stochastic depth of the last block"] = None
-    clip_grad: Annotated[float | None, Gt(0), "largest norm of the gradient; null: any"] = None
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products; bf16 and fp16 need a GPU"] = "fp32"
-    checkpointing: Annotated[bool, "compute the blocks twice to save memory (compute only)"] = False
-    seed: Annotated[int, Ge(0), "start of every random number"] = 0
-    log_every: Annotated[int, Ge(1), "steps from one line of figures to the next"] = 50
-    evaluate_every: Annotated[int | None, Ge(1), "steps between evaluations; the last step always has one"] = None
-    checkpoint_every: Annotated[int | None, Ge(0), "steps between checkpoints; 0: at the end and on a signal"] = None
-    keep: Annotated[int, Ge(1), "checkpoints kept"] = 2
+    clip_grad: Annotated[float | None, Gt(0), "maximum norm of the gradient; null: no clipping"] = None
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of matrix products; bf16 and fp16 need a GPU"] = (
+        "fp32"
+    )
+    checkpointing: Annotated[bool, "compute the blocks twice to save memory (does not change results)"] = False
+    seed: Annotated[int, Ge(0), "random seed"] = 0
+    log_every: Annotated[int, Ge(1), "steps between two lines of metrics"] = 50
+    evaluate_every: Annotated[int | None, Ge(1), "steps between evaluations; the last step is always evaluated"] = None
+    checkpoint_every: Annotated[
+        int | None, Ge(0), "steps between checkpoints; 0: only at the end and after a signal"
+    ] = None
+    keep: Annotated[int, Ge(1), "number of checkpoints to keep"] = 2
 
 
 @dataclass(kw_only=True)
-class Recipe(Start):
+class Recipe(EncoderKeys):
     """Keys of `addp seg train`."""
 
     out: Annotated[str, "run folder"]
@@ -64,47 +64,46 @@ class Recipe(Start):
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
     model: Annotated[
         str,
-        "a run, a file (ADDP, classifier, MAE, BEiT, timm ViT), hf://owner/repository/file, or with init=random a size "
-        "(tiny, small, base, large) or nothing (the config's)",
+        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, timm ViT) or hf://owner/repository/file; with "
+        "init=random also a size (tiny, small, base, large) or empty for the config's size",
     ] = ""
-    patch_size: Annotated[int | None, Ge(1), "pixels, where `model` is a size or nothing (default: the config's)"] = (
-        None
-    )
+    patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size or empty (default: the config's)"] = None
     relative: Annotated[
         Literal["table", "none"] | None,
-        "BEiT's relative positions in each block, or the plain ViT with its class token",
+        "table: BEiT's relative positions in each block; none: the plain ViT with its class token",
     ] = None
     out_indices: Annotated[
-        list[int] | None, "the blocks whose maps are used, four or one; null: at a third, a half, two thirds, the end"
+        list[int] | None,
+        "the blocks whose feature maps are used, four or one; null: those at 1/3, 1/2, 2/3 and all of the depth",
     ] = None
-    channels: Annotated[int | None, Ge(1), "of the UperNet head"] = None
+    channels: Annotated[int | None, Ge(1), "channels of the UperNet head"] = None
     train: TrainConfig = field(default_factory=TrainConfig)
-    test: MapConfig = field(default_factory=MapConfig)
+    test: InferenceConfig = field(default_factory=InferenceConfig)
 
 
 def run(recipe: Recipe) -> None:
-    """Train or continue. UserError for data that cannot be trained on, as far as it can be seen before."""
+    """Train, or continue. Raises UserError if the recipe or the dataset cannot be trained on, before training."""
     cfg = read_config(recipe.config)
     recipe = resolve(recipe, cfg)
-    text = dump(recipe)
-    check(recipe)
-    if prepare_out(recipe.out, text):
+    recipe_text = dump(recipe)
+    check_settings(recipe)
+    if prepare_out(recipe.out, recipe_text):
         return
     try:
-        classes = class_names(recipe.data.source, recipe.data.classes)
-        for split in ("train", "val") if rank() == 0 else ():
+        classes = read_class_names(recipe.data.source, recipe.data.classes)
+        for split in ("train", "val") if process_rank() == 0 else ():
             check_pairs(find_pairs(recipe.data.source, split), len(classes), recipe.data.check)
-        segmentor = describe(recipe, cfg, classes)
+        segmentor = describe_segmentor(recipe, cfg, classes)
         fill_config(cfg, recipe, segmentor)
-        train(cfg, segmentor, Path(recipe.out), text)
+        train(cfg, segmentor, Path(recipe.out), recipe_text)
     finally:
         release_out(recipe.out)
 
 
 def resolve(recipe: Recipe, cfg: Any) -> Recipe:
-    """The recipe with the config's values where it has none."""
+    """Return the recipe with the config's values for keys that are null."""
     optimizer, backbone = cfg.optim_wrapper.optimizer, cfg.model.backbone
-    ours = {
+    train_defaults = {
         "steps": cfg.train_cfg.max_iters,
         "batch": cfg.auto_scale_lr.base_batch_size,
         "lr": optimizer.lr,
@@ -115,46 +114,59 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
         "evaluate_every": cfg.train_cfg.val_interval,
         "checkpoint_every": cfg.default_hooks.checkpoint.interval,
     }
-    train = replace(recipe.train, **{key: value for key, value in ours.items() if getattr(recipe.train, key) is None})
+    defaults = {"relative": backbone.relative, "channels": cfg.model.decode_head.channels}
+    train = replace(recipe.train, **_values_for_null_keys(recipe.train, train_defaults))
     data = replace(
         recipe.data,
         crop=recipe.data.crop or cfg.crop_size[0],
         scale=recipe.data.scale or (cfg.scale[1], cfg.scale[0]),
     )
-    keys = {"relative": backbone.relative, "channels": cfg.model.decode_head.channels}
-    filled = {key: value for key, value in keys.items() if getattr(recipe, key) is None}
-    return replace(recipe, train=train, data=data, **filled)
+    return replace(recipe, train=train, data=data, **_values_for_null_keys(recipe, defaults))
 
 
-def check(recipe: Recipe) -> None:
-    """UserError for settings that cannot work together."""
+def _values_for_null_keys(section: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in defaults.items() if getattr(section, key) is None}
+
+
+def resolved(value: T | None) -> T:
+    """Return the value of a key that `resolve` has set."""
+    assert value is not None
+    return value
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raise UserError if keys do not fit together, or not this machine."""
     import torch
 
-    train, share = recipe.train, world() * recipe.train.accumulate
-    if train.batch % share or train.batch // share < 2:  # BatchNorm needs two images
+    train = recipe.train
+    batch, steps, warmup_steps = resolved(train.batch), resolved(train.steps), resolved(train.warmup_steps)
+    parts = world_size() * train.accumulate
+    if batch % parts or batch // parts < 2:  # BatchNorm needs two images
         raise UserError(
-            f"train.batch={train.batch}: found {train.accumulate} parts x {world()} processes, expected a multiple of "
-            f"{share}, at least {2 * share}"
+            f"train.batch={batch}: found {train.accumulate} parts x {world_size()} processes, expected a multiple of "
+            f"{parts}, at least {2 * parts}"
         )
-    if train.warmup_steps >= train.steps:
-        raise UserError(f"train.warmup_steps={train.warmup_steps}: expected fewer than train.steps={train.steps}")
+    if warmup_steps >= steps:
+        raise UserError(f"train.warmup_steps={warmup_steps}: expected fewer than train.steps={steps}")
     if train.precision != "fp32" and not torch.cuda.is_available():
-        raise UserError(f"train.precision={train.precision}: needs a GPU, there is none; use fp32")
+        raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use fp32")
     if not recipe.model and recipe.init == "pretrained":
         raise UserError("model: not given; expected model=<run or file>, or init=random")
 
 
-def describe(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
-    """The segmentor that a resolved recipe trains. UserError for a start that cannot be one."""
-    from seg.backbone import default_indices
+def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
+    """Return the segmentor that a resolved recipe trains. Raises UserError if its checkpoint cannot be used."""
+    from seg.backbone import default_out_indices
 
-    backbone = cfg.model.backbone
-    patch = recipe.patch_size or backbone.patch_size
+    backbone, crop = cfg.model.backbone, resolved(recipe.data.crop)
+    patch_size = recipe.patch_size or backbone.patch_size
     if recipe.model:
-        start = replace(recipe, init="random", patch_size=patch if recipe.model in VIT_SIZES else recipe.patch_size)
+        encoder_keys = replace(
+            recipe, init="random", patch_size=patch_size if recipe.model in VIT_SIZES else recipe.patch_size
+        )
         with renaming_keys({"data.size": "data.crop"}):
-            encoder = start.pixel_encoder(recipe.data.crop)
-        config, patch = encoder.config, encoder.patch_size
+            encoder = encoder_keys.pixel_encoder(crop)
+        config, patch_size = encoder.config, encoder.patch_size
     else:
         arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
         config = EncoderConfig(**arch, tokenizer_norm=recipe.tokenizer_norm)
@@ -163,85 +175,94 @@ def describe(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
         depth=config.depth,
         heads=config.heads,
         layer_scale=config.layer_scale,
-        patch_size=patch,
+        patch_size=patch_size,
         tokenizer_norm=config.tokenizer_norm,
-        relative=recipe.relative,
-        out_indices=tuple(recipe.out_indices or default_indices(config.depth)),
-        channels=recipe.channels,
+        relative=resolved(recipe.relative),
+        out_indices=tuple(recipe.out_indices or default_out_indices(config.depth)),
+        channels=resolved(recipe.channels),
         aux_channels=cfg.model.auxiliary_head.channels,
         classes=classes,
-        crop=recipe.data.crop,
-        scale=recipe.data.scale,
+        crop=crop,
+        scale=resolved(recipe.data.scale),
         normalisation=recipe.normalisation,
     )
 
 
 def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
-    """Write the resolved recipe into the config."""
-    train, parts, out = recipe.train, recipe.train.accumulate, Path(recipe.out)
+    """Write a resolved recipe into the config."""
+    train, out = recipe.train, Path(recipe.out)
     fill_model(cfg, segmentor)
-    backbone = {"drop_path": train.drop_path, "checkpointing": train.checkpointing}
+    backbone: dict[str, Any] = {"drop_path": train.drop_path, "checkpointing": train.checkpointing}
     if recipe.init == "pretrained":
-        start = {"type": "Pretrained", "checkpoint": recipe.model}
-        backbone |= {"init_cfg": start, "encoder_heads": recipe.encoder_heads}
+        init_cfg = {"type": "Pretrained", "checkpoint": recipe.model}
+        backbone |= {"init_cfg": init_cfg, "encoder_heads": recipe.encoder_heads}
     cfg.model.backbone.update(backbone)
     fill_runtime(cfg, out, recipe.data.workers, recipe.data.source, recipe.data.classes)
     cfg.model.test_cfg.mode = recipe.test.mode
+    fill_training(cfg, train, out)
 
-    batch = train.batch // (world() * parts)
-    cfg.train_dataloader.update(batch_size=batch, sampler={"type": "PositionSampler", "batch_size": batch})
+
+def fill_training(cfg: Any, train: TrainConfig, out: Path) -> None:
+    """Write batches, optimization, schedule and checkpoints into the config."""
+    accumulate, batch = train.accumulate, resolved(train.batch)
+    process_batch = batch // (world_size() * accumulate)
+    cfg.train_dataloader.update(
+        batch_size=process_batch, sampler={"type": "PositionSampler", "batch_size": process_batch}
+    )
     cfg.train_dataloader.dataset.seed = train.seed
     wrapper = cfg.optim_wrapper
     wrapper.optimizer.update(lr=train.lr, weight_decay=train.weight_decay)
     wrapper.update(
         paramwise_cfg={"decay_rate": train.layer_decay},
-        accumulative_counts=parts,
+        accumulative_counts=accumulate,
         clip_grad={"max_norm": train.clip_grad} if train.clip_grad else None,
     )
     if train.precision != "fp32":
         wrapper.update(type="AmpOptimWrapper", dtype={"bf16": "bfloat16", "fp16": "float16"}[train.precision])
-        cfg.val_cfg.fp16 = train.precision == "fp16"  # mmengine's loop knows no bf16
-    length, warm = train.steps * parts, train.warmup_steps * parts
-    cfg.train_cfg.update(max_iters=length, val_interval=min(train.evaluate_every * parts, length))
-    rise, fall = cfg.param_scheduler
-    rise.end = fall.begin = warm
-    fall.update(end=length, T_max=length - warm)
-    cfg.param_scheduler = [rise, fall] if warm else [fall]
+        cfg.val_cfg.fp16 = train.precision == "fp16"  # mmengine's validation loop does not support bf16
+    iterations, warmup = resolved(train.steps) * accumulate, resolved(train.warmup_steps) * accumulate
+    val_interval = min(resolved(train.evaluate_every) * accumulate, iterations)
+    cfg.train_cfg.update(max_iters=iterations, val_interval=val_interval)
+    warmup_scheduler, cosine_scheduler = cfg.param_scheduler
+    warmup_scheduler.end = cosine_scheduler.begin = warmup
+    cosine_scheduler.update(end=iterations, T_max=iterations - warmup)
+    cfg.param_scheduler = [warmup_scheduler, cosine_scheduler] if warmup else [cosine_scheduler]
     cfg.default_hooks.checkpoint.update(
         interval=train.checkpoint_every,
         keep=train.keep,
         log_every=train.log_every,
         seed=train.seed,
-        accumulate=parts,
+        accumulate=accumulate,
         out=str(out),
-        batch=train.batch,
+        batch=batch,
     )
     cfg.randomness = {"seed": train.seed}
     cfg.resume = True
 
 
-def train(cfg: Any, segmentor: Segmentor, out: Path, text: str) -> None:
-    """Run mmengine's Runner to the end, evaluate, write the file."""
+def train(cfg: Any, segmentor: Segmentor, out: Path, recipe_text: str) -> None:
+    """Run mmengine's Runner to the end, evaluate, and write the model file."""
     from mmengine.dist import barrier
 
-    from seg.launch import loading, start_runner
+    from seg.launch import data_workers, start_runner
 
     runner = start_runner(cfg)
-    folder = runner.folder
+    run_folder = runner.run_folder
     try:
-        with loading(runner):
+        with data_workers(runner):
             runner.train()
-            if folder.evaluated != runner.iter:  # stopped between the last step and the end of its evaluation
+            if run_folder.evaluated_iteration != runner.iter:  # the run was stopped during its last evaluation
                 runner.val_loop.run()
         if runner.rank == 0:
-            folder.report.curves()
-            save_segmentor(segmentor, runner.bare.state_dict(), out / MODEL_FILE)
-            mark_finished(out, text, {"step": runner.iter // folder.accumulate, **folder.figures})
+            if run_folder.run_logger:
+                run_folder.run_logger.plot_curves()
+            save_segmentor(segmentor, runner.unwrapped_model.state_dict(), out / MODEL_FILE)
+            mark_finished(out, recipe_text, {"step": runner.iter // run_folder.accumulate, **run_folder.metrics})
             log.info("seg: finished: %s", out / MODEL_FILE)
-        barrier()  # no process leaves before the file is there
+        barrier()  # no process may end before the file has been written
     except OSError as error:
         raise UserError(
-            f"{out}: could not be written ({error.strerror or error}); make room and start again"
+            f"{out}: cannot be written ({error.strerror or error}); free disk space and run the same command again"
         ) from error
     finally:
-        folder.close()
+        run_folder.close()

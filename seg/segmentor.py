@@ -1,0 +1,88 @@
+"""A trained segmentor: its description, and the file that stores its weights beside that description."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from addp_core.base.errors import UserError
+from addp_core.base.files import atomic_replace
+from addp_core.weights.architectures import ARCHITECTURES
+from addp_core.weights.files import METADATA_KEY
+from addp_core.weights.reading import read_weights
+
+SEGMENTOR_KIND = "segmentor"  # in the metadata of its file
+
+
+@dataclass(frozen=True)
+class Segmentor:
+    """Everything that is needed to build a segmentor again: its architecture, its classes and its image sizes."""
+
+    width: Annotated[int, Ge(1)]
+    depth: Annotated[int, Ge(1)]
+    heads: Annotated[int, Ge(1)]
+    layer_scale: bool
+    patch_size: Annotated[int, Ge(1)]
+    tokenizer_norm: bool
+    relative: Literal["none", "table"]
+    out_indices: tuple[int, ...]
+    channels: Annotated[int, Ge(1)]  # of the UperNet head
+    aux_channels: Annotated[int, Ge(1)]  # of the auxiliary FCN head
+    classes: tuple[str, ...]
+    crop: Annotated[int, Ge(1)]  # side in pixels
+    scale: tuple[int, int]  # shorter and longest side of a resized image
+    normalisation: Literal["imagenet", "half"] = "imagenet"
+
+    def __post_init__(self) -> None:
+        if len(self.out_indices) not in (1, 4):
+            raise UserError(f"out_indices: found {list(self.out_indices)}, expected four blocks or one")
+        if self.crop % self.patch_size:
+            raise UserError(
+                f"data.crop: found {self.crop}, expected a multiple of the model's patch size {self.patch_size}"
+            )
+
+
+ARCHITECTURES[SEGMENTOR_KIND] = Segmentor  # lets `read_weights` read a segmentor's file
+
+
+def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -> None:
+    """Write a segmentor as one safetensors file. Raises OSError if it cannot be written."""
+    text = json.dumps({"kind": SEGMENTOR_KIND, "architecture": asdict(segmentor)})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with atomic_replace(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: text})
+        except SafetensorError as error:  # which safetensors raises if the disk is full
+            raise OSError(str(error)) from error
+
+
+def load_segmentor(source: str | Path) -> tuple[Segmentor, dict[str, Tensor]]:
+    """Return the description and the tensors of a run of `addp seg train`, or of its file.
+
+    Raises UserError if it is not a segmentor.
+    """
+    weights = read_weights(source)
+    if weights.kind != SEGMENTOR_KIND:
+        raise UserError(f"model: {weights.source} is not a segmentor; expected a run of `addp seg train` or its file")
+    return weights.architecture, weights.state
+
+
+def load_tensors(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy the tensors into the model. Raises UserError if any are missing, unknown or of another shape.
+
+    source: where the tensors come from, for the message.
+    """
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    misshapen = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
+    if missing or unknown or misshapen:
+        raise UserError(
+            f"{source}: does not fit this segmentor: missing {missing[:5]}, unknown {unknown[:5]}, "
+            f"of another shape {misshapen[:5]}"
+        )
+    model.load_state_dict(state)
