@@ -21,9 +21,10 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import AttentionConfig
-from addp_core.training.compute import accelerate_model, arithmetic
-from addp_core.training.engine import TrainConfig, make_optimizer
-from addp_core.training.timing import Parts, peak_memory, reset_peak_memory
+from addp_core.training.compute import accelerate_model, autocast
+from addp_core.training.optimization import make_optimizer
+from addp_core.training.stage import TrainConfig
+from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 from det.augment import DetectionSample
 from det.config import Category, CocoConfig, DetectorArchitecture, DetectorConfig, EngineChoice, vitdet_attention
 from det.model import Detector, build_detector
@@ -89,14 +90,14 @@ def measure(recipe: Recipe, checkpointing: bool) -> dict[str, Any]:
     model = make_model(recipe, checkpointing).to(device).train()
     accelerate_model(model)
     optimizer = make_optimizer(model, TrainConfig(layer_decay=0.8))
-    samples, parts = make_samples(recipe, device), Parts(device)
+    samples, parts = make_samples(recipe, device), PartTimer(device)
     seconds: list[float] = []
     cpu_seconds: list[float] = []
     for step in range(recipe.warmup + recipe.steps):
         torch.manual_seed(step)
         begin = time.process_time()
         with parts("step"):
-            with arithmetic(recipe.precision, device):
+            with autocast(recipe.precision, device):
                 loss = sum(model(samples).values())
             loss.backward()
             optimizer.step()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from addp_core.training.compute import accelerate_model
-from addp_core.training.engine import process_state
+from addp_core.training.processes import process_state
 from det.average_precision import coco_metrics
 from det.coco import open_coco
 from det.config import CocoFiles

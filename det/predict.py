@@ -19,7 +19,7 @@ from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
 from addp_core.data.sources import open_source
 from addp_core.training.compute import accelerate_model
-from addp_core.training.engine import process_state
+from addp_core.training.processes import process_state
 from det.drawing import draw_detections
 from det.inference import image_to_tensor
 from det.model import load_detector

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from addp_core.data.images import ImageError
-from addp_core.training.engine import Draw, Stage
+from addp_core.training.stage import MicroStep, Stage
 from det.augment import DetectionBatch
 from det.average_precision import coco_metrics
 from det.coco import CocoDataset
@@ -27,7 +27,7 @@ class DetStage(Stage):
     def __init__(self, model: Detector, val: CocoDataset):
         self.model, self.val = model, val
 
-    def loss(self, model: nn.Module, batch: DetectionBatch, draw: Draw) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: DetectionBatch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Return the sum of the detector's losses, and each loss by its name."""
         losses = model(batch.samples())
         return {"loss": sum(losses.values()), **losses}

@@ -21,7 +21,9 @@ from addp_core.data.stream import Stream
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder
 from addp_core.recipes.config import dump
-from addp_core.training.engine import TrainConfig, prepare_out, train
+from addp_core.training.engine import train
+from addp_core.training.run_folder import prepare_out
+from addp_core.training.stage import TrainConfig
 from addp_core.weights.pretrained import EncoderKeys, check_positions
 from det.augment import LargeScaleJitter, collate
 from det.coco import CocoDataset, open_coco

@@ -43,7 +43,7 @@ from torch.multiprocessing import ProcessExitedException
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
 from addp_core.networks.encoder import Encoder
-from addp_core.training.engine import Signals
+from addp_core.training.signals import StopSignals
 from addp_core.weights.files import MODEL_FILE, read_tensors
 from addp_core.weights.pretrained import check_positions
 from det.config import Category, DetectorArchitecture, DetectorConfig
@@ -67,7 +67,7 @@ class StopOnSignal(HookBase):
     with 1 after an interrupt.
     """
 
-    def __init__(self, signals: Signals, checkpointer: SafeCheckpointer):
+    def __init__(self, signals: StopSignals, checkpointer: SafeCheckpointer):
         self.signals, self.checkpointer = signals, checkpointer
 
     def after_step(self) -> None:
@@ -97,7 +97,7 @@ def train(cfg: DictConfig, resume: bool) -> None:
         trainer = SimpleTrainer(parallel, None, optimizer)
     checkpointer = SafeCheckpointer(parallel, cfg.train.output_dir, trainer=trainer)
     is_main = comm.is_main_process()
-    with Signals() as signals:
+    with StopSignals() as signals:
         trainer.register_hooks(
             [
                 hooks.IterationTimer(),

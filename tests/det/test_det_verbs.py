@@ -1,0 +1,214 @@
+"""`addp det train`, `eval` and `predict` as a user of a plain install runs them, with the mistakes users make."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import TOKENIZER
+from tiny_detectors import tiny_encoder
+
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.tokenizer import Vocabulary
+from addp_core.recipes.cli import main
+from addp_core.weights.saving import save_model
+from det import train as det_train
+from det.config import Category
+from det.model import load_detector
+from det.stage import DetStage
+
+RECIPE = """
+engine: torchvision
+data: {size: 48, scale: [0.5, 1.5], workers: 0}
+drop_path: 0.1
+attention: {window: 5, global_blocks: 1, relative: decomposed, class_token: false}
+detector: {channels: 16, scales: [1, 0.5], convs: 8, fc: 16, proposals: 20, samples: 8, score: 0.001, detections: 5}
+train: {steps: 4, batch: 2, lr: 1.0e-3, layer_decay: 0.8, log_every: 1, checkpoint_every: 2, keep: 9}
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Return a folder with a toy COCO dataset, a recipe, an encoder checkpoint and a finished run."""
+    root = tmp_path_factory.mktemp("det")
+    toy = ["toy", f"out={root / 'toy'}", "only=[coco]", "scene=48", "coco_train=10", "coco_val=5"]
+    assert main(toy) == 0
+    save_model(tiny_encoder(), root / "encoder.safetensors")
+    (root / "recipe.yaml").write_text(RECIPE)
+    assert main(train_command(root, root / "run")) == 0
+    return root
+
+
+def train_command(root: Path, out: Path, *settings: str) -> list[str]:
+    data, model = f"data={root / 'toy' / 'coco'}", f"model={root / 'encoder.safetensors'}"
+    return ["det", "train", str(root / "recipe.yaml"), data, model, f"out={out}", *settings]
+
+
+def last_error_line(capsys) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_writes_metrics_previews_and_the_model(trained):
+    run = trained / "run"
+    lines = read_metrics(run)
+    losses = {"loss", "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+    assert losses <= lines[0].keys()
+    assert lines[-1]["box_AP"] < 0.05  # four steps from random weights
+    assert lines[-1]["mask_AP"] < 0.05
+    assert (run / "images" / "detections-4.png").exists()
+    model = load_detector(run)
+    assert model.architecture.categories[0] == Category(1, "0")
+    assert model.architecture.size == 48
+
+
+def test_a_stopped_det_run_continues_bit_for_bit(trained, tmp_path, monkeypatch):
+    original_loss = DetStage.loss
+
+    def loss_with_signal(self, model, batch, micro_step):
+        if micro_step.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original_loss(self, model, batch, micro_step)
+
+    monkeypatch.setattr(DetStage, "loss", loss_with_signal)
+    with pytest.raises(SystemExit) as caught:
+        main(train_command(trained, tmp_path / "run"))
+    assert caught.value.code == 0
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    monkeypatch.setattr(DetStage, "loss", original_loss)
+    assert main(train_command(trained, tmp_path / "run", "data.workers=1")) == 0
+    continued, uninterrupted = (load_file(root / "run" / "model.safetensors") for root in (tmp_path, trained))
+    assert continued.keys() == uninterrupted.keys()
+    assert all(torch.equal(continued[key], uninterrupted[key]) for key in continued)
+    assert read_metrics(tmp_path / "run")[-1] == read_metrics(trained / "run")[-1]
+
+
+def test_eval_reproduces_the_last_metrics_of_training(trained, tmp_path, capsys):
+    arguments = ["det", "eval", f"model={trained / 'run'}", f"data={trained / 'toy' / 'coco'}"]
+    assert main([*arguments, f"out={tmp_path}", "json=true", "per_class=true"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics == json.loads((tmp_path / "figures.json").read_text())
+    last = read_metrics(trained / "run")[-1]
+    assert {name: metrics[name] for name in last if name != "step"} == pytest.approx(
+        {name: value for name, value in last.items() if name != "step"}
+    )
+    assert "box_AP/7" in metrics
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score", "segmentation"} == results[0].keys()
+    assert {result["category_id"] for result in results} <= {1, 2, 3, 4, 5, 7, 8, 9, 10, 11}
+    assert main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["box", "mask"]
+    assert table[1].split()[0] == "AP"
+
+
+def test_predict_draws_on_every_readable_image(trained, tmp_path, capsys):
+    (tmp_path / "in" / "nested").mkdir(parents=True)
+    Image.new("RGB", (70, 40), (200, 30, 30)).save(tmp_path / "in" / "a.jpg")
+    Image.new("L", (33, 80)).save(tmp_path / "in" / "nested" / "b.png")
+    (tmp_path / "in" / "c.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert (
+        main(["det", "predict", f"model={trained / 'run'}", f"images={tmp_path / 'in'}", f"out={out}", "score=0"]) == 0
+    )
+    assert "c.png: not an image of a known format; skipped" in capsys.readouterr().err
+    assert Image.open(out / "a.jpg.png").size == (70, 40)
+    assert Image.open(out / "nested" / "b.png.png").size == (33, 80)
+    listed = json.loads((out / "images.json").read_text())
+    assert {image["file_name"] for image in listed["images"]} == {"a.jpg", "nested/b.png"}
+    found = json.loads((out / "detections.json").read_text())
+    assert {result["file_name"] for result in found} <= {"a.jpg", "nested/b.png"}
+    drawn = {result["file_name"] for result in found}
+    assert drawn  # with a minimum score of 0 there are always detections
+    for name in drawn:
+        before = Image.open(tmp_path / "in" / name).convert("RGB")
+        assert Image.open(out / f"{name}.png").tobytes() != before.tobytes()
+
+
+MISTAKES = {
+    ("train", "data.size=50"): "data.size=50: image size 50 x 50: expected multiples of the patch size 4",
+    ("train", "detector.scales=[8]"): "detector.scales: found [8.0], expected some of [4, 2, 1, 0.5]",
+    ("train", "attention.class_token=true"): "attention.class_token: found true, expected false where window > 0",
+    ("train", "model=nowhere"): "nowhere: no such file",
+    ("train", "model={run}"): "this is the checkpoint of a detector; expected a checkpoint with an encoder",
+    ("train", "model=base"): "expected init=random with it",
+    ("train", "data=nowhere"): "data.root: nowhere is not a folder",
+    ("train", "data.scale=[2,1]"): "data.scale: [2.0, 1.0], expected 0 < low <= high",
+    ("train", "data.sizes=3"): "unknown key 'data.sizes'; did you mean 'data.size'?",
+    ("train", "tokenizer_norm=true"): "tokenizer_norm: ",
+    ("eval", "model={root}/encoder.safetensors"): "is not a detector; expected a run of `addp det train`",
+    ("eval", "model={root}/other.safetensors"): "1 tensors do not match its stored architecture: extra",
+    ("eval", "data.val_annotations={root}/renamed.json"): "(only in the file: 1 zero; only in the detector: 1 0)",
+    ("eval", "data.val_annotations={root}/recipe.yaml"): "recipe.yaml: not JSON",
+    ("train", "model={root}/tokens.safetensors"): "tokens.safetensors: an encoder over tokens has neither windows",
+    ("predict", "images={root}/nowhere"): "addp: images: {root}/nowhere does not exist",
+    ("predict", "images={root}/pictures"): "addp: images: {root}/pictures has no folder 'train'; it has val",
+    ("predict", "out={root}/recipe.yaml"): "recipe.yaml cannot be written",
+}
+
+
+@pytest.mark.parametrize(("action", "setting"), MISTAKES)
+def test_det_mistakes_end_in_one_line(trained, tmp_path, capsys, action, setting):
+    (trained / "pictures" / "val").mkdir(parents=True, exist_ok=True)
+    if "renamed" in setting:
+        annotations = json.loads((trained / "toy" / "coco" / "annotations" / "instances_val.json").read_text())
+        annotations["categories"][0]["name"] = "zero"
+        (trained / "renamed.json").write_text(json.dumps(annotations))
+    if "tokens" in setting:
+        encoder = TokenEncoder(PredictorConfig(16, 1, 2, 1, 2), Vocabulary(TOKENIZER.codebook), TOKENIZER, (48, 48))
+        save_model(encoder, trained / "tokens.safetensors")
+    if "other" in setting:
+        with safe_open(trained / "run" / "model.safetensors", "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            save_file(state | {"extra": torch.zeros(1)}, trained / "other.safetensors", file.metadata())
+    model, data = f"model={trained / 'run'}", f"data={trained / 'toy' / 'coco'}"
+    arguments = {
+        "train": train_command(trained, tmp_path / "run"),
+        "eval": ["det", "eval", model, data],
+        "predict": ["det", "predict", model, f"images={trained / 'toy' / 'coco' / 'images'}", f"out={tmp_path}"],
+    }[action]
+    message, setting = (text.format(root=trained, run=trained / "run") for text in (MISTAKES[action, setting], setting))
+    arguments = [a for a in arguments if a.partition("=")[0] != setting.partition("=")[0]]
+    assert main([*arguments, setting]) == 2
+    assert message in last_error_line(capsys)
+
+
+def test_both_splits_must_have_the_same_categories(trained, tmp_path, capsys):
+    source = trained / "toy" / "coco" / "annotations" / "instances_val.json"
+    content = json.loads(source.read_text())
+    content["categories"].append({"id": 90, "name": "more"})
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    assert main(train_command(trained, tmp_path / "run", f"data.val_annotations={tmp_path / 'val.json'}")) == 2
+    assert "its categories differ from those of" in last_error_line(capsys)
+
+
+def test_a_run_keeps_its_engine_if_detectron2_is_installed_or_removed_later(trained, tmp_path, monkeypatch):
+    arguments = train_command(trained, tmp_path, "engine=auto", "normalisation=half", "train.steps=2")
+    monkeypatch.setattr(det_train, "find_spec", lambda name: None)
+    assert main(arguments) == 0
+    recipe = tmp_path / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["engine"] == "torchvision"
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    monkeypatch.setattr(det_train, "find_spec", lambda name: object())
+    for name in ("finished.json", "model.safetensors"):  # as if killed before the end
+        (tmp_path / name).unlink()
+    assert main(arguments) == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    architecture = load_detector(tmp_path).architecture
+    assert (architecture.engine, architecture.normalisation) == ("torchvision", "half")
+
+    monkeypatch.setattr(det_train, "find_spec", lambda name: None)
+    recipe.write_text(recipe.read_text().replace("engine: torchvision", "engine: auto"))  # as older versions wrote it
+    (tmp_path / "finished.json").unlink()
+    assert main(arguments) == 0
