@@ -1,4 +1,4 @@
-"""Commands of addp as processes that end with this one: signals go on to them, and so does this process's death."""
+"""Commands of addp as child processes, which receive this process's signals and never outlive it."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 log = logging.getLogger("addp")
 
@@ -30,56 +30,59 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class Stopped(Exception):
-    """A signal has come: children were told to stop, no more of them are started."""
+    """A signal has come: the running children were told to stop, and no more are started."""
 
 
-def command_line(words: Sequence[str], processes: int = 1) -> str:
-    """What one would type for `addp <words>`, on so many processes."""
-    many = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "-m", "addp_core"]
-    return shlex.join([*(many if processes > 1 else ["addp"]), *words])
+def command_line(arguments: Sequence[str], processes: int = 1) -> str:
+    """Return what one would type for `addp <arguments>`, on so many processes."""
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "-m", "addp_core"]
+    return shlex.join([*(torchrun if processes > 1 else ["addp"]), *arguments])
 
 
-def ending(path: Path, lines: int = 1) -> str:
-    """The last lines of a log, without empty ones and what a progress bar wrote over. OSError: it cannot be read."""
+def last_lines(path: Path, count: int = 1) -> str:
+    """Return the last lines of a log, without empty ones and without states that a progress bar overwrote.
+
+    Raises OSError if the log cannot be read.
+    """
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
-        text = file.read().decode(errors="replace")  # opened as text, a bar's states would be lines
-    whole = [line.rstrip().rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
-    return "\n".join([line for line in whole if line][-lines:])
+        text = file.read().decode(errors="replace")  # in text mode, each state of a progress bar would be a line
+    lines = [line.rstrip().rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
+    return "\n".join([line for line in lines if line][-count:])
 
 
 class Children:
-    """Starts commands, in any thread; SIGTERM, SIGUSR1 and Ctrl-C reach them as SIGTERM, upon which trainings write a
+    """Runs commands, in any thread. SIGTERM, SIGUSR1 and Ctrl-C reach them as SIGTERM, on which trainings write a
     checkpoint.
 
-    A context: signals are handled inside of it, where it is entered in the main thread.
+    A context manager: if the main thread enters it, signals are handled inside of it.
     """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._running: set[subprocess.Popen] = set()
-        self._before: dict[int, Any] = {}
-        self._lock = threading.RLock()  # the handler may interrupt its own thread inside of it
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._previous_handlers: dict[int, Any] = {}
+        self._lock = threading.RLock()  # the handler may interrupt a thread that holds it
 
     def __enter__(self) -> "Children":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._receive)
+                self._previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def addp(self, words: Sequence[str], output: Path, processes: int = 1) -> int:
-        """The exit code of `addp <words>`; what it writes is appended to `output`. Raises Stopped."""
-        start = ADDP if processes == 1 else [*TORCHRUN, str(processes), "-m", "addp_core"]
+    def run_addp(self, arguments: Sequence[str], output: Path, processes: int = 1) -> int:
+        """Run `addp <arguments>`, append what it writes to `output` and return its exit code. Raises Stopped."""
+        prefix = ADDP if processes == 1 else [*TORCHRUN, str(processes), "-m", "addp_core"]
         with self._lock, output.open("a") as file:
             if self.stopped:
                 raise Stopped
-            file.write(f"$ {command_line(words, processes)}\n")
+            file.write(f"$ {command_line(arguments, processes)}\n")
             file.flush()
-            child = self._start([*start, *words], file)
+            child = _launch([*prefix, *arguments], file)
             self._running.add(child)
             if self.stopped:  # the signal came while it started
                 child.terminate()
@@ -91,24 +94,25 @@ class Children:
             raise Stopped
         return code
 
-    def pause(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> None:
         """Sleep, in any thread. Raises Stopped."""
         time.sleep(seconds)
         if self.stopped:
             raise Stopped
-
-    def _start(self, command: Sequence[str], file: Any) -> subprocess.Popen:
-        launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
-        # a session of its own: Ctrl-C in the terminal comes by way of this process, once
-        return subprocess.Popen(
-            [*launcher, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
 
     def _receive(self, number: int, _frame: object) -> None:
         self.stopped = True
         with self._lock:
             for child in self._running:
                 child.terminate()
-        log.warning("stopping; waiting for what runs to write its checkpoint")
+        log.warning("stopping; waiting for the running commands to write their checkpoints")
         if number == signal.SIGINT:  # a second Ctrl-C does not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _launch(command: Sequence[str], file: IO[str]) -> "subprocess.Popen[bytes]":
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
+    # in a session of its own, so that Ctrl-C in the terminal reaches it only once, through this process
+    return subprocess.Popen(
+        [*launcher, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+    )

@@ -1,4 +1,4 @@
-"""Curves of a report, as SVG on no ground: of runs, from their metrics.jsonl, and of scores against images seen."""
+"""Curves of a report as SVG with a transparent background: metrics of runs, and scores against images seen."""
 
 import io
 import json
@@ -6,74 +6,87 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
-POINTS = 400  # of a curve; longer ones are averaged in as many parts
-INK = "#80868c"  # of axes and words: readable on white and on black
-COLOURS = ("#2f7fd6", "#e0751c", "#2f9e5b", "#c8508c", "#8a6fd1", "#9c8a12", "#4fa3a5", "#b5523b")
+MAX_POINTS = 400  # of a curve; longer ones are averaged in groups
+INK = "#80868c"  # of axes and text: readable on white and on black
+COLORS = ("#2f7fd6", "#e0751c", "#2f9e5b", "#c8508c", "#8a6fd1", "#9c8a12", "#4fa3a5", "#b5523b")
 
-Points = list[tuple[float, float]]
+Points: TypeAlias = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in one frame: name -> those of its seeds; levels: name -> height of a line across, two at most."""
+    """Curves in one frame. curves: name -> a curve for each seed; levels: name -> height of a horizontal line, at most
+    two; markers: mark each point, for curves of few measurements.
+    """
 
     title: str
     x: str
     curves: Mapping[str, Sequence[Points]]
     levels: Mapping[str, float] = field(default_factory=dict)
-    marked: bool = False  # each point is a measurement of its own
+    markers: bool = False
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; none where it is missing. A line cut off by a kill is left out."""
+    """Return the lines of a metrics.jsonl, [] if it is missing; a line that a kill has cut off is skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    found = []
+    entries = []
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if isinstance(entry, dict):
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def points(lines: Sequence[Mapping[str, float]], key: str, x: str = "step") -> Points:
-    """(x, key) of the lines that have both; per x the largest value, thinned to POINTS."""
-    best: dict[float, float] = {}
+    """Return (x, key) of the lines that have both, with the largest value for each x, thinned to MAX_POINTS."""
+    largest: dict[float, float] = {}
     for line in lines:
-        values = line.get(x), line.get(key)
-        if all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            best[values[0]] = max(values[1], best.get(values[0], -math.inf))
-    whole = sorted(best.items())
-    part = -(-len(whole) // POINTS) or 1
-    groups = (whole[start : start + part] for start in range(0, len(whole), part))
-    return [tuple(sum(column) / len(group) for column in zip(*group, strict=True)) for group in groups]
+        at, value = line.get(x), line.get(key)
+        if (
+            isinstance(at, int | float)
+            and isinstance(value, int | float)
+            and math.isfinite(at)
+            and math.isfinite(value)
+        ):
+            largest[at] = max(value, largest.get(at, -math.inf))
+    curve = sorted(largest.items())
+    size = -(-len(curve) // MAX_POINTS) or 1
+    groups = (curve[start : start + size] for start in range(0, len(curve), size))
+    return [(sum(at for at, _ in g) / len(g), sum(value for _, value in g) / len(g)) for g in groups]
 
 
 def draw(panel: Panel, names: Sequence[str]) -> bytes:
-    """SVG of a panel. `names`: all curves of the report, in the order of their colours."""
+    """Return a panel as SVG. names: of all curves of the report, in the order of their colors."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    words = {"svg.fonttype": "none", "svg.hashsalt": "addp", "font.family": "sans-serif", "text.parse_math": False}
-    tinted = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with rc_context(words | tinted):
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "addp",
+        "font.family": "sans-serif",
+        "text.parse_math": False,
+    }
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with rc_context(style):
         figure = Figure((4.4, 3.2))
         axes = figure.add_axes((0.15, 0.16, 0.82, 0.74))  # a layout engine takes seconds
         for name, seeds in panel.curves.items():
             for i, curve in enumerate(seeds):
-                marker = "o" if panel.marked or len(curve) < 3 else None
+                marker = "o" if panel.markers or len(curve) < 3 else None
                 label = name if i == 0 else None
-                axes.plot(*zip(*curve, strict=True), color=colours[name], lw=1.4, marker=marker, ms=4, label=label)
-        for (name, level), style in zip(panel.levels.items(), ("--", ":"), strict=False):
-            axes.axhline(level, color=INK, lw=1.2, ls=style, label=name)
+                axes.plot(*zip(*curve, strict=True), color=colors[name], lw=1.4, marker=marker, ms=4, label=label)
+        for (name, level), line in zip(panel.levels.items(), ("--", ":"), strict=False):
+            axes.axhline(level, color=INK, lw=1.2, ls=line, label=name)
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel(panel.x, fontsize=10)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,10 +1,12 @@
-"""`addp sweep`: the same verb from several starts, each with its own best setting of the same small grid, over seeds.
+"""`addp sweep`: the same training for several arms, each with its own best setting of one small grid, over seeds.
 
-Every arm tries the whole grid with the first seed; its best setting is repeated with the other seeds, and the table
-gives mean and standard deviation. Picking and reporting use the same validation images: fair between arms, optimistic
-for all of them. Each cell is a run of its own in `out/<arm>/<setting>-seed<n>`; a second start repeats no finished one.
-The links `out/<arm>/best-seed<n>` lead to the runs of the best setting. A setting that fails, as a rate at which
-training diverges, is named and left out; the sweep fails where an arm has no setting left or lacks a seed of its best.
+An arm is one checkpoint or baseline under comparison. Every arm tries the whole grid with the first seed; its best
+setting is repeated with the other seeds, and the table gives mean and standard deviation. Settings are selected and
+reported on the same validation images, which is fair between arms and optimistic for all of them. Each run has a folder
+of its own, `out/<arm>/<setting>,seed<n>`, and the same command again repeats no finished run. The links
+`out/<arm>/best-seed<n>` lead to the runs of the best setting. A setting that fails, for instance because its learning
+rate makes training diverge, is named and left out; the sweep fails if an arm has no setting left, or if a seed of its
+best setting fails.
 """
 
 import itertools
@@ -12,10 +14,11 @@ import json
 import logging
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from annotated_types import Ge, MinLen
 from tqdm import tqdm
@@ -24,15 +27,17 @@ from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
-from tools.bench.children import Children, Stopped, ending
+from tools.bench.arguments import as_argument
+from tools.bench.children import Children, Stopped, last_lines
 
 log = logging.getLogger("addp")
 
-Settings = dict[str, Any]
-RESULTS, METRICS, FINISHED, CELL = "results.json", "metrics.jsonl", "finished.json", "cell.json"
-ENDING = 8  # lines of a failed run's log that are shown
-SHOWN = 3  # logs of failed runs that the last line names
-PATIENCE = 600  # seconds that a run which was told to stop may take to leave its folder
+Settings: TypeAlias = dict[str, Any]
+GridPoint: TypeAlias = tuple[tuple[str, Any], ...]  # (key, value) of each key of the grid
+RESULTS, METRICS, FINISHED, SCORE = "results.json", "metrics.jsonl", "finished.json", "cell.json"
+LOG_LINES = 8  # of a failed run's log, in the warning
+LOGS_NAMED = 3  # logs of failed runs in the last line
+PATIENCE = 600  # seconds to wait for a run that was told to stop
 
 
 @dataclass
@@ -40,44 +45,48 @@ class Recipe:
     """Keys of `addp sweep`."""
 
     out: Annotated[str, "folder for the runs, sweep.json and sweep.md"]
-    verb: Annotated[str, "a training that ends with figures: finetune, linprobe, det train, seg train"]
+    verb: Annotated[str, "a training that ends with metrics: finetune, linprobe, det train, seg train"]
     arms: Annotated[
-        dict[str, Settings], MinLen(1), "name of a start -> its settings; {seed} in a value stands for the seed"
+        dict[str, Settings], MinLen(1), "name of an arm -> its settings; {seed} in a value stands for the seed"
     ]
     recipe: Annotated[str, "recipe of the verb; empty: none"] = ""
     set: Annotated[Settings, "settings of all runs"] = field(default_factory=dict)
-    grid: Annotated[dict[str, list[Any]], "key -> values to try, each with each"] = field(default_factory=dict)
-    seeds: Annotated[list[int], MinLen(1), "values of `seed_key`; the first one tries the grid"] = field(
+    grid: Annotated[dict[str, list[Any]], "key -> values to try, in all combinations"] = field(default_factory=dict)
+    seeds: Annotated[list[int], MinLen(1), "values of `seed_key`; the first one searches the grid"] = field(
         default_factory=lambda: [0, 1, 2]
     )
     seed_key: Annotated[str, "key of the seed"] = "train.seed"
     metric: Annotated[
         str,
-        "figure to pick by, larger is better: of results.json (dots lead inwards), or of the last line of "
-        "metrics.jsonl where there is none (det: box_AP, seg: mIoU)",
+        "metric to select the best setting by, larger is better: its place in results.json (dots lead inwards) or, "
+        "without that file, in the last line of metrics.jsonl (det: box_AP, seg: mIoU)",
     ] = "last.top1"
     jobs: Annotated[int, Ge(1), "runs at a time"] = 1
-    processes: Annotated[int, Ge(1), "of each run, by torchrun"] = 1
+    processes: Annotated[int, Ge(1), "processes of each run, started by torchrun"] = 1
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run: an arm, a setting of the grid, a seed."""
+class SweepRun:
+    """One run of the sweep: an arm, a grid point, a seed."""
 
     arm: str
-    setting: tuple[tuple[str, Any], ...]
+    point: GridPoint
     seed: int
 
     @property
     def name(self) -> str:
-        words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.setting]
-        return f"{self.arm}/{','.join([*words, f'seed{self.seed}'])}"
+        """Its folder below `out`."""
+        settings = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in self.point]
+        return f"{self.arm}/{','.join([*settings, f'seed{self.seed}'])}"
+
+
+RunScores: TypeAlias = dict[SweepRun, float | None]  # None: the run failed
 
 
 def run(recipe: Recipe) -> None:
-    """Run what is missing, then write and print the table. A run that fails is named and does not stop the others.
+    """Do the missing runs, then write and print the table. A run that fails does not stop the others.
 
-    Leaves with 1 where the table lacks an arm or a seed, or a signal stopped it.
+    Exits with 1 if the table lacks an arm or a seed, or if a signal stopped the sweep.
     """
     if recipe.verb not in VERBS:
         raise UserError(f"verb: found {recipe.verb!r}, expected a verb of addp{did_you_mean(recipe.verb, VERBS)}")
@@ -87,161 +96,171 @@ def run(recipe: Recipe) -> None:
         write_atomically(out / "recipe.yaml", dump(recipe).encode())
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another folder") from error
-    settings = [tuple(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
-    first = [Cell(arm, setting, recipe.seeds[0]) for arm in recipe.arms for setting in settings]
-    best = {}
     try:
         with Children() as children:
-            scores = _scores(recipe, first, children)
-            for arm in recipe.arms:
-                tried = {cell: score for cell, score in scores.items() if cell.arm == arm and score is not None}
-                if tried:
-                    best[arm] = max(tried, key=tried.get).setting
-            others = [Cell(arm, setting, seed) for seed in recipe.seeds[1:] for arm, setting in best.items()]
-            scores |= _scores(recipe, others, children)
+            scores, best = _search_and_repeat(recipe, children)
     except Stopped:
         log.warning("stopped; the same command continues")
         raise SystemExit(1) from None
-    for arm, setting in best.items():
-        _link([cell for cell in (Cell(arm, setting, seed) for seed in recipe.seeds) if scores[cell] is not None], out)
-    failed = [cell for cell, score in scores.items() if score is None]
-    summary = {}
-    for arm, setting in best.items():
-        values = [scores[Cell(arm, setting, seed)] for seed in recipe.seeds]
-        values = [value for value in values if value is not None]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        others = [cell for cell in failed if cell.arm == arm and cell.setting != setting]
-        summary[arm] = {
-            "setting": dict(setting),
-            "values": values,
-            "mean": statistics.mean(values),
-            "sd": spread,
-            "grid": {cell.name: score for cell, score in scores.items() if cell.arm == arm},
-            "notes": [*_edges(recipe, setting), *(f"left out, for it failed: {_log(out, cell)}" for cell in others)],
-        }
-    table = _table(recipe, summary)
-    notes = "".join(f"\n{arm}: {note}\n" for arm, row in summary.items() for note in row["notes"])
+    for arm, point in best.items():
+        repeats = [SweepRun(arm, point, seed) for seed in recipe.seeds]
+        _link_best_runs([repeat for repeat in repeats if scores[repeat] is not None], out)
+    summary = _summarize(recipe, scores, best)
+    table = _markdown_table(recipe, summary)
+    notes = [f"{arm}: {note}" for arm, row in summary.items() for note in row["notes"]]
     write_atomically(out / "sweep.json", json.dumps({"metric": recipe.metric, "arms": summary}, indent=1).encode())
-    write_atomically(out / "sweep.md", f"{table}{notes}".encode())
+    write_atomically(out / "sweep.md", (table + "".join(f"\n{note}\n" for note in notes)).encode())
     sys.stdout.write(table)
-    for arm, row in summary.items():
-        for note in row["notes"]:
-            log.warning("%s: %s", arm, note)
-    if lacking := [cell for cell in failed if best.get(cell.arm, cell.setting) == cell.setting]:
-        logs = [_log(out, cell) for cell in lacking]
-        more = f" and {len(logs) - SHOWN} more" if len(logs) > SHOWN else ""
-        named = f"{', '.join(map(str, logs[:SHOWN]))}{more}; the first says: {ending(logs[0])}"
+    for note in notes:
+        log.warning("%s", note)
+    failed = [each for each, score in scores.items() if score is None]
+    if lacking := [each for each in failed if best.get(each.arm, each.point) == each.point]:
+        logs = [_log_of(each, out) for each in lacking]
+        more = f" and {len(logs) - LOGS_NAMED} more" if len(logs) > LOGS_NAMED else ""
+        named = f"{', '.join(map(str, logs[:LOGS_NAMED]))}{more}; the first says: {last_lines(logs[0])}"
         log.error("%d of %d runs failed: %s", len(lacking), len(scores), named)
         raise SystemExit(1)
 
 
-def _edges(recipe: Recipe, setting: tuple[tuple[str, Any], ...]) -> list[str]:
-    """Of a best setting: the numbers that are the first or last of three or more."""
-    found = []
-    for key, value in setting:
+def _search_and_repeat(recipe: Recipe, children: Children) -> tuple[RunScores, dict[str, GridPoint]]:
+    """Search the grid with the first seed, then repeat each arm's best point with the others.
+
+    Returns the score of every run, and arm -> best point; an arm all of whose runs failed has none.
+    """
+    points = [tuple(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
+    scores = _score_all(recipe, [SweepRun(arm, p, recipe.seeds[0]) for arm in recipe.arms for p in points], children)
+    best = {}
+    for arm in recipe.arms:
+        tried = {each.point: score for each, score in scores.items() if each.arm == arm and score is not None}
+        if tried:
+            best[arm] = max(tried, key=lambda point: tried[point])
+    repeats = [SweepRun(arm, point, seed) for seed in recipe.seeds[1:] for arm, point in best.items()]
+    return scores | _score_all(recipe, repeats, children), best
+
+
+def _summarize(recipe: Recipe, scores: RunScores, best: Mapping[str, GridPoint]) -> dict[str, dict[str, Any]]:
+    """Return the rows of sweep.json: arm -> setting, values, mean, sd, grid, notes."""
+    summary = {}
+    for arm, point in best.items():
+        values = [v for seed in recipe.seeds if (v := scores[SweepRun(arm, point, seed)]) is not None]
+        of_arm = {each: score for each, score in scores.items() if each.arm == arm}
+        failed = [each for each, score in of_arm.items() if score is None and each.point != point]
+        logs = [_log_of(each, Path(recipe.out)) for each in failed]
+        summary[arm] = {
+            "setting": dict(point),
+            "values": values,
+            "mean": statistics.mean(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "grid": {each.name: score for each, score in of_arm.items()},
+            "notes": [*_edges_of_grid(recipe, point), *(f"left out because it failed: {path}" for path in logs)],
+        }
+    return summary
+
+
+def _edges_of_grid(recipe: Recipe, point: GridPoint) -> list[str]:
+    """Return a note for each number of the best point which is the smallest or largest of three or more."""
+    notes = []
+    for key, value in point:
         values = recipe.grid[key]
         if all(type(each) in (int, float) for each in values) and len(set(values)) > 2:
             for name, end in (("smallest", min(values)), ("largest", max(values))):
                 if value == end:
-                    found.append(f"{key}: {value:g} is the {name} of the grid; a wider one may find better")
-    return found
+                    notes.append(f"{key}: {value:g} is the {name} value of the grid; a wider grid may do better")
+    return notes
 
 
-def _scores(recipe: Recipe, cells: list[Cell], children: Children) -> dict[Cell, float | None]:
-    """The metric of each cell, None where its run failed."""
-    with ThreadPoolExecutor(recipe.jobs) as pool, tqdm(total=len(cells), unit="run", disable=not cells) as bar:
-        scores = {}
-        found = pool.map(lambda cell: _score(recipe, cell, children), cells)
-        for cell, score in zip(cells, found, strict=True):
-            scores[cell] = score
+def _score_all(recipe: Recipe, runs: Sequence[SweepRun], children: Children) -> RunScores:
+    with ThreadPoolExecutor(recipe.jobs) as pool, tqdm(total=len(runs), unit="run", disable=not runs) as bar:
+        scores: RunScores = {}
+        results = pool.map(lambda each: _score(recipe, each, children), runs)
+        for each, score in zip(runs, results, strict=True):
+            scores[each] = score
             bar.update()
             if score is not None:
-                log.info("%s: %.4g", cell.name, score)
+                log.info("%s: %.4g", each.name, score)
         return scores
 
 
-def _score(recipe: Recipe, cell: Cell, children: Children) -> float | None:
-    folder = Path(recipe.out) / cell.name
+def _score(recipe: Recipe, sweep_run: SweepRun, children: Children) -> float | None:
+    """Do a run, unless it has finished before, and return its metric; None if it fails."""
+    folder = Path(recipe.out) / sweep_run.name
     folder.mkdir(parents=True, exist_ok=True)
-    given = {**recipe.set, **recipe.arms[cell.arm], **dict(cell.setting), recipe.seed_key: cell.seed, "out": folder}
-    words = [f"{key}={word(value, cell.seed)}" for key, value in given.items()]
-    command = [*recipe.verb.split(), *([recipe.recipe] if recipe.recipe else []), *words]
-    note = folder / CELL
+    settings = {**recipe.set, **recipe.arms[sweep_run.arm], **dict(sweep_run.point)}
+    settings |= {recipe.seed_key: sweep_run.seed, "out": folder}
+    arguments = [f"{key}={as_argument(value, sweep_run.seed)}" for key, value in settings.items()]
+    command = [*recipe.verb.split(), *([recipe.recipe] if recipe.recipe else []), *arguments]
+    record = folder / SCORE
     task = {"command": command, "metric": recipe.metric}
-    if note.exists() and (kept := json.loads(note.read_text(encoding="utf-8"))) | task == kept:
-        return kept["score"]
+    if record.exists() and (recorded := json.loads(record.read_text(encoding="utf-8"))) | task == recorded:
+        return recorded["score"]
     _wait_until_free(folder, children)
-    # a training that a signal has stopped leaves with 0, and perhaps with figures of the middle
-    output = _log(Path(recipe.out), cell)
-    if (code := children.addp(command, output, recipe.processes)) or not (folder / FINISHED).exists():
-        how = f"failed (signal {-code})" if code < 0 else "failed"
-        log.warning("%s: %s; the end of %s:\n%s", cell.name, how, output, ending(output, ENDING))
+    output = _log_of(sweep_run, Path(recipe.out))
+    code = children.run_addp(command, output, recipe.processes)
+    # a training that a signal stops exits with 0, and may leave intermediate metrics
+    if code or not (folder / FINISHED).exists():
+        problem = f"failed (signal {-code})" if code < 0 else "failed"
+        log.warning("%s: %s; the end of %s:\n%s", sweep_run.name, problem, output, last_lines(output, LOG_LINES))
         return None
-    score = figures(folder)
+    score: Any = read_results(folder)
     for part in recipe.metric.split("."):
         if part not in score:
             raise UserError(f"metric: {folder} has no {part!r}; expected one of {', '.join(score)}")
         score = score[part]
-    write_atomically(note, json.dumps({**task, "score": score}).encode())
+    write_atomically(record, json.dumps({**task, "score": score}).encode())
     return score
 
 
 def _wait_until_free(folder: Path, children: Children) -> None:
-    """Where the sweep before was killed, its training ends with the step it is at, and leaves a checkpoint."""
+    """Wait for the training of a killed sweep: it finishes its current step and writes a checkpoint."""
     if not (folder / ".lock").exists():
         return
-    from addp_core.training.run_folder import lock, release_out  # torch
+    from addp_core.training.run_folder import lock_out, release_out  # loads torch
 
     for second in range(PATIENCE):
         try:
-            lock(folder)
+            lock_out(folder)
         except UserError as error:
             if second == 0:
                 log.info("waiting: %s", error)
-            children.pause(1)
+            children.sleep(1)
         else:
             release_out(folder)
             return
 
 
-def _log(out: Path, cell: Cell) -> Path:
-    return out / cell.name / "log.txt"
+def _log_of(sweep_run: SweepRun, out: Path) -> Path:
+    return out / sweep_run.name / "log.txt"
 
 
-def figures(run: Path) -> dict[str, Any]:
-    """What a finished training was found to be worth: its results.json, or the last line of its metrics.jsonl."""
+def read_results(run: Path) -> dict[str, Any]:
+    """Return the final metrics of a training: its results.json, or the last line of its metrics.jsonl."""
     if (run / RESULTS).exists():
         return json.loads((run / RESULTS).read_text(encoding="utf-8"))
     return json.loads((run / METRICS).read_text(encoding="utf-8").splitlines()[-1])
 
 
 def best_run(arm: Path, seed: int) -> Path:
-    """The link in an arm's folder to its best setting's run with this seed."""
+    """Return the link in an arm's folder to the run of its best setting with this seed."""
     return arm / f"best-seed{seed}"
 
 
-def _link(cells: list[Cell], out: Path) -> None:
-    """Links to the runs of an arm's best setting, in place of those to what was best before."""
-    arm = out / cells[0].arm
+def _link_best_runs(runs: Sequence[SweepRun], out: Path) -> None:
+    """Link to the runs of an arm's best setting, and remove the links to what was best before."""
+    arm = out / runs[0].arm
     for stale in arm.glob("best-seed*"):
         stale.unlink()
-    for cell in cells:
-        best_run(arm, cell.seed).symlink_to(Path(cell.name).name, target_is_directory=True)
+    for each in runs:
+        best_run(arm, each.seed).symlink_to(Path(each.name).name, target_is_directory=True)
 
 
-def word(value: Any, seed: int) -> str:
-    """A value as the command line takes it."""
-    return value.replace("{seed}", str(seed)) if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _table(recipe: Recipe, summary: dict[str, dict]) -> str:
+def _markdown_table(recipe: Recipe, summary: Mapping[str, Mapping[str, Any]]) -> str:
     counts = sorted({len(row["values"]) for row in summary.values()}) or [len(recipe.seeds)]
     seeds = f"{' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
     lines = [
-        f"| start | best setting | {recipe.metric}, mean ± sd of {seeds} | each seed |",
+        f"| arm | best setting | {recipe.metric}, mean ± sd of {seeds} | each seed |",
         "|---|---|---|---|",
     ]
-    # a share of one, as AP, has its figures behind the point
+    # fractions of one, such as AP, need more digits
     digits = 2 if any(abs(value) > 1 for row in summary.values() for value in row["values"]) else 4
     for arm, row in summary.items():
         setting = ", ".join(f"{key}={value}" for key, value in row["setting"].items()) or "-"

@@ -1,0 +1,74 @@
+"""Arguments of the commands that a bench runs: written from settings, resolved as `addp` would, compared by result."""
+
+import functools
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from addp_core.base.errors import UserError
+from addp_core.recipes.config import dump, find_recipe, load
+from addp_core.recipes.verbs import VERBS
+
+
+def as_argument(value: Any, seed: int = 0) -> str:
+    """Return a setting's value as the command line takes it; {seed} in a text stands for the seed."""
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings as `key=value`."""
+    texts = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    return [f"{key}={as_argument(value)}" for key, value in texts.items()]
+
+
+def verb_recipe(arguments: Sequence[str], benchmark: str) -> Any:
+    """Return the recipe (a dataclass of the verb's module) that `addp <arguments>` would run with.
+
+    Raises UserError, which begins with the benchmark, if `addp` would refuse the arguments.
+    """
+    verb = " ".join(arguments[:2]) if " ".join(arguments[:2]) in VERBS else arguments[0]
+    rest = arguments[len(verb.split()) :]
+    module = importlib.import_module(VERBS[verb][0])
+    name = rest[0] if rest and "=" not in rest[0] else None
+    try:
+        path = find_recipe(module, name) if name else None
+        return load(module.Recipe, path, rest[1:] if name else rest)
+    except UserError as error:
+        raise UserError(f"{benchmark}: {error}") from error
+
+
+@functools.cache
+def keys_without_effect() -> frozenset[str]:
+    """Return the keys which do not change a result, or whose values a step's fingerprint holds otherwise."""
+    from addp_core.training.run_folder import COMPUTE_ONLY_KEYS  # loads torch, which `addp report` does without
+
+    return COMPUTE_ONLY_KEYS | {"model", "workers", "cache"}
+
+
+def result_settings(recipe: Any) -> dict[str, Any]:
+    """Return a verb's recipe as nested dictionaries, without `keys_without_effect`."""
+    tree = yaml.safe_load(dump(recipe))
+    for key in keys_without_effect():
+        *sections, last = key.split(".")
+        section = tree
+        for name in sections:
+            section = section.get(name) or {}
+        section.pop(last, None)
+    return tree
+
+
+@contextmanager
+def errors_name(key: str) -> Iterator[None]:
+    """Let a UserError from this block begin with the bench's key instead of the verb's."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        prefix = re.match(r"(data\.\w+|imagenet_c): ", text)
+        raise UserError(f"{key}: {text[prefix.end() :] if prefix else text}") from error

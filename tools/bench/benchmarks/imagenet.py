@@ -1,0 +1,41 @@
+"""ImageNet, which four benchmarks read, and what tells its 1000 classes from other data."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from addp_core.base.errors import UserError
+from tools.bench.benchmark import Benchmark, Dataset
+from tools.bench.recipe import BenchRecipe
+
+if TYPE_CHECKING:  # `addp report` does without torch
+    from addp_core.data.sources import ImageSource
+
+CHANCE = 0.1  # per cent, of 1000 classes
+
+
+def check_imagenet(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark]) -> "ImageSource":
+    """Open the validation images, which have to lie in class folders if a reader needs labels."""
+    from addp_core.data.sources import open_source
+
+    source = open_source(path, "val")
+    if not source.classes and any(reader.needs_labels for reader in readers):
+        raise UserError(f"data.source: {path} has no class folders; expected train/<class>/ and val/<class>/")
+    if Path(path).is_dir() and not (Path(path) / "meta").is_dir():
+        missing = [part for part in ("train", "val") if not (Path(path) / part).exists()]
+        if missing and not any(Path(path).glob("*.tar")):
+            raise UserError(f"data.source: {path} has no {missing[0]}/; expected train/<class>/ and val/<class>/")
+    return source
+
+
+IMAGENET = Dataset(
+    "imagenet", "train/<class>/ and val/<class>/: generation, finetune, linprobe, robustness", check_imagenet
+)
+
+
+def unlike_imagenet(chance: Mapping[str, float]) -> str:
+    """Return "the labeled images have ... classes, ImageNet has 1000" if the chance level of top-1 says so, or ""."""
+    level = chance.get("top1")
+    if level and abs(level - CHANCE) > 1e-6:
+        return f"the labelled images have {100 / level:.0f} classes, ImageNet has 1000"
+    return ""

@@ -1,0 +1,149 @@
+"""The steps of `addp bench` from its recipe: the class of the recipe, the checks before the first step, the order."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from addp_core.base.errors import UserError, did_you_mean
+from tools import doctor
+from tools.bench.arguments import errors_name
+from tools.bench.arms import Arm, open_arms
+from tools.bench.benchmark import Benchmark, Dataset
+from tools.bench.benchmarks import BENCHMARKS
+from tools.bench.inputs import Inputs, listing_digest
+from tools.bench.recipe import BEST_RUN, BenchRecipe, DataPaths
+from tools.bench.step import Step
+
+
+def recipe_class(benchmarks: Iterable[Benchmark]) -> type[BenchRecipe]:
+    """Return the dataclass of `addp bench`: `BenchRecipe`, a path for each dataset, a section for each benchmark."""
+    benchmarks = list(benchmarks)
+    data = dataclasses.make_dataclass(
+        "Data",
+        [(dataset.key, Annotated[str, dataset.help], "") for dataset in datasets_of(benchmarks)],
+        bases=(DataPaths,),
+        namespace={"__doc__": DataPaths.__doc__},
+    )
+    sections = [(each.name, each.Keys, dataclasses.field(default_factory=each.Keys)) for each in benchmarks]
+    return dataclasses.make_dataclass(
+        "Recipe",
+        [("data", data, dataclasses.field(default_factory=data)), *sections],
+        bases=(BenchRecipe,),
+        namespace={"__doc__": "Keys of `addp bench`.", "__module__": __name__},
+    )
+
+
+def datasets_of(benchmarks: Iterable[Benchmark]) -> list[Dataset]:
+    """Return the datasets that the benchmarks read, each once."""
+    return list(dict.fromkeys(dataset for benchmark in benchmarks for dataset in benchmark.datasets))
+
+
+class Plan:
+    """The steps of a recipe, after all of its inputs have been checked.
+
+    Raises UserError if something is wrong with them.
+    """
+
+    def __init__(self, recipe: BenchRecipe):
+        self.recipe, self.out = recipe, Path(recipe.out)
+        if not recipe.models:
+            raise UserError("models: none given; expected model=<run or file>, or models={name: <run or file>, ...}")
+        self.only: Sequence[str] = recipe.bench.only
+        arms = [*recipe.models, *(["random"] if recipe.random else [])]
+        known = [*BENCHMARKS, *(f"{benchmark}/{arm}" for benchmark in BENCHMARKS for arm in arms)]
+        for name in self.only:
+            if name not in known:
+                expected = f"benchmarks ({', '.join(BENCHMARKS)}) or steps (as det/{arms[0]})"
+                raise UserError(f"bench.only: found {name!r}, expected {expected}{did_you_mean(name, known)}")
+        self.inputs = check_datasets(recipe, {name.split("/")[0] for name in self.only} or set(BENCHMARKS))
+        self.arms: list[Arm] = open_arms(recipe.models, recipe.random)
+        self.steps = plan_steps(recipe, self.arms, self.inputs)
+        check_packages({step.benchmark for step in self.chosen()})
+
+    def chosen(self) -> list[Step]:
+        """Return the steps that bench.only names and those that they need, in an order in which they can run."""
+        names: dict[str, None] = {}
+
+        def add(step: Step) -> None:
+            for needed in step.needs:
+                add(self.steps[needed])
+            names.setdefault(step.name)
+
+        for step in self.steps.values():
+            if not self.only or step.benchmark in self.only or step.name in self.only:
+                if not step.left_out:
+                    add(step)
+                elif step.name in self.only or (step.benchmark in self.only and step.left_out.startswith("data.")):
+                    raise UserError(f"bench.only: {step.name} cannot be done: {step.left_out}")
+        if not names:
+            reason = next(iter(self.left_out()))
+            raise UserError(f"nothing to do: {reason}; expected at least one dataset, as in data.imagenet=<folder>")
+        return [self.steps[name] for name in names]
+
+    def left_out(self) -> dict[str, list[str]]:
+        """Return reason -> names of the steps that are left out for it."""
+        names: dict[str, list[str]] = {}
+        for step in self.steps.values():
+            if step.left_out:
+                names.setdefault(step.left_out, []).append(step.name)
+        return names
+
+
+def check_datasets(recipe: BenchRecipe, wanted: Collection[str]) -> Inputs:
+    """Check every dataset whose path is given; `wanted` names the benchmarks to run.
+
+    Raises UserError, with the key, if one is missing or not laid out as expected.
+    """
+    wanted = {*wanted, *(name for benchmark in wanted for name in BENCHMARKS[benchmark].builds_on)}
+    inputs = Inputs(Path(recipe.out))
+    for dataset in datasets_of(BENCHMARKS.values()):
+        if path := recipe.data.path(dataset.key):
+            with errors_name(f"data.{dataset.key}"):
+                inputs.digests[path] = listing_digest(path)
+                readers = [each for each in BENCHMARKS.values() if each.name in wanted and dataset in each.datasets]
+                if source := dataset.check(path, recipe, readers):
+                    inputs.take_samples(dataset.key, source)
+    return inputs
+
+
+def plan_steps(recipe: BenchRecipe, arms: Sequence[Arm], inputs: Inputs) -> dict[str, Step]:
+    """Return all steps by name, with those that are left out. Raises UserError if a setting does not fit its verb."""
+    names = [arm.name for arm in arms]
+    steps: dict[str, Step] = {}
+    for benchmark in BENCHMARKS.values():
+        for unknown in set(recipe.section(benchmark.name).arms) - set(names):
+            expected = f"some of {', '.join(names)}{did_you_mean(unknown, names)}"
+            raise UserError(f"{benchmark.name}.arms: found {unknown!r}, expected {expected}")
+        for arm in arms:
+            step = benchmark.plan(arm, recipe, inputs)
+            steps[step.name] = step
+    _check_needs(steps)
+    for step in steps.values():
+        if not step.left_out:
+            step.basis["needs"] = {needed: steps[needed].fingerprint for needed in step.needs}
+    return steps
+
+
+def _check_needs(steps: Mapping[str, Step]) -> None:
+    """Leave out the steps that need one which is left out. Raises UserError if a step that is needed does not exist."""
+    for step in steps.values():
+        for needed in step.needs:
+            if needed not in steps:
+                expected = ", ".join(name for name in steps if name.startswith("finetune/"))
+                raise UserError(f"{step.benchmark}.set: {BEST_RUN}{needed}: no such step; expected one of {expected}")
+            if steps[needed].left_out and not step.left_out:
+                step.left_out = f"needs {needed}, which is left out"
+
+
+def check_packages(benchmarks: Collection[str]) -> None:
+    """Raise UserError if a package that one of the benchmarks needs is not installed."""
+    for name in sorted(benchmarks):
+        benchmark = BENCHMARKS[name]
+        for module in doctor.TASKS[benchmark.task].needs + benchmark.packages:
+            if importlib.util.find_spec(module) is None:
+                raise UserError(
+                    f"{name}: the package {module!r} is not installed; add it with: {doctor.command_for(module)}; "
+                    "or name the other benchmarks in bench.only"
+                )

@@ -1,0 +1,105 @@
+"""The recipe of `addp bench`: the keys that all benchmarks share, and the keys that the section of each one has.
+
+`plan.recipe_class` completes it with the datasets and sections of the registered benchmarks.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, MinLen
+
+BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step with its first seed
+ARM_NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass
+class EvaluationKeys:
+    """Settings of a benchmark that evaluates."""
+
+    set: Annotated[
+        dict[str, Any], f"settings of its verb; {BEST_RUN}finetune/random stands for the best run of that step"
+    ] = field(default_factory=dict)
+    seeds: Annotated[list[int] | None, "seeds of this benchmark; null: those of the bench"] = None
+    arms: Annotated[list[str], "the models (and random) that take part; empty: all"] = field(default_factory=list)
+
+
+@dataclass
+class TransferKeys(EvaluationKeys):
+    """Settings of a benchmark that trains."""
+
+    recipe: Annotated[str, "recipe of its verb; empty: none"] = ""
+    grid: Annotated[
+        dict[str, list[Any]], "key -> values: the small grid that every arm searches with the first seed"
+    ] = field(default_factory=dict)
+
+
+@dataclass
+class DataPaths:
+    """Paths of the datasets; benchmarks whose dataset has no path are left out."""
+
+    def path(self, dataset: str) -> str:
+        """Return the path of a dataset, "" if none is given."""
+        return getattr(self, dataset)
+
+
+@dataclass
+class Launch:
+    """Which steps to run, where and how."""
+
+    only: Annotated[list[str] | str, "benchmarks or steps, as in det,seg or [det/addp]; empty: all"] = field(
+        default_factory=list
+    )
+    launch: Annotated[
+        Literal["local", "print", "slurm"], "run the steps here, print their commands, or submit a job for each"
+    ] = "local"
+    sbatch: Annotated[
+        list[str],
+        "sbatch options of each job, as in ['--gres=gpu:8','--time=24:00:00']; the job of the report takes only "
+        "account, partition and the like",
+    ] = field(default_factory=list)
+    processes: Annotated[int, Ge(1), "processes of each training and evaluation, started by torchrun"] = 1
+    share: Annotated[bool, "allow several processes (such as Slurm jobs) to work on this bench folder at once"] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.only, str):
+            self.only = [name.strip() for name in self.only.split(",") if name.strip()]
+
+
+@dataclass
+class BenchRecipe:
+    """Keys of `addp bench` that do not depend on the benchmarks."""
+
+    out: Annotated[str, "folder for the steps, bench.json, report.html and report.md"] = "runs/bench"
+    model: Annotated[str, "short for models={addp: ...}"] = ""
+    models: Annotated[
+        dict[str, str], "name -> a run folder, a file or hf://owner/repository/file: the rows of the table"
+    ] = field(default_factory=dict)
+    random: Annotated[
+        bool, "also train from random weights, with the first model's architecture and the same settings"
+    ] = True
+    data: DataPaths = field(default_factory=DataPaths)
+    seeds: Annotated[list[int], MinLen(1), "seeds of every transfer; the first one searches the grid"] = field(
+        default_factory=lambda: [0]
+    )
+    jobs: Annotated[int, Ge(1), "runs at a time within a step"] = 1
+    price_per_hour: Annotated[float | None, Ge(0), "price of an hour of this machine, for the report"] = None
+    bench: Launch = field(default_factory=Launch)
+
+    def __post_init__(self) -> None:
+        if self.model and self.models:
+            raise ValueError(f"model: found {self.model!r} and models too, expected one of them")
+        if self.model:
+            self.models, self.model = {"addp": self.model}, ""
+        for name in self.models:
+            if not ARM_NAME.fullmatch(name) or name == "random":
+                raise ValueError(f"models: {name!r}, expected a name of letters, digits, . + - _, other than random")
+
+    def section(self, benchmark: str) -> EvaluationKeys:
+        """Return the keys of a benchmark."""
+        return getattr(self, benchmark)
+
+    def seeds_of(self, benchmark: str) -> list[int]:
+        """Return the seeds in a benchmark's section or, if it names none, those of the bench."""
+        section = getattr(self, benchmark, None)
+        return (section.seeds if isinstance(section, EvaluationKeys) else None) or self.seeds

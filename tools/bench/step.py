@@ -1,0 +1,124 @@
+"""A step of `addp bench`: one benchmark of one arm, its folder, its commands and what its result depends on."""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from addp_core.recipes.config import dump
+from tools.bench import sweep
+from tools.bench.arguments import keys_without_effect
+from tools.bench.arms import Arm
+from tools.bench.children import command_line
+from tools.bench.metric import Metric
+
+STEP, LOG, SWEEP = "step.json", "log.txt", "sweep.yaml"  # in a step's folder
+PREDICTIONS, INPAINTED = "pictures", "inpaint"  # and these, which hold nothing but images
+
+
+@dataclass(frozen=True)
+class Command:
+    """Arguments of `addp`, and the number of processes that torchrun starts for it."""
+
+    arguments: list[str]
+    processes: int = 1
+
+
+@dataclass
+class Step:
+    """One benchmark of one arm, in `out/<benchmark>/<arm>`.
+
+    Attributes:
+        processes: Number of processes of each training and evaluation.
+        commands: The commands, run in this order.
+        trials: The sweep of a benchmark that trains.
+        metrics: What is read from the runs of the sweep.
+        needs: Names of the steps that have to be done before.
+        basis: What all results in the folder depend on.
+        left_out: Why the step is not part of the bench, "" if it is.
+    """
+
+    benchmark: str
+    arm: Arm
+    out: Path
+    seeds: list[int] = field(default_factory=list)
+    processes: int = 1
+    commands: list[Command] = field(default_factory=list)
+    trials: sweep.Recipe | None = None
+    metrics: tuple[Metric, ...] = ()
+    needs: list[str] = field(default_factory=list)
+    basis: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.benchmark}/{self.arm.name}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def lines(self) -> list[str]:
+        """The commands as one would type them."""
+        return [command_line(command.arguments, command.processes) for command in self.commands]
+
+    @property
+    def basis_digest(self) -> str:
+        """Digest of `basis`: with another one, the results in the folder are void."""
+        return digest(self.basis)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything: a finished step with another one runs again and reuses the runs that still hold."""
+        ignored = keys_without_effect()
+        commands = [
+            [argument for argument in command.arguments if argument.partition("=")[0] not in ignored]
+            for command in self.commands
+        ]
+        return digest([self.basis, commands, self.trials.grid if self.trials else {}, self.seeds])
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of its step.json, {} if there is none."""
+        path = self.folder / STEP
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @property
+    def done(self) -> bool:
+        record = self.record()
+        return record.get("state") == "done" and record["fingerprint"] == self.fingerprint
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def prepare_folder(step: Step) -> str:
+    """Make the step's folder and write what its commands read.
+
+    Void results move to `out/before` first; returns where to, "" if there were none.
+    """
+    moved_to = ""
+    recorded = step.record().get("basis")
+    if recorded is not None and recorded != step.basis_digest:
+        target = _folder_for_void_results(step)
+        target.parent.mkdir(exist_ok=True)
+        step.folder.rename(target)
+        moved_to = str(target)
+    step.folder.mkdir(parents=True, exist_ok=True)
+    for name in (PREDICTIONS, INPAINTED):
+        shutil.rmtree(step.folder / name, ignore_errors=True)
+    if step.trials:
+        (step.folder / SWEEP).write_text(dump(step.trials), encoding="utf-8")
+    return moved_to
+
+
+def _folder_for_void_results(step: Step) -> Path:
+    """Return `out/before/<benchmark>-<arm>-<the next free number>`."""
+    prefix = step.out / "before" / f"{step.benchmark}-{step.arm.name}"
+    suffixes = [re.sub(r".*-", "", path.name) for path in prefix.parent.glob(f"{prefix.name}-*")]
+    number = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0) + 1
+    return prefix.with_name(f"{prefix.name}-{number}")
