@@ -1,12 +1,12 @@
-"""The encoder in timm: `timm.create_model("addp_vit_base_patch16", ...)`, also tiny, small and large.
+"""The encoder as timm models: `timm.create_model("addp_vit_base_patch16", ...)`, also tiny, small and large.
 
-`checkpoint_path` takes any file of safetensors or plain tensors that `load_encoder` reads, and `pretrained=True` the
-published weights of ViT-B and ViT-L, both also with `features_only=True`. A file without a head, or with one that does
-not fit, leaves the new one as it is.
+`checkpoint_path` accepts every file of safetensors or plain tensors that `load_encoder` reads, and `pretrained=True`
+loads the published weights of ViT-B and ViT-L; both work with `features_only=True` too. The new head keeps its initial
+weights if the file has no head or one that does not fit.
 """
 
 import logging
-from typing import Any
+from typing import Any, Literal, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.weights.encoders import load_encoder
-from addp_core.weights.files import strip_prefix
+from addp_core.weights.files import Source, strip_prefix
 from addp_core.weights.layouts.published import encoder_tensors
 
 log = logging.getLogger("addp")
 
-HUB = "Changyao/ADDP"  # the authors' repository
+HUB_REPOSITORY = "Changyao/ADDP"  # of the authors
 
 
-def _cfg(**published: Any) -> dict[str, Any]:
+def _cfg(**options: Any) -> dict[str, Any]:
+    """Return timm's description of a pretrained model."""
     return {
         "input_size": (3, 224, 224),
-        "num_classes": 0,  # of the published files
+        "num_classes": 0,  # the published files have no head
         "pool_size": None,
         "crop_pct": 0.875,
         "interpolation": "bicubic",
@@ -35,22 +36,30 @@ def _cfg(**published: Any) -> dict[str, Any]:
         "first_conv": "encoder.patch_embed.proj",
         "classifier": "head",
         "paper_ids": "arXiv:2306.05423",
-        **published,
+        **options,
     }
+
+
+def _published_cfg(filename: str) -> dict[str, Any]:
+    return _cfg(hf_hub_id=HUB_REPOSITORY, hf_hub_filename=filename, custom_load="hf")
 
 
 default_cfgs = generate_default_cfgs(
     {
         "addp_vit_tiny_patch16": _cfg(),
         "addp_vit_small_patch16": _cfg(),
-        "addp_vit_base_patch16": _cfg(hf_hub_id=HUB, hf_hub_filename="addp-vit-base-16.pth", custom_load="hf"),
-        "addp_vit_large_patch16": _cfg(hf_hub_id=HUB, hf_hub_filename="addp-vit-large-16.pth", custom_load="hf"),
+        "addp_vit_base_patch16": _cfg(
+            hf_hub_id=HUB_REPOSITORY, hf_hub_filename="addp-vit-base-16.pth", custom_load="hf"
+        ),
+        "addp_vit_large_patch16": _cfg(
+            hf_hub_id=HUB_REPOSITORY, hf_hub_filename="addp-vit-large-16.pth", custom_load="hf"
+        ),
     }
 )
 
 
 class TimmClassifier(Classifier):
-    """A `Classifier` as timm builds its models, that reads foreign state dicts."""
+    """A `Classifier` with the constructor that timm expects, which loads state dicts in any layout."""
 
     def __init__(
         self,
@@ -58,7 +67,7 @@ class TimmClassifier(Classifier):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "avg",
+        global_pool: Literal["avg", "token"] = "avg",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -68,66 +77,77 @@ class TimmClassifier(Classifier):
         dynamic_img_size: bool = False,
         drop_rate: float = 0.0,
     ):
-        """timm's names for the options of `Encoder` and `Classifier`; `pre_norm` is ADDP's `tokenizer_norm`,
-        `drop_rate` acts before the head.
+        """Build the model from timm's names for the arguments of `Encoder` and `Classifier`.
 
-        ValueError for other than three channels.
+        `pre_norm` is ADDP's `tokenizer_norm`; `drop_rate` is a dropout before the head. Raises ValueError unless there
+        are three channels.
         """
         if in_chans != 3:
             raise ValueError(f"in_chans: found {in_chans}, expected 3")
         config = EncoderConfig(embed_dim, depth, num_heads, proj_drop_rate, drop_path_rate, pre_norm, proj_drop_rate)
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        super().__init__(Encoder(config, size, patch_size, dynamic=dynamic_img_size), num_classes, global_pool)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        encoder = Encoder(config, (height, width), patch_size, dynamic=dynamic_img_size)
+        super().__init__(encoder, num_classes, global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.register_load_state_dict_pre_hook(_read_foreign)
+        self.register_load_state_dict_pre_hook(_convert_state)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens Float[B,1+N,W] -> logits Float[B,classes], or what the head sees, Float[B,W]."""
+        """Tokens Float[B,1+N,W] -> logits Float[B,classes], or with `pre_logits` the input of the head, Float[B,W]."""
         x = self.head_drop(super().forward_head(x, pre_logits=True))
         return x if pre_logits else self.head(x)
 
     def load_pretrained(self, path: str) -> None:
-        """timm's: the encoder of a file in any layout; the head stays as it is. UserError as `load_encoder`."""
-        config = self.encoder.config
-        read = load_encoder(
-            path, self.encoder.image_size, encoder_heads=config.heads, tokenizer_norm=config.tokenizer_norm
-        )
-        self.encoder.load_state_dict(read.state_dict())
+        """Load the encoder from a file in any layout, for timm; the head is unchanged.
+
+        Raises UserError like `load_encoder`.
+        """
+        self.encoder.load_state_dict(_load_same_encoder(self, path).state_dict())
 
 
-def _read_foreign(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before `load_state_dict`: other layouts and sizes under this model's names; a head that does not fit is dropped,
-    and said to be.
+def _load_same_encoder(model: TimmClassifier, source: Source) -> nn.Module:
+    """Return the encoder of a file or state dict, with the size and options of the model's encoder."""
+    config = model.encoder.config
+    return load_encoder(
+        source, model.encoder.image_size, encoder_heads=config.heads, tokenizer_norm=config.tokenizer_norm
+    )
+
+
+def _convert_state(model: TimmClassifier, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Convert a state dict of another layout or image size, in place, before the model loads it.
+
+    A head that does not fit is dropped with a warning, and the model's own head is kept.
     """
     if prefix:
         return
-    own, config = model.state_dict(), model.encoder.config
-    given = {key: value for key, value in state.items() if not key.startswith("encoder.")}
-    ours = len(given) < len(state)
-    rest = {key: value for key, value in own.items() if not key.startswith("encoder.")}
-    if ours and all(key in given and given[key].shape == value.shape for key, value in rest.items()):
-        rest = given
-    elif "head.weight" in given:
-        log.warning("the checkpoint's head for %d classes is dropped", len(given["head.weight"]))
-    if ours and state["encoder.pos_embed"].shape == own["encoder.pos_embed"].shape:
+    own_state = model.state_dict()
+    loaded = {key: value for key, value in state.items() if not key.startswith("encoder.")}
+    has_our_names = len(loaded) < len(state)
+    head = {key: value for key, value in own_state.items() if not key.startswith("encoder.")}
+    if has_our_names and all(key in loaded and loaded[key].shape == value.shape for key, value in head.items()):
+        head = loaded
+    elif "head.weight" in loaded:
+        log.warning("dropping the checkpoint's head for %d classes", len(loaded["head.weight"]))
+    if has_our_names and state["encoder.pos_embed"].shape == own_state["encoder.pos_embed"].shape:
         encoder = {key: value for key, value in state.items() if key.startswith("encoder.")}
     else:
-        part = strip_prefix(state, "encoder.") if ours else encoder_tensors(state)
-        options = {"encoder_heads": config.heads, "tokenizer_norm": config.tokenizer_norm}
-        read = load_encoder(part, model.encoder.image_size, **options)
-        encoder = {f"encoder.{key}": value for key, value in read.state_dict().items()}
+        tensors = strip_prefix(state, "encoder.") if has_our_names else encoder_tensors(state)
+        converted = _load_same_encoder(model, tensors).state_dict()
+        encoder = {f"encoder.{key}": value for key, value in converted.items()}
     state.clear()
-    state.update(rest, **encoder)
+    state.update(head, **encoder)
 
 
-def _read_features(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The same for `features_only`, where timm holds the model, without its later parts, as `wrapper.model`."""
+def _convert_features_state(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Convert a state dict as `_convert_state` does, for `features_only`.
+
+    timm then holds the model, without its later parts, as `wrapper.model`.
+    """
     if prefix or any(key.startswith("model.") for key in state):
         return
-    _read_foreign(wrapper.model, state, "")
-    read = {f"model.{key}": value for key, value in state.items()}
+    _convert_state(cast(TimmClassifier, wrapper.model), state, "")
+    converted = {f"model.{key}": value for key, value in state.items()}
     state.clear()
-    state.update({key: read[key] for key in wrapper.state_dict() if key in read})
+    state.update({key: converted[key] for key in wrapper.state_dict() if key in converted})
 
 
 def _build(name: str, size: str, pretrained: bool, **options: Any) -> nn.Module:
@@ -136,7 +156,7 @@ def _build(name: str, size: str, pretrained: bool, **options: Any) -> nn.Module:
     features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
     model = build_model_with_cfg(TimmClassifier, name, pretrained, feature_cfg=features, **{**shape, **options})
     if options.get("features_only"):
-        model.register_load_state_dict_pre_hook(_read_features)
+        model.register_load_state_dict_pre_hook(_convert_features_state)
     return model
 
 

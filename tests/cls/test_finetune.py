@@ -1,4 +1,4 @@
-"""`addp finetune` through its verb: what it learns, keeps, continues and refuses."""
+"""`addp finetune`, mostly through its verb: training, validation, resuming, and wrong input."""
 
 import csv
 import errno
@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny_addp
+from transfers import COLORS, NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 
 import cls.data
 import cls.finetune
@@ -33,35 +33,25 @@ from addp_core.training.stage import TrainConfig
 from cls.evaluation import Scores, evaluate_classifier
 from cls.finetune import AugmentConfig, FinetuneStage, Recipe, layer_table
 
-COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
-PLAIN = ["augment.auto=''", "augment.erase=0", "augment.mixup=0", "augment.cutmix=0"]
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """train/<colour> and val/<colour>: noisy squares of 12 x 12 pixels."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
-    for split, n in (("train", 16), ("val", 6)):
-        for name, colour in COLOURS.items():
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = np.clip(rng.normal(colour, 30, (12, 12, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+    root = tmp_path_factory.mktemp("colors")
+    write_color_images(root)
     return root
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    save_model(tiny_addp(image_size=(8, 8)), path)
-    return path
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def settings(images, model, out, *more):
     return [
         *("finetune", f"data={images}", "data.size=8", "data.workers=0", "data.scale=[0.5,1]", f"model={model}"),
-        *(f"out={out}", "train.batch=8", "train.lr=0.01", "train.warmup_steps=2", "train.log_every=5", *PLAIN, *more),
+        *(f"out={out}", "train.batch=8", "train.lr=0.01", "train.warmup_steps=2", "train.log_every=5"),
+        *(f"{key}={value!r}" for key, value in NO_AUGMENTATION.items()),
+        *more,
     ]
 
 
@@ -77,8 +67,8 @@ def test_learns_validates_and_keeps_the_best(images, pretrained, tmp_path, caplo
         model = load_classifier(out / name)
         assert model.class_names == ("blue", "green", "red")
         val = open_source(str(images), "val")
-        seen = evaluate_classifier(model, val, eval_transform(8, 0.875), 3, mean=model.mean, std=model.std, workers=0)
-        assert seen.metrics["top1"] == pytest.approx(results[key]["top1"])
+        scores = evaluate_classifier(model, val, eval_transform(8, 0.875), 3, mean=model.mean, std=model.std, workers=0)
+        assert scores.metrics["top1"] == pytest.approx(results[key]["top1"])
     rows = [line.split(",") for line in (out / "confusion.csv").read_text().splitlines()]
     assert rows[0] == ["true\\answer", "blue", "green", "red"]
     assert [sum(map(int, row[1:])) for row in rows[1:]] == [6, 6, 6]
@@ -87,31 +77,34 @@ def test_learns_validates_and_keeps_the_best(images, pretrained, tmp_path, caplo
     assert load_encoder(out, 8).config.width == 16
 
 
-def test_a_stopped_run_continues_bit_for_bit(images, pretrained, tmp_path, monkeypatch):
-    words = ["train.steps=8", "train.evaluate_every=4", "augment.mixup=0.8", "drop_path=0.2"]
-    assert main(settings(images, pretrained, tmp_path / "whole", *words)) == 0
+def test_an_interrupted_run_resumes_bit_for_bit(images, pretrained, tmp_path, monkeypatch):
+    options = ["train.steps=8", "train.evaluate_every=4", "augment.mixup=0.8", "drop_path=0.2"]
+    assert main(settings(images, pretrained, tmp_path / "uninterrupted", *options)) == 0
 
     evaluate = FinetuneStage.evaluate
 
-    def stopped(self, model, step):
+    def interrupted(self, model, step):
         signal.raise_signal(signal.SIGTERM)
         return evaluate(self, model, step)
 
-    monkeypatch.setattr(FinetuneStage, "evaluate", stopped)
-    with pytest.raises(SystemExit) as caught:
-        main(settings(images, pretrained, tmp_path / "cut", *words))
-    assert caught.value.code == 0
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    monkeypatch.setattr(FinetuneStage, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        main(settings(images, pretrained, tmp_path / "interrupted", *options))
+    assert exit_info.value.code == 0
+    assert not (tmp_path / "interrupted" / "model.safetensors").exists()
     monkeypatch.setattr(FinetuneStage, "evaluate", evaluate)
-    assert main(settings(images, pretrained, tmp_path / "cut", *words)) == 0
-    one, other = (load_classifier(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    assert main(settings(images, pretrained, tmp_path / "interrupted", *options)) == 0
+    one, other = (load_classifier(tmp_path / name).state_dict() for name in ("uninterrupted", "interrupted"))
     assert all(torch.equal(value, other[key]) for key, value in one.items())
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("uninterrupted", "interrupted")]
     assert results[0] == results[1]
 
 
-def test_layer_table_is_the_published_rule():
-    """Layer 0: patches, class token, positions; block i: layer i + 1; head and its norm last; decay ** (last - id)."""
+def test_layer_table_follows_the_published_rule():
+    """Layer 0: patch embedding, class token, positions; block i: layer i + 1; norm and head: the last layer.
+
+    The factor on the learning rate is decay ** (last - id).
+    """
     model = Classifier(Encoder(EncoderConfig(16, 3, 2, tokenizer_norm=True), (8, 8), 4), 5)
     rows = [line.split(maxsplit=4) for line in layer_table(model, TrainConfig(layer_decay=0.5, lr=1.0)).splitlines()]
     assert [(row[0], float(row[1])) for row in rows[1:]] == [
@@ -136,101 +129,104 @@ def test_layer_table_is_the_published_rule():
         ["init=random", "train.accumulate=2", "eval_crop=0.5", "data.cache=ram", "augment.color_jitter=0.4"],
     ],
 )
-def test_options_train(images, pretrained, tmp_path, more):
+def test_every_option_trains(images, pretrained, tmp_path, more):
     assert main(settings(images, pretrained, tmp_path, "train.steps=2", "train.warmup_steps=0", *more)) == 0
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 18
     losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([loss for loss in losses if loss is not None]).all()
 
 
-def test_options_say_what_they_do(images, pretrained, tmp_path):
-    def built(*more):
-        words = settings(images, pretrained, tmp_path, *more)[1:]
-        return cls.finetune.build_classifier(load(Recipe, None, words), tuple(COLOURS))
+def test_options_of_the_initial_classifier(images, pretrained, tmp_path):
+    def build(*more):
+        arguments = settings(images, pretrained, tmp_path, *more)[1:]
+        return cls.finetune.build_classifier(load(Recipe, None, arguments), tuple(COLORS))
 
-    model, kept, other = built(), built("tokenizer_norm=true"), built("init=random")
+    model, normed, random = build(), build("tokenizer_norm=true"), build("init=random")
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(model(x), model(x))
     assert torch.equal(model.encoder.eval().forward_features(x), load_encoder(pretrained, 8).forward_features(x))
-    assert not torch.allclose(model.encoder.forward_features(x), kept.encoder.eval().forward_features(x))
-    assert not torch.allclose(model.encoder.pos_embed, other.encoder.pos_embed)
-    assert torch.equal(other.encoder.pos_embed, built("init=random").encoder.pos_embed)
-    assert not torch.equal(other.encoder.pos_embed, built("init=random", "train.seed=1").encoder.pos_embed)
-    assert built("model=tiny", "init=random", "patch_size=4").encoder.config.width == 192
+    assert not torch.allclose(model.encoder.forward_features(x), normed.encoder.eval().forward_features(x))
+    assert not torch.allclose(model.encoder.pos_embed, random.encoder.pos_embed)
+    assert torch.equal(random.encoder.pos_embed, build("init=random").encoder.pos_embed)
+    assert not torch.equal(random.encoder.pos_embed, build("init=random", "train.seed=1").encoder.pos_embed)
+    assert build("model=tiny", "init=random", "patch_size=4").encoder.config.width == 192
     assert 1e-6 < model.head.weight.std() < 1e-4
 
 
-def test_repeated_augmentation_shows_an_image_again(images):
+def test_repeated_augmentation_repeats_each_image(images):
     source = open_source(str(images), "train")
     config = DataConfig(str(images), size=8, workers=0)
     batches = Stream(source, eval_transform(8), config, seed=0, batch=6, repeats=3).batches()
-    seen = torch.cat([next(batches).indices for _ in range(16)])
-    once = Stream(source, eval_transform(8), config, seed=0, batch=6).batches()
-    order = torch.cat([next(once).indices for _ in range(8)])
-    assert torch.equal(seen, order[:32].repeat_interleave(3))
+    repeated = torch.cat([next(batches).indices for _ in range(16)])
+    batches = Stream(source, eval_transform(8), config, seed=0, batch=6).batches()
+    order = torch.cat([next(batches).indices for _ in range(8)])
+    assert torch.equal(repeated, order[:32].repeat_interleave(3))
 
 
-def test_a_head_of_other_classes_is_dropped_and_said_once(images, pretrained, tmp_path, caplog):
+def test_a_head_for_other_classes_is_dropped_with_one_warning(images, pretrained, tmp_path, caplog):
     first = tmp_path / "first"
     assert main(settings(images, pretrained, first, "train.steps=1")) == 0
     head = load_classifier(first).head.weight.clone()
     recipe = load(Recipe, None, settings(images, first, tmp_path / "x")[1:])
-    assert torch.equal(cls.finetune.build_classifier(recipe, tuple(COLOURS)).head.weight, head)
+    assert torch.equal(cls.finetune.build_classifier(recipe, tuple(COLORS)).head.weight, head)
     caplog.clear()
     with caplog.at_level("INFO", "addp"):
         assert cls.finetune.build_classifier(recipe, ("a", "b")).head.weight.shape == (2, 16)
-    said = [record.message for record in caplog.records if "head" in record.message]
-    assert said == [f"{first}: its head for 3 classes is dropped; a new one for 2"]
+    messages = [record.message for record in caplog.records if "head" in record.message]
+    assert messages == [f"{first}: dropping its head for 3 classes; training a new one for 2"]
 
 
 @pytest.mark.parametrize("main_process", [True, False])
-def test_the_head_of_a_foreign_file_is_said_to_go(images, tmp_path, caplog, monkeypatch, main_process):
+def test_the_head_of_a_foreign_file_is_dropped_with_a_warning(images, tmp_path, caplog, monkeypatch, main_process):
     state = SimpleNamespace(is_main_process=main_process)
     monkeypatch.setattr(cls.finetune, "process_state", lambda: state)
     shape = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
-    for name, classes in (("headed", 5), ("bare", 0)):
+    for name, classes in (("with-head", 5), ("without-head", 0)):
         save_file(VisionTransformer(**shape, num_classes=classes).state_dict(), tmp_path / f"{name}.safetensors")
-        words = settings(images, tmp_path / f"{name}.safetensors", tmp_path / "x", "encoder_heads=2")
-        cls.finetune.build_classifier(load(Recipe, None, words[1:]), tuple(COLOURS))
-    said = [record.message for record in caplog.records if "head" in record.message]
-    expected = [f"{tmp_path / 'headed.safetensors'}: its head for 5 classes is dropped; a new one for 3"]
-    assert said == (expected if main_process else [])
+        arguments = settings(images, tmp_path / f"{name}.safetensors", tmp_path / "x", "encoder_heads=2")
+        cls.finetune.build_classifier(load(Recipe, None, arguments[1:]), tuple(COLORS))
+    messages = [record.message for record in caplog.records if "head" in record.message]
+    expected = [f"{tmp_path / 'with-head.safetensors'}: dropping its head for 5 classes; training a new one for 3"]
+    assert messages == (expected if main_process else [])
 
 
-def test_the_average_is_what_is_measured_and_kept(images, pretrained, tmp_path):
-    words = ["train.steps=6", "train.evaluate_every=2", "train.ema=0.9", "eval_crop=0.6"]
-    assert main(settings(images, pretrained, tmp_path, *words)) == 0
+def test_averaged_weights_are_validated_and_kept(images, pretrained, tmp_path):
+    options = ["train.steps=6", "train.evaluate_every=2", "train.ema=0.9", "eval_crop=0.6"]
+    assert main(settings(images, pretrained, tmp_path, *options)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     val = open_source(str(images), "val")
     for name, key in (("model", "last"), ("model-best", "best")):
         model = load_classifier(tmp_path / f"{name}.safetensors")
-        assert model.crop == 0.6  # for what reads it next
-        seen = evaluate_classifier(model, val, eval_transform(8, 0.6), 3, mean=model.mean, std=model.std, workers=0)
-        assert seen.metrics["top1"] == pytest.approx(results[key]["top1"])
-    raw = torch.load(tmp_path / "checkpoints" / "step-6" / "training.pt")
+        assert model.crop == 0.6  # stored with the model
+        scores = evaluate_classifier(model, val, eval_transform(8, 0.6), 3, mean=model.mean, std=model.std, workers=0)
+        assert scores.metrics["top1"] == pytest.approx(results[key]["top1"])
+    checkpoint = torch.load(tmp_path / "checkpoints" / "step-6" / "training.pt")
     last = load_classifier(tmp_path).state_dict()
-    assert torch.equal(last["head.weight"], raw["ema"]["head.weight"])
-    assert not torch.equal(last["head.weight"], raw["model"]["head.weight"])
+    assert torch.equal(last["head.weight"], checkpoint["ema"]["head.weight"])
+    assert not torch.equal(last["head.weight"], checkpoint["model"]["head.weight"])
 
 
-def test_a_full_disk_costs_figures_and_not_the_run(images, pretrained, tmp_path, monkeypatch, caplog):
-    """The first validation finds the disk full; what it could not write is the next one's."""
-    save, calls = cls.results.save_model, []
+def test_a_full_disk_does_not_stop_the_run(images, pretrained, tmp_path, monkeypatch, caplog):
+    """The disk is full at the first validation; the next one writes what is missing."""
+    save_model, write, calls = cls.results.save_model, cls.results.write_atomically, []
 
-    def full(*arguments):
+    def full_once(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(*arguments)
+        save_model(*arguments)
 
-    def refused(*_, **__):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cls.results, "save_model", full)
-    monkeypatch.setattr(cls.results, "write_atomically", refused)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", refused)
-    words = ["train.steps=4", "train.evaluate_every=2", "confusion=true"]
-    assert main(settings(images, pretrained, tmp_path, *words)) == 0
+    def full_for_confusion(path, content):
+        (full if path.name == "confusion.csv" else write)(path, content)
+
+    monkeypatch.setattr(cls.results, "save_model", full_once)
+    monkeypatch.setattr(cls.results, "write_atomically", full_for_confusion)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    options = ["train.steps=4", "train.evaluate_every=2", "confusion=true"]
+    assert main(settings(images, pretrained, tmp_path, *options)) == 0
     for name in ("model-best.safetensors", "confusion.csv", "images/confusion.png"):
         assert f"{tmp_path / name}: not written (No space left on device); the run continues" in caplog.text
     results = json.loads((tmp_path / "results.json").read_text())
@@ -238,7 +234,7 @@ def test_a_full_disk_costs_figures_and_not_the_run(images, pretrained, tmp_path,
     assert load_classifier(tmp_path / "model-best.safetensors").num_classes == 3
 
 
-def test_confusion_of_names_with_commas(tmp_path):
+def test_confusion_matrix_of_class_names_with_commas(tmp_path):
     (tmp_path / "images").mkdir()
     names = ("crane, bird", 'crane "machine"', "tench")
     cls.results.write_confusion(Scores(torch.arange(9).view(3, 3)), names, tmp_path)
@@ -247,26 +243,27 @@ def test_confusion_of_names_with_commas(tmp_path):
     assert rows == [["true\\answer", *names], [names[0], *"012"], [names[1], *"345"], [names[2], *"678"]]
 
 
-def test_how_it_validates_may_change(images, pretrained, tmp_path, caplog):
-    """The images at a time and the confusion matrix change no result; a run that has ended writes no more of them."""
+def test_validation_settings_may_change_when_a_run_continues(images, pretrained, tmp_path, caplog):
+    """The validation batch and the confusion matrix do not change results; a finished run writes no matrix."""
     assert main(settings(images, pretrained, tmp_path, "train.steps=2")) == 0
     longer = ["train.steps=3", "eval_batch=2"]
     assert main(settings(images, pretrained, tmp_path, *longer)) == 0
     assert json.loads((tmp_path / "results.json").read_text())["last"]["step"] == 3
     with caplog.at_level("INFO", "addp"):
         assert main(settings(images, pretrained, tmp_path, *longer, "confusion=true")) == 0
-    assert "this run has had its last" in caplog.text
+    assert "this run has finished" in caplog.text
 
 
-def test_labels_without_a_class(images, pretrained, tmp_path, capsys, monkeypatch):
-    """Of a set that tells its labels at once and of one that does not."""
+@pytest.mark.parametrize("label", [-1, 3])
+@pytest.mark.parametrize("known_at_once", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_out_of_range(images, pretrained, tmp_path, capsys, monkeypatch, split, known_at_once, label):
+    """Of a dataset whose labels are known at once, and of one whose labels come with its images."""
     train, open_source = cls.data.open_source(str(images), "train"), cls.data.open_source
 
-    class Late(ImageSource):
+    class OneLabel(ImageSource):
         classes = train.classes
-
-        def __init__(self, label, told):
-            self.label, self.labels = label, np.array([label] * len(train)) if told else None
+        labels = np.array([label] * len(train)) if known_at_once else None
 
         def __len__(self):
             return len(train)
@@ -275,29 +272,29 @@ def test_labels_without_a_class(images, pretrained, tmp_path, capsys, monkeypatc
             return f"set[{index}]"
 
         def open_image(self, index):
-            return train.open_image(index)[0], self.label
+            return train.open_image(index)[0], label
 
-    def opened(config, split=None, classes=None):
-        return source if (split == "val") == in_val else open_source(config, split, classes)
+    def open_or_replace(config, opened_split=None, classes=None):
+        opened_split = opened_split or "train"
+        return OneLabel() if opened_split == split else open_source(config, opened_split, classes)
 
-    monkeypatch.setattr(cls.data, "open_source", opened)
-    cases = [(in_val, told, label) for in_val in (False, True) for told in (False, True) for label in (-1, 3)]
-    for in_val, told, label in cases:
-        source = Late(label, told)
-        out = tmp_path / f"{in_val}{told}{label}"
-        words = ["train.steps=1", *(["val=set"] if in_val else [])]
-        said = refusal(capsys, *settings(images, pretrained, out, *words))
-        where = "set" if told and in_val else str(images) if told else "set[0]" if in_val else "data.source"
-        assert said == f"addp: {where}: found label {label}, expected 0 to 2"
-
-
-def refusal(capsys, *words) -> str:
-    assert main(list(words)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    return lines[-1]
+    monkeypatch.setattr(cls.data, "open_source", open_or_replace)
+    val = ["val=set"] if split == "val" else []
+    message = error_of(capsys, *settings(images, pretrained, tmp_path / "run", "train.steps=1", *val))
+    if split == "val":
+        location = "set" if known_at_once else "set[0]"
+    else:
+        location = str(images) if known_at_once else "data.source"
+    assert message == f"addp: {location}: found label {label}, expected 0 to 2"
 
 
-def test_what_a_classifier_was_trained_with_goes_on(images, pretrained, tmp_path):
+def error_of(capsys, *arguments) -> str:
+    """Run a command that fails with a UserError, and return the last line of its output."""
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_classifier_keeps_the_norm_it_was_trained_with(images, pretrained, tmp_path):
     first = tmp_path / "first"
     assert main(settings(images, pretrained, first, "train.steps=1", "tokenizer_norm=true")) == 0
     assert load_encoder(first, 8).config.tokenizer_norm
@@ -305,13 +302,13 @@ def test_what_a_classifier_was_trained_with_goes_on(images, pretrained, tmp_path
 
 
 def test_token_input(images, tmp_path):
-    """MAGE's row: the encoder over ids, with the tokenizer in its own file."""
+    """MAGE: the encoder reads token ids, and the tokenizer is in a file of its own."""
     model = tiny_addp(image_size=(8, 8))
     model.predictor.trained_on = ""
     save_model(model.predictor, tmp_path / "mage.safetensors", (4, 4))
     save_model(model.tokenizer, tmp_path / "vqgan.safetensors")
-    words = [f"tokenizer={tmp_path / 'vqgan.safetensors'}", "train.steps=2"]
-    assert main(settings(images, tmp_path / "mage.safetensors", tmp_path / "run", *words)) == 0
+    options = [f"tokenizer={tmp_path / 'vqgan.safetensors'}", "train.steps=2"]
+    assert main(settings(images, tmp_path / "mage.safetensors", tmp_path / "run", *options)) == 0
     assert load_classifier(tmp_path / "run").encoder.grid == (4, 4)
 
 
@@ -319,16 +316,16 @@ def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "set"
     shutil.copytree(images, copy)
     shutil.rmtree(copy / "val" / "green")
-    said = refusal(capsys, *settings(copy, pretrained, tmp_path / "a"))
-    assert "no image of 1 of the 3 classes: green" in said
+    message = error_of(capsys, *settings(copy, pretrained, tmp_path / "a"))
+    assert "1 of the 3 classes have no images: green" in message
     (copy / "val" / "violet").mkdir()
     shutil.copy(copy / "val" / "red" / "0.png", copy / "val" / "violet" / "0.png")
-    assert "violet is none of the 3 classes" in refusal(capsys, *settings(copy, pretrained, tmp_path / "b"))
+    assert "violet is none of the 3 classes" in error_of(capsys, *settings(copy, pretrained, tmp_path / "b"))
 
     flat = tmp_path / "flat"
     for split in ("train", "val"):
         shutil.copytree(images / split / "red", flat / split)
-    assert "has no class folders" in refusal(capsys, *settings(flat, pretrained, tmp_path / "c"))
+    assert "has no class folders" in error_of(capsys, *settings(flat, pretrained, tmp_path / "c"))
 
     listed = tmp_path / "listed"
     shutil.copytree(images, listed)
@@ -336,7 +333,7 @@ def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):
     for split, labels in (("train", (0, 1)), ("val", (0, 7))):
         lines = [f"red/{i}.png {label}" for i, label in enumerate(labels)]
         (listed / "meta" / f"{split}.txt").write_text("\n".join(lines))
-    assert "label 7, but there are 2 classes" in refusal(capsys, *settings(listed, pretrained, tmp_path / "d"))
+    assert "label 7, but there are 2 classes" in error_of(capsys, *settings(listed, pretrained, tmp_path / "d"))
 
     tars = tmp_path / "tars"
     for split, names in (("train", ("blue", "red")), ("val", ("green", "red"))):
@@ -344,18 +341,18 @@ def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):
         with tarfile.open(tars / split / "0.tar", "w") as tar:
             for name in names:
                 tar.add(images / "train" / name / "0.png", f"{name}/0.png")
-    said = refusal(capsys, *settings(tars, pretrained, tmp_path / "t"))
-    assert f"class 0 of {tars} is green, that of {tars} blue; expected the same classes" in said
+    message = error_of(capsys, *settings(tars, pretrained, tmp_path / "t"))
+    assert f"class 0 is green in {tars} and blue in {tars}; expected the same classes" in message
 
-    odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "train.batch=7", "augment.mixup=0.8"))
+    odd = error_of(capsys, *settings(images, pretrained, tmp_path / "e", "train.batch=7", "augment.mixup=0.8"))
     assert odd.startswith("addp: train.batch: 7 images of a micro-step cannot be mixed in pairs")
     with monkeypatch.context() as patch:
         patch.setattr(cls.finetune, "process_state", lambda: SimpleNamespace(num_processes=8))
-        odd = refusal(capsys, *settings(images, pretrained, tmp_path / "e", "augment.mixup=0.8"))
+        odd = error_of(capsys, *settings(images, pretrained, tmp_path / "e", "augment.mixup=0.8"))
     assert odd.startswith("addp: train.batch: 1 images of a micro-step on each of 8 processes cannot be mixed in pairs")
     assert "expected a multiple of 16" in odd
-    assert "expected init=random" in refusal(capsys, *settings(images, "tiny", tmp_path / "f"))
-    size = refusal(capsys, *settings(images, pretrained, tmp_path / "g", "data.size=9"))
+    assert "expected init=random" in error_of(capsys, *settings(images, "tiny", tmp_path / "f"))
+    size = error_of(capsys, *settings(images, pretrained, tmp_path / "g", "data.size=9"))
     assert "9 x 9: expected multiples of the patch size 2" in size
     assert not (tmp_path / "a" / "checkpoints").exists() or not any((tmp_path / "a" / "checkpoints").iterdir())
 

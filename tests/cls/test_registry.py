@@ -238,7 +238,7 @@ def test_classifiers_with_their_head_or_without(tmp_path, caplog):
         assert not caplog.records
         other = read(num_classes=7)
     assert torch.equal(other.encoder.cls_token, model.encoder.cls_token)
-    assert [record.getMessage() for record in caplog.records] == ["the checkpoint's head for 3 classes is dropped"]
+    assert [record.getMessage() for record in caplog.records] == ["dropping the checkpoint's head for 3 classes"]
 
 
 def test_the_head_of_timms_file_is_said_to_go(tmp_path, caplog):
@@ -247,7 +247,7 @@ def test_the_head_of_timms_file_is_said_to_go(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "addp"):
         model = timm.create_model("addp_vit_base_patch16", checkpoint_path=tmp_path / "vit.safetensors", **SHAPE)
     assert torch.equal(model.encoder.pos_embed, vit.pos_embed)
-    assert [record.getMessage() for record in caplog.records] == ["the checkpoint's head for 5 classes is dropped"]
+    assert [record.getMessage() for record in caplog.records] == ["dropping the checkpoint's head for 5 classes"]
 
 
 @pytest.mark.parametrize("form", ["addp", "classifier"])

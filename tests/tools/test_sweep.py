@@ -6,16 +6,18 @@ import sys
 import threading
 
 import pytest
-from test_finetune import PLAIN, images, pretrained  # noqa: F401 (fixtures)
+from transfers import NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 
 from addp_core.recipes.cli import main
 from tools.bench import children
 from tools.bench.sweep import Cell, _table, word
 
 
-def test_arms_over_grid_and_seeds(images, pretrained, tmp_path, capsys, caplog):  # noqa: F811
+def test_arms_over_grid_and_seeds(tmp_path, capsys, caplog):
+    images, pretrained = tmp_path / "images", write_tiny_checkpoint(tmp_path)
+    write_color_images(images)
     common = {"data": str(images), "data.size": 8, "data.workers": 0, "train.batch": 8, "train.steps": 1}
-    common |= {word.split("=")[0]: "" if "auto" in word else 0 for word in PLAIN}
+    common |= NO_AUGMENTATION
     recipe = {
         "verb": "finetune",
         "set": common,
