@@ -1,66 +1,80 @@
-"""Images of another source kept in memory."""
+"""A cache in memory for the images of another source."""
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from addp_core.base.cpu import usable_cores
 from addp_core.data.images import ImageError, LazyImage
 from addp_core.data.sources import ImageSource
 
 log = logging.getLogger("addp")
 
+CHUNK = 256  # images between two checks of the memory limit
+
+
+class _CachedImage(NamedTuple):
+    pixels: np.ndarray | ImageError  # UInt8[h,w,3], or the reason why the image cannot be read
+    size: tuple[int, int]  # width and height of the original
+    label: int
+
 
 class CachedSource(ImageSource):
-    """Another source's images held in memory, larger ones shrunk to a shorter side of `side` pixels.
+    """The images of another source, decoded into memory; larger ones are downscaled to a shorter side of `side` pixels.
 
-    Filled at once, before workers start, so that they share the memory. Unreadable images stay errors. What does not
-    fit into `gigabytes` comes from the source each time.
+    The cache is filled at once, before workers start, so that they share the memory. Unreadable images raise their
+    error again. Images that do not fit into `gigabytes` are read from the source each time.
     """
 
     def __init__(self, source: ImageSource, side: int, gigabytes: float):
         self.classes, self.labels = source.classes, source.labels
         self._source, self._side = source, side
-        self._held: list[tuple[np.ndarray | ImageError, tuple[int, int], int] | None] = [None] * len(source)
-        room = gigabytes * 2**30
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(source), 256):
-                indices = range(first, min(first + 256, len(source)))
-                for index, held in zip(indices, pool.map(self._shrunk, indices), strict=True):
-                    self._held[index] = held
-                    room -= held[0].nbytes if isinstance(held[0], np.ndarray) else 0
-                if room <= 0:
-                    log.warning("data.cache: %.1f GB hold %d of %d images", gigabytes, indices.stop, len(source))
+        self._cached: list[_CachedImage | None] = [None] * len(source)
+        free_bytes = gigabytes * 2**30
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            for first in range(0, len(source), CHUNK):
+                indices = range(first, min(first + CHUNK, len(source)))
+                for index, cached in zip(indices, pool.map(self._decode, indices), strict=True):
+                    self._cached[index] = cached
+                    free_bytes -= cached.pixels.nbytes if isinstance(cached.pixels, np.ndarray) else 0
+                if free_bytes <= 0:
+                    log.warning(
+                        "data.cache: %.1f GB hold %d of %d images; the others are decoded each time",
+                        gigabytes,
+                        indices.stop,
+                        len(source),
+                    )
                     break
 
-    def _shrunk(self, index: int) -> tuple[np.ndarray | ImageError, tuple[int, int], int]:
-        """(pixels or what is wrong with them, (width, height) of the original, label)."""
+    def _decode(self, index: int) -> _CachedImage:
         try:
-            picture, label = self._source.open_image(index)
-            size = picture.width, picture.height
+            image, label = self._source.open_image(index)
+            size = image.width, image.height
             factor = min(1.0, self._side / min(size))
-            shrunk = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-            return np.array(picture.crop((0, 0, *size), shrunk)), size, label
+            downscaled = max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+            return _CachedImage(np.array(image.crop((0, 0, *size), downscaled)), size, label)
         except ImageError as error:
-            return error, (0, 0), -1
+            return _CachedImage(error, (0, 0), -1)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def name(self, index: int) -> str:
+        """Return where the image lies."""
         return self._source.name(index)
 
     def read_bytes(self, index: int) -> tuple[bytes, int]:
+        """Return the original encoded image and its label."""
         return self._source.read_bytes(index)
 
     def open_image(self, index: int) -> tuple[LazyImage, int]:
-        held = self._held[index]
-        if held is None:
+        """Return the cached image, or the source's if it is not cached, and its label."""
+        cached = self._cached[index]
+        if cached is None:
             return self._source.open_image(index)
-        image, size, label = held
-        if isinstance(image, ImageError):
-            raise ImageError(str(image))
-        return LazyImage(Image.fromarray(image), size), label
+        if isinstance(cached.pixels, ImageError):
+            raise ImageError(str(cached.pixels))
+        return LazyImage(Image.fromarray(cached.pixels), cached.size), cached.label

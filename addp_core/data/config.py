@@ -1,4 +1,4 @@
-"""Settings of an image dataset: which images, how they are cropped and how they are loaded."""
+"""The keys of an image dataset: which images, how they are cropped and how they are loaded."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,43 +8,53 @@ from annotated_types import Ge, Gt
 
 @dataclass
 class DataConfig:
-    """Which images, how they are cropped and how they are loaded."""
+    """Which images to use, how to crop them and how to load them."""
 
     __shorthand__ = "source"
     source: Annotated[
         str,
         "folder of images (flat or nested), ImageNet root (train/<class>/...), root with meta/<split>.txt lists, "
-        ".tar file or folder of them, or hub set hfds/<name>",
+        ".tar file or folder of .tar files, or Hugging Face dataset hfds/<name>",
     ] = ""
-    split: Annotated[str, "part of the set: a folder or list of this name where there is one"] = "train"
-    size: Annotated[int | tuple[int, int], "pixels of the model's images: one side, or [height, width]"] = 256
-    scale: Annotated[tuple[float, float], "range of a random crop's share of the image's area"] = (0.2, 1.0)
-    ratio: Annotated[tuple[float, float], "range of a crop's width / height, as a multiple of the size's"] = (
-        0.75,
-        4 / 3,
-    )
-    flip: Annotated[bool, "mirror every other image, by chance"] = True
-    max_errors: Annotated[float, Ge(0), "unreadable images to tolerate: a count, or below 1 a share of the set"] = 0.01
-    classes: Annotated[str | None, "file that names class 0, 1, ... a line each (default: sorted folders)"] = None
-    image_key: Annotated[str, "hub sets: column of the images"] = "image"
-    label_key: Annotated[str, "hub sets: column of the labels"] = "label"
-    cache: Annotated[Literal["none", "ram"], "ram: decode and downscale all images once, at the start"] = "none"
-    cache_gb: Annotated[float, Gt(0), "memory for cache=ram, per process; what does not fit is decoded each time"] = 8.0
-    workers: Annotated[
-        int | None, Ge(0), "loading processes a training process; 0: none (default: 1 on a CPU, with a GPU up to 12)"
+    split: Annotated[str, "split of the dataset: the folder or list of this name, if there is one"] = "train"
+    size: Annotated[int | tuple[int, int], "model input size in pixels: one side, or [height, width]"] = 256
+    scale: Annotated[tuple[float, float], "range of the random crop's area, as a fraction of the image's"] = (0.2, 1.0)
+    ratio: Annotated[
+        tuple[float, float], "range of the random crop's aspect ratio (width / height), relative to that of `size`"
+    ] = (0.75, 4 / 3)
+    flip: Annotated[bool, "mirror images horizontally with probability 1/2"] = True
+    max_errors: Annotated[
+        float, Ge(0), "unreadable images to tolerate: a count, or below 1 a fraction of the dataset"
+    ] = 0.01
+    classes: Annotated[
+        str | None, "text file with the names of class 0, 1, ..., one per line (default: the sorted folders)"
     ] = None
-    prefetch: Annotated[int, Ge(1), "batches that each worker prepares ahead"] = 2
+    image_key: Annotated[str, "Hugging Face datasets: column of the images"] = "image"
+    label_key: Annotated[str, "Hugging Face datasets: column of the labels"] = "label"
+    cache: Annotated[Literal["none", "ram"], "ram: decode and downscale all images once, before the first step"] = (
+        "none"
+    )
+    cache_gb: Annotated[
+        float, Gt(0), "memory limit of cache=ram in GB, per process; images beyond it are decoded each time"
+    ] = 8.0
+    workers: Annotated[
+        int | None,
+        Ge(0),
+        "data loading processes per training process; 0: load in the training process "
+        "(default: 1 on a CPU, up to 12 with a GPU)",
+    ] = None
+    prefetch: Annotated[int, Ge(1), "batches that each worker loads ahead"] = 2
 
     def __post_init__(self) -> None:
         if min(self.hw) < 8:
-            raise ValueError(f"size: {self.size}, expected at least 8 pixels; set size=256 or size=[256,192]")
-        for key, low in (("scale", 0.0), ("ratio", 0.0)):
-            first, last = getattr(self, key)
-            if not low < first <= last or (key == "scale" and last > 1):
+            raise ValueError(f"size: found {self.size}, expected at least 8 pixels; set size=256 or size=[256,192]")
+        for key in ("scale", "ratio"):
+            low, high = getattr(self, key)
+            if not 0 < low <= high or (key == "scale" and high > 1):
                 bounds = "0 < low <= high <= 1" if key == "scale" else "0 < low <= high"
-                raise ValueError(f"{key}: [{first}, {last}], expected {bounds}")
+                raise ValueError(f"{key}: found [{low}, {high}], expected {bounds}")
 
     @property
     def hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])

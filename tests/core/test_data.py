@@ -467,11 +467,11 @@ def test_tar_shards_in_forked_workers(tmp_path):
 def test_a_tar_cut_between_members_is_warned_of(tmp_path, caplog):
     shards(tmp_path, 2)
     open_source(str(tmp_path))
-    assert "cut short" not in caplog.text
+    assert "truncated" not in caplog.text
     path = tmp_path / "shard-1.tar"
     path.write_bytes(path.read_bytes()[:1024])
     assert len(open_source(str(tmp_path))) == 5
-    assert f"{path} does not end as a .tar does" in caplog.text
+    assert f"{path} has no end-of-archive marker" in caplog.text
 
 
 def test_hub_set_through_timm(tmp_path, monkeypatch):
@@ -579,9 +579,9 @@ def cut_tar(root: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda root: None, "holds no file at all; expected images"),
-        (lambda root: (root / "sub").mkdir(), "holds no file at all"),
-        (text_files, "holds no image but 4 files (3 .txt, 1 .csv); expected .jpg"),
+        (lambda root: None, "holds no files; expected images"),
+        (lambda root: (root / "sub").mkdir(), "holds no files"),
+        (text_files, "holds no image but 4 other files (3 .txt, 1 .csv); expected .jpg"),
         (broken_tar, "cannot be read as .tar"),
         (imageless_tar, "holds no image; expected .jpg"),
         (cut_tar, "cannot be read as .tar"),
@@ -646,7 +646,7 @@ def test_ranks_share_the_batch_of_one_process(count, batch, data):
     parts = [first(stream, 2, start, rank, world) for rank in range(world)]
     for step in range(2):
         assert same(rows([part[step] for part in parts]), rows([whole[step]]))
-    slices = [stream.rows(rank, world) for rank in range(world)]
+    slices = [stream.rows_of(rank, world) for rank in range(world)]
     assert [row for each in slices for row in range(each.start, each.stop)] == list(range(batch))
 
 
@@ -801,7 +801,7 @@ class Dying:
 def test_a_dead_worker_is_replaced(tmp_path, caplog):
     batches = first(stream_of(memory(8), transform=Dying(tmp_path, 1), workers=1), 3)
     assert same(rows(batches), rows(first(stream_of(memory(8), transform=Dying(tmp_path, 1)), 3)))
-    assert "starting the data workers anew at micro-step 0" in caplog.text
+    assert "restarting the data workers at micro-step 0" in caplog.text
 
 
 def test_workers_that_keep_dying_are_an_error(tmp_path):
@@ -851,7 +851,7 @@ def test_a_full_cache_reads_the_rest_each_time(caplog):
 
 
 def test_more_processes_than_rows():
-    with pytest.raises(UserError, match="batch: 3 images a step for 4 processes"):
-        stream_of(memory(4), 3).rows(0, 4)
-    with pytest.raises(UserError, match="batch: 0"):
+    with pytest.raises(UserError, match="batch: found 3 images per step for 4 processes"):
+        stream_of(memory(4), 3).rows_of(0, 4)
+    with pytest.raises(UserError, match="batch: found 0"):
         stream_of(memory(4), 0)
