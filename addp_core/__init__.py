@@ -1,6 +1,8 @@
-"""ADDP (arXiv 2306.05423): pretrain once, then generate, recognise, detect and segment.
+"""ADDP (arXiv 2306.05423): pretrain once, then generate, recognize, detect and segment.
 
-from addp_core import load_addp, load_encoder, sample, inpaint
+    from addp_core import load_addp, load_encoder, sample, inpaint
+
+This module re-exports the public functions and classes of its subpackages.
 """
 
 from importlib import import_module
@@ -8,7 +10,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
+_EXPORTS = {  # name: the module of this package that defines it
     "ADDP": "method.addp",
     "ADDPConfig": "method.addp",
     "Encoder": "networks.encoder",
@@ -26,7 +28,7 @@ __all__ = [*_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `addp --help` and recipe errors answer before torch is loaded."""
+    """Import a public name on first use, so that `addp --help` and errors in recipes do not wait for torch."""
     if name in _EXPORTS:
         return getattr(import_module(f"addp_core.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'addp_core' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m addp_core <verb> ...`, for torchrun and for a source tree that is not installed."""
+"""`python -m addp_core <verb> ...`: the command line for torchrun and for a source tree that is not installed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is written, and what each mistake is told."""
+"""Recipes: what is read, what is written, and the message for each mistake."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ class Data:
     __shorthand__ = "source"
     source: Annotated[str, "folder of images"]
     size: Annotated[int | None, Ge(8), MultipleOf(4), "pixels"] = 256
-    scale: Annotated[tuple[float, float], "least and greatest share"] = (0.2, 1.0)
+    scale: Annotated[tuple[float, float], "smallest and largest share"] = (0.2, 1.0)
     classes: list[str] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
     flip: bool = True
@@ -54,7 +54,7 @@ class Recipe:
     sizes: tuple[int, ...] = (1, 2)
 
 
-GIVEN = ["out=run", "data=photos"]
+REQUIRED = ["out=run", "data=photos"]
 
 
 def read(tmp_path: Path, text: str, *settings: str) -> Recipe:
@@ -63,9 +63,10 @@ def read(tmp_path: Path, text: str, *settings: str) -> Recipe:
     return load(Recipe, path, settings)
 
 
-def complaint(*settings: str) -> str:
+def refusal(*settings: str) -> str:
+    """Load a wrong setting and return the one line of its error."""
     with pytest.raises(UserError) as caught:
-        load(Recipe, None, [*GIVEN, *settings])
+        load(Recipe, None, [*REQUIRED, *settings])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -76,13 +77,13 @@ def test_values_come_from_the_class_then_the_file_then_the_settings(tmp_path):
     assert isinstance(recipe.train.lr, float)
 
 
-def test_a_section_keeps_the_defaults_that_its_recipe_gave_it():
-    assert load(Recipe, None, [*GIVEN, "train.lr=1"]).train == Train(lr=1.0, batch=64)
+def test_a_section_keeps_the_defaults_that_its_recipe_sets():
+    assert load(Recipe, None, [*REQUIRED, "train.lr=1"]).train == Train(lr=1.0, batch=64)
 
 
 def test_two_loads_share_nothing():
-    load(Recipe, None, GIVEN).data.classes.append("x")
-    assert load(Recipe, None, GIVEN).data.classes == []
+    load(Recipe, None, REQUIRED).data.classes.append("x")
+    assert load(Recipe, None, REQUIRED).data.classes == []
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ def test_two_loads_share_nothing():
     ],
 )
 def test_what_a_setting_means(setting, get, value):
-    found = get(load(Recipe, None, [*GIVEN, setting]))
-    assert found == value
-    assert type(found) is type(value)
+    loaded = get(load(Recipe, None, [*REQUIRED, setting]))
+    assert loaded == value
+    assert type(loaded) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +162,8 @@ def test_what_a_setting_means(setting, get, value):
         ("sizes=*a", "sizes: anchors (&) and aliases (*) are not supported; write the value out"),
     ],
 )
-def test_what_a_wrong_setting_is_told(setting, message):
-    assert complaint(setting) == message
+def test_the_message_for_a_wrong_setting(setting, message):
+    assert refusal(setting) == message
 
 
 @pytest.mark.parametrize(
@@ -190,9 +191,9 @@ def test_what_a_wrong_setting_is_told(setting, message):
         ("out: \x07\n", "unacceptable character #x0007: special characters are not allowed"),
     ],
 )
-def test_what_a_wrong_file_is_told(tmp_path, text, message):
+def test_the_message_for_a_wrong_file(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
-        read(tmp_path, text, *GIVEN)
+        read(tmp_path, text, *REQUIRED)
     assert str(caught.value).startswith(f"{tmp_path / 'recipe.yaml'}")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -220,7 +221,7 @@ def test_dotted_keys_and_shorthands_work_in_files_too(tmp_path):
     assert recipe == Recipe(Path("2024"), Data("photos"), Train(batch=3), note="no")
 
 
-def test_the_table_of_help(monkeypatch):
+def test_the_table_of_keys(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     lines = describe_keys(Recipe).splitlines()
     assert max(map(len, lines)) <= 120
@@ -229,7 +230,7 @@ def test_the_table_of_help(monkeypatch):
     assert table["data:"] == "data=x means data.source=x"
     assert table["data.source"] == "required folder of images (text)"
     assert table["data.size"] == "256 pixels (a whole number >= 8 and a multiple of 4 or null)"
-    assert table["data.scale"] == "[0.2, 1.0] least and greatest share (a list of 2 in brackets, each a number)"
+    assert table["data.scale"] == "[0.2, 1.0] smallest and largest share (a list of 2 in brackets, each a number)"
     assert table["train:"] == "How to train"
     assert table["train.lr"] == "0.0001 learning rate (a number > 0)"
     assert table["train.batch"] == "64 a whole number >= 1 and <= 4096"
@@ -239,8 +240,8 @@ def test_the_table_of_help(monkeypatch):
     assert table["note"] == "null text or null"
 
 
-# Text of every kind, YAML's own words and numbers among it; half of a surrogate pair cannot be written to a file.
-WORDS = [
+# Text of every kind, including what YAML reads as other types. Files cannot hold half of a surrogate pair.
+SPECIAL_TEXTS = [
     "\x85",
     "a\n",
     "\u2028b",
@@ -262,7 +263,7 @@ WORDS = [
     "&a",
     "!x",
 ]
-TEXT = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]))
+TEXT = st.sampled_from(SPECIAL_TEXTS) | st.text(st.characters(exclude_categories=["Cs"]))
 NUMBERS = st.floats(allow_nan=False)
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False)
 BATCHES = st.integers(1, 4096).filter(lambda batch: batch != 13)

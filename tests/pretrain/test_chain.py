@@ -199,7 +199,7 @@ def test_generation_continues_where_it_stopped(chain, generated, tmp_path):
 
 def test_processes_share_the_work(chain, generated, tmp_path):
     log = torchrun(*generate(chain, tmp_path / "g", "batch=2"))
-    assert "7 images to make of 7, 4 of them on this of 2 processes" in log
+    assert "7 of 7 images to generate, 4 of them by this process (2 processes)" in log
     assert pixels(tmp_path / "g") == generated
 
 

@@ -1,4 +1,5 @@
-"""Stage 1: losses that act, a codebook that follows the features and stays in use, runs that continue, the file."""
+"""Stage 1: every loss term has its effect, the codebook follows the features and stays in use, runs continue exactly,
+and the exported file holds the tokenizer alone."""
 
 import json
 import math
@@ -25,7 +26,7 @@ SIZE = 24  # pixels, 12 x 12 tokens
 
 
 class OneProcess:
-    """As much of an accelerator as `after_step` needs."""
+    """The part of an accelerator that `after_step` needs."""
 
     def reduce(self, tensor, how):
         return tensor
@@ -37,7 +38,7 @@ def micro_step_at(step: int, batch: int, rows: slice | None = None, world: int =
 
 
 def images(n: int = 4, seed: int = 0, size: int = SIZE) -> torch.Tensor:
-    """Smooth coloured noise, which a few codes describe."""
+    """Smooth color noise, which a few codes can describe."""
     coarse = torch.rand(n, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, size=(size, size), mode="bilinear")
 
@@ -54,7 +55,7 @@ def stage_of(model: TokenizerConfig = MODEL, **loss) -> TokenizerStage:
 
 
 def step(stage: TokenizerStage, number: int, pixels: torch.Tensor) -> tuple[dict, dict]:
-    """Loss terms with their gradients in place, and the figures of the codebook's step."""
+    """Return the loss terms, after their backward pass, and the metrics of the codebook's update."""
     micro_step = micro_step_at(number, len(pixels))
     stage.model.zero_grad()
     terms = stage.loss(stage.model, batch_of(pixels), micro_step)
@@ -62,7 +63,7 @@ def step(stage: TokenizerStage, number: int, pixels: torch.Tensor) -> tuple[dict
     return terms, stage.after_step(stage.model, micro_step, OneProcess())
 
 
-# ------------------------------------------------------------------------------------------------------------ gradients
+# -------------------- gradients
 
 
 def test_gradient_passes_straight_through_the_codes():
@@ -74,7 +75,7 @@ def test_gradient_passes_straight_through_the_codes():
     assert all(value.grad is not None and value.grad.abs().max() > 0 for value in parameters.values())
     assert not any("quantize" in name for name in parameters)  # codes are averages
 
-    # The encoder's gradient is what the decoder asks of its input.
+    # The encoder's output gets the gradient of the decoder's input.
     h = stage.model.tokenizer.encoder(images()).detach().requires_grad_()
     codes = stage.model.tokenizer.lookup(stage.model.tokenizer.quantize.nearest_ids(h))
     F.l1_loss(stage.model.tokenizer.decode(codes + (h - h.detach())), images()).backward()
@@ -102,7 +103,7 @@ def test_pixel_terms_and_psnr():
     assert terms["psnr"].item() == pytest.approx(sum(each) / 4, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------- codebook
+# -------------------- codebook
 
 
 def update(training: TokenizerTraining, features, ids, decay=0.0, revive_after=None, candidates=None):
@@ -118,7 +119,7 @@ def test_codes_are_the_means_of_their_clusters():
     means = torch.stack([features[ids == k].mean(0) for k in range(16)])
     assert torch.allclose(training.tokenizer.quantize.embedding.weight, means, atol=1e-6)
 
-    # With memory: sum and count fade by the same factor, and the first step counts as much as its share.
+    # With decay: sum and count shrink by the same factor, and the first step has the weight of its decayed count.
     training = TokenizerTraining(Tokenizer(MODEL))
     for part in (slice(0, 16), slice(16, 32)):
         update(training, features[part], ids[part], decay=0.9)
@@ -126,18 +127,18 @@ def test_codes_are_the_means_of_their_clusters():
     assert torch.allclose(training.tokenizer.quantize.embedding.weight, expected, atol=1e-5)
 
 
-def test_codes_that_nothing_uses_are_reseeded_in_time():
+def test_unused_codes_move_to_candidates_in_time():
     training = TokenizerTraining(Tokenizer(MODEL))
     features, candidates = torch.randn(40, 4), torch.randn(16, 4)
     update(training, features, torch.arange(40) % 16, revive_after=3)
     codes = training.tokenizer.quantize.embedding.weight
     start = codes.clone()
-    few = torch.arange(40) % 12  # the last four rest
+    few = torch.arange(40) % 12  # the last four codes are unused
     for _ in range(2):
-        figures = update(training, features, few, revive_after=3, candidates=candidates)
-        assert figures["revived"] == 0
-        assert figures["usage"] == 12 / 16
-        assert torch.equal(codes[12:], start[12:])  # an unused code keeps its place, though its average fades
+        metrics = update(training, features, few, revive_after=3, candidates=candidates)
+        assert metrics["revived"] == 0
+        assert metrics["usage"] == 12 / 16
+        assert torch.equal(codes[12:], start[12:])  # an unused code keeps its place, though its average shrinks
     assert update(training, features, few, revive_after=3, candidates=candidates)["revived"] == 4
     assert torch.equal(codes[12:], candidates[12:])
     assert not torch.equal(codes[:12], candidates[:12])
@@ -153,8 +154,8 @@ def test_codebook_starts_from_features_and_revival_keeps_it_in_use():
         assert first["revived"] > 0
         features = stage.model(images())["features"]
         codes = stage.model.tokenizer.quantize.embedding.weight
-        assert torch.cdist(codes, features).amin(1).max() < features.std()  # each lies among the features
-        # All but four codes lie far from every feature, as after a jump of the encoder.
+        assert torch.cdist(codes, features).amin(1).max() < features.std()  # each code is close to some feature
+        # All but four codes are far from every feature, as after a sudden change of the encoder.
         codes[4:] += 100
         stage.model.count[4:] = stage.model.total[4:] = 0
         return [step(stage, number, images(seed=number))[1]["usage"] for number in range(1, 8)]
@@ -164,8 +165,8 @@ def test_codebook_starts_from_features_and_revival_keeps_it_in_use():
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_processes_agree_with_one(world):
-    """Counts, sums and candidates of the processes' shares add up to those of one process with all rows."""
+def test_several_processes_agree_with_one(world):
+    """Counts, sums and candidates of all processes add up to those of one process with all rows."""
     whole = stage_of()
     whole.loss(whole.model, batch_of(images()), micro_step_at(0, 4))
 
@@ -206,12 +207,13 @@ def test_micro_steps_count_together_and_skipped_steps_do_not():
     assert torch.allclose(sums, expected[1], atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- further loss terms
+# -------------------- further loss terms
 
 
 def write_vgg(path, depth: int, seed: int = 0) -> dict:
-    """torchvision's names, random weights, the first `depth` blocks."""
-    generator, state, index, width_in = torch.Generator().manual_seed(seed), {}, 0, 3
+    """Write the first `depth` blocks of a VGG16 with random weights under torchvision's names."""
+    generator, index, width_in = torch.Generator().manual_seed(seed), 0, 3
+    state: dict[str, torch.Tensor] = {}
     for widths in VGG16[:depth]:
         for width in widths:
             weight = torch.randn(width, width_in, 3, 3, generator=generator) * (2 / (9 * width_in)) ** 0.5
@@ -243,7 +245,7 @@ def test_perceptual_distance_is_vgg16s(tmp_path):
     assert distance(a, b).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_perceptual_term_acts(tmp_path):
+def test_perceptual_term_reaches_the_encoder(tmp_path):
     write_vgg(tmp_path / "vgg.pth", 1)
     stage = stage_of(
         l1=0.0, commitment=0.0, perceptual_weights=str(tmp_path / "vgg.pth"), perceptual=0.5, perceptual_depth=1
@@ -281,7 +283,7 @@ def test_perceptual_weights_that_do_not_fit(tmp_path, spoil, message):
 ADVERSARIAL = {"adversarial": 0.5, "discriminator_width": 32, "discriminator_layers": 1, "commitment": 0.0}
 
 
-def test_adversarial_term_starts_in_time():
+def test_adversarial_term_starts_at_its_step():
     stage = stage_of(**ADVERSARIAL, adversarial_start=1)
     terms, _ = step(stage, 0, images())
     assert "adversarial" not in terms
@@ -312,7 +314,7 @@ def test_each_side_learns_from_its_own_loss_alone():
     assert out["adversarial"].item() == pytest.approx(-scores[1].mean().item(), rel=1e-5)
 
 
-def test_adaptive_weight_levels_the_gradients():
+def test_adaptive_weight_balances_the_gradients():
     stage = stage_of(**ADVERSARIAL, adversarial_balance="adaptive")
     step(stage, 0, images())
     terms, _ = step(stage, 1, images())
@@ -321,12 +323,12 @@ def test_adaptive_weight_levels_the_gradients():
     out = stage.model(images(), True)
     fooled = torch.autograd.grad(out["adversarial"], last, retain_graph=True)[0].norm()
     similar = torch.autograd.grad(F.l1_loss(out["images"], images()), last)[0].norm()
-    # after_step has moved the codebook between the two evaluations, so only the size is the same
+    # after_step has updated the codebook between the two evaluations, so the values agree only roughly
     assert terms["adversarial_weight"].item() == pytest.approx((0.5 * similar / fooled).item(), rel=0.5)
     assert not terms["adversarial_weight"].requires_grad
 
 
-def test_discriminator_learns_to_tell_apart():
+def test_discriminator_learns_to_distinguish():
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(32, 1)
     optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
@@ -340,12 +342,12 @@ def test_discriminator_learns_to_tell_apart():
     assert loss.item() < 0.5 * before
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
+# -------------------- whole runs
 
 
 @pytest.fixture(scope="module", autouse=True)
 def without_curves():
-    """Curves take a second to draw."""
+    """Do not plot curves, which takes a second for each run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLogger, "plot_curves", lambda self: None)
         yield
@@ -360,7 +362,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, out, *settings: str) -> Recipe:
-    """A recipe with every term but the perceptual one, six steps of two micro-steps."""
+    """A recipe with every loss term except the perceptual one, for six steps of two micro-steps."""
     tiny = [
         f"data.source={folder}", f"out={out}", f"data.size={SIZE}", "data.workers=0", "model.width=32",
         "model.multipliers=[1,1]", "model.blocks=1", "model.codebook=16", "model.dim=4", "loss.adversarial=0.1",
@@ -397,8 +399,8 @@ def test_run_folder(finished):
         lines[-1]
     )
     assert "adversarial" not in lines[0]
-    with Image.open(finished / "images" / "recon-6.png") as picture:
-        assert picture.width > 2 * SIZE
+    with Image.open(finished / "images" / "recon-6.png") as image:
+        assert image.width > 2 * SIZE
     before = (finished / "model.safetensors").stat().st_mtime_ns
     tokenizer_stage.run(recipes.load(Recipe, finished / "recipe.yaml", []))
     assert (finished / "model.safetensors").stat().st_mtime_ns == before
