@@ -1,6 +1,8 @@
-"""A stage of a few hundred weights with everything that can go wrong on resuming: dropout, batch statistics, a buffer
-that `after_step` writes, random targets; and faults on request. `start` runs it in a fresh process."""
+"""A stage of a few hundred weights with everything that can break on resuming: dropout, batch statistics, a buffer that
+`after_step` writes, random loss weights; and faults on request. `start_process` runs it in a process of its own.
+"""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -10,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from addp_core.base import rng
@@ -19,9 +22,15 @@ from addp_core.base.errors import UserError
 from addp_core.recipes import config as recipes
 from addp_core.training import engine
 from addp_core.training.metrics import RunLogger
+from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 
 N = 40  # images
+
+# Under these settings, the way in which a batch is split changes results by rounding only.
+ROUNDING_ONLY = ["dropout=0", "norm=false", "train.log_every=1", "train.steps=20", "train.checkpoint_every=0"]
+
+TIMING = ("img_s",)  # metrics that differ from run to run
 
 
 @dataclass
@@ -38,10 +47,10 @@ class Recipe:
 
 @dataclass
 class Faults:
-    """What happens in the loss of which optimizer step."""
+    """The faults that the loss causes, by optimizer step."""
 
-    signals: dict[int, int] = field(default_factory=dict)  # step -> signal to this process
-    only_rank: int | None = None  # signal and NaN come to this process alone
+    signals: dict[int, int] = field(default_factory=dict)  # step -> signal that the process sends itself
+    only_rank: int | None = None  # only this process gets signals and NaN losses
     nan_loss: tuple[int, ...] = ()
     nan_gradient: tuple[int, ...] = ()
     huge_gradient: int | None = None
@@ -55,7 +64,7 @@ class Batch:
 
 
 class ToyStream:
-    """N noise images; the label is the sign of the mean, the order and a little noise are functions of the position."""
+    """N noise images, labelled by the sign of their mean; the order and some noise are functions of the position."""
 
     def __init__(self, seed: int, batch: int):
         self.seed, self.batch = seed, batch
@@ -72,8 +81,8 @@ class ToyStream:
             start += 1
 
     def at(self, position: int) -> tuple[Tensor, Tensor]:
-        epoch, place = divmod(position, N)
-        index = torch.randperm(N, generator=rng.generator(self.seed, "order", epoch))[place].item()
+        epoch, offset = divmod(position, N)
+        index = int(torch.randperm(N, generator=rng.generator(self.seed, "order", epoch))[offset].item())
         image = torch.randn(3, 6, 6, generator=rng.generator(self.seed, "image", index))
         noise = 0.1 * torch.randn(3, 6, 6, generator=rng.generator(self.seed, "noise", position))
         return image + noise, (image.mean() > 0).long()
@@ -102,21 +111,25 @@ class ToyStage(Stage):
             torch.manual_seed(0)
             self.model = Net(dropout, norm)
             self.frozen = [nn.Linear(3, 3)]
+        for parameter in self.frozen[0].parameters():
+            nn.init.ones_(parameter)  # the same fingerprint on every CPU, for runs that the tests store
         self.faults = faults or Faults()
 
     def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         faults = self.faults
-        here = faults.only_rank in (None, micro_step.rank)
-        if micro_step.step in faults.signals and here:
+        affected = faults.only_rank in (None, micro_step.rank)
+        if micro_step.step in faults.signals and affected:
             os.kill(os.getpid(), faults.signals[micro_step.step])
         assert not self.frozen[0].training
         assert not self.frozen[0].weight.requires_grad
         logits = model(batch.images)
         cross_entropy = nn.functional.cross_entropy(logits.float(), batch.labels)
-        # random numbers as a method draws them: for the whole micro-batch, of which the rows are kept
-        weights = torch.rand(micro_step.batch, generator=micro_step.generator("weights"))[micro_step.rows].to(logits.device)
+        # drawn for the whole micro-batch, so that the number of processes does not matter
+        weights = torch.rand(micro_step.batch, generator=micro_step.generator("weights"))[micro_step.rows].to(
+            logits.device
+        )
         size = (weights[:, None] * logits.float() ** 2).mean()
-        if micro_step.step in faults.nan_loss and here:
+        if micro_step.step in faults.nan_loss and affected:
             cross_entropy = cross_entropy * float("nan")
         if micro_step.step in faults.nan_gradient:
             logits.register_hook(lambda gradient: gradient * float("inf"))
@@ -143,10 +156,10 @@ class ToyStage(Stage):
 
 
 def run(settings: list[str], faults: Faults | None = None) -> Path:
-    """What a verb does."""
+    """Run the stage as a verb of the command line does."""
     recipe = recipes.load(Recipe, None, settings)
     text = recipes.dump(recipe)
-    finished = engine.prepare_out(recipe.out, text)
+    finished = prepare_out(recipe.out, text)
     if finished:
         return finished
     stage = ToyStage(recipe.dropout, recipe.norm, faults)
@@ -154,10 +167,16 @@ def run(settings: list[str], faults: Faults | None = None) -> Path:
     return engine.train(stage, stream, recipe.train, recipe.out, text)
 
 
+def stopped_run(out: Path, step: int = 9) -> None:
+    """Start a run that a signal stops during the optimizer step `step`, counted from 0."""
+    with pytest.raises(SystemExit):
+        run([f"out={out}"], Faults(signals={step: signal.SIGTERM}))
+
+
 def command(settings: list[str], faults: Faults | None = None, log: Path | None = None, environment=None, before=None):
-    """What the command line does: exit codes 0, 2 for the user's errors, 1; messages to `log`."""
+    """Run the stage with the exit codes of the command line; write messages to `log`, and call `before` first."""
     torch.set_num_threads(1)
-    RunLogger.plot_curves = lambda self: None  # slow, and looked at elsewhere
+    RunLogger.plot_curves = lambda self: None  # slow, and tested elsewhere
     os.environ |= environment or {}
     if log:
         logging.basicConfig(filename=log, format="%(message)s", level=logging.INFO, force=True)
@@ -172,8 +191,8 @@ def command(settings: list[str], faults: Faults | None = None, log: Path | None 
         sys.exit(1)
 
 
-def start(*arguments, **options) -> multiprocessing.Process:
-    """`command` in a process of its own, forked from one that has torch loaded."""
+def start_process(*arguments, **options) -> multiprocessing.Process:
+    """Start `command` in a process of its own, forked from one that has loaded torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["addp_core.training.engine", "addp_core.recipes.config"])
     process = context.Process(target=command, args=arguments, kwargs=options)
@@ -181,13 +200,41 @@ def start(*arguments, **options) -> multiprocessing.Process:
     return process
 
 
-def finish(process: multiprocessing.Process, limit: float = 60.0) -> int:
-    """Waits; the exit code, negative for a signal."""
+def wait_for(process: multiprocessing.Process, limit: float = 60.0) -> int:
+    """Wait for a process and return its exit code, which is negative after a signal."""
     process.join(limit)
     if process.exitcode is None:
         os.kill(process.pid, signal.SIGKILL)
         raise AssertionError(f"still running after {limit} s")
     return process.exitcode
+
+
+# -------------------- what a run has written
+
+
+def metrics(out: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl without timing."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """Return the names in the folder of checkpoints, sorted."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    """Check that two runs of 12 steps are equal bit for bit: weights, buffers, average, optimizer and metrics."""
+    for name in ("model.safetensors", "model-raw.safetensors"):
+        ours, theirs = load_file(out / name), load_file(expected / name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert torch.equal(ours[key], theirs[key]), (name, key)
+    ours, theirs = (torch.load(folder / "checkpoints/step-12/training.pt") for folder in (out, expected))
+    for index, state in theirs["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(ours["optimizer"]["state"][index][key], value), (index, key)
+    assert metrics(out) == metrics(expected)
 
 
 if __name__ == "__main__":
