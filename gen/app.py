@@ -10,7 +10,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval
 
 from addp_core.base.errors import UserError
-from addp_core.training.engine import process_state
+from addp_core.training.processes import process_state
 from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling
 
 

@@ -23,7 +23,7 @@ from addp_core.data.images import ImageError
 from addp_core.data.sources import ImageSource
 from addp_core.method.sampler import SampleConfig
 from addp_core.training.compute import Precision
-from addp_core.training.engine import process_state
+from addp_core.training.processes import process_state
 from gen import generate
 from gen.extractors import Extractor, open_extractor
 from gen.features import FeatureSet, extract_features, require_size

@@ -29,9 +29,7 @@ class ClassifierExtractor(FeatureExtractorBase):
     head) and `logits`.
     """
 
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **_: Any
-    ):
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any):
         super().__init__(name, features_list)
         self.classifier = load_classifier(feature_extractor_weights_path)
 

@@ -31,7 +31,7 @@ from addp_core.method.addp import ADDP
 from addp_core.method.diffusion import mask_ratios
 from addp_core.method.sampler import SampleConfig, SamplerState, sample
 from addp_core.training.compute import accelerate_model
-from addp_core.training.engine import process_state
+from addp_core.training.processes import process_state
 from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_recipe_model
 from gen.report import METRIC_LABELS, read_report
 

@@ -15,8 +15,8 @@ from annotated_types import Ge, Gt
 from tqdm import tqdm
 
 from addp_core.method.sampler import SampleConfig, sample
-from addp_core.training.compute import Precision, arithmetic
-from addp_core.training.engine import process_state
+from addp_core.training.compute import Precision, autocast
+from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, claim_weights, image_path, write_grid, write_image
 from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling
 
@@ -77,7 +77,7 @@ def run(recipe: Recipe) -> None:
             first, n, at_once = batch * recipe.batch, recipe.batch, recipe.batch
             if not has_gpu:
                 n, at_once = len(numbers), 1
-            with arithmetic(recipe.precision, state.device):
+            with autocast(recipe.precision, state.device):
                 images = sample(model, n, **vars(recipe.sampling), seed=recipe.seed, first=first, batch=at_once)
             for i, image in zip(numbers, images, strict=False):
                 write_image(image, image_path(out, i))

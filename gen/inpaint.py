@@ -26,8 +26,8 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform, wrap_image_errors
 from addp_core.method.addp import ADDPConfig
 from addp_core.method.sampler import SampleConfig, inpaint
-from addp_core.training.compute import Precision, arithmetic
-from addp_core.training.engine import process_state
+from addp_core.training.compute import Precision, autocast
+from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, image_path, write_image
 from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling, load_recipe_model
 
@@ -79,7 +79,7 @@ def run(recipe: Recipe) -> None:
         log.warning("inpaint: the hole is empty; all variations will be equal to the image")
     variations: list[Tensor] = []
     for i in tqdm(range(recipe.n), unit="img"):
-        with arithmetic(recipe.precision, device):
+        with autocast(recipe.precision, device):
             variations += inpaint(
                 model,
                 image[None].to(device),

@@ -29,7 +29,8 @@ class ModelKeys(Protocol):
 
 def load_recipe_model(recipe: ModelKeys, **options: Any) -> ADDP:
     """Load the model that the recipe names, on the CPU. `options` are those of `load_addp`."""
-    return load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **recipe_heads(recipe), **options)
+    heads: dict[str, Any] = recipe_heads(recipe)
+    return load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **heads, **options)
 
 
 def load_for_sampling(recipe: ModelKeys, device: torch.device, **options: Any) -> ADDP:

@@ -48,6 +48,7 @@ class SceneFolder(BaseSegDataset):
         ]
 
     def _permutation(self, epoch: int) -> torch.Tensor:
+        assert self.seed is not None  # without it, `__getitem__` has no epochs
         return torch.randperm(len(self), generator=generator(self.seed, "order", epoch))
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class SceneFolder(BaseSegDataset):
         return {key: value for key, value in vars(self).items() if key != "_order"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _order=lru_cache(2)(self._permutation))
+        self.__dict__.update(state, _order=lru_cache(2)(self._permutation))
 
 
 @DATA_SAMPLERS.register_module()

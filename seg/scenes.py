@@ -173,12 +173,13 @@ def class_colors(classes: int) -> np.ndarray:
     colors = [
         colorsys.hsv_to_rgb(i * golden_ratio % 1, 0.9 - 0.4 * (i % 3) / 2, 1 - 0.35 * (i % 2)) for i in range(classes)
     ]
-    return np.uint8(np.array(colors).reshape(-1, 3) * 255)
+    return (np.array(colors).reshape(-1, 3) * 255).astype(np.uint8)
 
 
 def check_pairs(pairs: list[ScenePair], classes: int, limit: int) -> None:
     """Read up to `limit` of the pairs, evenly spaced. Raises UserError for the first one that cannot be used."""
-    indices = np.unique(np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)) if limit else []
+    evenly_spaced = np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)
+    indices = np.unique(evenly_spaced).tolist()
     if len(indices) < len(pairs):
         log.info("checking %d of %d pairs of images and class maps (data.check)", len(indices), len(pairs))
     for i in indices:

@@ -1,7 +1,6 @@
 """`addp app`: what the buttons of the page do, and that it is served to this machine alone by default."""
 
 import socket
-from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ def test_limits(actions):
 
 @pytest.mark.parametrize(("keys", "host"), [({}, "127.0.0.1"), ({"host": "0.0.0.0"}, "0.0.0.0")])
 def test_the_page_is_local_unless_host_says_otherwise(tmp_path, monkeypatch, keys, host):
-    options: dict[str, Any] = {}
+    options = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **given: options.update(given))
     save_model(tiny_addp(HW), tmp_path / "model.safetensors")
     app.run(app.Recipe(model=str(tmp_path / "model.safetensors"), **keys))

@@ -55,14 +55,18 @@ def inputs(tmp_path_factory) -> Path:
     save_model(tiny_addp(HW), root / "model.safetensors")
     torch.manual_seed(0)
     classifier = Classifier(load_encoder("tiny", HW, init="random", patch_size=8), classes=3)
-    torch.nn.init.normal_(classifier.head.weight, std=0.5)
+    torch.nn.init.normal_(classifier.get_parameter("head.weight"), std=0.5)
     save_model(classifier, root / "classifier.safetensors")
     return root
 
 
 def evaluate_command(inputs: Path, out: Path, *settings: str) -> list[str]:
     """Return the arguments of an evaluation with the classifier, which is fast; a key set to "-" is left out."""
-    keys = {"reference": inputs / "b", "extractor": inputs / "classifier.safetensors", "cache": out.parent / "cache"}
+    keys: dict[str, object] = {
+        "reference": inputs / "b",
+        "extractor": inputs / "classifier.safetensors",
+        "cache": out.parent / "cache",
+    }
     keys |= {"out": out, "is_splits": 2, "workers": 0}
     keys |= dict(setting.split("=", 1) for setting in settings)
     return ["evaluate", *(f"{key}={value}" for key, value in keys.items() if value != "-")]

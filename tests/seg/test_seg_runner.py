@@ -1,0 +1,80 @@
+"""mmengine's Runner in a run folder: stopping, continuing, and refusing checkpoints that contain code."""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_segmentation import STEPS, train_command, user_error
+
+pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
+
+from addp_core.recipes.cli import main
+
+
+def exit_code_after_signal(arguments: list[str], number: int, message: str) -> Any:
+    """Return the exit code of a run that receives the signal when it logs a message with this beginning."""
+
+    def send_signal(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith(message):
+            os.kill(os.getpid(), number)
+        return True
+
+    log = logging.getLogger("addp")
+    log.addFilter(send_signal)
+    try:
+        with pytest.raises(SystemExit) as raised:
+            main(arguments)
+    finally:
+        log.removeFilter(send_signal)
+    return raised.value.code
+
+
+def test_a_stopped_run_continues_to_the_same_weights(trained_run, scenes, encoder_file, tmp_path):
+    arguments = train_command(scenes, encoder_file, tmp_path / "run")
+    assert exit_code_after_signal(arguments, signal.SIGINT, f"step 1/{STEPS}") == 1
+    assert exit_code_after_signal(arguments, signal.SIGTERM, f"step 3/{STEPS}") == 0
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert main(arguments) == 0
+    continued, uninterrupted = (load_file(run / "model.safetensors") for run in (tmp_path / "run", trained_run))
+    assert continued.keys() == uninterrupted.keys()
+    assert all(torch.equal(continued[name], uninterrupted[name]) for name in uninterrupted)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"loss"') == STEPS
+
+
+class TouchOnUnpickling:
+    """An object whose unpickling creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_are_read_without_executing_code(scenes, encoder_file, tmp_path, capsys):
+    mark, malicious = tmp_path / "executed", tmp_path / "malicious.pth"
+    torch.save({"model": {"weight": torch.zeros(1)}, "extra": TouchOnUnpickling(mark)}, malicious)
+    assert "refused" in user_error(capsys, *train_command(scenes, malicious, tmp_path / "start"))
+    arguments = ["seg", "predict", f"model={malicious}", f"images={scenes}", f"out={tmp_path}/predicted"]
+    assert "refused" in user_error(capsys, *arguments)
+
+    out = tmp_path / "run"
+    step = out / "checkpoints" / "step-2"
+    step.mkdir(parents=True)
+    content = pickle.dumps(TouchOnUnpickling(mark))
+    for write in (lambda path: path.write_bytes(content), lambda path: shutil.copy(malicious, path)):
+        write(step / "training.pt")
+        data = (step / "training.pt").read_bytes()
+        state = {"step": 2, "size": len(data), "crc32": zlib.crc32(data), "iteration": 2, "iterations": STEPS}
+        (step / "state.json").write_text(json.dumps(state))
+        assert "training.pt" in user_error(capsys, *train_command(scenes, encoder_file, out))
+    assert not mark.exists()

@@ -1,0 +1,182 @@
+"""`addp seg train`: what a run writes, its settings, and the errors in them."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import TOKENIZER
+from toy_segmentation import CLASSES, STEPS, train_command, user_error
+
+pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
+
+from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.tokenizer import Vocabulary
+from addp_core.recipes.cli import main
+from addp_core.recipes.config import load
+from addp_core.weights.saving import save_model
+from seg import train as seg_train
+from seg.mmseg_config import fill_model, read_base_config, read_config
+from seg.scenes import find_pairs
+from seg.segmentor import load_segmentor
+
+
+def test_a_run_writes_its_folder(trained_run, scenes, encoder_file, capsys):
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert {"mIoU", "aAcc", "mAcc", "constant_mIoU"} <= lines[-1].keys()
+    assert (trained_run / "checkpoints" / f"step-{STEPS}" / "training.pt").exists()
+    assert main(train_command(scenes, encoder_file, trained_run)) == 0
+    assert "has finished" in capsys.readouterr().err
+
+
+def test_gradient_accumulation_from_random_initialization(scenes, encoder_file, tmp_path):
+    out = tmp_path / "run"
+    settings = ["init=random", "relative=none", "out_indices=[3]", "train.accumulate=2", "train.steps=2"]
+    settings += ["train.warmup_steps=0", "train.clip_grad=1"]
+    assert main(train_command(scenes, encoder_file, out, *settings)) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    state = load_file(out / "model.safetensors")
+    assert "backbone.encoder.cls_token" in state
+    assert not any("relative" in name for name in state)
+
+
+def test_the_model_file_keeps_the_norms_of_its_initialization(scenes, tmp_path, capsys):
+    """CLIP's norm after the patches, and BEiT's normalization of images, are part of the segmentor's file."""
+    torch.manual_seed(0)
+    clip, out = tmp_path / "clip.safetensors", tmp_path / "run"
+    save_model(Encoder(EncoderConfig(16, 4, 2, tokenizer_norm=True, pre_norm=True), (32, 32), patch_size=8), clip)
+    assert main(train_command(scenes, clip, out, "train.steps=2", "normalisation=half")) == 0
+    assert "backbone.encoder.tokenizer_norm.weight" in load_file(out / "model.safetensors")
+    segmentor, _ = load_segmentor(out)
+    assert (segmentor.tokenizer_norm, segmentor.normalisation) == (True, "half")
+    cfg = read_base_config()
+    fill_model(cfg, segmentor)
+    assert cfg.model.data_preprocessor.mean == cfg.model.data_preprocessor.std == [127.5] * 3
+    arguments = ["seg", "test", f"model={out}", f"data={scenes}", f"out={tmp_path}", "data.workers=0"]
+    assert main(arguments) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["aAcc"] == pytest.approx(last["aAcc"], abs=0.011)
+
+    random_recipe = load(seg_train.Recipe, None, train_command(scenes, clip, out, "init=random")[2:])
+    cfg = read_config(random_recipe.config)
+    resolved = seg_train.resolve(random_recipe, cfg)
+    assert seg_train.describe_segmentor(resolved, cfg, ("thing",)).tokenizer_norm
+
+
+@pytest.mark.slow
+def test_two_processes(scenes, encoder_file, tmp_path):
+    arguments = train_command(scenes, encoder_file, tmp_path / "run", "train.steps=2")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in "01":
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command_line = [sys.executable, "-m", "addp_core", *arguments]
+        processes.append(subprocess.Popen(command_line, env=os.environ | group, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            errors = process.communicate(timeout=600)[1]
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    assert json.loads((tmp_path / "run" / "finished.json").read_text())["aAcc"] >= 0
+
+
+# -------------------- errors
+
+
+def test_errors_name_scenes_that_cannot_be_trained_on(scenes_copy, encoder_file, tmp_path, capsys):
+    arguments = train_command(scenes_copy, encoder_file, tmp_path / "run")
+    pair = find_pairs(scenes_copy, "train")[3]
+    intact = pair.class_map.read_bytes()
+    labels = np.array(Image.open(pair.class_map))
+
+    Image.fromarray(np.where(labels == 3, 77, labels)[:, :-2]).save(pair.class_map)
+    height, width = labels.shape
+    assert f"{pair.class_map}: found {width - 2} x {height} pixels" in user_error(capsys, *arguments)
+    beyond = labels.copy()
+    beyond[5, 5] = CLASSES + 1
+    Image.fromarray(beyond).save(pair.class_map)
+    expected = f"{pair.class_map}: found label {CLASSES + 1}, expected 0 (other) to {CLASSES}"
+    assert expected in user_error(capsys, *arguments)
+    Image.fromarray(np.stack([labels] * 3, -1)).save(pair.class_map)
+    assert f"{pair.class_map}: found 3 channels" in user_error(capsys, *arguments)
+    pair.class_map.write_bytes(intact[:40])
+    assert str(pair.class_map) in user_error(capsys, *arguments)
+    pair.class_map.unlink()
+    assert f"{pair.class_map} is missing" in user_error(capsys, *arguments)
+    pair.class_map.write_bytes(intact)
+
+    class_table = scenes_copy / "objectInfo.txt"
+    rows = class_table.read_text().splitlines()
+    class_table.write_text("\n".join(rows[:-1]))
+    assert "found label 13, expected 0 (other) to 12" in user_error(capsys, *arguments)
+    class_table.write_text("\n".join(rows))
+    shutil.rmtree(scenes_copy / "annotations")
+    assert "annotations/training is missing" in user_error(capsys, *arguments)
+    class_table.unlink()
+    assert "data.classes" in user_error(capsys, *arguments)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_bad_class_map_met_in_training_ends_with_one_line(scenes_copy, encoder_file, tmp_path, capsys):
+    for pair in find_pairs(scenes_copy, "train"):
+        labels = np.array(Image.open(pair.class_map))
+        Image.fromarray(np.full_like(labels, CLASSES + 5)).save(pair.class_map)
+    settings = ["data.check=0", "data.workers=1"]
+    line = user_error(capsys, *train_command(scenes_copy, encoder_file, tmp_path / "run", *settings))
+    assert line.startswith(f"addp: {scenes_copy}")
+    assert f"found label {CLASSES + 5}" in line
+    assert "Traceback" not in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("train.accumulate=4", "train.batch=4"),
+        ("data.crop=36", "data.crop=36: "),
+        ("out_indices=[9]", "out_indices"),
+        ("out_indices=[1,2]", "out_indices: found [1, 2], expected four blocks or one"),
+        ("patch_size=4", "patch_size: found 4"),
+        ("test.flip=true", "unknown key 'test.flip'"),
+        ("config=upernet_addp-q", "upernet_addp-b_80k"),
+        ("train.warmup_steps=9", "train.warmup_steps=9"),
+        pytest.param(
+            "train.precision=bf16",
+            "needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 needs no error where there is a GPU"),
+        ),
+    ],
+)
+def test_errors_name_the_setting(scenes, encoder_file, tmp_path, capsys, setting, expected):
+    key = setting.split("=")[0]
+    arguments = [a for a in train_command(scenes, encoder_file, tmp_path) if a.split("=")[0] != key]
+    assert expected in user_error(capsys, *arguments, setting)
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_an_encoder_of_token_ids_is_refused(scenes, tmp_path, capsys, init):
+    save_model(
+        TokenEncoder(PredictorConfig(16, 4, 2, 1, 2), Vocabulary(TOKENIZER.codebook), TOKENIZER, (32, 32)),
+        tmp_path / "tokens.safetensors",
+    )
+    arguments = train_command(scenes, tmp_path / "tokens.safetensors", tmp_path, f"init={init}")
+    assert "tokens.safetensors reads token ids" in user_error(capsys, *arguments)
+
+
+def test_a_checkpoint_or_random_initialization_is_required(scenes, tmp_path, capsys):
+    assert "model: not given" in user_error(capsys, "seg", "train", f"data={scenes}", f"out={tmp_path}")
