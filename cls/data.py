@@ -13,8 +13,8 @@ from addp_core.data.sources import ImageSource, open_source
 from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier
 
-# The published evaluation crop (App. D.2): this share of the shorter side up to 224 px, the whole side above.
-CROP_SHARE, MAX_CROPPED_SIZE = 0.875, 224
+# The published evaluation crop (App. D.2): this fraction of the shorter side up to 224 px, the whole side above.
+CROP_FRACTION, MAX_CROPPED_SIZE = 0.875, 224
 
 
 def open_splits(config: DataConfig, val: str = "") -> tuple[ImageSource, ImageSource]:
@@ -29,7 +29,7 @@ def open_splits(config: DataConfig, val: str = "") -> tuple[ImageSource, ImageSo
         raise UserError(f"data.source: {config.source} has no class folders; expected <class>/<image>, or a label list")
     val_source = val or config.source
     validation = open_source(replace(config, source=val_source), "val", train.classes)
-    if validation.classes != train.classes:  # tar shards and hub datasets bring class names of their own
+    if validation.classes != train.classes:  # .tar files and Hugging Face datasets have class names of their own
         pairs = zip_longest(train.classes, validation.classes, fillvalue="none")
         label, (train_class, val_class) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise UserError(
@@ -73,18 +73,18 @@ def check_batch_labels(batch: Batch, classes: int) -> None:
         raise UserError(f"data.source: found label {int(invalid[0])}, expected 0 to {classes - 1}")
 
 
-def evaluation_crop(size: tuple[int, int], share: float | None) -> float:
-    """Return the share of the shorter side that evaluation crops: `share`, or the published rule for this size."""
-    return share if share is not None else CROP_SHARE if max(size) <= MAX_CROPPED_SIZE else 1.0
+def evaluation_crop(size: tuple[int, int], fraction: float | None) -> float:
+    """Return the fraction of the shorter side to crop in evaluation: `fraction`, or the published one for this size."""
+    return fraction if fraction is not None else CROP_FRACTION if max(size) <= MAX_CROPPED_SIZE else 1.0
 
 
-def classifier_crop(model: Classifier, share: float | None = None) -> float:
-    """Return the share to crop for a classifier: `share`, else the one it was validated with, else the published."""
-    return evaluation_crop(model.encoder.image_size, model.crop if share is None else share)
+def classifier_crop(model: Classifier, fraction: float | None = None) -> float:
+    """Return the fraction to crop for a classifier: `fraction`, else that of its validation, else the published one."""
+    return evaluation_crop(model.encoder.image_size, model.crop if fraction is None else fraction)
 
 
-def cache_for_evaluation(source: ImageSource, config: DataConfig, share: float) -> ImageSource:
-    """Keep the images in memory if `data.cache` is `ram`, at the resolution that a crop of this share needs."""
+def cache_for_evaluation(source: ImageSource, config: DataConfig, fraction: float) -> ImageSource:
+    """Keep the images in memory if `data.cache` is `ram`, at the resolution that a crop of this fraction needs."""
     if config.cache != "ram":
         return source
-    return CachedSource(source, math.ceil(max(config.hw) / share), config.cache_gb)
+    return CachedSource(source, math.ceil(max(config.hw) / fraction), config.cache_gb)

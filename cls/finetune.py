@@ -100,7 +100,7 @@ class Recipe(EncoderKeys):
         float | None,
         Gt(0),
         Le(1),
-        "share of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
+        "fraction of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
     ] = None
     eval_batch: Annotated[int, Ge(1), "images at a time on each process, in validation"] = 64
     confusion: Annotated[bool, "write confusion.csv and images/confusion.png at each validation"] = False
@@ -217,7 +217,7 @@ def train_transform(recipe: Recipe) -> Any:
         scale=recipe.data.scale,
         ratio=recipe.data.ratio,
         hflip=0.5 if recipe.data.flip else 0.0,
-        color_jitter=recipe.augment.color_jitter or None,
+        color_jitter=recipe.augment.color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
         auto_augment=recipe.augment.auto or None,
         interpolation="bicubic",
         re_prob=recipe.augment.erase,

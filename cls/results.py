@@ -48,12 +48,12 @@ def write_confusion(scores: Scores, class_names: tuple[str, ...], out: Path) -> 
     writer.writerows([name, *row] for name, row in zip(class_names, scores.confusion.tolist(), strict=True))
     with log_write_errors(out / CONFUSION):
         write_atomically(out / CONFUSION, text.getvalue().encode())
-    share = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
+    fractions = scores.confusion / scores.confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.3 * len(class_names)), 12.0)
     figure = Figure(figsize=(side + 1, side))
     title = f"top-1 {scores.metrics['top1']:.1f} %"
     axes = figure.add_subplot(title=title, xlabel="prediction", ylabel="true class")
-    figure.colorbar(axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis"), label="share of the true class")
+    figure.colorbar(axes.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="viridis"), label="fraction of the true class")
     if len(class_names) <= 40:
         axes.set_xticks(range(len(class_names)), class_names, rotation=90)
         axes.set_yticks(range(len(class_names)), class_names)

@@ -1,8 +1,8 @@
 """The fast mode of `addp linprobe`: linear heads of many learning rates, and k-NN, on features computed once.
 
 For each block and pooling, the heads of all learning rates are trained together, as one tensor. The learning rate is
-chosen on a share of the training images that these heads have not seen; a head with this learning rate is then trained
-on all of them, and only this one is measured on the validation images. A run that was interrupted continues from what
+chosen on a fraction of the training images that these heads have not seen; a head with this learning rate is then
+trained on all of them, and only this one is evaluated on the validation images. An interrupted run continues from what
 is on disk: features in files of `fast.shard` images, and one file for each head.
 """
 
@@ -67,7 +67,8 @@ def run_fast(
             log.info("block %d %s: %s", block, pooling, metrics)
     state.wait_for_everyone()
     if state.is_main_process:
-        rows = [row for block, pooling in settings if (row := _read_row(_head_path(out, block, pooling), key))]
+        stored = [_read_row(_head_path(out, block, pooling), key) for block, pooling in settings]
+        rows = [row for row in stored if row is not None]
         best = best_row(rows, config)
         sizes = {"classes": classes, "train_images": len(train_bank), "val_images": len(val_bank)}
         write_results(out, rows, best, config, **sizes)

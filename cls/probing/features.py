@@ -186,7 +186,7 @@ def _cache_key(
     encoder = model.encoder
     digest = hashlib.blake2b(fingerprint(encoder).encode(), digest_size=8)
     settings = [asdict(encoder.config), encoder.image_size, encoder.patch_size, model.blocks, model.poolings]
-    settings += [model.mirrored, transform.hw, transform.share, store, shard]
+    settings += [model.mirrored, transform.hw, transform.fraction, store, shard]
     settings += [options[name] for name in ("mean", "std", "precision")]
     digest.update(json.dumps(settings).encode())
     for index in range(len(source)):

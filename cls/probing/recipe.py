@@ -36,7 +36,7 @@ class FastConfig:
         float,
         Ge(0),
         Lt(1),
-        "share of the training images held out to choose the learning rate; 0: choose it on the validation images, "
+        "fraction of the training images held out to choose the learning rate; 0: choose it on the validation images, "
         "which biases the result upwards",
     ] = 0.1
     knn: Annotated[int, Ge(0), "neighbors of the k-NN classifier; 0: no k-NN"] = 20
@@ -88,7 +88,7 @@ class Recipe(EncoderKeys):
         float | None,
         Gt(0),
         Le(1),
-        "share of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
+        "fraction of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
     ] = None
     eval_batch: Annotated[
         int, Ge(1), "images at a time on each process, in validation and when features are computed"

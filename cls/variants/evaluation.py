@@ -20,7 +20,7 @@ from addp_core.data.sources import HubDataset, ImageSource, open_source
 from addp_core.networks.classifier import Classifier
 from addp_core.training.processes import process_state
 from addp_core.weights.modules import fingerprint
-from cls.data import CROP_SHARE, classifier_crop
+from cls.data import CROP_FRACTION, classifier_crop
 from cls.evaluation import Scores, compute_outputs
 from cls.variants.classes import competing_logits, logit_names, match_classes
 from cls.variants.datasets import DatasetPart, find_imagenet_c
@@ -174,5 +174,5 @@ class Evaluator:
         if part.corruption:
             settings |= {"corruption": part.corruption, "severity": part.severity}
         if part.key == "corrupt":
-            settings |= {"seed": self.recipe.seed, "crop": CROP_SHARE}
+            settings |= {"seed": self.recipe.seed, "crop": CROP_FRACTION}
         return settings

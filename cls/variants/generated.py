@@ -6,7 +6,7 @@ from addp_core.base.rng import seed_for
 from addp_core.data.corruptions import REFERENCE_SIDE, corrupted_jpeg
 from addp_core.data.images import LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
-from cls.data import CROP_SHARE
+from cls.data import CROP_FRACTION
 
 
 class CorruptedImages(ImageSource):
@@ -22,7 +22,7 @@ class CorruptedImages(ImageSource):
     def __init__(self, source: ImageSource, hw: tuple[int, int], corruption: str, severity: int, seed: int):
         self.classes, self.labels = source.classes, source.labels
         factor = min(1.0, REFERENCE_SIDE / min(hw))
-        self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), CROP_SHARE)
+        self._source, self._crop = source, eval_transform((round(hw[0] * factor), round(hw[1] * factor)), CROP_FRACTION)
         self._corruption, self._severity, self._seed = corruption, severity, seed
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ class Recipe:
         "folder for results.json, robustness.md and robustness.csv, and for cells.json, from which the run continues",
     ]
     val: Annotated[
-        str, "clean validation images, for comparison: ImageNet root, class folders, .tar or hub dataset"
+        str, "clean validation images, for comparison: ImageNet root, class folders, .tar file or Hugging Face dataset"
     ] = ""
     imagenet_a: Annotated[str, "folder of ImageNet-A"] = ""
     imagenet_r: Annotated[str, "folder of ImageNet-R"] = ""
@@ -36,14 +36,14 @@ class Recipe:
         float | None,
         Gt(0),
         Le(1),
-        "share of the shorter side to crop (default: the model's own, else 0.875 up to 224 px and 1 above); the images "
-        "of ImageNet-C are already cropped",
+        "fraction of the shorter side to crop (default: the model's own, else 0.875 up to 224 px and 1 above); the "
+        "images of ImageNet-C are already cropped",
     ] = None
     batch: Annotated[int, Ge(1), "images at a time on each process"] = 64
     workers: Annotated[int | None, Ge(0), "data loading workers of each process (default: depends on the machine)"] = (
         None
     )
     max_errors: Annotated[
-        float, Ge(0), "unreadable images to tolerate: a number of images, or below 1 a share of a dataset"
+        float, Ge(0), "unreadable images to tolerate: a count, or below 1 a fraction of a dataset"
     ] = 0.01
     precision: Precision = "fp32"

@@ -1,4 +1,4 @@
-"""`addp linprobe`: both modes through the verb, continuing after a kill, and what it refuses."""
+"""`addp linprobe`: both modes through the verb, resuming after an interruption, and wrong input."""
 
 import json
 import os
@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_addp
 from torch import nn
+from transfers import write_color_images
 
 import cls.linprobe
 import cls.probing.fast
@@ -34,67 +34,63 @@ from cls.probing.features import PooledFeatures
 from cls.probing.recipe import Recipe
 
 HW = (8, 12)
-COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 50)}
+COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 50)}
 
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr(RunLogger, "plot_curves", lambda self: None)  # slow, and looked at elsewhere
+    monkeypatch.setattr(RunLogger, "plot_curves", lambda self: None)  # slow, and tested elsewhere
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    """Noisy pictures of three colours in `data`, an ADDP of two blocks in model.safetensors."""
-    root = tmp_path_factory.mktemp("room")
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 14), ("val", 7)):
-        for name, colour in COLOURS.items():
-            folder = root / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = np.clip(rng.normal(colour, 50, (*HW, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+def files(tmp_path_factory) -> Path:
+    """A folder with noisy images of three colors in `data`, and an ADDP of two blocks in model.safetensors."""
+    root = tmp_path_factory.mktemp("files")
+    write_color_images(root / "data", COLORS, HW, noise=50, train=14, val=7)
     save_model(tiny_addp(HW), root / "model.safetensors")
     return root
 
 
-def probe(room: Path, out: Path, *settings: str) -> int:
-    keys = {"model": room / "model.safetensors", "data": room / "data", "data.size": "[8,12]", "data.workers": 0}
+def linprobe(files: Path, out: Path, *settings: str) -> int:
+    """Run `addp linprobe`, and return its exit code."""
+    keys = {"model": files / "model.safetensors", "data": files / "data", "data.size": "[8,12]", "data.workers": 0}
     keys |= {"eval_batch": 5, "out": out} | dict(setting.split("=", 1) for setting in settings)
     return main(["linprobe", *(f"{key}={value}" for key, value in keys.items())])
 
 
-def fast(room: Path, out: Path, *settings: str) -> int:
-    return probe(room, out, "mode=fast", "fast.epochs=15", "fast.batch=16", "fast.knn=3", "fast.shard=8", *settings)
+def fast(files: Path, out: Path, *settings: str) -> int:
+    options = ("mode=fast", "fast.epochs=15", "fast.batch=16", "fast.knn=3", "fast.shard=8")
+    return linprobe(files, out, *options, *settings)
 
 
 def results(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def top1_of_file(room: Path, path: Path) -> float:
-    """What the saved classifier scores on the validation images."""
+def top1_of_file(files: Path, path: Path) -> float:
+    """Return the top-1 accuracy of a saved classifier on the validation images."""
     model = load_classifier(path)
-    val = open_source(str(room / "data"), "val", model.class_names)
+    val = open_source(str(files / "data"), "val", model.class_names)
     scores = evaluate_classifier(model, val, eval_transform(HW), 3, mean=model.mean, std=model.std, workers=0, batch=4)
     return scores.metrics["top1"]
 
 
-def refused(capsys, code: int, *words: str) -> None:
+def assert_refused(capsys, code: int, *parts: str) -> None:
+    """Check that the exit code is 2 and that the message contains all `parts`."""
     assert code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("addp: ")
-    assert all(word in line for word in words), line
+    assert all(part in line for part in parts), line
 
 
 # -------------------- fast mode
 
 
-def test_fast_mode_on_a_separable_problem(room, tmp_path, capsys):
-    save_model(load_encoder(room / "model.safetensors", HW), tmp_path / "encoder.safetensors")
+def test_fast_mode_solves_a_separable_problem(files, tmp_path, capsys):
+    save_model(load_encoder(files / "model.safetensors", HW), tmp_path / "encoder.safetensors")
     settings = (f"model={tmp_path / 'encoder.safetensors'}", "fast.poolings=[avg,token]")
     out = tmp_path / "out"
-    assert fast(room, out, *settings) == 0
+    assert fast(files, out, *settings) == 0
     table = capsys.readouterr().out
     found = results(out)
     assert [(row["block"], row["pooling"]) for row in found["rows"]] == [
@@ -103,65 +99,65 @@ def test_fast_mode_on_a_separable_problem(room, tmp_path, capsys):
     assert found["best"]["held_out"] == max(row["held_out"] for row in found["rows"])
     assert found["best"]["top1"] == found["best"]["knn"] == 100
     assert "10% of the training images" in table
-    assert table.count("*") == 2  # at the row, and in the line that explains it
+    assert table.count("*") == 2  # in the best row, and in the note below
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
     assert (out / "images" / "blocks.png").stat().st_size > 0
-    assert top1_of_file(room, out) == 100
+    assert top1_of_file(files, out) == 100
 
-    (tmp_path / "encoder.safetensors").unlink()  # a finished run has no work left
-    assert fast(room, out, *settings) == 0
+    (tmp_path / "encoder.safetensors").unlink()  # a finished run does not read its inputs again
+    assert fast(files, out, *settings) == 0
     assert capsys.readouterr().out == table
 
 
-class Kill:
-    """A writer of files that is interrupted at one of its calls."""
+class CountingWriter:
+    """A function that counts its calls, and is interrupted at one of them."""
 
-    def __init__(self, write, at: int | None):
-        self.write, self.at, self.calls = write, at, 0
+    def __init__(self, write, interrupted_call: int | None = None):
+        self.write, self.interrupted_call, self.calls = write, interrupted_call, 0
 
     def __call__(self, *arguments):
         self.calls += 1
-        if self.calls == self.at:
+        if self.calls == self.interrupted_call:
             raise KeyboardInterrupt
         self.write(*arguments)
 
 
-def test_a_killed_sweep_continues_as_if_never_stopped(room, tmp_path, monkeypatch):
-    shards, heads = Kill(cls.probing.features.save_file, 4), Kill(cls.probing.fast.save_file, 2)
+def test_an_interrupted_fast_run_resumes_bit_for_bit(files, tmp_path, monkeypatch):
+    shards, heads = CountingWriter(cls.probing.features.save_file, 4), CountingWriter(cls.probing.fast.save_file, 2)
     monkeypatch.setattr(cls.probing.features, "save_file", shards)
     monkeypatch.setattr(cls.probing.fast, "save_file", heads)
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    interrupted, uninterrupted = tmp_path / "interrupted", tmp_path / "uninterrupted"
     settings = ("fast.mirrored=true", "data.max_errors=1")
-    assert fast(room, cut, *settings) == 1  # in the features
+    assert fast(files, interrupted, *settings) == 1  # while features are written
     assert (shards.calls, heads.calls) == (4, 0)
-    assert fast(room, cut, *settings) == 1  # in the heads
-    assert (shards.calls, heads.calls) == (4 + 3 + 3, 2)  # 42 and 21 images in files of 8, three of them written before
-    assert fast(room, cut, *settings) == 0
+    assert fast(files, interrupted, *settings) == 1  # while heads are written
+    assert (shards.calls, heads.calls) == (4 + 3 + 3, 2)  # 42 and 21 images in shards of 8, three written before
+    assert fast(files, interrupted, *settings) == 0
     assert (shards.calls, heads.calls) == (10, 3)
-    assert fast(room, whole, *settings) == 0
-    assert results(cut) == results(whole)
-    one, other = (load_file(out / "model.safetensors") for out in (cut, whole))
+    assert fast(files, uninterrupted, *settings) == 0
+    assert results(interrupted) == results(uninterrupted)
+    one, other = (load_file(out / "model.safetensors") for out in (interrupted, uninterrupted))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_features_are_taken_where_they_still_fit(room, tmp_path, monkeypatch):
+def test_cached_features_are_reused_only_for_the_same_settings(files, tmp_path, monkeypatch):
     cache = f"fast.cache={tmp_path / 'cache'}"
-    assert fast(room, tmp_path / "a", cache, "fast.epochs=1") == 0
-    shards = Kill(cls.probing.features.save_file, None)
+    assert fast(files, tmp_path / "a", cache, "fast.epochs=1") == 0
+    shards = CountingWriter(cls.probing.features.save_file)
     monkeypatch.setattr(cls.probing.features, "save_file", shards)
-    assert fast(room, tmp_path / "b", cache, "fast.epochs=2", "fast.lrs=[0.1]") == 0
+    assert fast(files, tmp_path / "b", cache, "fast.epochs=2", "fast.lrs=[0.1]") == 0
     assert shards.calls == 0
-    assert fast(room, tmp_path / "c", cache, "fast.epochs=1", "tokenizer_norm=true") == 0
+    assert fast(files, tmp_path / "c", cache, "fast.epochs=1", "tokenizer_norm=true") == 0
     assert shards.calls == 6 + 3
 
 
-def test_validation_may_pick_and_is_said_to(room, tmp_path, capsys):
-    assert fast(room, tmp_path / "out", "fast.held_out=0", "fast.knn=0", "fast.blocks=[-1]") == 0
+def test_the_learning_rate_may_be_chosen_on_validation_images(files, tmp_path, capsys):
+    assert fast(files, tmp_path / "out", "fast.held_out=0", "fast.knn=0", "fast.blocks=[-1]") == 0
     (row,) = results(tmp_path / "out")["rows"]
     assert row["top1"] == max(row["sweep"])
     assert row["block"] == 2
     assert "knn" not in row
-    assert "picked by the validation images themselves" in capsys.readouterr().out
+    assert "chosen on the validation images themselves" in capsys.readouterr().out
 
 
 # -------------------- full mode
@@ -170,35 +166,35 @@ def test_validation_may_pick_and_is_said_to(room, tmp_path, capsys):
 FULL = ("train.steps=24", "train.batch=12", "train.warmup_epochs=0", "train.optimizer=sgd", "train.lr=0.2")
 
 
-def test_full_mode_trains_the_head_alone_and_accumulates_exactly(room, tmp_path):
-    out, parts = tmp_path / "out", tmp_path / "parts"
-    assert probe(room, out, *FULL, "train.evaluate_every=10") == 0
-    assert probe(room, parts, *FULL, "train.accumulate=4") == 0
-    whole, split = (load_file(path / "model.safetensors") for path in (out, parts))
-    for name, value in whole.items():
-        torch.testing.assert_close(split[name], value, rtol=1e-3, atol=1e-4)
-    assert whole["fc_norm.running_mean"].abs().max() > 0.01
-    assert "fc_norm.weight" not in whole  # a norm without affine parameters
+def test_full_mode_trains_only_the_head_and_accumulates_exactly(files, tmp_path):
+    out, accumulated = tmp_path / "out", tmp_path / "accumulated"
+    assert linprobe(files, out, *FULL, "train.evaluate_every=10") == 0
+    assert linprobe(files, accumulated, *FULL, "train.accumulate=4") == 0
+    expected, found = (load_file(path / "model.safetensors") for path in (out, accumulated))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    assert expected["fc_norm.running_mean"].abs().max() > 0.01
+    assert "fc_norm.weight" not in expected  # a norm without affine parameters
 
-    encoder = load_encoder(room / "model.safetensors", HW).state_dict()
-    assert all(torch.equal(whole[f"encoder.{name}"], value) for name, value in encoder.items())
-    payload = torch.load(out / "checkpoints" / "step-24" / "training.pt", weights_only=True)
-    assert not [name for name in payload["model"] if "blocks" in name]
+    encoder = load_encoder(files / "model.safetensors", HW).state_dict()
+    assert all(torch.equal(expected[f"encoder.{name}"], value) for name, value in encoder.items())
+    checkpoint = torch.load(out / "checkpoints" / "step-24" / "training.pt", weights_only=True)
+    assert not [name for name in checkpoint["model"] if "blocks" in name]
 
-    found = results(out)
-    assert found["last"]["step"] == 24
-    assert found["best"]["top1"] >= found["last"]["top1"] > 90
-    assert top1_of_file(room, out) == found["last"]["top1"]
-    assert top1_of_file(room, out / "model-best.safetensors") == found["best"]["top1"]
+    scores = results(out)
+    assert scores["last"]["step"] == 24
+    assert scores["best"]["top1"] >= scores["last"]["top1"] > 90
+    assert top1_of_file(files, out) == scores["last"]["top1"]
+    assert top1_of_file(files, out / "model-best.safetensors") == scores["best"]["top1"]
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_head_of_one(room, tmp_path):
-    """The batch norm sees the features of both, so the halves of a batch are one batch."""
-    settings = ["train.steps=8", "train.batch=12", "train.warmup_epochs=0", "train.optimizer=sgd", "train.lr=0.2"]
-    assert probe(room, tmp_path / "one", *settings) == 0
+def test_two_processes_train_the_same_head_as_one(files, tmp_path):
+    """The batch norm sees the features of both processes, which are the halves of one batch."""
+    settings = ["train.steps=8", *FULL[1:]]
+    assert linprobe(files, tmp_path / "one", *settings) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    keys = [f"model={room / 'model.safetensors'}", f"data={room / 'data'}", "data.size=[8,12]", "data.workers=0"]
+    keys = [f"model={files / 'model.safetensors'}", f"data={files / 'data'}", "data.size=[8,12]", "data.workers=0"]
     arguments = ["linprobe", *keys, "eval_batch=5", *settings, f"out={tmp_path / 'two'}"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*torchrun, "-m", "addp_core", *arguments], check=True, env=environment, capture_output=True)
@@ -208,7 +204,7 @@ def test_two_processes_train_the_head_of_one(room, tmp_path):
     assert results(tmp_path / "two")["last"] == results(tmp_path / "one")["last"]
 
 
-def test_lars_scales_matrices_at_weight_decay_0_and_no_vectors():
+def test_lars_without_weight_decay_scales_the_updates_of_matrices_only():
     steps = []
     for scale in (1.0, 10.0):
         torch.manual_seed(0)
@@ -222,66 +218,66 @@ def test_lars_scales_matrices_at_weight_decay_0_and_no_vectors():
     torch.testing.assert_close(steps[1][1], 10 * steps[0][1])
 
 
-# -------------------- what is probed
+# -------------------- the probed features
 
 
 @pytest.fixture(scope="module")
-def mage(room) -> list[str]:
-    """Settings of an encoder over ids."""
+def mage(files) -> list[str]:
+    """Return the settings for an encoder over token ids."""
     model = tiny_addp(HW)
     model.predictor.trained_on = ""
-    save_model(model.predictor, room / "mage.safetensors", model.config.grid)
-    save_model(model.tokenizer, room / "vqgan.safetensors")
-    return [f"model={room / 'mage.safetensors'}", f"tokenizer={room / 'vqgan.safetensors'}"]
+    save_model(model.predictor, files / "mage.safetensors", model.config.grid)
+    save_model(model.tokenizer, files / "vqgan.safetensors")
+    return [f"model={files / 'mage.safetensors'}", f"tokenizer={files / 'vqgan.safetensors'}"]
 
 
 @pytest.mark.parametrize("normalisation", ["imagenet", "half"])
-def test_fast_mode_over_ids_saves_what_it_measured(room, mage, normalisation, tmp_path):
-    """Its classifier ends at the block, and computes the features that the head was trained on."""
+def test_fast_mode_over_token_ids_saves_the_probed_classifier(files, mage, normalisation, tmp_path):
+    """The classifier ends at the probed block, and computes the features that the head was trained on."""
     settings = ("fast.blocks=[1]", "fast.store=float32", "fast.epochs=1", f"normalisation={normalisation}")
-    assert fast(room, tmp_path, *mage, *settings) == 0
+    assert fast(files, tmp_path, *mage, *settings) == 0
     model = load_classifier(tmp_path)
     assert len(model.encoder.blocks) == 1
     (bank,) = (tmp_path / "features").glob("val-*")
-    kept = load_file(bank / "00000.safetensors")
-    val = open_source(str(room / "data"), "val")
-    pixels = torch.stack([eval_transform(HW, 0.875)(val.open_image(int(i))[0]) for i in kept["indices"]])
+    stored = load_file(bank / "00000.safetensors")
+    val = open_source(str(files / "data"), "val")
+    pixels = torch.stack([eval_transform(HW, 0.875)(val.open_image(int(i))[0]) for i in stored["indices"]])
     with torch.no_grad():
         tokens = model.forward_features(normalize(pixels, model.mean, model.std))
-    torch.testing.assert_close(kept["block1.avg"][:, 0], model.pool(tokens), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stored["block1.avg"][:, 0], model.pool(tokens), rtol=1e-4, atol=1e-5)
 
 
-def test_full_mode_over_ids_ends_at_its_block(room, mage, tmp_path):
-    assert probe(room, tmp_path, *mage, "block=1", "train.steps=1", "train.batch=6") == 0
+def test_full_mode_over_token_ids_ends_at_the_probed_block(files, mage, tmp_path):
+    assert linprobe(files, tmp_path, *mage, "block=1", "train.steps=1", "train.batch=6") == 0
     assert len(load_classifier(tmp_path).encoder.blocks) == 1
 
 
-def test_options_choose_the_features(room):
+def test_pooled_features_of_blocks_poolings_and_views(files):
     images = torch.randn(2, 3, *HW, generator=torch.Generator().manual_seed(0))
-    encoder = load_encoder(room / "model.safetensors", HW)
+    encoder = load_encoder(files / "model.safetensors", HW)
     found = PooledFeatures(encoder, [1, 2], ["token", "avg"], mirrored=True)(images)
     assert found.shape == (2, 2, 2, 2, 16)
     for k, tokens in enumerate(encoder.forward_tokens(images, [0, 1])):
         torch.testing.assert_close(found[:, 0, k, 0], tokens[:, 0])
         torch.testing.assert_close(found[:, 0, k, 1], tokens[:, 1:].mean(1))
     torch.testing.assert_close(found[:, 1], PooledFeatures(encoder, [1, 2], ["token", "avg"])(images.flip(-1))[:, 0])
-    normed = load_encoder(room / "model.safetensors", HW, tokenizer_norm=True)
+    normed = load_encoder(files / "model.safetensors", HW, tokenizer_norm=True)
     assert not torch.allclose(PooledFeatures(normed, [1], ["avg"])(images)[:, 0, 0, 0], found[:, 0, 0, 1], atol=1e-2)
 
 
-def test_block_pooling_and_norm_end_up_in_the_classifier(room, tmp_path):
+def test_the_classifier_has_the_block_pooling_and_norm_of_the_recipe(files, tmp_path):
     settings = ("block=-2", "pooling=token", "tokenizer_norm=true", "train.steps=1", "train.batch=6")
-    assert probe(room, tmp_path / "out", *settings) == 0
+    assert linprobe(files, tmp_path / "out", *settings) == 0
     model = load_classifier(tmp_path / "out")
     assert len(model.encoder.blocks) == 1
     assert (model.pooling, model.norm, model.encoder.config.tokenizer_norm) == ("token", "batch", True)
-    assert model.class_names == tuple(COLOURS)
+    assert model.class_names == tuple(COLORS)
 
 
-def test_random_weights_are_the_seeds(room, tmp_path):
+def test_random_initialization_depends_on_the_seed(files, tmp_path):
     for name in ("a", "b"):
-        assert fast(room, tmp_path / name, "init=random", "fast.epochs=1") == 0
-    assert fast(room, tmp_path / "c", "init=random", "fast.epochs=1", "train.seed=1") == 0
+        assert fast(files, tmp_path / name, "init=random", "fast.epochs=1") == 0
+    assert fast(files, tmp_path / "c", "init=random", "fast.epochs=1", "train.seed=1") == 0
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["encoder.cls_token"], c["encoder.cls_token"])
@@ -301,38 +297,38 @@ def test_published_recipe():
     assert not norm.affine
 
 
-# -------------------- bad input
+# -------------------- wrong input
 
 
-def test_wrong_settings_are_named(room, tmp_path, capsys):
-    refused(capsys, probe(room, tmp_path / "a", "block=3"), "block: found 3", "1 to 2")
-    refused(capsys, probe(room, tmp_path / "b", "block=0"), "block: found 0")
-    refused(capsys, fast(room, tmp_path / "c", "fast.blocks=[1,-3]"), "fast.blocks: found -3")
-    refused(capsys, fast(room, tmp_path / "d", "fast.lrs=[0.1,0.1]"), "fast.lrs")
+def test_wrong_settings_are_refused(files, tmp_path, capsys):
+    assert_refused(capsys, linprobe(files, tmp_path / "a", "block=3"), "block: found 3", "1 to 2")
+    assert_refused(capsys, linprobe(files, tmp_path / "b", "block=0"), "block: found 0")
+    assert_refused(capsys, fast(files, tmp_path / "c", "fast.blocks=[1,-3]"), "fast.blocks: found -3")
+    assert_refused(capsys, fast(files, tmp_path / "d", "fast.lrs=[0.1,0.1]"), "fast.lrs")
     encoder = tmp_path / "encoder.safetensors"
-    save_model(load_encoder(room / "model.safetensors", HW), encoder)
-    refused(capsys, probe(room, tmp_path / "e", f"model={encoder}", "tokenizer_norm=true"), "tokenizer_norm")
+    save_model(load_encoder(files / "model.safetensors", HW), encoder)
+    assert_refused(capsys, linprobe(files, tmp_path / "e", f"model={encoder}", "tokenizer_norm=true"), "tokenizer_norm")
 
 
-def test_sets_without_labels_or_with_other_classes_are_refused(room, tmp_path, capsys):
-    flat = room / "data" / "train" / "red"
-    refused(capsys, probe(room, tmp_path / "a", f"data={flat}"), "class")
-    picture = Image.open(next(flat.iterdir()))
+def test_datasets_without_labels_or_with_other_classes_are_refused(files, tmp_path, capsys):
+    flat = files / "data" / "train" / "red"
+    assert_refused(capsys, linprobe(files, tmp_path / "a", f"data={flat}"), "class")
+    image = Image.open(next(flat.iterdir()))
     for name in ("blue", "red"):
         folder = tmp_path / "few" / "val" / name
         folder.mkdir(parents=True)
-        picture.save(folder / "0.png")
-    refused(capsys, probe(room, tmp_path / "b", f"val={tmp_path / 'few'}"), "green")
+        image.save(folder / "0.png")
+    assert_refused(capsys, linprobe(files, tmp_path / "b", f"val={tmp_path / 'few'}"), "green")
     (tmp_path / "few" / "val" / "mauve").mkdir()
-    picture.save(tmp_path / "few" / "val" / "mauve" / "0.png")
-    refused(capsys, fast(room, tmp_path / "c", f"val={tmp_path / 'few'}"), "mauve")
+    image.save(tmp_path / "few" / "val" / "mauve" / "0.png")
+    assert_refused(capsys, fast(files, tmp_path / "c", f"val={tmp_path / 'few'}"), "mauve")
 
 
-def test_features_beyond_float16_are_refused(room, tmp_path, capsys):
+def test_features_beyond_float16_are_refused(files, tmp_path, capsys):
     model = tiny_addp(HW)
     with torch.no_grad():
         model.denoiser.encoder.pos_embed[:, 1:] += 1e5
     save_model(model, tmp_path / "model.safetensors")
     settings = (f"model={tmp_path / 'model.safetensors'}", "fast.blocks=[1]", "fast.epochs=1")
-    refused(capsys, fast(room, tmp_path / "a", *settings), "fast.store=float32")
-    assert fast(room, tmp_path / "b", *settings, "fast.store=float32") == 0
+    assert_refused(capsys, fast(files, tmp_path / "a", *settings), "fast.store=float32")
+    assert fast(files, tmp_path / "b", *settings, "fast.store=float32") == 0

@@ -1,4 +1,4 @@
-"""`addp robustness`: figures equal hand-made ones, only a set's own classes compete, nothing is measured twice."""
+"""`addp robustness`: metrics match hand-computed ones, and nothing is evaluated twice."""
 
 import csv
 import json
