@@ -1,0 +1,27 @@
+"""Checks that several tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from addp_core.base.errors import UserError
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Return whether two modules have equal state dicts."""
+    state_a, state_b = a.state_dict(), b.state_dict()
+    return state_a.keys() == state_b.keys() and all(torch.equal(state_a[key], state_b[key]) for key in state_a)
+
+
+def assert_user_error(function: Callable[[], Any], *parts: str) -> str:
+    """Check that `function` raises a `UserError` whose one-line message contains all parts; return the message."""
+    with pytest.raises(UserError) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+    return message

@@ -1,0 +1,316 @@
+"""Folders, lists, tar shards and Hugging Face datasets as sources of images."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_data import concatenate, encode, equal_rows, make_stream, noise_image, save_image, take_batches
+from PIL import Image
+
+from addp_core.base.errors import UserError
+from addp_core.data.config import DataConfig
+from addp_core.data.sources import ImageSource, open_source
+
+
+def relative_names(source: ImageSource, root: Path) -> list[str]:
+    return [os.path.relpath(source.name(i), root) for i in range(len(source))]
+
+
+def test_flat_folder_in_order_without_the_other_files(tmp_path):
+    for name in ("b.jpg", "a.PNG", "c.webp", "ü ñ.jpeg"):
+        save_image(tmp_path / name)
+    for name in ("notes.txt", ".hidden.jpg", "._a.jpg", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"x")
+    source = open_source(str(tmp_path))
+    assert relative_names(source, tmp_path) == ["a.PNG", "b.jpg", "c.webp", "ü ñ.jpeg"]
+    image, label = source.read(0)
+    assert (image.mode, image.size, label, source.classes) == ("RGB", (10, 10), None, ())
+
+
+def test_nested_folders_where_some_images_lie_on_top_have_no_classes(tmp_path):
+    for name in ("top.jpg", "2019/may/a.jpg", "2019/b.jpg", "2020/c.jpg"):
+        save_image(tmp_path / name)
+    source = open_source(DataConfig(source=str(tmp_path)))
+    assert relative_names(source, tmp_path) == ["2019/b.jpg", "2019/may/a.jpg", "2020/c.jpg", "top.jpg"]
+    assert source.classes == ()
+    assert source.read(1)[1] is None
+
+
+def test_imagenet_folders(tmp_path):
+    for name in ("train/n02/x.JPEG", "train/n01/y.JPEG", "train/n01/z.JPEG", "val/n02/v.JPEG"):
+        save_image(tmp_path / name)
+    (tmp_path / "val" / "n01").mkdir()  # a class without images keeps its label
+    train, val = open_source(str(tmp_path)), open_source(str(tmp_path), "val")
+    assert train.classes == val.classes == ("n01", "n02")
+    assert [train.read(i)[1] for i in range(3)] == [0, 0, 1]
+    assert val.read(0)[1] == 1
+    assert len(open_source(DataConfig(source=str(tmp_path), split="validation"))) == 1
+    with pytest.raises(UserError, match=r"data\.split.*no folder 'test'; it has train, val"):
+        open_source(str(tmp_path), "test")
+
+
+def test_classes_given_by_the_caller_or_a_file(tmp_path):
+    for name in ("set/cat/a.png", "set/dog/b.png"):
+        save_image(tmp_path / name)
+    root = str(tmp_path / "set")
+    source = open_source(root, classes=["ant", "dog", "cat"])
+    assert [source.read(i)[1] for i in range(2)] == [2, 1]
+    (tmp_path / "classes.txt").write_text("dog\nant\ncat\n\n")
+    source = open_source(DataConfig(source=root, classes=str(tmp_path / "classes.txt")))
+    assert source.classes == ("dog", "ant", "cat")
+    assert [source.read(i)[1] for i in range(2)] == [2, 0]
+    with pytest.raises(UserError, match=r"data\.classes: .*(dog is none of the 2 classes; did you mean 'dogs')"):
+        open_source(root, classes=["cat", "dogs"])
+    with pytest.raises(UserError, match=r"data\.classes: .* cannot be read"):
+        open_source(DataConfig(source=root, classes=str(tmp_path / "no.txt")))
+
+
+def test_published_lists(tmp_path):
+    for name in ("train/n02/a b.png", "train/n01/c.png", "train/unlisted.png", "val/v1.png", "val/v2.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "train.txt").write_text("n02/a b.png 1\n\nn01/c.png 0\n")
+    (tmp_path / "meta" / "val.txt").write_text("v1.png 1\nv2.png 0\n")
+    train, val = open_source(str(tmp_path)), open_source(str(tmp_path), "val")
+    assert relative_names(train, tmp_path) == ["train/n02/a b.png", "train/n01/c.png"]
+    assert [train.read(i)[1] for i in range(2)] == [1, 0]
+    assert train.classes == ("n01", "n02")
+    assert [val.read(i)[1] for i in range(2)] == [1, 0]
+    assert val.classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png\n", "line 1 is 'a.png'; expected \"relative/path label\""),
+        ("a.png 0\na.png cat\n", "line 2"),
+        ("a.png -1\n", "line 1"),
+        ("\n", "lists no image"),
+        ("gone.png 0\n", "gone.png does not exist"),
+        ("\0\xff", "line 1"),
+    ],
+)
+def test_bad_lists(tmp_path, text, message):
+    save_image(tmp_path / "train" / "a.png")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "train.txt").write_text(text)
+    with pytest.raises(UserError) as error:
+        open_source(str(tmp_path))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_tar_file_and_tars_within_it(tmp_path):
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        add_member(tar, "k.png", encode(Image.new("RGB", (4, 4), (7, 0, 0))))
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        add_member(tar, "dog/10.png", encode(Image.new("RGB", (4, 4), (10, 0, 0))))
+        add_member(tar, "dog/9.png", encode(Image.new("RGB", (4, 4), (9, 0, 0))))
+        add_member(tar, "cat/1.png", encode(Image.new("RGB", (4, 4), (1, 0, 0))))
+        add_member(tar, "readme.txt", b"no image")
+        add_member(tar, "koala.tar", inner.getvalue())
+    source = open_source(str(tmp_path / "all.tar"))
+    found = [source.read(i) for i in range(len(source))]
+    assert [image.getpixel((0, 0))[0] for image, _ in found] == [1, 9, 10, 7]
+    assert [source.classes[label] for _, label in found] == ["cat", "dog", "dog", "koala"]
+    assert source.name(0) == f"{tmp_path}/all.tar/cat/1.png"
+
+
+def write_shards(root: Path, count: int = 3) -> None:
+    """Shards with the same names inside: only the shard's name tells them apart."""
+    for shard in range(count):
+        with tarfile.open(root / f"shard-{shard}.tar", "w") as tar:
+            for i in range(4):
+                add_member(tar, f"{i}.png", encode(noise_image(12, 12, seed=10 * shard + i)))
+
+
+def test_tar_shards_in_an_order_of_their_own(tmp_path, monkeypatch):
+    write_shards(tmp_path)
+    source = open_source(str(tmp_path))
+    expected = [f"{tmp_path}/shard-{shard}.tar/{i}.png" for shard in range(3) for i in range(4)]
+    assert [source.name(i) for i in range(len(source))] == expected
+    for i in range(12):
+        assert (np.asarray(source.read(i)[0]) == np.asarray(noise_image(12, 12, seed=10 * (i // 4) + i % 4))).all()
+    monkeypatch.setattr(
+        "timm.data.readers.reader_image_in_tar.glob", lambda *_, **__: sorted(map(str, tmp_path.iterdir()))[::-1]
+    )
+    again = open_source(str(tmp_path))
+    assert [again.name(i) for i in range(12)] == expected
+    assert (np.asarray(again.read(5)[0]) == np.asarray(source.read(5)[0])).all()
+    assert not list(tmp_path.glob("*.pickle"))
+
+
+def test_tar_shards_in_forked_workers(tmp_path):
+    write_shards(tmp_path)
+    source = open_source(str(tmp_path))
+    expected = concatenate(take_batches(make_stream(source), 12))  # the parent's files are open when the workers start
+    assert equal_rows(concatenate(take_batches(make_stream(source, workers=2), 12)), expected)
+
+
+def test_a_tar_cut_between_members_is_warned_of(tmp_path, caplog):
+    write_shards(tmp_path, 2)
+    open_source(str(tmp_path))
+    assert "truncated" not in caplog.text
+    path = tmp_path / "shard-1.tar"
+    path.write_bytes(path.read_bytes()[:1024])
+    assert len(open_source(str(tmp_path))) == 5
+    assert f"{path} has no end-of-archive marker" in caplog.text
+
+
+def test_hub_set_through_timm(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for split in ("train", "validation"):
+        for name in ("cat/a.png", "dog/b.png"):
+            save_image(tmp_path / "set" / split / name)
+    source = open_source(f"hfds/{tmp_path / 'set'}")
+    assert (len(source), source.classes, source.read(1)[1]) == (2, ("cat", "dog"), 1)
+    validation = open_source(f"hfds/{tmp_path / 'set'}", "val")
+    assert (validation.labels.tolist(), validation.read(1)[1]) == ([0, 1], 1)
+    with pytest.raises(UserError, match="split 'test'"):
+        open_source(f"hfds/{tmp_path / 'set'}", "test")
+    with pytest.raises(UserError, match=r"data\.image_key.*'img'; expected one of image, label"):
+        open_source(DataConfig(source=f"hfds/{tmp_path / 'set'}", image_key="img"))
+
+
+class FakeHub:
+    """A stand-in for timm's reader of a set with these splits, of two images, and for the set itself."""
+
+    class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
+
+    def __init__(self, splits):
+        self.splits, self.split, self.dataset = splits, "", self
+
+    def __call__(self, _, split, **__):
+        if split not in self.splits:
+            raise ValueError(f'Unknown split "{split}". Should be one of {self.splits}.')
+        self.split = split
+        return self
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"image": "", "label": np.array([1.0, np.nan]) if isinstance(index, slice) else 1}
+
+    def select_columns(self, _):
+        return self
+
+    def with_format(self, _):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("asked", "splits", "taken"),
+    [
+        ("val", ["train", "validation", "test"], "validation"),
+        ("val", ["train", "test"], "test"),
+        ("val", ["val", "validation"], "val"),
+        ("validation", ["train", "val", "test"], "val"),
+        ("train", ["train"], "train"),
+        ("train[:10%]", ["train[:10%]"], "train[:10%]"),
+        ("validation", ["train", "test"], None),
+        ("val", ["train"], None),
+    ],
+)
+def test_hub_splits(asked, splits, taken, monkeypatch):
+    hub = FakeHub(splits)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("addp_core.data.sources.create_reader", hub)
+    if taken is None:
+        with pytest.raises(UserError, match=rf"split '{asked}'.*cannot be opened: Unknown split \"{asked}\".*'train'"):
+            open_source("hfds/someone/something", asked)
+    else:
+        source = open_source("hfds/someone/something", asked)
+        assert hub.split == taken
+        assert source.labels.tolist() == [1, -1]  # the second has none
+
+
+def test_hub_set_without_the_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        open_source("hfds/someone/something")
+
+
+@pytest.mark.parametrize("kind", ["wds", "hfids", "tfds"])
+def test_streams_are_refused_with_the_way_out(kind):
+    with pytest.raises(UserError, match=r"random access.*\.tar files, or hfds/"):
+        open_source(f"{kind}/imagenet")
+
+
+def text_files(root: Path) -> None:
+    for i in range(3):
+        (root / f"{i}.txt").write_text("text")
+    (root / "table.csv").write_text("1,2")
+
+
+def broken_tar(root: Path) -> None:
+    (root / "x.tar").write_bytes(b"no tar at all" * 100)
+
+
+def imageless_tar(root: Path) -> None:
+    with tarfile.open(root / "x.tar", "w") as tar:
+        add_member(tar, "a.txt", b"text")
+
+
+def cut_tar(root: Path) -> None:
+    write_shards(root, 1)
+    path = root / "shard-0.tar"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: None, "holds no files; expected images"),
+        (lambda root: (root / "sub").mkdir(), "holds no files"),
+        (text_files, "holds no image but 4 other files (3 .txt, 1 .csv); expected .jpg"),
+        (broken_tar, "cannot be read as .tar"),
+        (imageless_tar, "holds no image; expected .jpg"),
+        (cut_tar, "cannot be read as .tar"),
+    ],
+)
+def test_nothing_to_read(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(UserError) as error:
+        open_source(str(tmp_path))
+    assert str(error.value).startswith(f"data.source: {tmp_path} ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_path_names_the_nearest(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"does not exist.*did you mean 'photos'"):
+        open_source(str(tmp_path / "photo"))
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is a file"):
+        open_source(str(tmp_path / "photos.zip"))
+    with pytest.raises(UserError, match=r"data\.source: missing"):
+        open_source(DataConfig())
+
+
+def test_links_in_circles_end(tmp_path):
+    save_image(tmp_path / "real" / "a.png")
+    (tmp_path / "real" / "up").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "link.png").symlink_to(tmp_path / "real" / "a.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert relative_names(open_source(str(tmp_path)), tmp_path) == ["link.png", "real/a.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_folder_is_named(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0)
+    with pytest.raises(UserError, match=r"no permission.*locked"):
+        open_source(str(tmp_path))

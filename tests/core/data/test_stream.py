@@ -1,0 +1,230 @@
+"""The stream of batches: order, augmentation, unreadable images and workers."""
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from image_data import (
+    QUICK,
+    MemorySource,
+    concatenate,
+    encode,
+    equal_rows,
+    make_stream,
+    memory_source,
+    noise_image,
+    save_image,
+    take_batches,
+)
+from PIL import Image
+
+from addp_core.base.errors import UserError
+from addp_core.data.sources import open_source
+
+
+@QUICK
+@given(st.integers(1, 9), st.integers(1, 7), st.data())
+def test_ranks_share_the_batch_of_one_process(count, batch, data):
+    world = data.draw(st.integers(1, batch))
+    start = data.draw(st.integers(0, 30))
+    stream = make_stream(memory_source(count), batch)
+    whole = take_batches(stream, 2, start)
+    parts = [take_batches(stream, 2, start, rank, world) for rank in range(world)]
+    for step in range(2):
+        assert equal_rows(concatenate([part[step] for part in parts]), concatenate([whole[step]]))
+    slices = [stream.rows_of(rank, world) for rank in range(world)]
+    assert [row for each in slices for row in range(each.start, each.stop)] == list(range(batch))
+
+
+@QUICK
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 12), st.integers(0, 3))
+def test_starting_later_is_skipping(count, batch, start, seed):
+    stream = make_stream(memory_source(count), batch, seed)
+    assert equal_rows(concatenate(take_batches(stream, 2, start)), concatenate(take_batches(stream, start + 2)[start:]))
+
+
+@QUICK
+@given(st.integers(1, 12), st.integers(1, 7), st.integers(0, 5))
+def test_every_image_once_an_epoch(count, batch, seed):
+    stream = make_stream(memory_source(count), batch, seed)
+    _, labels, indices = concatenate(take_batches(stream, -(-3 * count // batch)))
+    for epoch in range(3):
+        assert sorted(indices[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+    assert torch.equal(labels, indices)
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    order = lambda seed: concatenate(take_batches(make_stream(memory_source(32), 32, seed), 2))[2]  # noqa: E731
+    assert not torch.equal(order(0)[:32], order(0)[32:])
+    assert not torch.equal(order(0), order(1))
+
+
+def random_transform(image: Image.Image) -> torch.Tensor:
+    """A transform that draws from all three sources of random numbers."""
+    return torch.full((3, 2, 2), random.random() + np.random.rand()) + torch.rand(3, 2, 2)
+
+
+@pytest.mark.parametrize("transform", [None, random_transform])
+def test_any_number_of_workers_gives_the_same_bits(transform):
+    source = memory_source(10, broken=(3,))
+    runs = [
+        take_batches(make_stream(source, transform=transform, workers=workers, max_errors=2), 6, 2)
+        for workers in (0, 1, 3)
+    ]
+    assert all(equal_rows(concatenate(run), concatenate(runs[0])) for run in runs[1:])
+    assert all([batch.errors for batch in run] == [batch.errors for batch in runs[0]] for run in runs[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_training_random_numbers_are_left_alone(workers):
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = [draw() for _ in range(3)]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    batches = make_stream(memory_source(6), transform=random_transform, workers=workers).batches(0, 0, 1)
+    found = []
+    for _ in range(3):
+        found.append(draw())
+        next(batches)
+    batches.close()
+    assert found == expected
+
+
+def test_batch_shapes_and_ranges():
+    (batch,) = take_batches(make_stream(memory_source(6), 5, size=(16, 8)), 1)
+    assert (batch.images.shape, batch.images.dtype) == ((5, 3, 16, 8), torch.float32)
+    assert 0 <= batch.images.min() < batch.images.max() <= 1
+    assert (batch.labels.dtype, batch.indices.dtype, len(batch), batch.errors) == (torch.int64, torch.int64, 5, [])
+    assert take_batches(make_stream(MemorySource([encode(noise_image(9, 9))])), 1)[0].labels.tolist() == [-1] * 4
+
+
+def test_unreadable_images_are_replaced_counted_and_named_once(caplog):
+    caplog.set_level(logging.WARNING, "addp")
+    stream = make_stream(memory_source(8, broken=(2, 5)), 8, max_errors=2)
+    batches = take_batches(stream, 3)
+    assert stream.errors == {"image-2": "no such image", "image-5": "no such image"}
+    for batch in batches:
+        assert set(batch.indices.tolist()) == {0, 1, 3, 4, 6, 7}
+        assert {name for name, _ in batch.errors} == {"image-2", "image-5"}
+    assert [record.getMessage().count("unreadable image") for record in caplog.records] == [1, 1]
+    assert "image-" in caplog.text
+    sound = take_batches(make_stream(memory_source(8), 8), 3)  # the others are as they would have been
+    for batch, other in zip(batches, sound, strict=True):
+        kept = batch.indices == other.indices
+        assert kept.sum() == 6
+        assert torch.equal(batch.images[kept], other.images[kept])
+
+
+@pytest.mark.parametrize(("limit", "tolerated"), [(0, 0), (0.5, 5), (0.001, 1), (1, 1), (3, 3), (0.25, 2)])
+def test_max_errors_is_a_share_or_a_count(limit, tolerated):
+    assert make_stream(memory_source(10), max_errors=limit).error_limit == tolerated
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_past_the_limit_the_run_ends_with_names(workers):
+    stream = make_stream(memory_source(20, broken=tuple(range(7))), 20, max_errors=6, workers=workers)
+    with pytest.raises(UserError) as error:
+        take_batches(stream, 2)
+    message = str(error.value)
+    assert message.startswith("data.max_errors: 7 of 20 images unreadable, 6 tolerated: image-")
+    assert "(no such image)" in message
+    assert "and 2 more" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_any_readable_image(workers):
+    stream = make_stream(memory_source(5, broken=tuple(range(5))), max_errors=1000, workers=workers)
+    with pytest.raises(UserError, match="5 of 5 images unreadable"):
+        take_batches(stream, 1)
+
+
+def test_truncated_jpegs_in_a_folder(tmp_path):
+    for i in range(6):
+        noise_image(40, 40, seed=i).save(tmp_path / f"{i}.jpg")
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:900])
+    stream = make_stream(open_source(str(tmp_path)), 6, max_errors=1)
+    take_batches(stream, 1)
+    assert list(stream.errors) == [str(tmp_path / "3.jpg")]
+    assert "truncated" in stream.errors[str(tmp_path / "3.jpg")]
+    with pytest.raises(UserError, match=r"data\.max_errors.*3\.jpg \(.*truncated"):
+        take_batches(make_stream(open_source(str(tmp_path)), 6, max_errors=0), 1)
+
+
+def test_files_that_vanish_count_as_unreadable(tmp_path):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png")
+    source = open_source(str(tmp_path))
+    (tmp_path / "1.png").unlink()
+    stream = make_stream(source, 4, max_errors=1)
+    take_batches(stream, 1)
+    assert list(stream.errors.values()) == ["No such file or directory"]
+
+
+def raising_transform(image: Image.Image) -> torch.Tensor:
+    raise RuntimeError("a mistake in the transform")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mistakes_in_a_transform_are_not_taken_for_bad_images(workers):
+    with pytest.raises(RuntimeError, match="a mistake in the transform"):
+        take_batches(make_stream(memory_source(4), transform=raising_transform, workers=workers), 1)
+
+
+class KillingTransform:
+    """A transform whose process is killed as long as fewer than `times` marks lie in the folder."""
+
+    def __init__(self, marks: Path, times: int):
+        self.marks, self.times = marks, times
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        dead = len(list(self.marks.iterdir()))
+        if dead < self.times:
+            (self.marks / str(dead)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(3, 2, 2)
+
+
+def test_a_dead_worker_is_replaced(tmp_path, caplog):
+    batches = take_batches(make_stream(memory_source(8), transform=KillingTransform(tmp_path, 1), workers=1), 3)
+    assert equal_rows(
+        concatenate(batches),
+        concatenate(take_batches(make_stream(memory_source(8), transform=KillingTransform(tmp_path, 1)), 3)),
+    )
+    assert "restarting the data workers at micro-step 0" in caplog.text
+
+
+def test_workers_that_keep_dying_are_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"died three times at micro-step 0.*data\.workers=0"):
+        take_batches(make_stream(memory_source(8), transform=KillingTransform(tmp_path, 99), workers=1), 1)
+
+
+def test_signals_to_the_whole_group_leave_the_workers_working():
+    batches = make_stream(memory_source(8), workers=2).batches(0, 0, 1)
+    next(batches)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGTERM)
+    for _ in range(8):
+        next(batches)
+    batches.close()
+    assert not any(child.is_alive() for child in children)
+
+
+def test_more_processes_than_rows():
+    with pytest.raises(UserError, match="batch: found 3 images per step for 4 processes"):
+        make_stream(memory_source(4), 3).rows_of(0, 4)
+    with pytest.raises(UserError, match="batch: found 0"):
+        make_stream(memory_source(4), 0)

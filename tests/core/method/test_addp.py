@@ -1,0 +1,117 @@
+"""The whole model: corruption, loss, every option that the paper ablates, and what the results must not depend on."""
+
+import math
+
+import pytest
+import torch
+from tiny import BATCH, TOKENIZER, TOKENS, nested_masks, random_images, tiny_addp
+
+from addp_core.base.rng import generator
+from addp_core.method.addp import ADDPConfig, Denoiser
+
+
+@pytest.fixture
+def model():
+    return tiny_addp()
+
+
+@pytest.fixture
+def images():
+    return random_images()
+
+
+def test_corruption_keeps_reliable_codes_and_replaces_the_rest(model, images):
+    ids, (mask, later) = model.tokenizer.encode(images), nested_masks()
+    seen = {}
+    model.tokenizer.decoder.register_forward_pre_hook(lambda module, inputs: seen.update(z=inputs[0]))
+    out = model.corrupt(ids, mask, later)
+    assert out.images.shape == images.shape
+    assert out.target.shape == (BATCH, TOKENS, TOKENIZER.codebook)
+    z = seen["z"].flatten(2).transpose(1, 2)
+    codebook = model.tokenizer.quantize.embedding.weight
+    torch.testing.assert_close(z[~mask], codebook[ids[~mask]])
+    torch.testing.assert_close(z[mask], (model.predictor(ids, later) @ codebook)[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.target, model.predictor(ids, mask), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("condition", ["z_t+1", "z_t"])
+@pytest.mark.parametrize("mapping", ["weighted", "argmax", "sample"])
+@pytest.mark.parametrize("ids_to", ["decoder", "encoder+decoder", "none"])
+@pytest.mark.parametrize("target", ["q(z|z_t)", "z_0", "both"])
+def test_every_ablation_trains(images, condition, mapping, ids_to, target):
+    model = tiny_addp(condition=condition, mapping=mapping, ids_to=ids_to, target=target)
+    loss = model(images, generator("step"))["loss"]
+    loss.backward()
+    assert math.isfinite(loss.item())
+    without = [name for name, p in model.denoiser.named_parameters() if p.grad is None]
+    # Without ids in any sequence nothing trains their embeddings: the tie to the head is detached.
+    assert without == (["decoder.token_emb.weight"] if ids_to == "none" else [])
+    assert all(p.grad is None for part in (model.tokenizer, model.predictor) for p in part.parameters())
+
+
+def test_condition_decides_which_ids_the_noisy_image_has_seen(images):
+    ids, (mask, later) = tiny_addp().tokenizer.encode(images), nested_masks()
+    default, ablation = (tiny_addp(condition=c).corrupt(ids, mask, later) for c in ("z_t+1", "z_t"))
+    same = tiny_addp().corrupt(ids, mask, mask)
+    assert not torch.allclose(default.images, ablation.images)
+    torch.testing.assert_close(ablation.images, same.images)
+    torch.testing.assert_close(default.target, ablation.target)
+
+
+def test_loss_at_masked_positions_is_the_whole_loss(model, images):
+    ids, (mask, later) = model.tokenizer.encode(images), nested_masks()
+    out = model.corrupt(ids, mask, later)
+    whole = model.loss(model.logits(out.images, ids, mask), out.target, mask)
+    torch.testing.assert_close(model.denoiser(out.images, ids, mask, out.target), whole)
+
+
+def test_logits_do_not_depend_on_unreliable_ids_or_on_other_rows(model, images):
+    ids, (mask, _) = model.tokenizer.encode(images), nested_masks()
+    logits = model.logits(images, ids, mask)
+    assert logits.shape == (BATCH, TOKENS, model.config.vocabulary.size)
+    torch.testing.assert_close(model.logits(images, torch.where(mask, 0, ids), mask), logits)
+    torch.testing.assert_close(model.logits(images[1:2], ids[1:2], mask[1:2]), logits[1:2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ids_to", ["decoder", "encoder+decoder", "none"])
+def test_rows_with_different_numbers_of_reliable_ids(images, ids_to):
+    """A batch whose rows see 3, 0 and 24 ids gives each row what it gets alone (the encoder's extra ids are padded with
+    mask ids).
+    """
+    model = tiny_addp(ids_to=ids_to)
+    ids = model.tokenizer.encode(images)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    mask[0, [2, 5, 9]] = False
+    mask[2] = False
+    together = model.logits(images, ids, mask)
+    alone = torch.cat([model.logits(images[i : i + 1], ids[i : i + 1], mask[i : i + 1]) for i in range(BATCH)])
+    rows = [2] if ids_to == "encoder+decoder" else [0, 1, 2]
+    torch.testing.assert_close(together[rows], alone[rows], atol=1e-5, rtol=1e-4)
+
+
+def test_images_are_clamped_before_the_encoder(model, images):
+    ids, (mask, _) = model.tokenizer.encode(images), nested_masks()
+    wild = images * 4 - 1.5
+    torch.testing.assert_close(model.logits(wild, ids, mask), model.logits(wild.clamp(0, 1), ids, mask))
+
+
+def test_train_mode_leaves_the_frozen_parts_alone(images):
+    model = tiny_addp(dropout=0.5).train()
+    assert model.denoiser.training
+    assert not model.tokenizer.training
+    assert not model.predictor.training
+    ids, (mask, later) = model.tokenizer.encode(images), nested_masks()
+    assert torch.equal(model.corrupt(ids, mask, later).target, model.corrupt(ids, mask, later).target)
+
+
+def test_corrupting_without_a_predictor_says_what_is_missing(model, images):
+    model.predictor = None
+    with pytest.raises(ValueError, match="predictor=<file>"):
+        model(images)
+
+
+def test_published_count_of_trainable_parameters():
+    """146.9 M by the published count, which includes tensors that nothing uses."""
+    denoiser = Denoiser(ADDPConfig())
+    unused = 2 * 257 * 768 + (768 + 1) * 768  # pos_token_embed, pos_mask_embed, decoder_pred
+    assert (sum(p.numel() for p in denoiser.parameters()) + unused) / 1e6 == pytest.approx(146.9, abs=0.05)
