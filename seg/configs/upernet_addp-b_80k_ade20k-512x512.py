@@ -1,6 +1,6 @@
-# ruff: noqa: C408 (calls of dict are how such configs are written)
+# ruff: noqa: C408 (mmengine's configs are written with calls of dict)
 # ViT-B, 80k iterations, batch 32. The paper reports mIoU 48.1.
-# The learning rate is hard to read in our copy of the paper; the value is ours.
+# The paper's learning rate is hard to read in our copy; this value is our choice.
 _base_ = "_base_/upernet_addp_ade20k.py"
 
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=80000, val_interval=8000)

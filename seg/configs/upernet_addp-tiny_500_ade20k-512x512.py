@@ -1,5 +1,5 @@
-# ruff: noqa: C408 (calls of dict are how such configs are written)
-# A small ViT and narrow heads for trying things out; `addp seg train tiny` runs it on small crops of the toy set.
+# ruff: noqa: C408 (mmengine's configs are written with calls of dict)
+# A small ViT and narrow heads to try things out; `addp seg train tiny` uses small crops of the toy dataset.
 _base_ = "_base_/upernet_addp_ade20k.py"
 
 model = dict(

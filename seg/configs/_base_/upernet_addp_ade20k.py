@@ -1,13 +1,13 @@
-# ruff: noqa: C408 (calls of dict are how such configs are written)
-# UperNet over one ViT on ADE20K, in mmengine's form: what all sizes share (App. D). For `addp seg train`;
-# custom_imports registers our parts wherever mmengine reads it.
+# ruff: noqa: C408 (mmengine's configs are written with calls of dict)
+# UperNet over a ViT on ADE20K (App. D): what the configs of all sizes share. `addp seg train` reads them; because
+# custom_imports registers our parts, mmengine's own tools can read them too.
 custom_imports = dict(imports=["seg.backbone", "seg.dataset", "seg.evaluation", "seg.runner"])
 default_scope = "mmseg"
 runner_type = "AddpRunner"
 
 crop_size = (512, 512)
-scale = (2048, 512)  # longest and shorter side that images are resized to
-norm_cfg = dict(type="SyncBN", requires_grad=True)  # mmengine makes it plain BN where there is one process
+scale = (2048, 512)  # longest and shorter side of resized images
+norm_cfg = dict(type="SyncBN", requires_grad=True)  # `addp seg train` uses BN with one process or on CPUs
 
 model = dict(
     type="EncoderDecoder",
@@ -17,7 +17,7 @@ model = dict(
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         size=crop_size,
-        test_cfg=dict(size_divisor=16),  # an image of odd size is padded to whole patches, its map cut back
+        test_cfg=dict(size_divisor=16),  # images are padded to whole patches, and their class maps cropped back
     ),
     backbone=dict(
         type="AddpViT",
@@ -72,11 +72,11 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadPicture"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadClassMap"),  # after Resize: figures are those of the map at its own size
+    dict(type="LoadClassMap"),  # after Resize: class maps are evaluated at their own size
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
-    batch_size=4,  # on each of 8 processes
+    batch_size=4,  # for each of 8 processes
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="PositionSampler", batch_size=4),
@@ -104,7 +104,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 default_hooks = dict(
     timer=None,
-    logger=None,  # RunFolder writes the figures
+    logger=None,  # RunFolder writes the metrics
     checkpoint=dict(type="RunFolder", interval=8000, keep=2, log_every=50, seed=0),
 )
 randomness = dict(seed=0)
