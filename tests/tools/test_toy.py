@@ -1,4 +1,4 @@
-"""`addp toy`: the sets are in the real formats, the same for the same seed, and whole or not there."""
+"""`addp toy`: the datasets have the real formats, are the same for the same seed, and are complete or absent."""
 
 import errno
 import json
@@ -12,7 +12,9 @@ from addp_core.base.errors import UserError
 from addp_core.data.corruptions import CORRUPTIONS
 from addp_core.data.sources import open_source
 from addp_core.recipes.cli import main
-from tools.toy import toy
+from tools.toy import classification, toy
+from tools.toy.coco import polygons
+from tools.toy.digits import DigitScans
 
 SMALL = {
     "size": 32,
@@ -40,7 +42,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_all_sets_with_a_sheet_each_and_nothing_else(made):
+def test_every_dataset_and_its_contact_sheet_and_nothing_else(made):
     assert sorted(path.name for path in made.iterdir()) == sorted([*NAMES, "contact"])
     assert sorted(path.name for path in (made / "contact").iterdir()) == sorted(f"{name}.png" for name in NAMES)
     for name in NAMES:
@@ -52,7 +54,7 @@ def test_all_sets_with_a_sheet_each_and_nothing_else(made):
 def test_the_seed_decides_every_byte(made, tmp_path):
     toy.run(toy.Recipe(out=str(tmp_path / "a"), only=["coco", "imagenet-c"], **SMALL))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["coco", "contact", "imagenet-c"]
-    for name in ("coco", "imagenet-c"):  # a set is the same with and without the others
+    for name in ("coco", "imagenet-c"):  # a dataset does not depend on the others
         assert files(tmp_path / "a" / name) == files(made / name)
     toy.run(toy.Recipe(out=str(tmp_path / "b"), only=["sketch"], seed=1, **SMALL))
     ours, theirs = files(tmp_path / "b" / "sketch"), files(made / "sketch")
@@ -60,13 +62,13 @@ def test_the_seed_decides_every_byte(made, tmp_path):
     assert sum(ours[name] == theirs[name] for name in ours) == 0
 
 
-def test_a_second_start_writes_nothing(made):
+def test_a_second_run_writes_nothing(made):
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     toy.run(toy.Recipe(out=str(made), **SMALL))
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
-def test_other_settings_are_refused_only_where_they_matter(made):
+def test_other_settings_are_refused_only_for_the_datasets_they_change(made):
     toy.run(toy.Recipe(out=str(made), only=["coco"], **{**SMALL, "variants": 99}))
     with pytest.raises(UserError, match=r"variants: 99, but .*sketch was made with variants=12"):
         toy.run(toy.Recipe(out=str(made), only=["sketch"], **{**SMALL, "variants": 99}))
@@ -82,17 +84,17 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert files(tmp_path) == {"coco/mine.txt": b"keep"}
 
 
-def test_a_set_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_dataset_is_complete_or_absent(tmp_path, monkeypatch):
     recipe = toy.Recipe(out=str(tmp_path), only=["sketch"], **SMALL)
-    save, saved = toy.save, []
+    save, saved = classification.save_image, []
 
-    def fail_at_the_fifth(image, path, **options):
+    def fail_at_the_fifth(image, path, *options):
         saved.append(path)
         if len(saved) == 5:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        save(image, path, **options)
+        save(image, path, *options)
 
-    monkeypatch.setattr(toy, "save", fail_at_the_fifth)
+    monkeypatch.setattr(classification, "save_image", fail_at_the_fifth)
     with pytest.raises(UserError, match=r"out: .*sketch.* cannot be written: No space left on device"):
         toy.run(recipe)
     assert not (tmp_path / "sketch").exists()
@@ -118,7 +120,7 @@ def test_the_command(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------- content
 
 
-def test_imagenet_folders_through_the_suites_reader(made):
+def test_imagenet_folders_are_read_by_open_source(made):
     digits = tuple("0123456789")
     for split, count in (("train", 40), ("val", 20)):
         source = open_source(str(made / "imagenet"), split)
@@ -128,8 +130,8 @@ def test_imagenet_folders_through_the_suites_reader(made):
         assert np.bincount([source.read(i)[1] for i in range(count)]).tolist() == [count // 10] * 10
 
 
-def test_no_scan_serves_training_and_validation():
-    scans = toy.Scans()
+def test_no_scan_is_used_for_training_and_validation():
+    scans = DigitScans()
     pools = {split: np.concatenate([scans.pool(split, digit) for digit in range(10)]) for split in ("train", "val")}
     assert len(pools["train"]) + len(pools["val"]) == 1797
     assert 0.79 < len(pools["train"]) / 1797 < 0.81
@@ -137,14 +139,14 @@ def test_no_scan_serves_training_and_validation():
     assert not any(scan.tobytes() in seen for scan in pools["val"])
 
 
-def test_variants_hold_some_classes_as_the_real_ones_do(made):
+def test_variants_have_a_subset_of_the_classes_as_the_real_ones(made):
     for name, classes in (("imagenet-a", "023578"), ("imagenet-r", "013469"), ("sketch", "0123456789")):
         source = open_source(str(made / name))
         assert source.classes == tuple(classes)
         assert len(source) == 12
 
 
-def test_imagenet_c_is_the_same_pictures_75_times(made):
+def test_imagenet_c_has_the_same_images_75_times(made):
     assert sorted(path.name for path in (made / "imagenet-c").iterdir() if path.is_dir()) == sorted(CORRUPTIONS)
     assert len(CORRUPTIONS) == 15
     for name in CORRUPTIONS:
@@ -221,10 +223,10 @@ def test_coco_file_in_pycocotools(made):
         [".....", ".###.", ".#.#.", "##.##"],
     ],
 )
-def test_polygons_go_around_each_part(rows):
+def test_polygons_cover_exactly_the_mask(rows):
     mask = np.array([[sign == "#" for sign in row] for row in rows])
     covered = np.zeros(mask.shape, dtype=int)
-    for polygon in toy.polygons(mask):
+    for polygon in polygons(mask):
         corners = np.array(polygon).reshape(-1, 2)
         for row, column in np.ndindex(*mask.shape):  # crossings of a ray to the right of the pixel's centre
             x, y = column + 0.5, row + 0.5
