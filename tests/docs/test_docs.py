@@ -71,7 +71,8 @@ def split_verb(words: list[str]) -> tuple[str, list[str]]:
 
 def resolve(name: str) -> object:
     """Return the object with a dotted name, such as addp_core.method.addp.ADDP."""
-    module, parts = name, []
+    module = name
+    parts: list[str] = []
     while True:
         try:
             found = importlib.import_module(module)
