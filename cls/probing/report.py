@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from addp_core.base.files import write_atomically
+from addp_core.base.tables import text_table
 from cls.probing.recipe import FastConfig
 from cls.results import RESULTS
 
@@ -93,10 +94,8 @@ def results_table(results: dict[str, Any]) -> str:
         metrics = [f"{row[name]:.2f}" for name in metric_names(row)]
         star = "*" if row == results["best"] else ""
         lines.append([str(row["block"]), row["pooling"], f"{row['lr']:g}", *metrics, star])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    body = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     note = (
         f"percent of {results['images']} validation images, {results['classes']} classes; "
         f"learning rates and best row (*) chosen on {results['picked_by']}"
     )
-    return "\n".join([*body, "", note]) + "\n"
+    return f"{text_table(lines, left_columns=0)}\n{note}\n"

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from addp_core.base.files import write_atomically
+from addp_core.base.tables import markdown_table
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
 from cls.results import RESULTS
 from cls.variants.datasets import DATASETS, IMAGENET_C_KEYS, TOP1_KEYS, DatasetPart, format_missing
@@ -102,18 +103,6 @@ def _corruption_lines(row: Mapping[str, Any], star: str) -> list[list[str]]:
         for name, errors in row["corruptions"].items()
     ]
     return [header, *lines, [f"mCE{star}", *[""] * 7, f"{row['mce']:.1f}"]]
-
-
-def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns; the first line is its header."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(
-        "| "
-        + " | ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True)))
-        + " |"
-        for line in [lines[0], rule, *lines[1:]]
-    )
 
 
 def csv_report(report: Mapping[str, Any]) -> str:
