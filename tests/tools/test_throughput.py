@@ -19,8 +19,8 @@ from addp_core.networks.layers import Block
 from addp_core.recipes.cli import run as cli
 from addp_core.recipes.config import load
 from addp_core.training import timing
-from addp_core.training.timing import Parts
-from addp_core.weights.checkpoint import save_model
+from addp_core.training.timing import PartTimer
+from addp_core.weights.saving import save_model
 from tools.speed import published, throughput
 from tools.speed.flops import count, sampling_flop, training_flop
 from tools.speed.throughput import Recipe
@@ -161,7 +161,7 @@ def test_flop_of_training_counts_the_backward_pass_twice():
 
 
 def test_parts_are_taken_off_what_encloses_them():
-    parts = Parts(CPU)
+    parts = PartTimer(CPU)
     with parts("whole"), parts("outer"), parts("inner"):
         pass
     spans = {part: end - start for part, _, start, end in parts.spans}
@@ -172,7 +172,7 @@ def test_parts_are_taken_off_what_encloses_them():
 
 
 def test_a_wrapped_module_is_called_and_looks_like_itself():
-    owner, parts = nn.Module(), Parts(CPU)
+    owner, parts = nn.Module(), PartTimer(CPU)
     owner.layer = nn.Linear(2, 3)
     parts.wrap(owner, "layer", "layer")
     assert owner.layer(torch.zeros(1, 2)).shape == (1, 3)
@@ -193,9 +193,9 @@ def test_peak_memory():
 
 
 def test_matmul_peak_does_not_wait_for_slow_types(monkeypatch):
-    monkeypatch.setitem(timing.SIDES, "cpu", (8, 16))
+    monkeypatch.setitem(timing.MATMUL_SIDES, "cpu", (8, 16))
     assert set(timing.matmul_peak(CPU, torch.float32)) == {8, 16}
-    monkeypatch.setattr(timing, "PATIENCE", 1e-9)
+    monkeypatch.setattr(timing, "MATMUL_SECONDS", 1e-9)
     assert set(timing.matmul_peak(CPU, torch.bfloat16)) == {8}
 
 
@@ -224,7 +224,7 @@ def test_report_has_every_figure(capsys, tmp_path, model_file):
 
 
 def test_one_task_alone_and_without_switches(capsys, tmp_path, model_file, monkeypatch):
-    monkeypatch.setitem(timing.SIDES, "cpu", (16,))  # bf16 is slow on many a CPU
+    monkeypatch.setitem(timing.MATMUL_SIDES, "cpu", (16,))  # bf16 is slow on many a CPU
     report, text = figures(
         capsys, tmp_path, f"model={model_file}", "train=false", "steps=2", "accelerate=false", "precision=bf16"
     )
@@ -234,7 +234,7 @@ def test_one_task_alone_and_without_switches(capsys, tmp_path, model_file, monke
 
 
 def test_named_sizes_are_the_encoders():
-    model = throughput.build(load(Recipe, overrides=["model=tiny", "size=64"]))
+    model = throughput.build(load(Recipe, settings=["model=tiny", "size=64"]))
     assert model.config.denoiser.encoder.width == model.config.predictor.width == 192
     assert model.config.image_size == (64, 64)
 
@@ -252,7 +252,7 @@ def test_named_sizes_are_the_encoders():
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        throughput.pick_device(load(Recipe, overrides=settings))
+        throughput.pick_device(load(Recipe, settings=settings))
 
 
 def test_a_model_without_predictor_samples_only(capsys, tmp_path):
@@ -261,7 +261,7 @@ def test_a_model_without_predictor_samples_only(capsys, tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(model, path)
     with pytest.raises(UserError, match=r"no token predictor.*train=false"):
-        throughput.build(load(Recipe, overrides=[f"model={path}"]))
+        throughput.build(load(Recipe, settings=[f"model={path}"]))
     report, _ = figures(capsys, tmp_path, f"model={path}", "train=false", "steps=2")
     assert report["sample"]["images_per_s"]["median"] > 0
 
