@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from addp_core.base.errors import UserError
-from addp_core.recipes.config import dump, find_recipe, load
+from addp_core.recipes.config import dump, load_recipe
 from addp_core.recipes.verbs import VERBS
 
 
@@ -37,8 +37,7 @@ def verb_recipe(arguments: Sequence[str], benchmark: str) -> Any:
     module = importlib.import_module(VERBS[verb][0])
     name = rest[0] if rest and "=" not in rest[0] else None
     try:
-        path = find_recipe(module, name) if name else None
-        return load(module.Recipe, path, rest[1:] if name else rest)
+        return load_recipe(module, name, rest[1:] if name else rest)
     except UserError as error:
         raise UserError(f"{benchmark}: {error}") from error
 
