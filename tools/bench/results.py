@@ -15,6 +15,7 @@ import yaml
 import addp_core
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.tables import text_table
 from addp_core.recipes.config import dump
 from tools import doctor
 from tools.bench.arms import Arm
@@ -85,8 +86,7 @@ def summary_table(content: Mapping[str, Any]) -> str:
         lines.append([arm, *(mean_and_sd(of_arm.get(benchmark, {}).get(name)) for benchmark, name in columns)])
     levels = [content["chance"].get(benchmark, {}).get(name) for benchmark, name in columns]
     lines.append(["chance", *("-" if level is None else f"{level:.2f}" for level in levels)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "".join("  ".join(f"{x:>{w}}" for x, w in zip(line, widths, strict=True)) + "\n" for line in lines)
+    return text_table(lines, left_columns=0)
 
 
 def mean_and_sd(values: Sequence[float] | None) -> str:

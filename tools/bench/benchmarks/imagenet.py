@@ -1,4 +1,4 @@
-"""ImageNet, which four benchmarks read, and what tells its 1000 classes from other data."""
+"""ImageNet, which generation, fine-tuning and linear probing read, and what tells its 1000 classes from other data."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # `addp report` does without torch
 CHANCE = 0.1  # per cent, of 1000 classes
 
 
-def check_imagenet(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark]) -> "ImageSource":
+def check_class_folders(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark]) -> "ImageSource":
     """Open the validation images, which have to lie in class folders if a reader needs labels."""
     from addp_core.data.sources import open_source
 
@@ -29,7 +29,7 @@ def check_imagenet(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark])
 
 
 IMAGENET = Dataset(
-    "imagenet", "train/<class>/ and val/<class>/: generation, finetune, linprobe, robustness", check_imagenet
+    "imagenet", "train/<class>/ and val/<class>/: generation, finetune, linprobe, robustness", check_class_folders
 )
 
 
@@ -37,5 +37,5 @@ def unlike_imagenet(chance: Mapping[str, float]) -> str:
     """Return "the labeled images have ... classes, ImageNet has 1000" if the chance level of top-1 says so, or ""."""
     level = chance.get("top1")
     if level and abs(level - CHANCE) > 1e-6:
-        return f"the labelled images have {100 / level:.0f} classes, ImageNet has 1000"
+        return f"the labeled images have {100 / level:.0f} classes, ImageNet has 1000"
     return ""

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from addp_core.recipes.cli import main
+from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.curves import points
-from tools.bench.document import Cell, Pictures, Row, Table, to_html, to_markdown
-from tools.bench.paper import PAPER
-from tools.bench.report import Metric, _difference, write_report
+from tools.bench.document import Cell, Images, Row, Table, to_html, to_markdown
+from tools.bench.metric import Metric
+from tools.bench.report import _difference, write_report
 
 NAMED = "<b>big|*one*</b>"  # an arm; the arms beside it are small and random
 SEEDS = [0, 1, 2]
@@ -173,7 +174,7 @@ def test_the_first_table(written):
     page = Reader((written / "report.html").read_text())
     table = page.tables[0]
     assert table[0] == ["", "Generation", "Fine-tuning", "Linear probe", "Robustness", "Detection", ""]
-    assert table[1][:6] == ["start", "FD ↓", "CS ↑", "precision ↑", "recall ↑", "top-1 ↑"]
+    assert table[1][:6] == ["arm", "FD ↓", "CS ↑", "precision ↑", "recall ↑", "top-1 ↑"]
     assert table[1][-5:] == ["average ↑", "box AP ↑", "mask AP ↑", "encoder", "images seen"]
     small, named, random = (row(table, arm) for arm in ("small", NAMED, "random"))
     assert small[-2:] == ["1.2 M", "1,000"]
@@ -193,7 +194,7 @@ def test_the_first_table(written):
     assert paper[1:7] == ["-", "-", "-", "-", "83.9", "11.5"]  # its FID is no FD
     assert paper[-5:-2] == ["47.0", "51.7", "45.8"]
     of_generation = next(table for table in page.tables if "recall ↑" in table[0])
-    assert [cells[0] for cells in of_generation] == ["start", "small", NAMED]  # nor are precision and recall the same
+    assert [cells[0] for cells in of_generation] == ["arm", "small", NAMED]  # nor are precision and recall the same
 
 
 def test_what_the_page_holds(written):
@@ -207,14 +208,14 @@ def test_what_the_page_holds(written):
     assert "det/<b>big|*one*</b>: the end of det/named/log.txt" in words
     assert "step 1\n100%\nTraceback <most recent>\nRuntimeError: a < b & c" in words
     assert "blocked by finetune/random" in words
-    assert "not comparable with the paper: the labelled images have 10 classes" in words.lower()
+    assert "not comparable with the paper: the labeled images have 10 classes" in words.lower()
     assert "gone.png: No such file or directory" in words
-    assert "text.jpg: not a picture" in words
+    assert "text.jpg: not an image" in words
     assert text.count("data:image/png") == 1
     assert "Scores against images seen" in words
     # against images seen: FD, CS, precision, recall, top-1 twice, A; fine-tuning; pretraining twice
     assert text.count("data:image/svg") == 10
-    assert "Left out, for want of data or by choice: segmentation." in words
+    assert "Left out, because no data are given or by choice: segmentation." in words
     assert "12 of 14 steps done, 1 failed, 1 blocked, last at 2026-01-02T03:04:05. a CPU" in words
 
 
@@ -249,7 +250,7 @@ def test_colours_need_more_than_noise(written):
 
 
 def test_lower_is_better_of_distances():
-    fid = Metric("fid", "FID", lower=True)
+    fid = Metric("fid", "FID", lower_is_better=True)
     assert _difference([9.0, 9.2], [20.0, 20.2], fid) == ("-11.0", "good")
     assert _difference([30.0, 30.2], [20.0, 20.2], fid) == ("+10.0", "bad")
     assert _difference([30.0], [20.0, 20.2], fid) == ("+9.9", "")
@@ -275,7 +276,7 @@ def test_a_bench_that_has_just_begun(out):
     assert row(page.tables[0], "small")[1:4] == ["not yet"] * 3
     words = "".join(page.words)
     assert "0 of 14 steps done" in words
-    assert "the same addp bench command goes on" in words
+    assert "the same addp bench command continues it" in words
     assert "What failed" not in words
     assert row(page.tables[0], "paper: ADDP ViT-B")[1:3] == ["8.9", "95.3"]  # FID and IS until something else is known
 
@@ -292,7 +293,7 @@ def test_one_arm_without_random_or_data(out):
     assert row(page.tables[0], "small")[1:2] == ["52.0 ± 2.0"]
     assert "Not comparable" not in text
     assert "difference to" not in text
-    assert page.tables[1][0] == ["start", "top-1 ↑", "best setting"]  # nothing of this size is in the paper
+    assert page.tables[1][0] == ["arm", "top-1 ↑", "best setting"]  # nothing of this size is in the paper
 
     toys = json.loads((out / "bench.json").read_text())
     (out / "toys").mkdir()
@@ -300,7 +301,7 @@ def test_one_arm_without_random_or_data(out):
     toys["recipe"] = json.dumps({"data": {"imagenet": str(out / "toys"), "coco": ""}, "price_per_hour": 3})
     (out / "bench.json").write_text(json.dumps(toys))
     text = write_report(out).read_text()
-    assert "the data are toys (imagenet, by addp toy)" in text
+    assert "these are toy data (imagenet, by addp toy)" in text
     assert "Price at 3 an hour" in text
 
 
@@ -312,7 +313,7 @@ def test_beside_the_paper_where_data_and_size_are_its_own(out):
 
     edit(out, full)
     tables = Reader(write_report(out).read_text()).tables
-    tuned = next(table for table in tables if table[0] == ["start", "top-1 ↑", "against the paper", "best setting"])
+    tuned = next(table for table in tables if table[0] == ["arm", "top-1 ↑", "against the paper", "best setting"])
     assert row(tuned, "small")[2] == "top-1 -31.9 (ADDP ViT-B)"  # 52.0 - 83.9
     assert row(tuned, "random")[2] == "-"
     robust = next(table for table in tables if "Sketch ↑" in table[0])
@@ -363,9 +364,11 @@ def test_wrong_input(content, message, tmp_path, capsys):
 
 def test_the_paper_adds_up():
     """The paper's average is the mean of its four sets; the rows that the first table needs are there."""
-    scores = PAPER["ADDP ViT-B"]["robustness"]
+    scores = BENCHMARKS["robustness"].published["ADDP ViT-B"]
     assert sum(scores[key] for key in ("a", "r", "sketch", "c")) / 4 == pytest.approx(scores["average"], abs=0.05)
-    assert {"finetune", "linprobe", "det", "seg", "generation"} <= set(PAPER["ADDP ViT-L"])
+    assert {"finetune", "linprobe", "det", "seg", "generation"} <= {
+        name for name, benchmark in BENCHMARKS.items() if "ADDP ViT-L" in benchmark.published
+    }
 
 
 def test_long_curves_are_thinned_and_odd_lines_left_out():
@@ -381,12 +384,12 @@ def test_large_pictures_shrink_and_small_ones_grow(tmp_path):
     Image.effect_noise((3000, 500), 50).save(tmp_path / "large.png")
     Image.new("RGB", (24, 24), "red").save(tmp_path / "small.png")
     files = [(tmp_path / name, name) for name in ("large.png", "small.png")]
-    page = to_html("t", [Pictures(files)])
+    page = to_html("t", [Images(files)])
     assert len(page) < 500_000
     assert 'width="240"' in page
     assert "image/jpeg" in page
     assert "image/png" in page
-    assert "](large.png)" in to_markdown("t", [Pictures(files)], tmp_path)
+    assert "](large.png)" in to_markdown("t", [Images(files)], tmp_path)
 
 
 def test_a_table_in_markdown_by_hand(tmp_path):

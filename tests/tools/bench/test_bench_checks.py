@@ -1,0 +1,67 @@
+"""`addp bench`: what it refuses before the first step, and the keys of its recipes."""
+
+import importlib.util
+
+import pytest
+from bench_commands import bench_command, commands_run, last_line
+
+from addp_core.recipes.cli import main
+from addp_core.recipes.config import find_recipe, load
+from tools.bench import bench
+from tools.bench.arguments import as_arguments, verb_recipe
+from tools.bench.benchmark import Transfer
+from tools.bench.benchmarks import BENCHMARKS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["bench.only=dett"], "bench.only: found 'dett', expected benchmarks (generation, finetune"),
+        (["bench.only=dett"], "did you mean 'det"),
+        (["bench.only=det/c"], "bench.only: found 'det/c'"),
+        (["bench.only=[generation,det]", "data.coco="], "bench.only: det/a cannot be done: data.coco is not given"),
+        (["data.sketch={toys}/toy/sketchy"], "data.sketch: {toys}/toy/sketchy does not exist"),
+        (["data.coco={toys}/toy/imagenet"], "data.coco: {toys}/toy/imagenet has none of annotations/"),
+        (["data.ade20k={toys}/toy/coco"], "data.ade20k: "),
+        (["data.imagenet_c={toys}/toy/imagenet"], "data.imagenet_c: {toys}/toy/imagenet lacks"),
+        (["models={{a: {toys}/c}}"], "models.a: {toys}/c: no such file"),
+        (["models={{random: {toys}/a}}"], "models: 'random', expected a name"),
+        (["model={toys}/a"], "model: found '{toys}/a' and models too"),
+        (["models={{}}"], "models: none given; expected model="),
+        (["det.set={{train.step: 5}}"], "det: unknown key 'train.step'; did you mean 'train.steps'?"),
+        (["det.grid={{train.lr: [0.1, -1]}}"], "det: train.lr: found -1"),
+        (["finetune.recipe=tinny"], "finetune: no recipe named 'tinny'"),
+        (["robustness.set={{worker: 0}}"], "robustness: unknown key 'worker'"),
+        (["robustness.seeds=[7]"], "robustness.seeds: found 7, expected seeds of finetune: [0]"),
+        (["generation.grid={{n: [1]}}"], "unknown key 'generation.grid'"),
+        (["det.set={{model: 'best:finetune/c'}}"], "best:finetune/c: no such step"),
+    ],
+)
+def test_wrong_input(toys, fake, tmp_path, capsys, settings, message):
+    out = tmp_path / "out"
+    assert main(bench_command(toys, out, *(setting.format(toys=toys) for setting in settings))) == 2
+    assert message.format(toys=toys) in last_line(capsys)
+    assert not out.exists()
+    assert commands_run(fake, out) == []
+
+
+def test_a_missing_package_is_named_before_the_first_step(toys, fake, tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "mmcv" else find(name, *rest))
+    assert main(bench_command(toys, tmp_path / "out")) == 2
+    assert "seg: the package 'mmcv' is not installed; add it with: " in last_line(capsys)
+    assert main(bench_command(toys, tmp_path / "out", "bench.only=det/a", "random=false")) == 0
+
+
+@pytest.mark.parametrize("name", ["demo", "toy", "vit_b", "vit_l"])
+def test_named_recipes_have_keys_of_their_verbs(name):
+    recipe = load(bench.Recipe, find_recipe(bench, name))
+    for benchmark in BENCHMARKS.values():
+        if isinstance(benchmark, Transfer):
+            section = recipe.section(benchmark.name)
+            first = {key: values[0] for key, values in section.grid.items()}
+            settings = as_arguments({benchmark.source: "x", "out": "x", "model": "x", **section.set, **first})
+            verb_recipe([*benchmark.verb.split(), section.recipe, *settings], benchmark.name)
+    given = ["out=x", "model=x"]
+    verb_recipe(["evaluate", *given, "reference=x", *as_arguments(recipe.section("generation").set)], "generation")
+    verb_recipe(["robustness", *given, *as_arguments(recipe.section("robustness").set)], "robustness")
