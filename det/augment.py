@@ -76,14 +76,16 @@ class LargeScaleJitter(Crop):
         super().__init__((size, size))
         self.scale, self.random_flip = scale, flip
 
-    def pixels(self, picture: AnnotatedImage) -> DetectionSample:  # type: ignore[override]  # Stream passes it through
+    # the dataset of the stream yields AnnotatedImage, and `collate` takes the samples
+    def pixels(self, image: AnnotatedImage) -> DetectionSample:  # type: ignore[override]
+        """Return the jittered image with the objects that are still visible."""
         size = self.hw[0]
-        factor = size * random.uniform(*self.scale) / max(picture.width, picture.height)
-        window = CropWindow.sample(picture.width, picture.height, factor, size, self.random_flip)
-        content = np.array(picture.crop(window.box, (window.width, window.height), window.flip))
-        image = PADDING.expand(3, size, size).clone()
-        image[:, : window.height, : window.width] = torch.from_numpy(content).permute(2, 0, 1)
-        objects = [obj for obj in picture.objects if not obj["iscrowd"]]
+        factor = size * random.uniform(*self.scale) / max(image.width, image.height)
+        window = CropWindow.sample(image.width, image.height, factor, size, self.random_flip)
+        crop = np.array(image.crop(window.box, (window.width, window.height), window.flip))
+        square = PADDING.expand(3, size, size).clone()
+        square[:, : window.height, : window.width] = torch.from_numpy(crop).permute(2, 0, 1)
+        objects = [obj for obj in image.objects if not obj["iscrowd"]]
         cropped = [(obj["label"], window.crop_mask(obj["segmentation"])) for obj in objects]
         visible = [(label, mask) for label, mask in cropped if mask.any()]
         masks = np.zeros((len(visible), size, size), dtype=np.uint8)
@@ -91,7 +93,7 @@ class LargeScaleJitter(Crop):
             padded[: window.height, : window.width] = mask
         boxes = np.array([bounding_box(mask) for mask in masks], dtype=np.float32).reshape(-1, 4)
         labels = torch.tensor([label for label, _ in visible], dtype=torch.long)
-        return DetectionSample(image, torch.from_numpy(boxes), labels, torch.from_numpy(masks))
+        return DetectionSample(square, torch.from_numpy(boxes), labels, torch.from_numpy(masks))
 
 
 @dataclass(frozen=True)

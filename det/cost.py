@@ -1,7 +1,7 @@
 """`addp det cost`: seconds and peak memory of a detector's training step, with and without activation checkpointing.
 
-Images are noise with filled boxes and weights are random; the cost equals that of real data, apart from the dependence
-of the heads on the number of objects. A step is forward, backward and AdamW. CPU seconds are summed over all threads;
+Images are noise with filled boxes, and weights are random. Both cost the same as real ones, except that the time of the
+heads depends on the number of objects. A step is forward, backward and AdamW. CPU seconds are summed over all threads;
 on a busy machine they are more reliable than wall-clock seconds. The peak memory is that of the process on a CPU,
 libraries included, and that of the tensors on a GPU.
 """

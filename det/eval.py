@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from addp_core.base.tables import text_table
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
 from det.average_precision import coco_metrics
@@ -53,10 +54,9 @@ def run(recipe: Recipe) -> None:
 def format_table(metrics: dict[str, float | None]) -> str:
     """Return one line per metric with boxes and masks side by side, in percent as in the papers."""
     names = [name.removeprefix("box_") for name in metrics if name.startswith("box_")]
-    width = max(map(len, names))
-    rows = [("", "box", "mask")]
-    rows += [(name, _percent(metrics[f"box_{name}"]), _percent(metrics[f"mask_{name}"])) for name in names]
-    return "".join(f"{name:<{width}}  {box:>6}  {mask:>6}\n" for name, box, mask in rows)
+    rows = [["", "box", "mask"]]
+    rows += [[name, _percent(metrics[f"box_{name}"]), _percent(metrics[f"mask_{name}"])] for name in names]
+    return text_table(rows)
 
 
 def _percent(value: float | None) -> str:

@@ -152,14 +152,14 @@ MISTAKES = {
     ("eval", "data.val_annotations={root}/recipe.yaml"): "recipe.yaml: not JSON",
     ("train", "model={root}/tokens.safetensors"): "tokens.safetensors: an encoder over tokens has neither windows",
     ("predict", "images={root}/nowhere"): "addp: images: {root}/nowhere does not exist",
-    ("predict", "images={root}/pictures"): "addp: images: {root}/pictures has no folder 'train'; it has val",
+    ("predict", "images={root}/photos"): "addp: images: {root}/photos has no folder 'train'; it has val",
     ("predict", "out={root}/recipe.yaml"): "recipe.yaml cannot be written",
 }
 
 
 @pytest.mark.parametrize(("action", "setting"), MISTAKES)
 def test_det_mistakes_end_in_one_line(trained, tmp_path, capsys, action, setting):
-    (trained / "pictures" / "val").mkdir(parents=True, exist_ok=True)
+    (trained / "photos" / "val").mkdir(parents=True, exist_ok=True)
     if "renamed" in setting:
         annotations = json.loads((trained / "toy" / "coco" / "annotations" / "instances_val.json").read_text())
         annotations["categories"][0]["name"] = "zero"

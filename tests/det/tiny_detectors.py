@@ -1,5 +1,7 @@
 """Encoders, detectors and training samples that are small enough for tests."""
 
+from typing import Literal
+
 import torch
 
 from addp_core.networks.attention import AttentionConfig
@@ -20,7 +22,9 @@ def tiny_encoder(attention: AttentionConfig | None = None, size: int = 32, seed:
     return Encoder(config, (size, size), 4, attention or AttentionConfig(), dynamic=True).eval()
 
 
-def tiny_detector(score: float = 0.0, samples: int = 8, normalisation: str = "imagenet") -> Detector:
+def tiny_detector(
+    score: float = 0.0, samples: int = 8, normalisation: Literal["imagenet", "half"] = "imagenet"
+) -> Detector:
     """Return a detector of the engine torchvision for images of 32 pixels."""
     encoder = tiny_encoder(VITDET)
     config = DetectorConfig(channels=16, scales=(2.0, 1.0), convs=8, fc=16, proposals=20, samples=samples, score=score)

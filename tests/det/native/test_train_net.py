@@ -106,7 +106,7 @@ def test_train_net_refuses_wrong_input_in_one_line(arguments, tmp_path, capfd):
         "train.init_checkpoint: missing": evaluate,
         "no such file or config; the configs are mask_rcnn_vitdet_b_100ep": ["--config-file", "nope"],
         "data.root: nowhere is not a folder": [*arguments, "dataloader.coco.root=nowhere"],
-        "encoder.attention.relative=decomposed: model.backbone.net.encoder.source has no positions but relative tables": [
+        "encoder.attention.relative=decomposed: model.backbone.net.encoder.source has no positions": [
             *arguments,
             f"model.backbone.net.encoder.source={tmp_path / 'beit.safetensors'}",
         ],
