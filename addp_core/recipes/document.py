@@ -40,6 +40,7 @@ class Document:
 
     @functools.cached_property
     def root(self) -> yaml.Node:
+        """The nodes of the whole text."""
         return self.compose(self.text)
 
     def compose(self, text: str, key: str = "") -> yaml.Node:
@@ -89,6 +90,7 @@ class Document:
             self.set_key(tree, cls, self.key_name(name), value, prefix, name)
 
     def key_name(self, node: yaml.Node) -> str:
+        """Return the text of a key. Raises UserError if the key is a list or a mapping."""
         if not isinstance(node, yaml.ScalarNode):
             raise UserError(f"{self.location(node)}found {self.excerpt(node)} as a key, expected a name")
         return node.value
@@ -139,7 +141,7 @@ class Document:
             )
 
     def mark_as_set(self, full_name: str, name_node: yaml.Node | None) -> None:
-        """Raises UserError if this document has set the key before."""
+        """Record that a key is set. Raises UserError if this document has set it before."""
         if full_name in self.keys_set:
             raise UserError(f"{self.location(name_node)}{full_name}: set twice; keep one")
         self.keys_set.add(full_name)
@@ -263,6 +265,7 @@ class Document:
         raise _TypeMismatchError
 
     def unique_entries(self, node: yaml.MappingNode, full_name: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+        """Yield the entries of a free-form mapping. Raises UserError if a key occurs twice."""
         names: set[str] = set()
         for name, value in node.value:
             if self.key_name(name) in names:
