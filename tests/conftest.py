@@ -1,12 +1,13 @@
-"""What all tests share: one thread a worker, no network, no traces of one test in the next."""
+"""Settings of all tests: one thread per worker, no network, no log handlers left over from another test."""
 
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
-# Before torch is imported, here and in every process that a test starts.
+# Set before torch is imported, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -26,7 +27,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _log_handlers():
-    """The command line points the log at the stderr of its test; the next test has another."""
+def _remove_log_handlers() -> Iterator[None]:
+    """Remove log handlers: the command line makes one for the stderr of its test, which later tests do not have."""
     yield
     logging.getLogger("addp").handlers.clear()

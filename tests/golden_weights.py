@@ -1,4 +1,4 @@
-"""The parity data's weights, by rule: a published-layout state dict from names, shapes and a seed."""
+"""The weights of the parity data: a state dict in the published layout, generated from names, shapes and a seed."""
 
 import json
 import zlib
@@ -19,13 +19,14 @@ HEADS = {
 
 
 def golden_state() -> dict[str, Tensor]:
-    """{published name: float32 tensor}, the weights that the parity data was computed with."""
-    return {name: _draw(name, tuple(shape)) for name, shape in SPEC["shapes"].items()}
+    """Return {published name: float32 tensor}, the weights with which the parity data was computed."""
+    return {name: _random_weight(name, tuple(shape)) for name, shape in SPEC["shapes"].items()}
 
 
-def _draw(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A normal tensor seeded by the name; matrices scaled by their fan-in, codes and embeddings by a fixed spread, the
-    rest small.
+def _random_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return normal numbers seeded by the name.
+
+    Matrices are scaled by their fan-in, codes and embeddings to a fixed standard deviation; the rest is small.
     """
     seed = (zlib.crc32(f"addp.{name}".encode()) ^ SPEC["seed"]) & 0x7FFFFFFF
     values = np.random.RandomState(seed).standard_normal(shape).astype(np.float32)

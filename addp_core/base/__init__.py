@@ -1,1 +1,1 @@
-"""What every other package uses: user errors, atomic file writes, stateless randomness and the number of CPU cores."""
+"""What every other package uses: user errors, atomic file writes, random seeds, text tables and CPU cores."""

@@ -1,7 +1,7 @@
-"""Parity with what the published implementation computes (tests/golden), at the public names, in float32.
+"""Parity of the public functions with the published implementation (tests/golden), in float32.
 
-Tolerances: ids equal; floats within 1e-3 of the tensor's standard deviation at the worst element; loss 1e-4 and
-gradient norms 1e-3 relative.
+Tolerances: ids are equal; the largest error of a float tensor is below 1e-3 of its standard deviation; relative errors
+are below 1e-4 for the loss and below 1e-3 for gradient norms.
 """
 
 import pytest
@@ -49,7 +49,7 @@ def corrupted(model, ids, golden):
 
 def close(found, expected, name):
     error = (found - expected).abs().max() / expected.std()
-    assert error < 1e-3, f"{name}: worst element off by {error:.2e} of the standard deviation"
+    assert error < 1e-3, f"{name}: found a largest error of {error:.2e} standard deviations, expected less than 1e-3"
 
 
 @torch.no_grad()

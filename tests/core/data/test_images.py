@@ -1,4 +1,4 @@
-"""Decoding and crops, on tiny images made here."""
+"""Decoding of all common formats, and crops."""
 
 import io
 import random
@@ -17,7 +17,7 @@ from addp_core.data.images import CenterCrop, ImageError, LazyImage, RandomCrop,
 
 
 def corner_image(width: int = 24, height: int = 16) -> Image.Image:
-    """A picture that none of the eight orientations maps to itself."""
+    """Return an image that none of the eight EXIF orientations maps to itself."""
     image = Image.new("RGB", (width, height), (128, 128, 128))
     image.paste((255, 0, 0), (0, 0, 8, 8))
     image.paste((0, 255, 0), (width - 8, 0, width, 8))
@@ -31,7 +31,7 @@ def decode_rgb(encoded: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_16_bit_greyscale_is_scaled_not_clipped():
+def test_16_bit_grayscale_is_scaled_not_clipped():
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     for kind in ("PNG", "TIFF"):
         found = decode_rgb(encode(Image.fromarray(values), kind))
@@ -40,13 +40,13 @@ def test_16_bit_greyscale_is_scaled_not_clipped():
     assert decode_rgb(encode(Image.fromarray(between)))[0, :, 0].tolist() == [0, 0, 1, 1, 255, 255]
 
 
-def test_16_bit_greyscale_through_a_crop():
+def test_16_bit_grayscale_through_a_crop():
     values = np.full((20, 20), 30000, dtype=np.uint16)
     image = eval_transform(8)(LazyImage(encode(Image.fromarray(values))))
     assert torch.allclose(image, torch.full((3, 8, 8), 30000 / 65535), atol=0.5 / 255)
 
 
-def test_cmyk():
+def test_cmyk_is_converted_to_rgb():
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     assert np.abs(decode_rgb(encode(image, "JPEG", quality=95)).astype(int) - (255, 0, 0)).max() < 12
     crop = eval_transform(8)(LazyImage(encode(image, "JPEG", quality=95)))
@@ -64,7 +64,7 @@ def test_palette_with_and_without_transparency():
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [
         ("1", 1, (255, 255, 255)),
         ("L", 77, (77, 77, 77)),
@@ -75,14 +75,14 @@ def test_palette_with_and_without_transparency():
         ("RGBA", (0, 100, 200, 51), (204, 224, 244)),
     ],
 )
-def test_modes_and_alpha_on_white(mode, colour, expected):
-    encoded = encode(Image.new(mode, (9, 9), colour))
+def test_modes_and_transparency_on_white(mode, color, expected):
+    encoded = encode(Image.new(mode, (9, 9), color))
     assert np.abs(decode_rgb(encoded).astype(int) - expected).max() <= 1
     crop = eval_transform(8)(LazyImage(encoded)) * 255
     assert torch.allclose(crop.mean((1, 2)), torch.tensor(expected, dtype=torch.float32), atol=1)
 
 
-def test_transparent_colour_of_grey_and_rgb():
+def test_transparent_color_of_gray_and_rgb_images():
     assert decode_rgb(encode(Image.new("L", (4, 4), 9), transparency=9)).min() == 255
     assert decode_rgb(encode(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(1, 2, 3))).min() == 255
 
@@ -95,10 +95,10 @@ def test_exif_orientation(kind, orientation):
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
     encoded = encode(corner_image(), kind, exif=exif, **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB"))
-    picture = LazyImage(encoded)
-    assert (picture.height, picture.width) == expected.shape[:2]
-    assert (np.asarray(picture.decode()) == expected).all()
-    top, right = 2, expected.shape[1] - 3  # a box away from the middle shows whether it was turned too
+    image = LazyImage(encoded)
+    assert (image.height, image.width) == expected.shape[:2]
+    assert (np.asarray(image.decode()) == expected).all()
+    top, right = 2, expected.shape[1] - 3  # a box away from the center shows whether the box is transposed too
     crop = np.asarray(LazyImage(encoded).crop((right - 5, top, right, top + 4), (5, 4)))
     assert (crop == expected[top : top + 4, right - 5 : right]).all()
 
@@ -107,28 +107,28 @@ def test_orientation_with_a_reduced_jpeg():
     exif = Image.Exif()
     exif[0x0112] = 6
     big = corner_image(24, 16).resize((960, 640), Image.Resampling.NEAREST)
-    picture = LazyImage(encode(big, "JPEG", exif=exif, quality=95))
-    assert (picture.width, picture.height) == (640, 960)
-    small = np.asarray(picture.crop((0, 0, 640, 960), (16, 24))).astype(int)
+    image = LazyImage(encode(big, "JPEG", exif=exif, quality=95))
+    assert (image.width, image.height) == (640, 960)
+    small = np.asarray(image.crop((0, 0, 640, 960), (16, 24))).astype(int)
     expected = np.asarray(corner_image(24, 16).transpose(Image.Transpose.ROTATE_270)).astype(int)
-    assert np.abs(small - expected)[2:6, 2:6].max() < 20  # inside a corner: blue comes to the top left
+    assert np.abs(small - expected)[2:6, 2:6].max() < 20  # inside a corner: blue is at the top left now
     assert np.abs(small - expected).mean() < 12
 
 
-def test_broken_exif_beside_sound_pixels():
+def test_broken_exif_data_is_ignored():
     encoded = encode(smooth_image(20, 20), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert LazyImage(encoded).decode().size == (20, 20)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.9])
-def test_truncated_files_are_errors(kind, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.3, 0.6, 0.9])
+def test_truncated_files_are_errors(kind, fraction):
     encoded = encode(noise_image(64, 48), kind)
-    cut = encoded[: int(len(encoded) * share)]
+    truncated = encoded[: int(len(encoded) * fraction)]
     with pytest.raises(ImageError):
-        LazyImage(cut).decode()
+        LazyImage(truncated).decode()
     with pytest.raises(ImageError):
-        eval_transform(8)(LazyImage(cut))
+        eval_transform(8)(LazyImage(truncated))
 
 
 def test_truncated_progressive_jpeg_and_reduced_decoding():
@@ -141,12 +141,12 @@ def test_truncated_progressive_jpeg_and_reduced_decoding():
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"just text, no picture", "not an image"),
+        (b"just text, no image", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # Pillow would start Ghostscript
         (b"\xff\xd8\xff\xe0", "not an image"),
     ],
 )
-def test_what_is_no_image_says_why(content, reason):
+def test_files_that_are_no_images_are_rejected_with_a_reason(content, reason):
     with pytest.raises(ImageError, match=reason):
         LazyImage(content)
 
@@ -163,7 +163,7 @@ def test_decompression_bomb():
         LazyImage(bomb)
 
 
-def test_greyscale_without_a_range_is_an_error():
+def test_32_bit_grayscale_is_an_error():
     with pytest.raises(ImageError, match="32-bit"):
         LazyImage(encode(Image.new("F", (9, 9), 0.5), "TIFF")).decode()
 
@@ -199,7 +199,7 @@ def test_random_crops_lie_inside_and_have_the_right_area(width, height, seed, hw
 
 @pytest.mark.parametrize("hw", [(16, 16), (24, 8), (8, 40)])
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3), (50, 40)])
-def test_any_size_of_image_and_target(hw, size):
+def test_crops_work_for_any_size_of_image_and_target(hw, size):
     for transform in (RandomCrop(hw), CenterCrop(hw)):
         image = transform(noise_image(*size))
         assert image.shape == (3, *hw)
@@ -208,7 +208,7 @@ def test_any_size_of_image_and_target(hw, size):
         assert 0 <= image.min() <= image.max() <= 1
 
 
-def test_eval_transform_is_resize_then_centre_crop():
+def test_eval_transform_is_resize_then_center_crop():
     image = smooth_image(80, 60)
     expected = image.resize((32, 24), Image.Resampling.BICUBIC).crop((4, 0, 28, 24))
     found = eval_transform(24)(image)
@@ -217,20 +217,20 @@ def test_eval_transform_is_resize_then_centre_crop():
     assert eval_transform(224, 0.875).box(256, 256) == (16, 16, 240, 240)
 
 
-def test_mirror_is_a_coin():
+def test_half_of_the_random_crops_are_flipped():
     image = corner_image()
-    plain = eval_transform((16, 24))(image)
-    whole = RandomCrop((16, 24), scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    unflipped = eval_transform((16, 24))(image)
+    full_crop = RandomCrop((16, 24), scale=(1.0, 1.0), ratio=(1.0, 1.0))
     random.seed(0)
-    flipped = sum(torch.equal(whole(image), plain.flip(2)) for _ in range(200))
+    flipped = sum(torch.equal(full_crop(image), unflipped.flip(2)) for _ in range(200))
     assert 70 < flipped < 130
-    never = RandomCrop((16, 24), scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
-    assert all(torch.equal(never(image), plain) for _ in range(20))
+    without_flip = RandomCrop((16, 24), scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
+    assert all(torch.equal(without_flip(image), unflipped) for _ in range(20))
 
 
-def test_reduced_decoding_shows_the_same_picture():
+def test_reduced_decoding_shows_the_same_image():
     encoded = encode(smooth_image(1203, 901), "JPEG", quality=95)
-    whole = LazyImage(LazyImage(encoded).decode())
+    full = LazyImage(LazyImage(encoded).decode())
     for box, size in (((0, 0, 1203, 901), (32, 24)), ((101, 77, 900, 801), (48, 40)), ((3, 5, 70, 60), (64, 64))):
         found = np.asarray(LazyImage(encoded).crop(box, size)).astype(int)
-        assert np.abs(found - np.asarray(whole.crop(box, size)).astype(int)).mean() < 0.5
+        assert np.abs(found - np.asarray(full.crop(box, size)).astype(int)).mean() < 0.5

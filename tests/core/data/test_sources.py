@@ -19,7 +19,7 @@ def relative_names(source: ImageSource, root: Path) -> list[str]:
     return [os.path.relpath(source.name(i), root) for i in range(len(source))]
 
 
-def test_flat_folder_in_order_without_the_other_files(tmp_path):
+def test_flat_folder_is_sorted_and_ignores_other_files(tmp_path):
     for name in ("b.jpg", "a.PNG", "c.webp", "ü ñ.jpeg"):
         save_image(tmp_path / name)
     for name in ("notes.txt", ".hidden.jpg", "._a.jpg", "Thumbs.db"):
@@ -30,7 +30,7 @@ def test_flat_folder_in_order_without_the_other_files(tmp_path):
     assert (image.mode, image.size, label, source.classes) == ("RGB", (10, 10), None, ())
 
 
-def test_nested_folders_where_some_images_lie_on_top_have_no_classes(tmp_path):
+def test_images_beside_subfolders_have_no_classes(tmp_path):
     for name in ("top.jpg", "2019/may/a.jpg", "2019/b.jpg", "2020/c.jpg"):
         save_image(tmp_path / name)
     source = open_source(DataConfig(source=str(tmp_path)))
@@ -52,7 +52,7 @@ def test_imagenet_folders(tmp_path):
         open_source(str(tmp_path), "test")
 
 
-def test_classes_given_by_the_caller_or_a_file(tmp_path):
+def test_class_names_from_the_caller_or_a_file(tmp_path):
     for name in ("set/cat/a.png", "set/dog/b.png"):
         save_image(tmp_path / name)
     root = str(tmp_path / "set")
@@ -93,7 +93,7 @@ def test_published_lists(tmp_path):
         ("\0\xff", "line 1"),
     ],
 )
-def test_bad_lists(tmp_path, text, message):
+def test_invalid_lists_are_rejected(tmp_path, text, message):
     save_image(tmp_path / "train" / "a.png")
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "train.txt").write_text(text)
@@ -109,7 +109,7 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def test_tar_file_and_tars_within_it(tmp_path):
+def test_tar_file_with_a_tar_inside(tmp_path):
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w") as tar:
         add_member(tar, "k.png", encode(Image.new("RGB", (4, 4), (7, 0, 0))))
@@ -127,14 +127,14 @@ def test_tar_file_and_tars_within_it(tmp_path):
 
 
 def write_shards(root: Path, count: int = 3) -> None:
-    """Shards with the same names inside: only the shard's name tells them apart."""
+    """Write shards that contain the same file names, so that only the shard's name tells images apart."""
     for shard in range(count):
         with tarfile.open(root / f"shard-{shard}.tar", "w") as tar:
             for i in range(4):
                 add_member(tar, f"{i}.png", encode(noise_image(12, 12, seed=10 * shard + i)))
 
 
-def test_tar_shards_in_an_order_of_their_own(tmp_path, monkeypatch):
+def test_order_of_tar_shards_does_not_depend_on_the_directory_listing(tmp_path, monkeypatch):
     write_shards(tmp_path)
     source = open_source(str(tmp_path))
     expected = [f"{tmp_path}/shard-{shard}.tar/{i}.png" for shard in range(3) for i in range(4)]
@@ -157,7 +157,7 @@ def test_tar_shards_in_forked_workers(tmp_path):
     assert equal_rows(concatenate(take_batches(make_stream(source, workers=2), 12)), expected)
 
 
-def test_a_tar_cut_between_members_is_warned_of(tmp_path, caplog):
+def test_truncated_tar_is_warned_about(tmp_path, caplog):
     write_shards(tmp_path, 2)
     open_source(str(tmp_path))
     assert "truncated" not in caplog.text
@@ -167,7 +167,7 @@ def test_a_tar_cut_between_members_is_warned_of(tmp_path, caplog):
     assert f"{path} has no end-of-archive marker" in caplog.text
 
 
-def test_hub_set_through_timm(tmp_path, monkeypatch):
+def test_hub_dataset_through_timm(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     for split in ("train", "validation"):
@@ -184,7 +184,7 @@ def test_hub_set_through_timm(tmp_path, monkeypatch):
 
 
 class FakeHub:
-    """A stand-in for timm's reader of a set with these splits, of two images, and for the set itself."""
+    """A stand-in for timm's reader of a dataset with these splits and two images, and for the dataset itself."""
 
     class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
 
@@ -211,7 +211,7 @@ class FakeHub:
 
 
 @pytest.mark.parametrize(
-    ("asked", "splits", "taken"),
+    ("requested", "splits", "opened"),
     [
         ("val", ["train", "validation", "test"], "validation"),
         ("val", ["train", "test"], "test"),
@@ -223,47 +223,49 @@ class FakeHub:
         ("val", ["train"], None),
     ],
 )
-def test_hub_splits(asked, splits, taken, monkeypatch):
+def test_hub_split_names(requested, splits, opened, monkeypatch):
     hub = FakeHub(splits)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("addp_core.data.sources.create_reader", hub)
-    if taken is None:
-        with pytest.raises(UserError, match=rf"split '{asked}'.*cannot be opened: Unknown split \"{asked}\".*'train'"):
-            open_source("hfds/someone/something", asked)
+    if opened is None:
+        with pytest.raises(
+            UserError, match=rf"split '{requested}'.*cannot be opened: Unknown split \"{requested}\".*'train'"
+        ):
+            open_source("hfds/someone/something", requested)
     else:
-        source = open_source("hfds/someone/something", asked)
-        assert hub.split == taken
-        assert source.labels.tolist() == [1, -1]  # the second has none
+        source = open_source("hfds/someone/something", requested)
+        assert hub.split == opened
+        assert source.labels.tolist() == [1, -1]  # the second image has no label
 
 
-def test_hub_set_without_the_package(monkeypatch):
+def test_hub_dataset_needs_a_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install datasets"):
         open_source("hfds/someone/something")
 
 
 @pytest.mark.parametrize("kind", ["wds", "hfids", "tfds"])
-def test_streams_are_refused_with_the_way_out(kind):
+def test_streaming_datasets_are_rejected_with_alternatives(kind):
     with pytest.raises(UserError, match=r"random access.*\.tar files, or hfds/"):
         open_source(f"{kind}/imagenet")
 
 
-def text_files(root: Path) -> None:
+def write_text_files(root: Path) -> None:
     for i in range(3):
         (root / f"{i}.txt").write_text("text")
     (root / "table.csv").write_text("1,2")
 
 
-def broken_tar(root: Path) -> None:
+def write_broken_tar(root: Path) -> None:
     (root / "x.tar").write_bytes(b"no tar at all" * 100)
 
 
-def imageless_tar(root: Path) -> None:
+def write_tar_without_images(root: Path) -> None:
     with tarfile.open(root / "x.tar", "w") as tar:
         add_member(tar, "a.txt", b"text")
 
 
-def cut_tar(root: Path) -> None:
+def write_truncated_tar(root: Path) -> None:
     write_shards(root, 1)
     path = root / "shard-0.tar"
     path.write_bytes(path.read_bytes()[:300])
@@ -274,13 +276,13 @@ def cut_tar(root: Path) -> None:
     [
         (lambda root: None, "holds no files; expected images"),
         (lambda root: (root / "sub").mkdir(), "holds no files"),
-        (text_files, "holds no image but 4 other files (3 .txt, 1 .csv); expected .jpg"),
-        (broken_tar, "cannot be read as .tar"),
-        (imageless_tar, "holds no image; expected .jpg"),
-        (cut_tar, "cannot be read as .tar"),
+        (write_text_files, "holds no image but 4 other files (3 .txt, 1 .csv); expected .jpg"),
+        (write_broken_tar, "cannot be read as .tar"),
+        (write_tar_without_images, "holds no image; expected .jpg"),
+        (write_truncated_tar, "cannot be read as .tar"),
     ],
 )
-def test_nothing_to_read(tmp_path, prepare, message):
+def test_sources_without_images_are_rejected(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(UserError) as error:
         open_source(str(tmp_path))
@@ -289,7 +291,7 @@ def test_nothing_to_read(tmp_path, prepare, message):
     assert "\n" not in str(error.value)
 
 
-def test_missing_path_names_the_nearest(tmp_path):
+def test_missing_path_suggests_a_similar_name(tmp_path):
     (tmp_path / "photos").mkdir()
     with pytest.raises(UserError, match=r"does not exist.*did you mean 'photos'"):
         open_source(str(tmp_path / "photo"))
@@ -300,7 +302,7 @@ def test_missing_path_names_the_nearest(tmp_path):
         open_source(DataConfig())
 
 
-def test_links_in_circles_end(tmp_path):
+def test_circular_links_are_followed_once(tmp_path):
     save_image(tmp_path / "real" / "a.png")
     (tmp_path / "real" / "up").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "link.png").symlink_to(tmp_path / "real" / "a.png")

@@ -36,24 +36,24 @@ def test_ranks_share_the_batch_of_one_process(count, batch, data):
     world = data.draw(st.integers(1, batch))
     start = data.draw(st.integers(0, 30))
     stream = make_stream(memory_source(count), batch)
-    whole = take_batches(stream, 2, start)
+    full = take_batches(stream, 2, start)
     parts = [take_batches(stream, 2, start, rank, world) for rank in range(world)]
     for step in range(2):
-        assert equal_rows(concatenate([part[step] for part in parts]), concatenate([whole[step]]))
+        assert equal_rows(concatenate([part[step] for part in parts]), concatenate([full[step]]))
     slices = [stream.rows_of(rank, world) for rank in range(world)]
     assert [row for each in slices for row in range(each.start, each.stop)] == list(range(batch))
 
 
 @QUICK
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 12), st.integers(0, 3))
-def test_starting_later_is_skipping(count, batch, start, seed):
+def test_starting_later_equals_skipping_batches(count, batch, start, seed):
     stream = make_stream(memory_source(count), batch, seed)
     assert equal_rows(concatenate(take_batches(stream, 2, start)), concatenate(take_batches(stream, start + 2)[start:]))
 
 
 @QUICK
 @given(st.integers(1, 12), st.integers(1, 7), st.integers(0, 5))
-def test_every_image_once_an_epoch(count, batch, seed):
+def test_every_image_is_shown_once_per_epoch(count, batch, seed):
     stream = make_stream(memory_source(count), batch, seed)
     _, labels, indices = concatenate(take_batches(stream, -(-3 * count // batch)))
     for epoch in range(3):
@@ -62,18 +62,20 @@ def test_every_image_once_an_epoch(count, batch, seed):
 
 
 def test_orders_differ_between_epochs_and_seeds():
-    order = lambda seed: concatenate(take_batches(make_stream(memory_source(32), 32, seed), 2))[2]  # noqa: E731
+    def order(seed: int) -> torch.Tensor:
+        return concatenate(take_batches(make_stream(memory_source(32), 32, seed), 2))[2]
+
     assert not torch.equal(order(0)[:32], order(0)[32:])
     assert not torch.equal(order(0), order(1))
 
 
 def random_transform(image: Image.Image) -> torch.Tensor:
-    """A transform that draws from all three sources of random numbers."""
+    """Draw from all three random number generators."""
     return torch.full((3, 2, 2), random.random() + np.random.rand()) + torch.rand(3, 2, 2)
 
 
 @pytest.mark.parametrize("transform", [None, random_transform])
-def test_any_number_of_workers_gives_the_same_bits(transform):
+def test_any_number_of_workers_gives_the_same_batches(transform):
     source = memory_source(10, broken=(3,))
     runs = [
         take_batches(make_stream(source, transform=transform, workers=workers, max_errors=2), 6, 2)
@@ -84,7 +86,7 @@ def test_any_number_of_workers_gives_the_same_bits(transform):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_training_random_numbers_are_left_alone(workers):
+def test_loading_does_not_change_the_training_random_numbers(workers):
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
@@ -118,20 +120,20 @@ def test_unreadable_images_are_replaced_counted_and_named_once(caplog):
         assert {name for name, _ in batch.errors} == {"image-2", "image-5"}
     assert [record.getMessage().count("unreadable image") for record in caplog.records] == [1, 1]
     assert "image-" in caplog.text
-    sound = take_batches(make_stream(memory_source(8), 8), 3)  # the others are as they would have been
-    for batch, other in zip(batches, sound, strict=True):
-        kept = batch.indices == other.indices
-        assert kept.sum() == 6
-        assert torch.equal(batch.images[kept], other.images[kept])
+    expected = take_batches(make_stream(memory_source(8), 8), 3)  # readable images are not affected
+    for batch, other in zip(batches, expected, strict=True):
+        unaffected = batch.indices == other.indices
+        assert unaffected.sum() == 6
+        assert torch.equal(batch.images[unaffected], other.images[unaffected])
 
 
-@pytest.mark.parametrize(("limit", "tolerated"), [(0, 0), (0.5, 5), (0.001, 1), (1, 1), (3, 3), (0.25, 2)])
-def test_max_errors_is_a_share_or_a_count(limit, tolerated):
-    assert make_stream(memory_source(10), max_errors=limit).error_limit == tolerated
+@pytest.mark.parametrize(("max_errors", "limit"), [(0, 0), (0.5, 5), (0.001, 1), (1, 1), (3, 3), (0.25, 2)])
+def test_max_errors_is_a_fraction_or_a_count(max_errors, limit):
+    assert make_stream(memory_source(10), max_errors=max_errors).error_limit == limit
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_past_the_limit_the_run_ends_with_names(workers):
+def test_too_many_unreadable_images_end_the_run(workers):
     stream = make_stream(memory_source(20, broken=tuple(range(7))), 20, max_errors=6, workers=workers)
     with pytest.raises(UserError) as error:
         take_batches(stream, 2)
@@ -143,7 +145,7 @@ def test_past_the_limit_the_run_ends_with_names(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_set_without_any_readable_image(workers):
+def test_dataset_without_a_readable_image(workers):
     stream = make_stream(memory_source(5, broken=tuple(range(5))), max_errors=1000, workers=workers)
     with pytest.raises(UserError, match="5 of 5 images unreadable"):
         take_batches(stream, 1)
@@ -161,7 +163,7 @@ def test_truncated_jpegs_in_a_folder(tmp_path):
         take_batches(make_stream(open_source(str(tmp_path)), 6, max_errors=0), 1)
 
 
-def test_files_that_vanish_count_as_unreadable(tmp_path):
+def test_deleted_files_count_as_unreadable(tmp_path):
     for i in range(4):
         save_image(tmp_path / f"{i}.png")
     source = open_source(str(tmp_path))
@@ -176,26 +178,26 @@ def raising_transform(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_mistakes_in_a_transform_are_not_taken_for_bad_images(workers):
+def test_errors_in_a_transform_do_not_count_as_unreadable_images(workers):
     with pytest.raises(RuntimeError, match="a mistake in the transform"):
         take_batches(make_stream(memory_source(4), transform=raising_transform, workers=workers), 1)
 
 
 class KillingTransform:
-    """A transform whose process is killed as long as fewer than `times` marks lie in the folder."""
+    """A transform that kills its process while fewer than `times` files lie in the folder; each death adds one."""
 
-    def __init__(self, marks: Path, times: int):
-        self.marks, self.times = marks, times
+    def __init__(self, folder: Path, times: int):
+        self.folder, self.times = folder, times
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        dead = len(list(self.marks.iterdir()))
-        if dead < self.times:
-            (self.marks / str(dead)).touch()
+        deaths = len(list(self.folder.iterdir()))
+        if deaths < self.times:
+            (self.folder / str(deaths)).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(3, 2, 2)
 
 
-def test_a_dead_worker_is_replaced(tmp_path, caplog):
+def test_dead_workers_are_restarted(tmp_path, caplog):
     batches = take_batches(make_stream(memory_source(8), transform=KillingTransform(tmp_path, 1), workers=1), 3)
     assert equal_rows(
         concatenate(batches),
@@ -209,7 +211,7 @@ def test_workers_that_keep_dying_are_an_error(tmp_path):
         take_batches(make_stream(memory_source(8), transform=KillingTransform(tmp_path, 99), workers=1), 1)
 
 
-def test_signals_to_the_whole_group_leave_the_workers_working():
+def test_workers_survive_signals_to_the_process_group():
     batches = make_stream(memory_source(8), workers=2).batches(0, 0, 1)
     next(batches)
     children = multiprocessing.active_children()
@@ -223,7 +225,7 @@ def test_signals_to_the_whole_group_leave_the_workers_working():
     assert not any(child.is_alive() for child in children)
 
 
-def test_more_processes_than_rows():
+def test_more_processes_than_images_per_batch():
     with pytest.raises(UserError, match="batch: found 3 images per step for 4 processes"):
         make_stream(memory_source(4), 3).rows_of(0, 4)
     with pytest.raises(UserError, match="batch: found 0"):

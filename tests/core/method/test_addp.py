@@ -4,30 +4,20 @@ import math
 
 import pytest
 import torch
-from tiny import BATCH, TOKENIZER, TOKENS, nested_masks, random_images, tiny_addp
+from tiny import BATCH, TOKENIZER, TOKENS, nested_masks, tiny_addp
 
 from addp_core.base.rng import generator
 from addp_core.method.addp import ADDPConfig, Denoiser
 
 
-@pytest.fixture
-def model():
-    return tiny_addp()
-
-
-@pytest.fixture
-def images():
-    return random_images()
-
-
 def test_corruption_keeps_reliable_codes_and_replaces_the_rest(model, images):
     ids, (mask, later) = model.tokenizer.encode(images), nested_masks()
-    seen = {}
-    model.tokenizer.decoder.register_forward_pre_hook(lambda module, inputs: seen.update(z=inputs[0]))
+    decoded = {}
+    model.tokenizer.decoder.register_forward_pre_hook(lambda module, inputs: decoded.update(z=inputs[0]))
     out = model.corrupt(ids, mask, later)
     assert out.images.shape == images.shape
     assert out.target.shape == (BATCH, TOKENS, TOKENIZER.codebook)
-    z = seen["z"].flatten(2).transpose(1, 2)
+    z = decoded["z"].flatten(2).transpose(1, 2)
     codebook = model.tokenizer.quantize.embedding.weight
     torch.testing.assert_close(z[~mask], codebook[ids[~mask]])
     torch.testing.assert_close(z[mask], (model.predictor(ids, later) @ codebook)[mask], atol=1e-5, rtol=1e-5)
@@ -43,26 +33,26 @@ def test_every_ablation_trains(images, condition, mapping, ids_to, target):
     loss = model(images, generator("step"))["loss"]
     loss.backward()
     assert math.isfinite(loss.item())
-    without = [name for name, p in model.denoiser.named_parameters() if p.grad is None]
-    # Without ids in any sequence nothing trains their embeddings: the tie to the head is detached.
-    assert without == (["decoder.token_emb.weight"] if ids_to == "none" else [])
+    untrained = [name for name, p in model.denoiser.named_parameters() if p.grad is None]
+    # Without ids in any sequence nothing trains their embeddings, because the tie to the head is detached.
+    assert untrained == (["decoder.token_emb.weight"] if ids_to == "none" else [])
     assert all(p.grad is None for part in (model.tokenizer, model.predictor) for p in part.parameters())
 
 
-def test_condition_decides_which_ids_the_noisy_image_has_seen(images):
+def test_condition_decides_which_ids_the_noisy_image_depends_on(images):
     ids, (mask, later) = tiny_addp().tokenizer.encode(images), nested_masks()
     default, ablation = (tiny_addp(condition=c).corrupt(ids, mask, later) for c in ("z_t+1", "z_t"))
-    same = tiny_addp().corrupt(ids, mask, mask)
+    expected = tiny_addp().corrupt(ids, mask, mask)
     assert not torch.allclose(default.images, ablation.images)
-    torch.testing.assert_close(ablation.images, same.images)
+    torch.testing.assert_close(ablation.images, expected.images)
     torch.testing.assert_close(default.target, ablation.target)
 
 
-def test_loss_at_masked_positions_is_the_whole_loss(model, images):
+def test_loss_at_masked_positions_equals_the_full_loss(model, images):
     ids, (mask, later) = model.tokenizer.encode(images), nested_masks()
     out = model.corrupt(ids, mask, later)
-    whole = model.loss(model.logits(out.images, ids, mask), out.target, mask)
-    torch.testing.assert_close(model.denoiser(out.images, ids, mask, out.target), whole)
+    expected = model.loss(model.logits(out.images, ids, mask), out.target, mask)
+    torch.testing.assert_close(model.denoiser(out.images, ids, mask, out.target), expected)
 
 
 def test_logits_do_not_depend_on_unreliable_ids_or_on_other_rows(model, images):
@@ -75,8 +65,9 @@ def test_logits_do_not_depend_on_unreliable_ids_or_on_other_rows(model, images):
 
 @pytest.mark.parametrize("ids_to", ["decoder", "encoder+decoder", "none"])
 def test_rows_with_different_numbers_of_reliable_ids(images, ids_to):
-    """A batch whose rows see 3, 0 and 24 ids gives each row what it gets alone (the encoder's extra ids are padded with
-    mask ids).
+    """Rows with 3, 0 and 24 reliable ids get the same logits in one batch as alone.
+
+    (With ids in the encoder, only the fullest row does, because the others are padded with mask ids.)
     """
     model = tiny_addp(ids_to=ids_to)
     ids = model.tokenizer.encode(images)
@@ -91,11 +82,11 @@ def test_rows_with_different_numbers_of_reliable_ids(images, ids_to):
 
 def test_images_are_clamped_before_the_encoder(model, images):
     ids, (mask, _) = model.tokenizer.encode(images), nested_masks()
-    wild = images * 4 - 1.5
-    torch.testing.assert_close(model.logits(wild, ids, mask), model.logits(wild.clamp(0, 1), ids, mask))
+    unclamped = images * 4 - 1.5
+    torch.testing.assert_close(model.logits(unclamped, ids, mask), model.logits(unclamped.clamp(0, 1), ids, mask))
 
 
-def test_train_mode_leaves_the_frozen_parts_alone(images):
+def test_frozen_parts_stay_in_eval_mode(images):
     model = tiny_addp(dropout=0.5).train()
     assert model.denoiser.training
     assert not model.tokenizer.training
@@ -104,14 +95,14 @@ def test_train_mode_leaves_the_frozen_parts_alone(images):
     assert torch.equal(model.corrupt(ids, mask, later).target, model.corrupt(ids, mask, later).target)
 
 
-def test_corrupting_without_a_predictor_says_what_is_missing(model, images):
+def test_corrupting_needs_a_predictor(model, images):
     model.predictor = None
     with pytest.raises(ValueError, match="predictor=<file>"):
         model(images)
 
 
 def test_published_count_of_trainable_parameters():
-    """146.9 M by the published count, which includes tensors that nothing uses."""
+    """The published count is 146.9 M; it includes tensors that nothing uses."""
     denoiser = Denoiser(ADDPConfig())
     unused = 2 * 257 * 768 + (768 + 1) * 768  # pos_token_embed, pos_mask_embed, decoder_pred
     assert (sum(p.numel() for p in denoiser.parameters()) + unused) / 1e6 == pytest.approx(146.9, abs=0.05)

@@ -1,6 +1,4 @@
-"""Generation and inpainting: image i depends on the seed and on i alone; what is known stays; every schedule and step
-count.
-"""
+"""Generation and inpainting with every schedule and number of steps; images are independent of each other."""
 
 import math
 
@@ -20,7 +18,7 @@ def model():
     return tiny_addp()
 
 
-def test_images_depend_on_seed_and_number_alone(model):
+def test_images_depend_on_seed_and_number_only(model):
     images = sample(model, 7, steps=5)
     assert images.shape == (7, 3, 8, 12)
     assert images.min() >= 0
@@ -43,22 +41,22 @@ def test_images_depend_on_seed_and_number_alone(model):
     st.sampled_from([0, 3]),
     st.sampled_from(["confidence", "halton"]),
 )
-def test_every_step_keeps_what_is_known(steps, schedule, temperature, top_p, top_k, order):
+def test_every_step_keeps_the_known_ids(steps, schedule, temperature, top_p, top_k, order):
     model = tiny_addp()
     n, tokens = 2, model.config.tokens
     known = torch.full((n, tokens), -1)
-    seen = 0
+    count = 0
     config = SampleConfig(steps, schedule, temperature, top_p, top_k, order)
     for step, state in enumerate(denoise(model, sampling_noise(steps, tokens, 0, range(n)), config)):
         progress = (step + 1) / steps
         ratio = math.cos(math.pi / 2 * progress) if schedule == "cosine" else 1 - progress
         assert state.mask.sum(1).tolist() == [min(max(math.ceil(tokens * ratio), 1), tokens)] * n
-        kept = known >= 0
-        assert torch.equal(state.ids[kept], known[kept])
-        assert not (state.mask & kept).any()
+        is_known = known >= 0
+        assert torch.equal(state.ids[is_known], known[is_known])
+        assert not (state.mask & is_known).any()
         known = torch.where(state.mask, known, state.ids)
-        seen += 1
-    assert seen == steps
+        count += 1
+    assert count == steps
 
 
 def test_intermediate_images_on_request(model):
@@ -74,23 +72,26 @@ def test_intermediate_images_on_request(model):
 def test_ids_follow_the_distribution_and_the_nucleus():
     q = torch.tensor([0.5, 0.3, 0.15, 0.05])
     uniform = torch.rand(1, 20000, generator=generator("u")).clamp(1e-6, 1 - 1e-6)
-    wide = q.expand(1, 20000, 4)
-    share = lambda ids: torch.bincount(ids[0], minlength=4) / 20000  # noqa: E731
-    torch.testing.assert_close(share(draw_ids(wide, uniform, 1.0)), q, atol=0.015, rtol=0)
+    distributions = q.expand(1, 20000, 4)
+
+    def frequencies(ids: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(ids[0], minlength=4) / 20000
+
+    torch.testing.assert_close(frequencies(draw_ids(distributions, uniform, 1.0)), q, atol=0.015, rtol=0)
     torch.testing.assert_close(
-        share(draw_ids(wide, uniform, 0.6)), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0
+        frequencies(draw_ids(distributions, uniform, 0.6)), torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0
     )
-    assert (draw_ids(wide, uniform, 0.0) == 0).all()
-    # the id that crosses the mass belongs to the nucleus, so one always remains
-    assert (draw_ids(wide, uniform, 1e-9) == 0).all()
+    assert (draw_ids(distributions, uniform, 0.0) == 0).all()
+    # The id that crosses the mass belongs to the nucleus, so at least one id remains.
+    assert (draw_ids(distributions, uniform, 1e-9) == 0).all()
 
 
-def test_only_the_most_probable_ids_are_drawn():
+def test_top_k_draws_the_most_probable_ids():
     q = torch.tensor([0.1, 0.4, 0.2, 0.3]).expand(1, 20000, 4)
     uniform = torch.rand(1, 20000, generator=generator("k")).clamp(1e-6, 1 - 1e-6)
-    share = lambda **options: torch.bincount(draw_ids(q, uniform, **options)[0], minlength=4) / 20000  # noqa: E731
-    torch.testing.assert_close(share(top_p=1.0, top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
-    # the nucleus is one of those that are left: 0.4 of 0.7 is more than half
+    frequencies = torch.bincount(draw_ids(q, uniform, top_p=1.0, top_k=2)[0], minlength=4) / 20000
+    torch.testing.assert_close(frequencies, torch.tensor([0, 4 / 7, 0, 3 / 7]), atol=0.015, rtol=0)
+    # The nucleus is that of the remaining ids: 0.4 of 0.7 is more than half.
     assert (draw_ids(q, uniform, 0.5, top_k=2) == 1).all()
     assert (draw_ids(q, uniform, 1.0, top_k=1) == 1).all()
     assert torch.equal(draw_ids(q, uniform, 1.0, top_k=9), draw_ids(q, uniform, 1.0, top_k=4))
@@ -102,11 +103,11 @@ def test_halton_order_visits_every_position_and_spreads(grid):
     assert sorted(order) == list(range(grid[0] * grid[1]))
     for known in range(8, len(order), 8):
         rows = [position // grid[1] for position in order[:known]]
-        # both halves of the grid hold about half of what is known, at any time
+        # Both halves of the grid hold about half of the known positions at any time.
         assert abs(sum(row < grid[0] / 2 for row in rows) - known / 2) <= known / 8 + 2
 
 
-def test_halton_unmasks_where_the_image_says_not_what_is_confident(model):
+def test_halton_order_depends_on_the_image_number_and_not_on_confidence(model):
     def masks(**options):
         states = []
         sample(model, 3, steps=4, on_step=lambda _, state: states.append(state.mask), **options)
@@ -114,20 +115,20 @@ def test_halton_unmasks_where_the_image_says_not_what_is_confident(model):
 
     halton = masks(order="halton")
     assert torch.equal(halton, masks(order="halton", temperature=0.0, top_p=0.3))
-    assert not torch.equal(halton[0, 0], halton[0, 1])  # each image has an offset of its own
+    assert not torch.equal(halton[0, 0], halton[0, 1])  # each image has its own offset
     assert not torch.equal(halton, masks())
     images = sample(model, 3, steps=4, order="halton", top_k=3)
     torch.testing.assert_close(sample(model, 1, steps=4, order="halton", top_k=3, first=2)[0], images[2])
 
 
-@pytest.mark.parametrize("wrong", [{"top_k": -1}, {"order": "random"}])
-def test_impossible_settings_are_named(model, wrong):
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"order": "random"}])
+def test_impossible_settings_are_rejected(model, options):
     with pytest.raises(ValueError, match=r"top_k, order: found"):
-        sample(model, 1, steps=2, **wrong)
+        sample(model, 1, steps=2, **options)
 
 
 @pytest.mark.parametrize("edge", [1e-6, 1 - 1e-6])
-def test_extreme_draws_never_leave_the_support(edge):
+def test_extreme_random_numbers_draw_possible_ids(edge):
     q = torch.tensor([[[0.0, 0.5, 0.5, 0.0]]])
     assert draw_ids(q, torch.full((1, 1), edge), 1.0).item() in (1, 2)
     assert draw_ids(q, torch.full((1, 1), edge), 0.4).item() in (1, 2)
@@ -157,31 +158,31 @@ def images():
     return torch.rand(3, 3, 8, 12, generator=generator("images"))
 
 
-def test_seen_pixels_come_back_unchanged(model, images):
+def test_pixels_outside_the_hole_come_back_unchanged(model, images):
     hole = torch.zeros(3, 8, 12, dtype=torch.bool)
     hole[0, 2:5, 3:9] = True
     hole[1, :, 6:] = True
     out = inpaint(model, images, hole, steps=6)
-    seen = (~hole).unsqueeze(1).expand_as(images)
-    assert torch.equal(out[seen], images[seen])
+    outside = (~hole).unsqueeze(1).expand_as(images)
+    assert torch.equal(out[outside], images[outside])
     assert torch.equal(out[2], images[2])
     assert not torch.equal(out[0], images[0])
     assert out.min() >= 0
     assert out.max() <= 1
 
 
-def test_what_lies_under_the_hole_is_never_read(model, images):
+def test_pixels_under_the_hole_are_never_read(model, images):
     hole = torch.zeros(3, 8, 12, dtype=torch.bool)
     hole[:, 1:6, 2:10] = True
     other = torch.where(hole.unsqueeze(1), torch.rand(1, generator=generator("x")), images)
     assert torch.equal(inpaint(model, images, hole, steps=4), inpaint(model, other, hole, steps=4))
 
 
-def test_a_hole_of_everything_is_plain_generation(model, images):
+def test_a_hole_over_everything_is_generation(model, images):
     hole = torch.ones(3, 8, 12, dtype=torch.bool)
     for options in ({}, {"order": "halton", "top_k": 4}):
-        filled, made = inpaint(model, images, hole, 5, 3, **options), sample(model, 3, 5, seed=3, **options)
-        torch.testing.assert_close(filled, made, atol=1e-5, rtol=0)
+        filled, generated = inpaint(model, images, hole, 5, 3, **options), sample(model, 3, 5, seed=3, **options)
+        torch.testing.assert_close(filled, generated, atol=1e-5, rtol=0)
 
 
 def test_rows_with_holes_of_different_size_are_independent(model, images):
@@ -195,12 +196,12 @@ def test_rows_with_holes_of_different_size_are_independent(model, images):
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
 
 
-def test_wrong_shapes_are_named(model, images):
+def test_wrong_shapes_are_rejected(model, images):
     with pytest.raises(ValueError, match=r"H x W = 8 x 12"):
         inpaint(model, images, torch.zeros(3, 8, 8, dtype=torch.bool))
 
 
-def test_the_seam_is_evened_out_and_fades():
+def test_seam_fades_into_the_hole():
     images, generated = torch.full((1, 3, 1, 12), 0.8), torch.full((1, 3, 1, 12), 0.4)
     hole = torch.zeros(1, 1, 12, dtype=torch.bool)
     hole[..., 4:] = True

@@ -24,59 +24,59 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 @given(rows=st.integers(1, 7), columns=st.integers(1, 7), window=st.integers(1, 5))
 def test_windows_round_trip(rows, columns, window):
     x = torch.arange(2 * rows * columns * 3.0).view(2, rows * columns, 3)
-    cut = to_windows(x, (rows, columns), window)
-    assert cut.shape == (2 * -(-rows // window) * -(-columns // window), window * window, 3)
-    assert torch.equal(from_windows(cut, (rows, columns), window), x)
+    windows = to_windows(x, (rows, columns), window)
+    assert windows.shape == (2 * -(-rows // window) * -(-columns // window), window * window, 3)
+    assert torch.equal(from_windows(windows, (rows, columns), window), x)
 
 
-def test_what_lies_in_a_window():
-    """Of a 4 x 5 grid in windows of 3: the second holds columns 3 and 4, and zeros beyond."""
+def test_windows_at_the_edge_are_padded_with_zeros():
+    """In a 4 x 5 grid with windows of 3, the second window holds columns 3 and 4 and zeros beyond."""
     x = torch.arange(1.0, 21).view(1, 20, 1)
     windows = to_windows(x, (4, 5), 3)[..., 0]
     assert windows[1].tolist() == [4, 5, 0, 9, 10, 0, 14, 15, 0]
     assert windows[3].tolist() == [19, 20, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_which_blocks_are_global():
-    twelve = AttentionConfig(window=14, class_token=False).windows(12)
-    assert [i for i, window in enumerate(twelve) if not window] == [2, 5, 8, 11]
-    many = AttentionConfig(window=14, class_token=False).windows(24)
-    assert [i for i, window in enumerate(many) if not window] == [5, 11, 17, 23]
+def test_global_blocks_are_evenly_spaced():
+    base = AttentionConfig(window=14, class_token=False).windows(12)
+    assert [i for i, window in enumerate(base) if not window] == [2, 5, 8, 11]
+    large = AttentionConfig(window=14, class_token=False).windows(24)
+    assert [i for i, window in enumerate(large) if not window] == [5, 11, 17, 23]
     assert AttentionConfig().windows(3) == [0, 0, 0]
     with pytest.raises(ValueError, match="class_token: found true"):
         AttentionConfig(window=14)
 
 
-def test_patches_see_their_window_alone():
+def test_patches_attend_to_their_window_only():
     model = tiny_encoder(WINDOWED, depth=1)
     model.blocks[0].window = 3
     images = torch.randn(1, 3, 32, 40, requires_grad=True)
     model.forward_maps(images, [0])[0][0, :, 0, 4].sum().backward()
-    seen = images.grad.abs().sum((0, 1)) > 0
-    assert seen[:24, 24:].all()
-    assert not seen[24:].any()
-    assert not seen[:, :24].any()
+    attended = images.grad.abs().sum((0, 1)) > 0
+    assert attended[:24, 24:].all()
+    assert not attended[24:].any()
+    assert not attended[:, :24].any()
 
 
-def test_decomposed_positions_by_definition():
+def test_decomposed_positions_match_their_definition():
     rows, columns, d, prefix = 2, 3, 4, 1
     module = DecomposedRelativePositions((rows, columns), d, prefix)
     torch.nn.init.normal_(module.rel_pos_h)
     torch.nn.init.normal_(module.rel_pos_w)
     q = torch.randn(2, 3, prefix + rows * columns, d)
-    wanted = torch.zeros(2, 3, 7, 7)
-    places = [(i, j) for i in range(rows) for j in range(columns)]
-    for a, (ai, aj) in enumerate(places):
-        for b, (bi, bj) in enumerate(places):
+    expected = torch.zeros(2, 3, 7, 7)
+    patches = [(i, j) for i in range(rows) for j in range(columns)]
+    for a, (ai, aj) in enumerate(patches):
+        for b, (bi, bj) in enumerate(patches):
             offset = module.rel_pos_h[ai - bi + rows - 1] + module.rel_pos_w[aj - bj + columns - 1]
-            wanted[:, :, prefix + a, prefix + b] = q[:, :, prefix + a] @ offset
-    torch.testing.assert_close(module(q, (rows, columns)), wanted)
+            expected[:, :, prefix + a, prefix + b] = q[:, :, prefix + a] @ offset
+    torch.testing.assert_close(module(q, (rows, columns)), expected)
 
 
-def test_decomposed_positions_of_another_grid_interpolate():
+def test_decomposed_positions_are_interpolated_for_other_grids():
     module = DecomposedRelativePositions((3, 3), 1, 0)
     with torch.no_grad():
-        module.rel_pos_h.copy_(torch.arange(5.0)[:, None])  # a ramp stays a ramp
+        module.rel_pos_h.copy_(torch.arange(5.0)[:, None])  # interpolation keeps a ramp monotonic
     bias = module(torch.ones(1, 1, 25, 1), (5, 5)).view(5, 5, 5, 5)[:, 0, :, 0]
     assert (bias[:, 0].diff() > 0).all()
     assert (bias[0].diff() < 0).all()
@@ -86,7 +86,7 @@ def test_decomposed_positions_of_another_grid_interpolate():
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_tables_are_timms(prefix):
+def test_bias_table_matches_timm(prefix):
     theirs, ours = RelPosBias((3, 4), 2, prefix), RelativePositionTable((3, 4), 2, prefix)
     torch.nn.init.normal_(theirs.relative_position_bias_table)
     ours.load_state_dict(theirs.state_dict())
@@ -94,7 +94,7 @@ def test_tables_are_timms(prefix):
     torch.testing.assert_close(ours(q, (3, 4)), theirs.get_bias())
 
 
-def test_attention_with_a_table_is_beits():
+def test_attention_with_a_bias_table_matches_beit():
     torch.manual_seed(0)
     beit = Attention(16, 2, qkv_bias=True, window_size=(3, 4))
     for p in beit.parameters():
@@ -112,15 +112,15 @@ def test_attention_with_a_table_is_beits():
 
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize(("old", "new"), [(4, 4), (4, 6), (7, 14), (14, 16)])
-def test_tables_of_other_sizes_are_timms(prefix, old, new):
+def test_resized_bias_table_matches_timm(prefix, old, new):
     table = torch.randn((2 * old - 1) ** 2 + 3 * prefix, 2)
     shape = ((2 * new - 1) ** 2 + 3 * prefix, 2)
-    wanted = resize_rel_pos_bias_table(table, (new, new), shape)
-    torch.testing.assert_close(resize_bias_table(table, (old, old), (new, new), prefix), wanted, atol=1e-4, rtol=1e-4)
+    expected = resize_rel_pos_bias_table(table, (new, new), shape)
+    torch.testing.assert_close(resize_bias_table(table, (old, old), (new, new), prefix), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_tables_between_oblong_grids():
-    """A constant stays one, the class token's entries stay, and offset zero keeps its bias."""
+def test_bias_table_is_resized_between_oblong_grids():
+    """A constant stays constant, the class token's entries stay, and offset zero keeps its bias."""
     table = torch.randn(3 * 9 + 3, 2)
     large = resize_bias_table(table, (2, 5), (4, 6), 1)
     assert large.shape == (7 * 11 + 3, 2)

@@ -17,21 +17,21 @@ nnpack = pytest.mark.skipif(not HAS_WINOGRAD, reason="this build of torch has no
     [((32, 48), (16, 18), True), ((64, 32), (45, 35), False), ((32, 32), (70, 66), False)],
 )
 @torch.no_grad()
-def test_winograd_is_a_convolution(widths, hw, bias):
+def test_winograd_matches_the_direct_convolution(widths, hw, bias):
     conv = Conv3x3(*widths, bias=bias)
     x = random_tensor(3, widths[0], *hw)
     direct = conv(x)
     conv.winograd = True
     assert conv.uses_winograd(x, *hw)
     assert (conv(x) - direct).abs().max() < 1e-4 * direct.std()
-    assert torch.equal(conv(x)[1:2], conv(x[1:2]))  # an image's result does not depend on its neighbours
+    assert torch.equal(conv(x)[1:2], conv(x[1:2]))  # an image's result does not depend on its neighbors
 
 
-def test_winograd_is_left_alone_where_it_does_not_serve():
+def test_winograd_is_used_for_large_float32_maps_without_gradients():
     conv = Conv3x3(32, 32)
     conv.winograd = True
     x = random_tensor(1, 32, 32, 32)
-    assert not conv.uses_winograd(x, 32, 32)  # gradients
+    assert not conv.uses_winograd(x, 32, 32)  # gradients are enabled
     with torch.no_grad():
         assert conv.uses_winograd(x, 32, 32)
         assert not conv.uses_winograd(x, 8, 8)

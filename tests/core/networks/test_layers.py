@@ -8,7 +8,7 @@ from addp_core.networks.layers import Block, Dropout, MaskPositions, gather_toke
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_mean(p):
+def test_dropout_has_the_right_rate_and_keeps_the_mean(p):
     torch.manual_seed(0)
     drop, x = Dropout(p).train(), torch.ones(1001, 999)
     y = drop(x)
@@ -16,11 +16,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
     assert y.mean().item() == pytest.approx(1, abs=2e-3)
     assert len(y.unique()) == 2
     rows, columns = (y == 0).float().mean(0), (y == 0).float().mean(1)
-    assert rows.std().item() == pytest.approx((p * (1 - p) / 1001) ** 0.5, rel=0.1)  # as independent draws vary
+    assert rows.std().item() == pytest.approx((p * (1 - p) / 1001) ** 0.5, rel=0.1)  # the spread of independent draws
     assert columns.std().item() == pytest.approx((p * (1 - p) / 999) ** 0.5, rel=0.1)
 
 
-def test_dropout_follows_the_seed_and_its_gradient_the_mask():
+def test_dropout_follows_the_seed_and_masks_the_gradient():
     drop, x = Dropout(0.3).train(), random_tensor(7, 5).requires_grad_()
     torch.manual_seed(1)
     first = drop(x)
@@ -32,44 +32,44 @@ def test_dropout_follows_the_seed_and_its_gradient_the_mask():
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-7])
-def test_dropout_of_nothing(p):
+def test_inactive_dropout_is_the_identity(p):
     x = random_tensor(4, 4)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     torch.testing.assert_close(Dropout(p).train()(x), x)
 
 
-def test_block_at_positions_equals_those_rows_of_the_whole():
+def test_block_at_some_positions_matches_the_full_block():
     torch.manual_seed(0)
-    block, x, at = Block(16, 2, 0.0, 0.0), random_tensor(3, 7, 16), torch.tensor([[0, 6], [5, 5], [2, 1]])
+    block, x, queries = Block(16, 2, 0.0, 0.0), random_tensor(3, 7, 16), torch.tensor([[0, 6], [5, 5], [2, 1]])
     mask = torch.rand(3, 1, 1, 7) < 0.8
-    torch.testing.assert_close(block(x, mask, at), gather_tokens(block(x, mask), at))
-    assert block(x, None, at[:, :0]).shape == (3, 0, 16)
+    torch.testing.assert_close(block(x, mask, queries), gather_tokens(block(x, mask), queries))
+    assert block(x, None, queries[:, :0]).shape == (3, 0, 16)
 
 
-def test_attention_with_dropout_is_the_same_attention():
+def test_attention_with_dropout_matches_fused_attention():
     torch.manual_seed(0)
     block, x = Block(16, 2, 0.0, 0.0), random_tensor(3, 7, 16)
     mask = torch.rand(3, 1, 1, 7) < 0.8
     fused = block(x, mask)
-    block.attn.attn_drop.p = 1e-7  # takes the way of dropout and drops nothing
+    block.attn.attn_drop.p = 1e-7  # takes the branch for dropout but drops nothing
     torch.testing.assert_close(block.train()(x, mask), fused)
 
 
-def test_block_is_timms():
+def test_block_matches_timm():
     torch.manual_seed(0)
     block, x = Block(16, 2, 0.0, 0.0).eval(), random_tensor(3, 7, 16)
     torch.testing.assert_close(block(x), super(Block, block).forward(x))
 
 
-def test_positions_of_rows_that_differ():
+def test_mask_positions_with_rows_of_different_length():
     mask = torch.tensor([[True, False, True, False], [True, True, True, False]])
     positions = MaskPositions.from_mask(mask)
     assert positions.visible[positions.visible_valid].tolist() == [1, 3, 3]
     assert positions.masked[positions.masked_valid].tolist() == [0, 2, 0, 1, 2]
     x = random_tensor(2, 4, 3)
     torch.testing.assert_close(positions.unpad_masked(gather_tokens(x, positions.masked)), x[mask])
-    even = MaskPositions.from_mask(mask[:1])
-    assert (even.visible.tolist(), even.visible_valid) == ([[1, 3]], None)
+    single_row = MaskPositions.from_mask(mask[:1])
+    assert (single_row.visible.tolist(), single_row.visible_valid) == ([[1, 3]], None)
     torch.testing.assert_close(
-        scatter_tokens(gather_tokens(x[:1], even.visible), even.visible, 4), x[:1] * ~mask[:1, :, None]
+        scatter_tokens(gather_tokens(x[:1], single_row.visible), single_row.visible, 4), x[:1] * ~mask[:1, :, None]
     )

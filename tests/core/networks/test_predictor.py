@@ -1,24 +1,13 @@
 """The token predictor and its vocabulary."""
 
-import pytest
 import torch
-from tiny import BATCH, TOKENIZER, TOKENS, nested_masks, random_images, tiny_addp
+from tiny import BATCH, TOKENIZER, TOKENS, nested_masks
 
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
 from addp_core.networks.tokenizer import Vocabulary
 
 
-@pytest.fixture
-def model():
-    return tiny_addp()
-
-
-@pytest.fixture
-def images():
-    return random_images()
-
-
-def test_predictor_gives_distributions_that_ignore_unreliable_ids(model, images):
+def test_predictor_ignores_unreliable_ids(model, images):
     ids, (mask, _) = model.tokenizer.encode(images), nested_masks()
     q = model.predictor(ids, mask)
     assert q.shape == (BATCH, TOKENS, TOKENIZER.codebook)
@@ -28,15 +17,15 @@ def test_predictor_gives_distributions_that_ignore_unreliable_ids(model, images)
     assert not torch.equal(model.predictor(torch.where(mask, ids, (ids + 7) % TOKENIZER.codebook), mask), q)
 
 
-def test_predictor_without_dropped_positions_equals_itself(model, images):
+def test_dropping_no_position_changes_nothing(model, images):
     ids, (mask, _) = model.tokenizer.encode(images), nested_masks()
-    nothing = torch.zeros_like(mask)
-    torch.testing.assert_close(model.predictor.logits(ids, mask, nothing), model.predictor.logits(ids, mask))
-    hidden = nested_masks(t=10)[0]
-    assert model.predictor.encode(ids, hidden).shape == (BATCH, 1 + TOKENS - 10, 16)
+    none_dropped = torch.zeros_like(mask)
+    torch.testing.assert_close(model.predictor.logits(ids, mask, none_dropped), model.predictor.logits(ids, mask))
+    dropped = nested_masks(t=10)[0]
+    assert model.predictor.encode(ids, dropped).shape == (BATCH, 1 + TOKENS - 10, 16)
 
 
-def test_published_predictor_sizes():
+def test_published_vocabulary_and_embedding_sizes():
     assert Vocabulary(1024).size == 2025
     assert (Vocabulary(1024).class_id, Vocabulary(1024).mask_id) == (1100, 2024)
     with torch.device("meta"):

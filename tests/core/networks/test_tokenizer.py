@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from tiny import BATCH, HEIGHT, TOKENIZER, TOKENS, WIDTH, random_images, tiny_addp
+from tiny import BATCH, HEIGHT, TOKENIZER, TOKENS, WIDTH
 from torch.nn import functional as F
 
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Upsample
-
-
-@pytest.fixture
-def model():
-    return tiny_addp()
-
-
-@pytest.fixture
-def images():
-    return random_images()
 
 
 def test_tokenizer_round_trip_shapes(model, images):
@@ -28,18 +18,18 @@ def test_tokenizer_round_trip_shapes(model, images):
     assert model.tokenizer.decode(codes).shape == (BATCH, 3, HEIGHT, WIDTH)
 
 
-def test_lookup_says_which_grid_is_missing(model):
+def test_lookup_needs_a_fitting_grid(model):
     with pytest.raises(ValueError, match="found 23 ids, expected 4 x 6"):
         model.tokenizer.lookup(torch.zeros(1, 23, dtype=torch.long))
 
 
-def test_nearest_code_is_nearest(model, images):
+def test_encode_finds_the_nearest_codes(model, images):
     h = model.tokenizer.encoder(images).flatten(2).transpose(1, 2)
     distances = torch.cdist(h, model.tokenizer.quantize.embedding.weight.expand(BATCH, -1, -1))
     assert torch.equal(model.tokenizer.encode(images), distances.argmin(-1))
 
 
-def test_upsample_equals_enlarging_then_convolving():
+def test_upsample_matches_interpolation_and_convolution():
     torch.manual_seed(0)
     up = Upsample(5).double()
     x = torch.randn(2, 5, 3, 4, dtype=torch.double)
@@ -54,12 +44,12 @@ def test_published_tokenizer_has_the_published_size():
 
 
 @pytest.mark.parametrize("bad", [{"width": 33}, {"multipliers": ()}])
-def test_impossible_tokenizers_are_refused(bad):
+def test_impossible_tokenizers_are_rejected(bad):
     with pytest.raises(ValueError, match="found"):
         TokenizerConfig(**bad)
 
 
-def test_image_sizes_must_fit_the_stride():
+def test_image_sizes_must_be_multiples_of_the_stride():
     assert TokenizerConfig().grid((256, 192)) == (16, 12)
     with pytest.raises(ValueError, match="multiples of the tokenizer's stride 16"):
         TokenizerConfig().grid((250, 192))

@@ -11,7 +11,7 @@ from addp_core.training.compute import accelerate_model
 
 
 @torch.no_grad()
-def test_tokenizer_is_the_same_when_accelerated():
+def test_accelerated_tokenizer_gives_the_same_results():
     torch.manual_seed(0)
     tokenizer = Tokenizer(TokenizerConfig(width=32, multipliers=(1, 2), blocks=1, codebook=16, dim=8)).eval()
     images = torch.rand(2, 3, 64, 48, generator=generator("images"))
@@ -24,14 +24,14 @@ def test_tokenizer_is_the_same_when_accelerated():
     assert tokenizer.encode(images).shape == (2, 32 * 24)
 
 
-def test_sampling_is_the_same_when_accelerated():
+def test_accelerated_sampling_gives_the_same_images():
     model = tiny_addp()
     before = sample(model, 2, steps=3, temperature=0.0, top_p=0.0)
     accelerate_model(model)
     torch.testing.assert_close(sample(model, 2, steps=3, temperature=0.0, top_p=0.0), before, atol=1e-4, rtol=0)
 
 
-def test_without_glibc_memory_is_left_alone(monkeypatch):
+def test_memory_setting_is_skipped_without_glibc(monkeypatch):
     monkeypatch.setattr(compute.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(compute.ctypes, "CDLL", None)
     compute.keep_freed_memory()

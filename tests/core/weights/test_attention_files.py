@@ -1,4 +1,4 @@
-"""Reading encoders for dense prediction from files, with relative positions, and with random weights."""
+"""Encoders for dense prediction: weights from files, relative positions, random initialization."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from addp_core import load_encoder, save_model
 from addp_core.networks.attention import AttentionConfig
 
 
-def test_reading_for_dense_prediction(tmp_path):
-    """A plain file for windows without a class token: relative positions start at zero, so nothing changes yet."""
+def test_plain_weights_for_windows_and_relative_positions(tmp_path):
+    """Relative positions are initialized to zero, so they do not change the features at first."""
     save_model(tiny_addp(image_size=(12, 12)), tmp_path / "m.safetensors")
     config = {"window": 3, "global_blocks": 1, "class_token": False}
     plain = load_encoder(tmp_path / "m.safetensors", 12, attention=AttentionConfig(**config))
@@ -27,48 +27,52 @@ def test_reading_for_dense_prediction(tmp_path):
 
 @pytest.mark.parametrize("relative", ["decomposed", "table"])
 @pytest.mark.parametrize("window", [0, 3])
-def test_relative_positions_travel_with_the_file(tmp_path, relative, window):
+def test_relative_positions_are_saved_and_resized(tmp_path, relative, window):
     attention = AttentionConfig(window=window, relative=relative, global_blocks=2, class_token=window == 0)
     model = tiny_encoder(attention)
     save_model(model, tmp_path / "e.safetensors")
     assert same_weights(load_encoder(tmp_path / "e.safetensors", (32, 40)), model)
-    other = load_encoder(tmp_path / "e.safetensors", (48, 64))
-    assert other.attention == attention
-    assert other.forward_features(torch.randn(1, 3, 48, 64)).isfinite().all()
-    for mine, its in zip(model.blocks, other.blocks, strict=True):
-        for a, b in zip(mine.relative.parameters(), its.relative.parameters(), strict=True):
-            if mine.window:  # a window stays as large as it was
+    larger = load_encoder(tmp_path / "e.safetensors", (48, 64))
+    assert larger.attention == attention
+    assert larger.forward_features(torch.randn(1, 3, 48, 64)).isfinite().all()
+    for block, larger_block in zip(model.blocks, larger.blocks, strict=True):
+        for a, b in zip(block.relative.parameters(), larger_block.relative.parameters(), strict=True):
+            if block.window:  # the size of windows does not depend on the image size
                 assert torch.equal(a, b)
             else:
                 assert len(b) > len(a)
                 torch.testing.assert_close(b.mean(), a.mean(), atol=0.3, rtol=0.3)
-    dropped = load_encoder(tmp_path / "e.safetensors", (32, 40), attention=AttentionConfig(class_token=window == 0))
-    assert not any("relative" in key for key in dropped.state_dict())
+    without_relative = load_encoder(
+        tmp_path / "e.safetensors", (32, 40), attention=AttentionConfig(class_token=window == 0)
+    )
+    assert not any("relative" in key for key in without_relative.state_dict())
 
 
-def test_tables_lose_the_class_tokens_entries(tmp_path):
+def test_bias_tables_lose_the_entries_of_a_dropped_class_token(tmp_path):
     model = tiny_encoder(AttentionConfig(relative="table"))
     save_model(model, tmp_path / "e.safetensors")
     attention = AttentionConfig(relative="table", class_token=False)
-    without = load_encoder(tmp_path / "e.safetensors", (32, 40), attention=attention)
+    without_class_token = load_encoder(tmp_path / "e.safetensors", (32, 40), attention=attention)
     name = "blocks.0.relative.relative_position_bias_table"
-    assert torch.equal(without.get_parameter(name), model.get_parameter(name)[:-3])
+    assert torch.equal(without_class_token.get_parameter(name), model.get_parameter(name)[:-3])
 
 
-def test_random_starts(tmp_path):
+def test_random_initialization(tmp_path):
     save_model(tiny_addp(image_size=(8, 8)), tmp_path / "m.safetensors")
 
-    def draw(seed, source=tmp_path / "m.safetensors", **options):
+    def initialize(seed, source=tmp_path / "m.safetensors", **options):
         torch.manual_seed(seed)
         return load_encoder(source, 16, init="random", **options)
 
-    assert same_weights(draw(1), draw(1))
-    assert not same_weights(draw(1), draw(2))
-    read = load_encoder(tmp_path / "m.safetensors", 16)
-    assert draw(1).config == read.config
-    assert {k: v.shape for k, v in draw(1).state_dict().items()} == {k: v.shape for k, v in read.state_dict().items()}
-    assert draw(1, "tiny", patch_size=8).blocks[0].attn.num_heads == 3
-    assert hasattr(draw(1, tokenizer_norm=True), "tokenizer_norm")
+    assert same_weights(initialize(1), initialize(1))
+    assert not same_weights(initialize(1), initialize(2))
+    loaded = load_encoder(tmp_path / "m.safetensors", 16)
+    assert initialize(1).config == loaded.config
+    assert {k: v.shape for k, v in initialize(1).state_dict().items()} == {
+        k: v.shape for k, v in loaded.state_dict().items()
+    }
+    assert initialize(1, "tiny", patch_size=8).blocks[0].attn.num_heads == 3
+    assert hasattr(initialize(1, tokenizer_norm=True), "tokenizer_norm")
     assert_user_error(lambda: load_encoder("tiny", 16), "a size, which has no weights", "init=random")
-    assert_user_error(lambda: draw(1, "tiny"[:3]), "no such file")
-    assert_user_error(lambda: draw(1, patch_size=16), "patch_size: found 16", "leave the key out")
+    assert_user_error(lambda: initialize(1, "tiny"[:3]), "no such file")
+    assert_user_error(lambda: initialize(1, patch_size=16), "patch_size: found 16", "leave the key out")
