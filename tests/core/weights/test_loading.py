@@ -1,0 +1,147 @@
+"""Building models from files: round trips, parts, sizes, numbers of heads, and tensors that do not fit."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from checks import assert_user_error, same_weights
+from golden_weights import HEADS
+from tiny import tiny_addp
+
+from addp_core import load_addp, load_encoder, load_predictor, load_tokenizer, sample, save_model
+from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.layouts.published import to_published
+from addp_core.weights.reading import read_weights
+
+
+def published_content(model):
+    """Return what `save_published` writes: the published layout with the architecture."""
+    text = json.dumps({"kind": "addp", "architecture": dataclasses.asdict(model.config)})
+    return {"model": to_published(model), "addp": text}
+
+
+def test_our_file_round_trips(tmp_path):
+    model = tiny_addp(target="both", ids_to="encoder+decoder")
+    save_model(model, tmp_path / "m.safetensors")
+    again = load_addp(tmp_path / "m.safetensors")
+    assert same_weights(model, again)
+    assert again.config == model.config
+    assert not again.training
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_parts_round_trip(tmp_path):
+    model = tiny_addp()
+    save_model(model.tokenizer, tmp_path / "t.safetensors")
+    save_model(model.predictor, tmp_path / "p.safetensors", grid=model.config.grid)
+    save_model(model.denoiser.encoder, tmp_path / "e.safetensors")
+    assert same_weights(load_tokenizer(tmp_path / "t.safetensors"), model.tokenizer)
+    assert load_tokenizer(tmp_path / "t.safetensors").grid == (4, 6)
+    assert same_weights(load_predictor(tmp_path / "p.safetensors"), model.predictor)
+    encoder = load_encoder(tmp_path / "e.safetensors", img_size=(8, 12), tokenizer_norm=True)
+    assert same_weights(encoder, model.denoiser.encoder)
+
+
+def test_parts_are_read_from_models_and_run_folders(tmp_path):
+    model = tiny_addp()
+    save_model(model, tmp_path / MODEL_FILE)
+    assert same_weights(load_tokenizer(tmp_path), model.tokenizer)
+    assert same_weights(load_predictor(tmp_path), model.predictor)
+    assert same_weights(load_addp(tmp_path), model)
+    assert same_weights(load_addp(str(tmp_path), tokenizer=tmp_path, predictor=tmp_path), model)
+
+
+def test_reading_infers_kind_and_architecture(golden):
+    weights = read_weights({"model": golden}, heads=HEADS)
+    assert weights.kind == "addp"
+    assert weights.architecture.image_size == (256, 256)
+    assert weights.architecture.tokenizer.multipliers == (1, 1, 2, 2, 4)
+    assert weights.architecture.vocabulary.size == 2025
+
+
+def test_head_defaults_are_width_over_64_and_16(golden):
+    config = load_addp({"model": golden}).config
+    assert (config.denoiser.encoder.heads, config.denoiser.decoder.heads) == (1, 16)
+    assert (config.predictor.heads, config.predictor.decoder_heads) == (1, 16)
+
+
+def test_heads_in_arguments_replace_stored_ones():
+    content = published_content(tiny_addp())
+    model = load_addp(content, encoder_heads=4, predictor_decoder_heads=8)
+    assert (model.config.denoiser.encoder.heads, model.config.predictor.decoder_heads) == (4, 8)
+    assert load_encoder(content, (8, 12), encoder_heads=8).config.heads == 8
+    assert_user_error(lambda: load_addp(content, encoder_heads=5), "heads: found 5", "width 16")
+
+
+def test_positions_are_resampled_to_other_sizes(golden):
+    model = load_addp({"model": golden}, image_size=(128, 192), **HEADS)
+    assert model.config.grid == (8, 12)
+    assert sample(model, 1, steps=2).shape == (1, 3, 128, 192)
+    images = torch.rand(1, 3, 128, 192)
+    assert torch.isfinite(model(images)["loss"])
+    unchanged = load_addp({"model": golden}, image_size=(256, 256), **HEADS)
+    assert same_weights(unchanged, load_addp({"model": golden}, **HEADS))
+
+
+def test_resampling_keeps_the_class_position_and_smooth_maps():
+    model = tiny_addp(image_size=(16, 16))
+    ramp = torch.linspace(-1, 1, 8)
+    with torch.no_grad():
+        model.denoiser.encoder.pos_embed[0, 1:, 0] = (ramp[:, None] + ramp[None]).flatten()
+    encoder = load_encoder(to_published(model), img_size=(32, 24), encoder_heads=2)
+    assert encoder.grid == (16, 12)
+    assert torch.equal(encoder.pos_embed[0, 0], model.denoiser.encoder.pos_embed[0, 0])
+    field = encoder.pos_embed[0, 1:, 0].view(16, 12)
+    assert (field.diff(dim=0)[2:-2] > 0).all()
+    assert (field.diff(dim=1)[:, 2:-2] > 0).all()
+
+
+def test_predictors_of_another_grid_are_resampled():
+    model = load_addp(published_content(tiny_addp(image_size=(8, 8))), predictor=published_content(tiny_addp()))
+    assert model.predictor.tokens == 16
+    assert torch.isfinite(model(torch.rand(1, 3, 8, 8))["loss"])
+
+
+def test_encoder_options(golden):
+    encoder = load_encoder({"model": golden}, 256, encoder_heads=4, tokenizer_norm=True, drop_path=0.2)
+    assert torch.equal(encoder.tokenizer_norm.weight, golden["tokenizer_norm.weight"])
+    assert encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
+    vit = {k: v for k, v in golden.items() if k.startswith(("blocks", "cls", "pos_embed", "patch", "norm"))}
+    assert_user_error(lambda: load_encoder(vit, encoder_heads=4, tokenizer_norm=True), "tokenizer_norm", "has none")
+
+
+def test_every_wrong_tensor_is_named(golden):
+    broken = dict(golden)
+    del broken["blocks.1.norm1.bias"], broken["mlm_layer.ln.weight"]
+    broken["surplus.weight"] = torch.zeros(2)
+    broken["norm.weight"] = torch.zeros(65)
+    assert_user_error(
+        lambda: load_addp({"model": broken}, **HEADS),
+        "2 missing: denoiser.encoder.blocks.1.norm1.bias, denoiser.decoder.mlm_layer.ln.weight",
+        "1 unexpected: surplus.weight",
+        "1 mis-shaped: denoiser.encoder.norm.weight (found (65,), expected (64,))",
+    )
+
+
+def test_a_model_without_any_tokenizer_is_refused(golden):
+    assert_user_error(
+        lambda: load_addp({"model": {k: v for k, v in golden.items() if "vqgan" not in k}}, **HEADS),
+        "has no tokenizer",
+        "tokenizer=<VQGAN file>",
+    )
+
+
+def test_parts_with_another_codebook_are_refused(golden):
+    model, other = tiny_addp(), tiny_addp()
+    assert_user_error(
+        lambda: load_addp({"model": golden}, tokenizer=published_content(model), **HEADS),
+        "it has 24 codes",
+        "predicts 1024",
+    )
+    assert same_weights(load_addp(published_content(model), tokenizer=published_content(other)), model)
+
+
+def test_misspelled_arguments_name_the_nearest(golden):
+    with pytest.raises(TypeError, match="encoder_head'; did you mean 'encoder_heads'"):
+        load_addp({"model": golden}, encoder_head=4)
