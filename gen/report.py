@@ -6,6 +6,7 @@ from typing import Any
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.tables import text_table
 
 REPORT_FILE = "evaluation.json"  # in the folder of `addp evaluate`
 # Metrics in the order of the table. FID, IS and KID are defined on Inception's features alone; with a classifier's, the
@@ -50,9 +51,4 @@ def format_report(report: dict[str, Any]) -> str:
             deviation = row.get(key.replace("_mean", "_std")) if key.endswith("_mean") else None
             cells.append(text if deviation is None else f"{text} ± {deviation * scale:.3f}")
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    body = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([f"features: {report['features']}", f"reference: {report['reference']}", "", *body]) + "\n"
+    return f"features: {report['features']}\nreference: {report['reference']}\n\n{text_table(lines)}"

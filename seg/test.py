@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.tables import text_table
 from seg.mmseg_config import (
     AugmentedInferenceConfig,
     fill_inference,
@@ -111,12 +112,11 @@ def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[di
 
 def report(classes: tuple[str, ...], metrics: dict[str, float], per_class: dict[str, Any], out: Path) -> None:
     """Print the metrics as a table, and write metrics.json."""
-    width = max(map(len, (*classes, "class")))
-    lines = [f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}"]
+    rows = [["class", "IoU", "Acc"]]
     for name, iou, accuracy in zip(classes, per_class["IoU"], per_class["Acc"], strict=True):
-        lines.append(f"{name:<{width}}  {iou:6.2f}  {accuracy:6.2f}")
-    lines.append("  ".join(f"{key} {value:.2f}" for key, value in metrics.items()))
-    sys.stdout.write("\n".join(lines) + "\n")
+        rows.append([name, f"{iou:.2f}", f"{accuracy:.2f}"])
+    summary = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+    sys.stdout.write(f"{text_table(rows)}{summary}\n")
     without_nan = {
         key: [None if value != value else round(float(value), 4) for value in values]
         for key, values in per_class.items()

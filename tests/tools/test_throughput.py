@@ -1,4 +1,4 @@
-"""`addp throughput`: what it counts is right, what it reports is whole. Nothing here asserts a speed."""
+"""`addp throughput`: its counts are right and its report is complete. Nothing here asserts a speed."""
 
 import json
 import math
@@ -25,8 +25,8 @@ from tools.speed import published, throughput
 from tools.speed.flops import count, sampling_flop, training_flop
 from tools.speed.throughput import Recipe
 
-CPU, Clone = torch.device("cpu"), published.Clone
-# What `tools/speed/published.py` needs of the authors' repository, in miniature, with what it must stand in for.
+CPU, PublishedCode = torch.device("cpu"), published.PublishedCode
+# A miniature of the authors' repository: what `tools/speed/published.py` uses of it, and the packages it imports.
 CLONE = {
     "engine_pretrain.py": """
 import torch
@@ -108,7 +108,7 @@ def write_clone(folder, **changes):
     return folder
 
 
-def figures(capsys, tmp_path, *settings):
+def measure(capsys, tmp_path, *settings):
     report = tmp_path / "report.json"
     assert cli(["throughput", "repeats=1", "warmup=0", f"json={report}", *settings]) == 0
     return json.loads(report.read_text()), capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_flop_of_training_counts_the_backward_pass_twice():
 # -------------------- timing
 
 
-def test_parts_are_taken_off_what_encloses_them():
+def test_inner_parts_are_subtracted_from_the_enclosing_one():
     parts = PartTimer(CPU)
     with parts("whole"), parts("outer"), parts("inner"):
         pass
@@ -202,8 +202,8 @@ def test_matmul_peak_does_not_wait_for_slow_types(monkeypatch):
 # -------------------- the verb
 
 
-def test_report_has_every_figure(capsys, tmp_path, model_file):
-    report, text = figures(capsys, tmp_path, f"model={model_file}", "batch=2", "steps=3", "device=cpu")
+def test_report_has_every_metric(capsys, tmp_path, model_file):
+    report, text = measure(capsys, tmp_path, f"model={model_file}", "batch=2", "steps=3", "device=cpu")
     assert report["settings"]["size"] == [8, 12]
     assert max(report["matmul_gflop_per_s"].values()) > 0
     for task, parts in (
@@ -223,9 +223,9 @@ def test_report_has_every_figure(capsys, tmp_path, model_file):
             assert word in text
 
 
-def test_one_task_alone_and_without_switches(capsys, tmp_path, model_file, monkeypatch):
+def test_sampling_only_without_accelerations(capsys, tmp_path, model_file, monkeypatch):
     monkeypatch.setitem(timing.MATMUL_SIDES, "cpu", (16,))  # bf16 is slow on many a CPU
-    report, text = figures(
+    report, text = measure(
         capsys, tmp_path, f"model={model_file}", "train=false", "steps=2", "accelerate=false", "precision=bf16"
     )
     assert "train" not in report
@@ -233,7 +233,7 @@ def test_one_task_alone_and_without_switches(capsys, tmp_path, model_file, monke
     assert report["sample"]["images_per_s"]["median"] > 0
 
 
-def test_named_sizes_are_the_encoders():
+def test_named_sizes_are_those_of_the_encoder():
     model = throughput.build(load(Recipe, settings=["model=tiny", "size=64"]))
     assert model.config.denoiser.encoder.width == model.config.predictor.width == 192
     assert model.config.image_size == (64, 64)
@@ -262,7 +262,7 @@ def test_a_model_without_predictor_samples_only(capsys, tmp_path):
     save_model(model, path)
     with pytest.raises(UserError, match=r"no token predictor.*train=false"):
         throughput.build(load(Recipe, settings=[f"model={path}"]))
-    report, _ = figures(capsys, tmp_path, f"model={path}", "train=false", "steps=2")
+    report, _ = measure(capsys, tmp_path, f"model={path}", "train=false", "steps=2")
     assert report["sample"]["images_per_s"]["median"] > 0
 
 
@@ -277,8 +277,8 @@ def test_json_that_cannot_be_written(tmp_path):
 def test_published_is_timed_in_turns(capsys, tmp_path, model_file, monkeypatch):
     clone = write_clone(tmp_path / "clone")
     monkeypatch.setitem(published.MODELS, str(model_file), published.MODELS["base"])
-    monkeypatch.setattr(published, "Clone", lambda path, size, *rest: Clone(path, "base", *rest))
-    report, text = figures(
+    monkeypatch.setattr(published, "PublishedCode", lambda path, size, *rest: PublishedCode(path, "base", *rest))
+    report, text = measure(
         capsys, tmp_path, f"model={model_file}", f"published={clone}", "steps=2", "batch=1", "device=cpu"
     )
     train, drawn = report["train"]["published"], report["sample"]["published"]
@@ -291,15 +291,24 @@ def test_published_is_timed_in_turns(capsys, tmp_path, model_file, monkeypatch):
     assert "times the published speed" in text
 
 
-def test_what_is_no_clone_is_refused(tmp_path):
+def test_a_folder_that_is_no_clone_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not look like the authors' repository"):
-        published.Clone(str(tmp_path), "base", 1, CPU, "fp32")
+        published.PublishedCode(str(tmp_path), "base", 1, CPU, "fp32")
 
 
-def test_a_clone_that_fails_says_how(tmp_path):
+def test_a_clone_that_fails_reports_the_error(tmp_path):
     clone = write_clone(tmp_path, **{"modeling/__init__.py": "raise ImportError('no module named flux')"})
     with pytest.raises(UserError, match="does not run here: ImportError: no module named flux"):
-        published.Clone(str(clone), "base", 1, CPU, "fp32")
+        published.PublishedCode(str(clone), "base", 1, CPU, "fp32")
+
+
+def test_replaced_modules_are_found_by_find_spec(monkeypatch):
+    """accelerate and others ask for optional packages in this way; without a spec, that raises ValueError."""
+    monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: None)
+    for name in ("pytorch_lightning", "omegaconf", "einops", "cv2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    published.replace_missing_modules()
+    assert sys.modules["omegaconf"].__spec__ is not None
 
 
 def test_installed_modules_are_not_replaced(monkeypatch):
@@ -309,13 +318,13 @@ def test_installed_modules_are_not_replaced(monkeypatch):
     for name in ("pytorch_lightning", "omegaconf", "cv2"):
         monkeypatch.setitem(sys.modules, name, sys.modules.get(name))
         monkeypatch.delitem(sys.modules, name)
-    published.stand_in_for_missing_modules()
+    published.replace_missing_modules()
     assert sys.modules["einops"] is real
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(capsys, tmp_path, model_file):
-    report, _ = figures(capsys, tmp_path, f"model={model_file}", "device=cuda", "precision=bf16", "steps=2")
+    report, _ = measure(capsys, tmp_path, f"model={model_file}", "device=cuda", "precision=bf16", "steps=2")
     assert report["train"]["peak_memory_bytes"] > 0
     assert report["sample"]["mfu"] > 0

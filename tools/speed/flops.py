@@ -1,7 +1,7 @@
 """FLOP of a training step and of sampling, counted by fvcore.
 
-One FLOP is one multiplication or addition of a convolution (as the direct sum that it is), a linear layer or attention;
-norms and activations are left out.
+One FLOP is one multiplication or addition of a convolution (computed directly), a linear layer or attention; norms and
+activations are not counted.
 """
 
 import math
@@ -17,21 +17,22 @@ from addp_core.method.addp import ADDP
 from addp_core.method.diffusion import cosine_ratio
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # it scripts a function while it is imported
+    warnings.simplefilter("ignore", FutureWarning)  # importing it scripts a function
     from fvcore.nn import FlopCountAnalysis
 
 COUNTED = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "scaled_dot_product_attention")
 
 
 def training_flop(model: ADDP, mask_ratio: float) -> dict[str, float]:
-    """Per image, of each part of a training step; a backward pass counts twice its forward."""
+    """Return the FLOP of each part of a training step per image; a backward pass counts as two forward passes."""
     image, ids, codes = _inputs(model)
     mask = fixed_masks(1, model.config.tokens, mask_ratio)[0]
-    looks = 2 if model.config.process.condition == "z_t+1" else 1  # at the ids left at t and at t+1
+    assert model.predictor is not None  # training needs one
+    passes = 2 if model.config.process.condition == "z_t+1" else 1  # over the ids left at t and at t+1
     trained = _denoiser_flop(model, image, ids, int(mask.sum()))
     return {
         "vq_encode": count(model.tokenizer, "encode", image)[""],
-        "predictor": looks * count(model.predictor, "forward", ids, mask)[""],
+        "predictor": passes * count(model.predictor, "forward", ids, mask)[""],
         "vq_decode": count(model.tokenizer, "decode", codes)[""],
         **trained,
         "backward": 2 * sum(trained.values()),
@@ -39,29 +40,29 @@ def training_flop(model: ADDP, mask_ratio: float) -> dict[str, float]:
 
 
 def sampling_flop(model: ADDP, steps: int) -> dict[str, float]:
-    """Per image, of each part of sampling with the cosine schedule."""
+    """Return the FLOP of each part of sampling with the cosine schedule per image."""
     image, ids, codes = _inputs(model)
     n = model.config.tokens
-    # What depends on the number of masked tokens is a polynomial of the second degree: three counts tell the rest.
-    known = {masked: _denoiser_flop(model, image, ids, masked) for masked in {1, n // 2, n - 1}}
-    left = [max(math.ceil(n * cosine_ratio(step / steps)), 1) for step in range(1, steps)]
+    # The FLOP are a quadratic polynomial of the number of masked tokens: three counts determine the others.
+    measured = {masked: _denoiser_flop(model, image, ids, masked) for masked in {1, n // 2, n - 1}}
+    masked_counts = [max(math.ceil(n * cosine_ratio(step / steps)), 1) for step in range(1, steps)]
     flop = {
-        part: sum(interpolate({masked: flop[part] for masked, flop in known.items()}, x) for x in left)
+        part: sum(interpolate({n: flop[part] for n, flop in measured.items()}, masked) for masked in masked_counts)
         for part in ("encoder", "decoder")
     }
     all_masked = torch.ones_like(ids, dtype=torch.bool)
-    flop["decoder"] += count(model.denoiser.decoder, "forward", None, ids, all_masked)[""]  # the first step's only pass
+    flop["decoder"] += count(model.denoiser.decoder, "forward", None, ids, all_masked)[""]  # all of the first step
     return flop | {"vq_decode": steps * count(model.tokenizer, "decode", codes)[""]}
 
 
 def fixed_masks(batch: int, tokens: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Bool[B,N] unreliable, and Bool[B,N] at a slightly later step; always the same."""
+    """Return the mask Bool[B,N] of unreliable tokens and that of a slightly later step; the same in every call."""
     rank = torch.rand(batch, tokens, generator=generator(0, "mask")).argsort(1).argsort(1)
     return rank < math.ceil(tokens * ratio), rank < math.ceil(tokens * min(ratio + 0.05, 1))
 
 
 def count(module: nn.Module, method: str, *inputs: Any, **options: Any) -> dict[str, float]:
-    """FLOP of `module.method(*inputs, **options)`: of the whole under "", and of the submodules that it calls."""
+    """Return the FLOP of `module.method(*inputs, **options)`: the sum under "", and those of the submodules by name."""
 
     class Call(nn.Module):
         def __init__(self):
@@ -69,8 +70,8 @@ def count(module: nn.Module, method: str, *inputs: Any, **options: Any) -> dict[
             self.of = module
 
         def forward(self, *tensors: Tensor) -> Any:
-            given = iter(tensors)
-            return getattr(self.of, method)(*(None if x is None else next(given) for x in inputs), **options)
+            remaining = iter(tensors)
+            return getattr(self.of, method)(*(None if x is None else next(remaining) for x in inputs), **options)
 
     analysis = FlopCountAnalysis(Call(), tuple(x for x in inputs if x is not None))
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_products)
@@ -83,14 +84,14 @@ def count(module: nn.Module, method: str, *inputs: Any, **options: Any) -> dict[
 
 
 def attention_products(inputs: list[Any], outputs: list[Any]) -> float:
-    """Multiply-adds of softmax(q k^T) v, for fvcore, which does not know torch's fused attention."""
+    """Return the multiply-adds of softmax(q k^T) v; fvcore has no count for torch's fused attention."""
     (batch, heads, queries, width), (_, _, keys, _) = (value.type().sizes() for value in inputs[:2])
     return 2 * batch * heads * queries * keys * width
 
 
-def interpolate(known: Mapping[int, float], x: int) -> float:
-    """The polynomial through the known points (Lagrange), at x."""
-    return sum(y * math.prod((x - b) / (a - b) for b in known if b != a) for a, y in known.items())
+def interpolate(points: Mapping[int, float], x: int) -> float:
+    """Return the value at x of the polynomial through the points (Lagrange)."""
+    return sum(y * math.prod((x - b) / (a - b) for b in points if b != a) for a, y in points.items())
 
 
 def _inputs(model: ADDP) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +101,7 @@ def _inputs(model: ADDP) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _denoiser_flop(model: ADDP, image: Tensor, ids: Tensor, masked: int) -> dict[str, float]:
-    """Of encoder and decoder where this many tokens are masked and only their logits are wanted."""
+    """Return the FLOP of encoder and decoder for `masked` masked tokens, with logits of these alone."""
     mask = (torch.arange(ids.shape[1]) < masked).unsqueeze(0)
     flop = count(model.denoiser, "forward", image, ids, mask, masked_only=True)
     return {"encoder": flop["encoder"], "decoder": flop[""] - flop["encoder"]}

@@ -1,14 +1,15 @@
-"""The authors' own code, timed unchanged, for `addp throughput published=<clone>`.
+"""Timing of the authors' own code, unchanged, for `addp throughput published=<clone>`.
 
-`Clone` is our end. The clone itself is imported only by a worker process (`python -m tools.speed.published`) whose
-Python is bent a little to run it on a CPU or without its further dependencies: `.cuda()` and `torch.cuda.synchronize()`
-do nothing there, and the little that it uses of modules that are not installed is replaced. Weights are random.
+`PublishedCode` talks to a worker process (`python -m tools.speed.published`), the only one that imports the clone. To
+run it on a CPU or without its other dependencies, the worker makes `.cuda()` and `torch.cuda.synchronize()` do nothing
+and replaces the few functions that the clone uses of packages that are not installed. Weights are random.
 
 The worker reads one JSON request a line, `{"do": "train", "ratio": 0.7}`, `{"do": "sample", "steps": 20}` or
-`{"do": "memory"}`, and writes one JSON answer a line. All that the clone prints goes to standard error.
+`{"do": "memory"}`, and writes one JSON answer a line. Everything that the clone prints goes to stderr.
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -26,14 +27,14 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.training.timing import Parts, peak_memory, reset_peak_memory
+from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 
-MODELS = {  # size: (their ADDP, their token predictor)
+MODELS = {  # size: (name of the authors' ADDP, name of their token predictor)
     "base": ("addp_vit_base_patch16", "mage_vit_base_patch16"),
     "large": ("addp_vit_large_patch16", "mage_vit_large_patch16"),
 }
-IMAGE_SIZE = 256  # the only one that they know
-OPTIONS = {  # of their pretraining and generation scripts, as the published commands set them
+IMAGE_SIZE = 256  # the only one that the authors' code supports
+OPTIONS = {  # of the authors' pretraining and generation scripts, as the published commands set them
     "drop_out_rate": 0.1,
     "decoder_depth": 8,
     "label_smoothing": 0.1,
@@ -56,17 +57,20 @@ OPTIONS = {  # of their pretraining and generation scripts, as the published com
 }
 
 
-class Clone:
-    """The worker, seen from outside. It rests while it is not asked."""
+class PublishedCode:
+    """The worker process and its requests. It is idle between requests."""
 
     def __init__(self, clone: str, size: str, batch: int, device: torch.device, precision: str):
-        """UserError where `clone` is not the authors' repository, or cannot be run here."""
+        """Start the worker.
+
+        Raises UserError if `clone` is not the authors' repository, or if its code does not run here.
+        """
         self.path = Path(clone).resolve()
         if not ((self.path / "engine_pretrain.py").is_file() and (self.path / "modeling").is_dir()):
             raise UserError(
                 f"published: {clone} does not look like the authors' repository; expected a clone of ChangyaoTian/ADDP"
             )
-        precision = precision if device.type == "cuda" else "fp32"  # their autocast is CUDA's
+        precision = precision if device.type == "cuda" else "fp32"  # the authors' autocast works on CUDA alone
         settings = {"path": str(self.path), "size": size, "batch": batch, "device": str(device), "precision": precision}
         with tempfile.NamedTemporaryFile("w", suffix=".log", delete=False) as messages:
             self.messages = Path(messages.name)
@@ -77,33 +81,37 @@ class Clone:
                 stderr=messages,
                 text=True,
             )
+        assert self.process.stdin is not None  # they are pipes
+        assert self.process.stdout is not None
+        self.requests, self.answers = self.process.stdin, self.process.stdout
         self._answer()
 
     def train(self, ratio: float) -> dict[str, float]:
-        """Seconds of a training step of their loop: of each part, and of the `whole`."""
+        """Run a training step of the authors' loop; return the seconds of each part, and of the `whole`."""
         return self._ask(do="train", ratio=ratio)
 
     def sample(self, steps: int) -> dict[str, float]:
-        """Seconds of a batch of their generation loop."""
+        """Generate a batch with the authors' loop; return the seconds of each part, and of the `whole`."""
         return self._ask(do="sample", steps=steps)
 
     def peak_memory(self) -> int:
-        """Bytes since the last call."""
+        """Return the worker's peak memory in bytes since the last call."""
         return self._ask(do="memory")["bytes"]
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
+        """End the worker."""
+        self.requests.close()
+        self.answers.close()
         self.process.wait()
         self.messages.unlink(missing_ok=True)
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
             last = (self.messages.read_text().strip().splitlines() or ["no message"])[-1]
             self.close()
@@ -111,18 +119,18 @@ class Clone:
         return json.loads(line)
 
 
-class Published:
-    """Their model, optimizer and loops, in the worker; on random weights and images."""
+class Worker:
+    """The authors' model, optimizer and loops, with random weights and images; runs in the worker process."""
 
     def __init__(self, path: str, size: str, batch: int, device: str, precision: str):
         self.device, self.batch = torch.device(device), batch
         sys.path.insert(0, path)
-        os.chdir(path)  # they open ./configs/... themselves
-        stand_in_for_missing_modules()
+        os.chdir(path)  # the code opens ./configs/... by itself
+        replace_missing_modules()
         if self.device.type == "cpu":
             run_without_cuda()
         self.pretraining, self.generation = map(importlib.import_module, ("engine_pretrain", "engine_generate"))
-        self.generation.save_imgs = lambda *args, **kwargs: None
+        setattr(self.generation, "save_imgs", lambda *args, **kwargs: None)  # noqa: B010 (a module attribute)
         misc, modeling = map(importlib.import_module, ("util.misc", "modeling"))
 
         build, predictor = MODELS[size]
@@ -134,7 +142,7 @@ class Published:
         groups = param_groups_weight_decay(self.model, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=self.args.lr, betas=(0.9, 0.95))
         self.scaler = misc.NativeScalerWithGradNormCount(enabled=not self.args.fp32, growth_interval=500)
-        self.parts = Parts(self.device)
+        self.parts = PartTimer(self.device)
         for owner, name, part in (
             (self.model.vqgan, "encode", "vq_encode"),
             (self.model.vqgan, "decode", "vq_decode"),
@@ -147,27 +155,30 @@ class Published:
             self.parts.wrap(owner, name, part)
 
     def images(self) -> Tensor:
+        """Return random images Float[batch,3,256,256] in [0,1]."""
         return torch.rand(self.batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.device)
 
     def train(self, ratio: float) -> dict[str, float]:
-        """One step of their training loop, with the one of their mask ratios that is nearest to `ratio`."""
+        """Run one step of the training loop with the mask ratio nearest to `ratio`; return the seconds of each part."""
         index = (self.model.mask_ratios - ratio).abs().argmin().reshape(1)
         self.model.mask_ratio_generator = SimpleNamespace(sample=lambda shape: index)
         random.seed(0)
 
-        def backward_and_step(*args: Any, **kwargs: Any) -> Tensor:
-            with self.parts("backward"):
-                return self.scaler(*args, **kwargs)
+        class TimedScaler:
+            state_dict = self.scaler.state_dict
 
-        backward_and_step.state_dict = self.scaler.state_dict
+            def __call__(scaler, *args: Any, **kwargs: Any) -> Tensor:
+                with self.parts("backward"):
+                    return self.scaler(*args, **kwargs)
+
         with tempfile.TemporaryDirectory() as self.args.output_dir, self.parts("whole"):
             self.pretraining.train_one_epoch(
-                self.model, [(self.images(),)], self.optimizer, self.device, 0, backward_and_step, args=self.args
+                self.model, [(self.images(),)], self.optimizer, self.device, 0, TimedScaler(), args=self.args
             )
         return self.parts.take()
 
     def sample(self, steps: int) -> dict[str, float]:
-        """One batch of their generation loop, which knows no mixed precision."""
+        """Generate one batch, which the authors' loop does in float32; return the seconds of each part."""
         self.args.num_iteration = steps
         wrapped = SimpleNamespace(module=self.model, eval=self.model.eval)
         with self.parts("whole"):
@@ -177,13 +188,14 @@ class Published:
         return self.parts.take()
 
     def memory(self) -> dict[str, int]:
+        """Return the peak memory in bytes since the last call."""
         answer = {"bytes": peak_memory(self.device)}
         reset_peak_memory(self.device)
         return answer
 
 
-def stand_in_for_missing_modules() -> None:
-    """Register the little that the clone uses of packages that are not installed."""
+def replace_missing_modules() -> None:
+    """Register replacements of the few functions that the clone uses of packages that are not installed."""
 
     class Section(dict):
         __getattr__ = dict.__getitem__
@@ -198,29 +210,31 @@ def stand_in_for_missing_modules() -> None:
         before, after = (side.split() for side in pattern.split("->"))
         return x.permute([before.index(axis) for axis in after])
 
-    stand_ins = {
+    replacements: dict[str, dict[str, Any]] = {
         "pytorch_lightning": {"LightningModule": nn.Module},
         "omegaconf": {"OmegaConf": SimpleNamespace(load=read)},
         "einops": {"rearrange": rearrange},
         "cv2": {},
     }
-    for name, content in stand_ins.items():
+    for name, content in replacements.items():
         if importlib.util.find_spec(name) is None:
             module = ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # packages look for optional ones by find_spec
             module.__dict__.update(content)
             sys.modules[name] = module
 
 
 def run_without_cuda() -> None:
-    """Let code that moves tensors to CUDA and waits for it run on the CPU."""
-    Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.cuda.synchronize = lambda *args, **kwargs: None
+    """Let code that moves tensors to CUDA and synchronizes with it run on the CPU."""
+    setattr(Tensor, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010 (replaces a method)
+    setattr(torch.cuda, "synchronize", lambda *args, **kwargs: None)  # noqa: B010
 
 
 def main() -> None:
+    """Answer requests from stdin until it is closed."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    worker = Published(**json.loads(sys.argv[1]))
+    worker = Worker(**json.loads(sys.argv[1]))
     answers.write("{}\n")
     for line in sys.stdin:
         request = json.loads(line)

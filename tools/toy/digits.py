@@ -81,7 +81,9 @@ def paste(image: np.ndarray, glyph: np.ndarray, top: int, left: int, ink: np.nda
 def save_image(image: np.ndarray, path: Path, quality: int = 92) -> None:
     """Write float[h,w,3] in [0,1] as a JPEG without chroma subsampling."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)).save(path, "JPEG", quality=quality, subsampling=0)
+    Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)).save(
+        path, "JPEG", quality=quality, subsampling=0
+    )
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int, titles: Sequence[str] = ()) -> Image.Image:

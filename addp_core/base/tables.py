@@ -1,0 +1,29 @@
+"""Tables of text, for terminals and Markdown."""
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+Rows = Sequence[Sequence[str]]
+KEEP_TEXT = {"disable_numparse": True, "preserve_whitespace": True}  # cells are text that is formatted already
+
+
+def text_table(rows: Rows, left_columns: int = 1) -> str:
+    """Return the rows as aligned columns, each line ending in a newline.
+
+    Args:
+        rows: cells of each line, the head included; lines may have fewer cells than the longest one.
+        left_columns: how many columns are aligned to the left; the others hold numbers, aligned to the right.
+    """
+    table = tabulate(rows, tablefmt="plain", colalign=_alignment(rows, left_columns), **KEEP_TEXT)
+    return "".join(f"{line.rstrip()}\n" for line in table.splitlines())
+
+
+def markdown_table(rows: Rows) -> str:
+    """Return a Markdown table whose first row is its head: the first column to the left, the others to the right."""
+    return tabulate(rows[1:], rows[0], tablefmt="pipe", colalign=_alignment(rows, 1), **KEEP_TEXT)
+
+
+def _alignment(rows: Rows, left_columns: int) -> list[str]:
+    columns = max(map(len, rows))
+    return ["left" if i < left_columns else "right" for i in range(columns)]
