@@ -32,23 +32,23 @@ class AddpViT(BaseModule):
     Weights are loaded by the constructor, not by `init_weights`.
 
     Args:
-        arch: The architecture without `init_cfg`: the name of a size, or `EncoderConfig`'s width, depth, heads and
+        arch: the architecture without `init_cfg`: the name of a size, or `EncoderConfig`'s width, depth, heads and
             layer_scale.
-        img_size: Size of training images; images of other sizes must be multiples of the patch size.
-        patch_size: Side of a patch in pixels, without `init_cfg`.
-        out_indices: The blocks after which feature maps are taken; None for `default_out_indices`.
+        img_size: size of training images; images of other sizes must be multiples of the patch size.
+        patch_size: side of a patch in pixels, without `init_cfg`.
+        out_indices: the blocks after which feature maps are taken; None for `default_out_indices`.
         relative: "table" for BEiT's relative position tables in each block, without the class token; "none" for the
             plain ViT with its class token.
-        dropout: Dropout rate.
-        drop_path: Stochastic depth of the last block.
-        tokenizer_norm: Keep ADDP's norm after the patches.
-        encoder_heads: Attention heads of a checkpoint whose heads are not width/64.
-        checkpointing: Compute the blocks twice to save memory.
+        dropout: dropout rate.
+        drop_path: stochastic depth of the last block.
+        tokenizer_norm: keep ADDP's norm after the patches.
+        encoder_heads: attention heads of a checkpoint whose heads are not width/64.
+        checkpointing: compute the blocks twice to save memory.
         init_cfg: dict(type="Pretrained", checkpoint=...) with any source that `load_encoder` reads, which also
             determines the architecture; None for a random initialization.
 
     Raises:
-        UserError: The checkpoint does not fit the other arguments.
+        UserError: if the checkpoint does not fit the other arguments.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AddpViT(BaseModule):
                 raise UserError(f"{checkpoint} reads token ids, not pixels; expected an encoder of pixels")
             check_positions(encoder, checkpoint, "relative")
         else:
-            shape: dict[str, Any] = VIT_SIZES[arch] if isinstance(arch, str) else arch
+            shape: dict[str, Any] = dict(VIT_SIZES[arch] if isinstance(arch, str) else arch)
             config = EncoderConfig(
                 **shape,
                 dropout=dropout,

@@ -10,7 +10,7 @@ import torch
 
 
 def seed_for(*parts: int | str) -> int:
-    """Return a 63-bit seed for `seed_for(0, "mask", step)` and the like; it is the same on every machine."""
+    """Return a 63-bit seed for these parts, such as (0, "mask", step); it is the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

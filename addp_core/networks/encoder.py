@@ -7,7 +7,7 @@ drops both (App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.119
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import torch
 from annotated_types import Ge, Interval
@@ -52,7 +52,15 @@ class EncoderConfig:
         check_heads("heads", self.heads, self.width)
 
 
-VIT_SIZES = {
+class ViTSize(TypedDict):
+    """The keys of `EncoderConfig` in which the named sizes differ."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+VIT_SIZES: dict[str, ViTSize] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
