@@ -35,7 +35,7 @@ class OutputBatch:
 
 @dataclass
 class Scores:
-    """Counts of a classifier's correct and wrong predictions over C classes."""
+    """A classifier's predictions, counted by class, of C classes."""
 
     confusion: Tensor  # Long[C,C], rows: true class, columns: predicted class
     top5: int = 0
@@ -121,7 +121,7 @@ def compute_outputs(
                         f"{name} ({reason}); repair or remove them, or raise data.max_errors"
                     )
             if len(batch_indices):
-                _check_labels(labels, batch_indices, source)
+                _check_image_labels(labels, batch_indices, source)
                 pixels = normalize(images.to(device, non_blocking=True).float() / 255, mean, std)
                 with torch.inference_mode(), autocast(precision, device):
                     outputs = model(pixels)
@@ -129,7 +129,7 @@ def compute_outputs(
             bar.update(len(batch_indices) + len(errors))
 
 
-def _check_labels(labels: Tensor, indices: Tensor, source: ImageSource) -> None:
+def _check_image_labels(labels: Tensor, indices: Tensor, source: ImageSource) -> None:
     """Raise UserError, with the name of the image, if a label is out of range."""
     invalid = ((labels < 0) | (labels >= len(source.classes))).nonzero()
     if len(invalid):

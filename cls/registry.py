@@ -48,12 +48,8 @@ default_cfgs = generate_default_cfgs(
     {
         "addp_vit_tiny_patch16": _cfg(),
         "addp_vit_small_patch16": _cfg(),
-        "addp_vit_base_patch16": _cfg(
-            hf_hub_id=HUB_REPOSITORY, hf_hub_filename="addp-vit-base-16.pth", custom_load="hf"
-        ),
-        "addp_vit_large_patch16": _cfg(
-            hf_hub_id=HUB_REPOSITORY, hf_hub_filename="addp-vit-large-16.pth", custom_load="hf"
-        ),
+        "addp_vit_base_patch16": _published_cfg("addp-vit-base-16.pth"),
+        "addp_vit_large_patch16": _published_cfg("addp-vit-large-16.pth"),
     }
 )
 

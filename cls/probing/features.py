@@ -23,7 +23,7 @@ from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.weights.modules import fingerprint
+from addp_core.weights.fingerprint import fingerprint
 from cls.evaluation import OutputBatch, compute_outputs
 
 log = logging.getLogger("addp")

@@ -40,14 +40,14 @@ def write_results(
     val_images: int,
 ) -> None:
     """Write results.json, metrics.jsonl and the plot over blocks."""
-    held_out = (
+    chosen_on = (
         f"{config.held_out:.0%} of the training images" if config.held_out else "the validation images themselves"
     )
     results = {
         "images": val_images,
         "classes": classes,
         "trained_on": train_images,
-        "picked_by": held_out,
+        "picked_by": chosen_on,
         "best": best,
         "lrs": config.lrs,
         "rows": rows,

@@ -19,7 +19,7 @@ from addp_core.data.images import eval_transform
 from addp_core.data.sources import HubDataset, ImageSource, open_source
 from addp_core.networks.classifier import Classifier
 from addp_core.training.processes import process_state
-from addp_core.weights.modules import fingerprint
+from addp_core.weights.fingerprint import fingerprint
 from cls.data import CROP_FRACTION, classifier_crop
 from cls.evaluation import Scores, compute_outputs
 from cls.variants.classes import competing_logits, logit_names, match_classes

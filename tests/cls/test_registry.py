@@ -1,4 +1,4 @@
-"""The encoder in timm: what timm's tools ask of a ViT, answered as timm's own `VisionTransformer` does."""
+"""The encoder as timm models: the interface that timm's tools need, compared with timm's own `VisionTransformer`."""
 
 import logging
 
@@ -22,7 +22,7 @@ NAMES = [f"addp_vit_{size}_patch16" for size in VIT_SIZES]
 
 @pytest.fixture(params=["avg", "token"])
 def pair(request):
-    """(ours, timm's) with the same weights, far from their start."""
+    """(ours, timm's) with the same weights, far from their initialization."""
     torch.manual_seed(0)
     options = SHAPE | {"global_pool": request.param}
     vit = VisionTransformer(**options, fc_norm=True)
@@ -30,7 +30,7 @@ def pair(request):
         for p in vit.parameters():
             p.add_(0.1 * torch.randn_like(p))
     model = timm.create_model("addp_vit_base_patch16", **options)
-    model.load_state_dict(vit.state_dict())  # timm's layout: the encoder is read, the head stays
+    model.load_state_dict(vit.state_dict())  # timm's layout: only the encoder is loaded
     model.fc_norm.load_state_dict(vit.fc_norm.state_dict())
     model.head.load_state_dict(vit.head.state_dict())
     return model.eval(), vit.eval()
@@ -60,11 +60,11 @@ def test_registered_sizes(name):
 
 def test_depths():
     with torch.device("meta"):
-        found = {name: len(timm.create_model(name).encoder.blocks) for name in NAMES}
-    assert found == {name: VIT_SIZES[name.split("_")[2]]["depth"] for name in NAMES}
+        depths = {name: len(timm.create_model(name).encoder.blocks) for name in NAMES}
+    assert depths == {name: VIT_SIZES[name.split("_")[2]]["depth"] for name in NAMES}
 
 
-def test_what_timms_training_script_passes():
+def test_options_of_timms_training_script():
     options = {"drop_rate": 0.3, "drop_path_rate": 0.2, "proj_drop_rate": 0.1, "in_chans": 3, "global_pool": "avg"}
     model = timm.create_model("addp_vit_tiny_patch16", scriptable=False, **SHAPE | options)
     assert model.head_drop.p == 0.3
@@ -74,10 +74,10 @@ def test_what_timms_training_script_passes():
         timm.create_model("addp_vit_tiny_patch16", in_chans=1)
 
 
-# -------------------- beside timm's own
+# -------------------- compared with timm's VisionTransformer
 
 
-def test_outputs(pair):
+def test_features_and_logits(pair):
     ours, theirs = pair
     x = images()
     tokens = theirs.forward_features(x)
@@ -112,10 +112,10 @@ def test_intermediates(pair, indices, fmt, prefix):
 def test_intermediates_as_a_dictionary(pair):
     for only in (False, True):
         options = {"indices": [0, 1], "output_dict": True, "return_prefix_tokens": True, "intermediates_only": only}
-        found, wanted = (model.forward_intermediates(images(), **options) for model in pair)
-        assert found.keys() == wanted.keys()
-        for key in wanted:
-            torch.testing.assert_close(found[key], wanted[key], **CLOSE)
+        found, expected = (model.forward_intermediates(images(), **options) for model in pair)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], **CLOSE)
 
 
 def test_normed_intermediates(pair):
@@ -146,7 +146,7 @@ def test_dynamic_sizes(pair):
     assert model.forward_intermediates(images(40, 64), 1, intermediates_only=True)[0].shape == (2, 64, 5, 8)
 
 
-def test_resetting_the_head(pair):
+def test_reset_classifier(pair):
     ours, _ = pair
     ours.reset_classifier(9)
     assert ours(images()).shape == (2, 9)
@@ -157,7 +157,7 @@ def test_resetting_the_head(pair):
         ours.reset_classifier(2, "map")
 
 
-def test_checkpointed_gradients_are_equal(pair):
+def test_gradient_checkpointing_gives_the_same_gradients(pair):
     ours, _ = pair
     ours.train()
 
@@ -174,7 +174,7 @@ def test_checkpointed_gradients_are_equal(pair):
 
 
 def test_layer_ids_are_the_published_ones():
-    """0: what embeds; block i: i + 1; fc_norm and head last (App. D.2)."""
+    """Embeddings: 0; block i: i + 1; fc_norm and head: last (App. D.2)."""
     model = timm.create_model("addp_vit_tiny_patch16", **SHAPE, pre_norm=True)
     layers = group_parameters(model, model.group_matcher(), reverse=True)
     assert layers.keys() == dict(model.named_parameters()).keys()
@@ -190,7 +190,7 @@ def test_layer_ids_are_the_published_ones():
     assert len(set(coarse.values())) == 3
 
 
-def test_rates_and_decay_of_timms_optimizer():
+def test_learning_rates_and_weight_decay_of_timms_optimizer():
     model = timm.create_model("addp_vit_tiny_patch16", **SHAPE)
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -210,21 +210,21 @@ def test_rates_and_decay_of_timms_optimizer():
 TINY = {"patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": (8, 8), "num_classes": 3}
 
 
-@pytest.mark.parametrize("form", ["ours", "published"])
+@pytest.mark.parametrize("layout", ["ours", "published"])
 @pytest.mark.parametrize("norm", [False, True])
-def test_checkpoint_path(tmp_path, form, norm):
+def test_checkpoint_path(tmp_path, layout, norm):
     model = tiny_addp(image_size=(8, 8))
-    path = tmp_path / ("m.safetensors" if form == "ours" else "m.pth")
-    (save_model if form == "ours" else save_published)(model, path)
+    path = tmp_path / ("m.safetensors" if layout == "ours" else "m.pth")
+    (save_model if layout == "ours" else save_published)(model, path)
     found = timm.create_model("addp_vit_base_patch16", checkpoint_path=path, **TINY, pre_norm=norm).eval()
-    wanted = load_encoder(path, (8, 8), encoder_heads=2, tokenizer_norm=norm)
-    torch.testing.assert_close(found.forward_features(images(8, 8)), wanted.forward_features(images(8, 8)))
+    expected = load_encoder(path, (8, 8), encoder_heads=2, tokenizer_norm=norm)
+    torch.testing.assert_close(found.forward_features(images(8, 8)), expected.forward_features(images(8, 8)))
     other = timm.create_model("addp_vit_base_patch16", checkpoint_path=path, **TINY | {"img_size": 12}, pre_norm=norm)
-    wanted = load_encoder(path, 12, encoder_heads=2, tokenizer_norm=norm)
-    assert torch.equal(other.encoder.pos_embed, wanted.pos_embed)
+    expected = load_encoder(path, 12, encoder_heads=2, tokenizer_norm=norm)
+    assert torch.equal(other.encoder.pos_embed, expected.pos_embed)
 
 
-def test_classifiers_with_their_head_or_without(tmp_path, caplog):
+def test_a_classifiers_head_is_loaded_only_if_it_fits(tmp_path, caplog):
     model = timm.create_model("addp_vit_base_patch16", **TINY)
     torch.nn.init.normal_(model.head.weight)
     save_model(model, tmp_path / "c.safetensors")
@@ -241,7 +241,7 @@ def test_classifiers_with_their_head_or_without(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == ["dropping the checkpoint's head for 3 classes"]
 
 
-def test_the_head_of_timms_file_is_said_to_go(tmp_path, caplog):
+def test_the_head_of_timms_file_is_dropped_with_a_warning(tmp_path, caplog):
     vit = VisionTransformer(**SHAPE, fc_norm=True)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     with caplog.at_level(logging.WARNING, "addp"):
@@ -250,10 +250,10 @@ def test_the_head_of_timms_file_is_said_to_go(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == ["dropping the checkpoint's head for 5 classes"]
 
 
-@pytest.mark.parametrize("form", ["addp", "classifier"])
-def test_features_of_a_checkpoint(tmp_path, form):
+@pytest.mark.parametrize("kind", ["addp", "classifier"])
+def test_features_only_from_a_checkpoint(tmp_path, kind):
     model = tiny_addp(image_size=(8, 8))
-    if form == "classifier":
+    if kind == "classifier":
         model = timm.create_model("addp_vit_base_patch16", **TINY)
     save_model(model, tmp_path / "m.safetensors")
     options = {"features_only": True, "out_indices": (0,), "checkpoint_path": tmp_path / "m.safetensors"}
@@ -261,23 +261,23 @@ def test_features_of_a_checkpoint(tmp_path, form):
     encoder = load_encoder(tmp_path / "m.safetensors", (8, 8), encoder_heads=2)
     torch.testing.assert_close(found(images(8, 8)), encoder.forward_maps(images(8, 8), [0]))
     again = timm.create_model("addp_vit_base_patch16", **TINY | options | {"checkpoint_path": ""})
-    again.load_state_dict(found.state_dict())  # its own names
+    again.load_state_dict(found.state_dict())  # its own layout
     torch.testing.assert_close(again.eval()(images(8, 8)), found(images(8, 8)))
 
 
-def test_pretrained_takes_the_published_file(tmp_path, monkeypatch):
+def test_pretrained_loads_the_published_file(tmp_path, monkeypatch):
     model = tiny_addp(image_size=(8, 8))
     save_published(model, tmp_path / "published.pth")
-    asked = []
+    requested = []
 
     def fetch(repository, filename, **_):
-        asked.append((repository, filename))
+        requested.append((repository, filename))
         return str(tmp_path / "published.pth")
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", fetch)
     for size in ("base", "large"):
         found = timm.create_model(f"addp_vit_{size}_patch16", pretrained=True, **TINY)
         assert torch.equal(found.encoder.cls_token, model.denoiser.encoder.cls_token)
-    assert asked == [("Changyao/ADDP", "addp-vit-base-16.pth"), ("Changyao/ADDP", "addp-vit-large-16.pth")]
+    assert requested == [("Changyao/ADDP", "addp-vit-base-16.pth"), ("Changyao/ADDP", "addp-vit-large-16.pth")]
     with pytest.raises(RuntimeError, match="No pretrained weights"):
         timm.create_model("addp_vit_tiny_patch16", pretrained=True, **TINY)
