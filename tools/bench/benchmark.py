@@ -7,6 +7,7 @@ numbers come from there. docs/extending.md shows an example.
 
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,14 @@ Scores: TypeAlias = dict[str, list[float | None]]  # metric -> a value for each 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset: its key below `data`, the help of that key, and the function that checks its folder.
+    """A dataset.
 
-    check(path, recipe, readers) gets the benchmarks to run that read the dataset, perhaps none. It returns validation
-    images for the benchmarks that predict on some, or None. It raises UserError if the folder is not as expected.
+    Attributes:
+        key: Its key below `data` in the recipe.
+        help: The help of that key.
+        check: check(path, recipe, readers) raises UserError if the folder is not as expected; readers are those of the
+            benchmarks to run that read the dataset, perhaps none. It returns the validation images, of which the bench
+            takes a few samples to predict on, or None if no benchmark predicts on them.
     """
 
     key: str
@@ -45,8 +50,14 @@ class Dataset:
 class Outcome:
     """What a step that has run leaves in bench.json.
 
-    chance: metric -> its chance level. runs: seed -> run folder. setting: the best of the grid, or what was set.
-    grid and notes: of a sweep, the score of each run of the grid and remarks for the reader.
+    Attributes:
+        setting: The best setting of the grid, or the sampling of generated images.
+        scores: metric -> a value for each seed.
+        chance: metric -> chance level.
+        runs: seed -> run folder.
+        images: Images for the report.
+        grid: The score of each run of a sweep.
+        notes: Remarks of a sweep for the reader.
     """
 
     setting: Settings
@@ -71,7 +82,7 @@ class Outcome:
         }
 
 
-class Benchmark:
+class Benchmark(ABC):
     """A benchmark that evaluates what exists: a checkpoint, or the runs of another benchmark.
 
     Attributes:
@@ -102,14 +113,22 @@ class Benchmark:
 
     # ---------------------------------------------------------------- planning
 
+    @abstractmethod
     def add_commands(
         self, step: Step, settings: Settings, paths: Mapping[str, str], recipe: BenchRecipe, inputs: Inputs
     ) -> None:
-        """Fill in the commands of a step, its `needs`, and `basis["settings"]`: the settings that decide its result.
+        """Fill in a step: its commands, its `needs`, and `basis["settings"]`, the settings which decide its result.
 
-        settings: those of the recipe's section. paths: dataset -> path. Raises UserError if a verb refuses them.
+        Args:
+            step: The step to fill in.
+            settings: `set` in the recipe's section of the benchmark.
+            paths: Path of each dataset that is given.
+            recipe: The recipe of the bench.
+            inputs: Digests and sample images of the datasets.
+
+        Raises:
+            UserError: If a verb refuses the settings.
         """
-        raise NotImplementedError
 
     def unsuitable(self, arm: Arm) -> str:
         """Return why an arm cannot take part, "" if it can."""
@@ -150,9 +169,9 @@ class Benchmark:
 
     # ---------------------------------------------------------------- results
 
+    @abstractmethod
     def read_outcome(self, step: Step) -> Outcome:
         """Return what a step that has run has measured."""
-        raise NotImplementedError
 
     def complete_scores(self, scores: Scores) -> Scores:
         """Add the metrics that follow from others."""
@@ -165,11 +184,11 @@ class Benchmark:
     # ---------------------------------------------------------------- beside the paper
 
     def comparable(self, metrics: Sequence[Metric]) -> bool:
-        """Check whether the paper has measured in the same way, given the metrics that were measured here."""
+        """Check whether the paper measured in the same way, given the metrics that were measured here."""
         return True
 
     def unlike_paper(self, chance: Mapping[str, float]) -> str:
-        """Return why the data are not the paper's, to judge by the chance levels; "" if nothing says so."""
+        """Return why the data are not the paper's, judging by the chance levels; "" if nothing says so."""
         return ""
 
 

@@ -48,13 +48,9 @@ def bench_content(recipe: BenchRecipe, arms: Sequence[Arm], steps: Sequence[Step
     machines: list[str] = []
     for step in steps:
         record = step.record()
-        entry: dict[str, Any] = {
-            "name": step.name,
-            "benchmark": step.benchmark,
-            "arm": step.arm.name,
-            "state": "missing",
-        }
-        entry |= {"error": "", "seconds": 0.0, "finished": "", "commands": step.lines, "folder": step.name}
+        entry: dict[str, Any] = {"name": step.name, "benchmark": step.benchmark, "arm": step.arm.name}
+        entry |= {"state": "missing", "error": "", "seconds": 0.0, "finished": ""}
+        entry |= {"commands": step.lines, "folder": step.name}
         entry |= {"log": f"{step.name}/{LOG}", "setting": {}, "seeds": step.seeds, "scores": {}, "pictures": []}
         if step.left_out:
             entry |= {"state": "left out", "error": step.left_out}

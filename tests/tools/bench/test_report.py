@@ -1,4 +1,4 @@
-"""`addp report`: what it makes of a bench.json, whole, half finished or with names that are no plain words."""
+"""`addp report`: what it writes for a bench that is finished, half finished, or has special characters in its names."""
 
 import html.parser
 import json
@@ -10,33 +10,32 @@ from PIL import Image
 
 from addp_core.recipes.cli import main
 from tools.bench.benchmarks import BENCHMARKS
-from tools.bench.curves import points
-from tools.bench.document import Cell, Images, Row, Table, to_html, to_markdown
 from tools.bench.metric import Metric
 from tools.bench.report import _difference, write_report
 
-NAMED = "<b>big|*one*</b>"  # an arm; the arms beside it are small and random
+SPECIAL = "<b>big|*one*</b>"  # an arm; the others are small and random
 SEEDS = [0, 1, 2]
 SCORES = {  # benchmark -> arm -> metric -> a value for each seed
     "generation": {
         "small": {"fd": [12.34], "cs": [3.21], "precision": [0.5], "recall": [0.25]},
-        NAMED: {"fd": [9.5], "cs": [4.0], "precision": [0.75], "recall": [0.5]},
+        SPECIAL: {"fd": [9.5], "cs": [4.0], "precision": [0.75], "recall": [0.5]},
     },
     "finetune": {
         "small": {"top1": [50.0, 52.0, 54.0]},
-        NAMED: {"top1": [60.0, None, 62.0]},
+        SPECIAL: {"top1": [60.0, None, 62.0]},
         "random": {"top1": [45.0, 45.0, 46.0]},
     },
-    "linprobe": {"small": {"top1": [20.0]}, NAMED: {"top1": [30.0]}, "random": {"top1": [25.0]}},
+    "linprobe": {"small": {"top1": [20.0]}, SPECIAL: {"top1": [30.0]}, "random": {"top1": [25.0]}},
     "robustness": {
         "small": {"a": [10.0, 12.0], "r": [20.0, 22.0], "sketch": [30.0, 32.0], "c": [40.0, 42.0]},
-        NAMED: {"a": [11.0, 12.0]},
+        SPECIAL: {"a": [11.0, 12.0]},
     },
     "det": {"small": {"box_ap": [5.0], "mask_ap": [4.0]}, "random": {"box_ap": [6.0], "mask_ap": [4.5]}},
 }
 
 
-def _step(benchmark, arm):
+def entry_of(benchmark, arm):
+    """Return a step's entry in bench.json."""
     name = f"{benchmark}/{arm}"
     scores = SCORES[benchmark].get(arm, {})
     length = max(map(len, scores.values()), default=0)
@@ -49,8 +48,8 @@ def _step(benchmark, arm):
         "seconds": 90.0,
         "finished": "2026-01-02T03:04:05",
         "commands": [f"addp sweep {name}/sweep.yaml"],
-        "folder": name.replace(NAMED, "named"),
-        "log": f"{name.replace(NAMED, 'named')}/log.txt",
+        "folder": name.replace(SPECIAL, "special"),
+        "log": f"{name.replace(SPECIAL, 'special')}/log.txt",
         "setting": {"train.lr": 0.001, "train.layer_decay": 0.75} if benchmark == "finetune" else {},
         "seeds": SEEDS[:length],
         "scores": scores,
@@ -60,34 +59,34 @@ def _step(benchmark, arm):
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    return made_up(tmp_path)
+    return write_bench(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """The same with its report: not to be changed."""
-    folder = made_up(tmp_path_factory.mktemp("written"))
+    """The same with its report, not to be changed."""
+    folder = write_bench(tmp_path_factory.mktemp("written"))
     write_report(folder)
     return folder
 
 
-def made_up(tmp_path: Path) -> Path:
-    """A bench of three arms: one step failed, one blocked, segmentation left out; half of the pictures are missing."""
+def write_bench(tmp_path: Path) -> Path:
+    """Write a bench of three arms: one step failed, one blocked, segmentation left out, some images missing."""
     arms = {
         "small": {"model": "runs/small", "init": "pretrained", "parameters": 1_234_567, "images_seen": 1000},
-        NAMED: {"model": "runs/big", "init": "pretrained", "parameters": 1_234_567, "images_seen": 460_800},
+        SPECIAL: {"model": "runs/big", "init": "pretrained", "parameters": 1_234_567, "images_seen": 460_800},
         "random": {"model": "runs/small", "init": "random", "parameters": 1_234_567, "images_seen": None},
     }
     for arm in arms.values():
         arm |= {"run": None, "seconds": None}
     arms["small"] |= {"run": str(tmp_path / "run"), "seconds": 3600.0}
     steps = [
-        _step(benchmark, arm) for benchmark in SCORES for arm in arms if (benchmark, arm) != ("generation", "random")
+        entry_of(benchmark, arm) for benchmark in SCORES for arm in arms if (benchmark, arm) != ("generation", "random")
     ]
     blocked = next(step for step in steps if step["name"] == "robustness/random")
     blocked |= {"state": "blocked", "error": "blocked by finetune/random", "seconds": None, "finished": None}
     for benchmark, arm in (("generation", "random"), ("seg", "small")):
-        steps.append(_step("finetune", "random") | {"benchmark": benchmark, "arm": arm, "state": "left out"})
+        steps.append(entry_of("finetune", "random") | {"benchmark": benchmark, "arm": arm, "state": "left out"})
     bench = {
         "recipe": "out: bench\ndata: {imagenet: toy/imagenet, coco: ''}\nbench: {processes: 2}\n",
         "versions": {"addp": "1.0", "torch": "2.15"},
@@ -101,20 +100,20 @@ def made_up(tmp_path: Path) -> Path:
         },
     }
     folder = tmp_path / "bench"
-    tuned = {str(seed): f"finetune/small/small/lr=0.001,seed{seed}" for seed in SEEDS}
-    next(step for step in steps if step["name"] == "finetune/small")["runs"] = tuned
+    finetuned = {str(seed): f"finetune/small/small/lr=0.001,seed{seed}" for seed in SEEDS}
+    next(step for step in steps if step["name"] == "finetune/small")["runs"] = finetuned
     for step in steps:
         (folder / step["folder"]).mkdir(parents=True, exist_ok=True)
     failed = next(step for step in steps if step["state"] == "failed")
     (folder / failed["log"]).write_bytes(
         b"step 1\n 0%\r 50%\r100%\nTraceback <most recent>\n\nRuntimeError: a < b & c\n"
     )
-    pictured = next(step for step in steps if step["name"] == "det/small")
-    pictured["pictures"] = ["det/small/one.png", "det/small/gone.png", "det/small/text.jpg"]
+    det = next(step for step in steps if step["name"] == "det/small")
+    det["pictures"] = ["det/small/one.png", "det/small/gone.png", "det/small/text.jpg"]
     Image.new("P", (32, 20)).save(folder / "det/small/one.png")
-    (folder / "det/small/text.jpg").write_text("no picture")
+    (folder / "det/small/text.jpg").write_text("not an image")
     for seed in SEEDS:
-        run = folder / tuned[str(seed)]
+        run = folder / finetuned[str(seed)]
         run.mkdir(parents=True)
         lines = [{"step": step, "loss": 3.0 - step / 10 + seed / 20} for step in range(10)]
         lines.append({"step": 9, "top1": 50.0})
@@ -134,13 +133,13 @@ def edit(out: Path, change) -> None:
 
 
 class Reader(html.parser.HTMLParser):
-    """Checks that tags close in order; keeps tables as rows of cells, tags and sources."""
+    """Checks that tags are closed in order; collects tables (rows of cells), tags, sources and texts."""
 
     VOID = frozenset({"meta", "img"})
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.sources, self.tables, self.words = [], set(), [], [], []
+        self.open, self.tags, self.sources, self.tables, self.texts = [], set(), [], [], []
         self.feed(text)
         self.close()
         assert not self.open
@@ -161,7 +160,7 @@ class Reader(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
         if {"td", "th"} & set(self.open):
             self.tables[-1][-1][-1] += " " * bool(self.tables[-1][-1][-1]) + data
 
@@ -176,47 +175,47 @@ def test_the_first_table(written):
     assert table[0] == ["", "Generation", "Fine-tuning", "Linear probe", "Robustness", "Detection", ""]
     assert table[1][:6] == ["arm", "FD ↓", "CS ↑", "precision ↑", "recall ↑", "top-1 ↑"]
     assert table[1][-5:] == ["average ↑", "box AP ↑", "mask AP ↑", "encoder", "images seen"]
-    small, named, random = (row(table, arm) for arm in ("small", NAMED, "random"))
+    small, special, random = (row(table, arm) for arm in ("small", SPECIAL, "random"))
     assert small[-2:] == ["1.2 M", "1,000"]
     assert small[1:3] == ["12.34", "3.21"]
     assert small[3:5] == ["0.50", "0.25"]
     assert small[5] == "52.0 ± 2.0 +6.7"  # 52 - 45.33
     assert small[6] == "20.0 -5.0"
     assert small[-5] == "26.0 ± 1.4"  # of 25 and 27, the means of each seed's four
-    assert named[5] == "61.0 ± 1.4 +15.7"  # of two seeds; the third one's run failed
-    assert named[-4] == "failed"
+    assert special[5] == "61.0 ± 1.4 +15.7"  # of two seeds; the third one's run failed
+    assert special[-4] == "failed"
     assert random[1:6] == ["-", "-", "-", "-", "45.3 ± 0.6"]
     assert random[7] == "blocked"
     chance = row(table, "chance")
     assert chance[5:7] == ["10.0", ""]
     assert chance[-5] == "25.0"
     paper = row(table, "paper: ADDP ViT-B")
-    assert paper[1:7] == ["-", "-", "-", "-", "83.9", "11.5"]  # its FID is no FD
+    assert paper[1:7] == ["-", "-", "-", "-", "83.9", "11.5"]  # its FID is not an FD
     assert paper[-5:-2] == ["47.0", "51.7", "45.8"]
     of_generation = next(table for table in page.tables if "recall ↑" in table[0])
-    assert [cells[0] for cells in of_generation] == ["arm", "small", NAMED]  # nor are precision and recall the same
+    assert [cells[0] for cells in of_generation] == ["arm", "small", SPECIAL]  # nor do precision and recall compare
 
 
 def test_what_the_page_holds(written):
-    text = (written / "report.html").read_text()
-    page = Reader(text)
-    assert "<b>" not in text
-    assert "script" not in page.tags
-    assert all(source.startswith(("data:image/", "#")) for source in page.sources)
-    assert not re.search(r"url\(|@import|http:", text.split("</style>")[0])
-    words = "".join(page.words)
-    assert "det/<b>big|*one*</b>: the end of det/named/log.txt" in words
-    assert "step 1\n100%\nTraceback <most recent>\nRuntimeError: a < b & c" in words
-    assert "blocked by finetune/random" in words
-    assert "not comparable with the paper: the labeled images have 10 classes" in words.lower()
-    assert "gone.png: No such file or directory" in words
-    assert "text.jpg: not an image" in words
-    assert text.count("data:image/png") == 1
-    assert "Scores against images seen" in words
+    page = (written / "report.html").read_text()
+    reader = Reader(page)
+    assert "<b>" not in page
+    assert "script" not in reader.tags
+    assert all(source.startswith(("data:image/", "#")) for source in reader.sources)
+    assert not re.search(r"url\(|@import|http:", page.split("</style>")[0])
+    text = "".join(reader.texts)
+    assert "det/<b>big|*one*</b>: the end of det/special/log.txt" in text
+    assert "step 1\n100%\nTraceback <most recent>\nRuntimeError: a < b & c" in text
+    assert "blocked by finetune/random" in text
+    assert "not comparable with the paper: the labeled images have 10 classes" in text.lower()
+    assert "gone.png: No such file or directory" in text
+    assert "text.jpg: not an image" in text
+    assert page.count("data:image/png") == 1
+    assert "Scores against images seen" in text
     # against images seen: FD, CS, precision, recall, top-1 twice, A; fine-tuning; pretraining twice
-    assert text.count("data:image/svg") == 10
-    assert "Left out, because no data are given or by choice: segmentation." in words
-    assert "12 of 14 steps done, 1 failed, 1 blocked, last at 2026-01-02T03:04:05. a CPU" in words
+    assert page.count("data:image/svg") == 10
+    assert "Left out, because no data are given or by choice: segmentation." in text
+    assert "12 of 14 steps done, 1 failed, 1 blocked, last at 2026-01-02T03:04:05. a CPU" in text
 
 
 def test_time_and_cost(out, written):
@@ -229,7 +228,7 @@ def test_time_and_cost(out, written):
     assert "price" not in (written / "report.md").read_text()
 
 
-def test_markdown_says_the_same(written):
+def test_markdown_has_the_same_content(written):
     text = (written / "report.md").read_text()
     assert "&lt;b&gt;big\\|\\*one\\*&lt;/b&gt;" in text
     assert "<b>" not in re.sub(r"```.*?```", "", text, flags=re.DOTALL)
@@ -243,13 +242,13 @@ def test_markdown_says_the_same(written):
     assert "Drawn in the HTML: Generation: FD ↓ over images seen in pretraining" in text
 
 
-def test_colours_need_more_than_noise(written):
+def test_colors_need_more_than_noise(written):
     page = (written / "report.html").read_text()
     assert "52.0 ± 2.0<small class=good>+6.7" in page
     assert "20.0<small>-5.0" in page  # one seed
 
 
-def test_lower_is_better_of_distances():
+def test_lower_is_better_for_distances():
     fid = Metric("fid", "FID", lower_is_better=True)
     assert _difference([9.0, 9.2], [20.0, 20.2], fid) == ("-11.0", "good")
     assert _difference([30.0, 30.2], [20.0, 20.2], fid) == ("+10.0", "bad")
@@ -257,8 +256,8 @@ def test_lower_is_better_of_distances():
     assert _difference([44.0, 50.0, 41.0], [45.0, 46.0, 47.0], Metric("top1", "top-1")) == ("-1.0", "")
 
 
-def test_a_bench_that_has_just_begun(out):
-    def begin(bench):
+def test_a_bench_that_has_just_started(out):
+    def reset(bench):
         bench["chance"] = {}
         for step in bench["steps"]:
             if step["state"] != "left out":
@@ -271,29 +270,29 @@ def test_a_bench_that_has_just_begun(out):
                     "pictures": [],
                 }
 
-    edit(out, begin)
+    edit(out, reset)
     page = Reader(write_report(out).read_text())
     assert row(page.tables[0], "small")[1:4] == ["not yet"] * 3
-    words = "".join(page.words)
-    assert "0 of 14 steps done" in words
-    assert "the same addp bench command continues it" in words
-    assert "What failed" not in words
-    assert row(page.tables[0], "paper: ADDP ViT-B")[1:3] == ["8.9", "95.3"]  # FID and IS until something else is known
+    text = "".join(page.texts)
+    assert "0 of 14 steps done" in text
+    assert "the same addp bench command continues it" in text
+    assert "What failed" not in text
+    assert row(page.tables[0], "paper: ADDP ViT-B")[1:3] == ["8.9", "95.3"]  # FID and IS, until something is measured
 
 
 def test_one_arm_without_random_or_data(out):
-    def alone(bench):
+    def keep_one_arm(bench):
         bench["arms"] = {"small": bench["arms"]["small"]}
         bench["steps"] = [step for step in bench["steps"] if step["arm"] == "small" and step["benchmark"] == "finetune"]
         bench["chance"]["finetune"]["top1"] = 0.1
 
-    edit(out, alone)
+    edit(out, keep_one_arm)
     text = write_report(out).read_text()
     page = Reader(text)
     assert row(page.tables[0], "small")[1:2] == ["52.0 ± 2.0"]
     assert "Not comparable" not in text
     assert "difference to" not in text
-    assert page.tables[1][0] == ["arm", "top-1 ↑", "best setting"]  # nothing of this size is in the paper
+    assert page.tables[1][0] == ["arm", "top-1 ↑", "best setting"]  # the paper has no model of this size
 
     toys = json.loads((out / "bench.json").read_text())
     (out / "toys").mkdir()
@@ -305,17 +304,17 @@ def test_one_arm_without_random_or_data(out):
     assert "Price at 3 an hour" in text
 
 
-def test_beside_the_paper_where_data_and_size_are_its_own(out):
-    def full(bench):
+def test_comparison_with_the_paper_if_data_and_size_are_the_same(out):
+    def scale_up(bench):
         for arm in bench["arms"].values():
             arm["parameters"] = 85_798_656
         bench["chance"]["finetune"]["top1"] = 0.1
 
-    edit(out, full)
+    edit(out, scale_up)
     tables = Reader(write_report(out).read_text()).tables
-    tuned = next(table for table in tables if table[0] == ["arm", "top-1 ↑", "against the paper", "best setting"])
-    assert row(tuned, "small")[2] == "top-1 -31.9 (ADDP ViT-B)"  # 52.0 - 83.9
-    assert row(tuned, "random")[2] == "-"
+    finetuned = next(table for table in tables if table[0] == ["arm", "top-1 ↑", "against the paper", "best setting"])
+    assert row(finetuned, "small")[2] == "top-1 -31.9 (ADDP ViT-B)"  # 52.0 - 83.9
+    assert row(finetuned, "random")[2] == "-"
     robust = next(table for table in tables if "Sketch ↑" in table[0])
     assert row(robust, "small")[-1].startswith("A -24.2, R -33.4")
     assert row(robust, "small")[-1].endswith("average -21.0 (ADDP ViT-B)")
@@ -327,17 +326,17 @@ def test_every_setting_that_was_tried(out):
     assert "Every setting tried" not in write_report(out).read_text()
     tried = {"lr=0.001,seed0": 50.0, "lr=0.01,seed0": None, "lr=0.001,seed1": 52.0, "lr=0.001,seed2": 54.0}
     edit(out, lambda bench: next(s for s in bench["steps"] if s["name"] == "finetune/small").update(grid=tried))
-    words = "".join(Reader(write_report(out).read_text()).words)
-    assert "small  lr=0.001,seed0  50\nsmall  lr=0.01,seed0  -\n" in words
+    text = "".join(Reader(write_report(out).read_text()).texts)
+    assert "small  lr=0.001,seed0  50\nsmall  lr=0.01,seed0  -\n" in text
 
 
-def test_what_a_sweep_notes_is_said(out):
+def test_notes_of_a_sweep_are_in_the_report(out):
     note = "lr=0.01: failed, left out"
     edit(out, lambda bench: next(s for s in bench["steps"] if s["name"] == "finetune/small").update(notes=[note]))
-    assert f"small: {note}" in "".join(Reader(write_report(out).read_text()).words)
+    assert f"small: {note}" in "".join(Reader(write_report(out).read_text()).texts)
 
 
-def test_the_same_input_gives_the_same_bytes(written):
+def test_the_same_input_gives_the_same_files(written):
     first = (written / "report.html").read_bytes(), (written / "report.md").read_bytes()
     write_report(written)
     assert first == ((written / "report.html").read_bytes(), (written / "report.md").read_bytes())
@@ -353,7 +352,7 @@ def test_the_same_input_gives_the_same_bytes(written):
         ('{"arms": {}}', "bench.json: not as `addp bench` writes it"),
     ],
 )
-def test_wrong_input(content, message, tmp_path, capsys):
+def test_wrong_bench_folders(content, message, tmp_path, capsys):
     if content is not None:
         (tmp_path / "bench.json").write_text(content)
     assert main(["report", f"out={tmp_path}"]) == 2
@@ -363,36 +362,9 @@ def test_wrong_input(content, message, tmp_path, capsys):
 
 
 def test_the_paper_adds_up():
-    """The paper's average is the mean of its four sets; the rows that the first table needs are there."""
+    """The paper's average is the mean of its four datasets; the rows that the first table needs are there."""
     scores = BENCHMARKS["robustness"].published["ADDP ViT-B"]
     assert sum(scores[key] for key in ("a", "r", "sketch", "c")) / 4 == pytest.approx(scores["average"], abs=0.05)
     assert {"finetune", "linprobe", "det", "seg", "generation"} <= {
         name for name, benchmark in BENCHMARKS.items() if "ADDP ViT-L" in benchmark.published
     }
-
-
-def test_long_curves_are_thinned_and_odd_lines_left_out():
-    lines = [{"step": i, "loss": float(i)} for i in range(10_000)]
-    lines += [{"step": 10_000, "loss": None}, {"step": 10_001, "loss": float("nan")}, {"loss": 1.0}]
-    thinned = points(lines, "loss")
-    assert len(thinned) == 400
-    assert thinned[0] == (12.0, 12.0)
-    assert points([{"step": 1, "top1": 3.0}, {"step": 1, "top1": 5.0}], "top1") == [(1.0, 5.0)]
-
-
-def test_large_pictures_shrink_and_small_ones_grow(tmp_path):
-    Image.effect_noise((3000, 500), 50).save(tmp_path / "large.png")
-    Image.new("RGB", (24, 24), "red").save(tmp_path / "small.png")
-    files = [(tmp_path / name, name) for name in ("large.png", "small.png")]
-    page = to_html("t", [Images(files)])
-    assert len(page) < 500_000
-    assert 'width="240"' in page
-    assert "image/jpeg" in page
-    assert "image/png" in page
-    assert "](large.png)" in to_markdown("t", [Images(files)], tmp_path)
-
-
-def test_a_table_in_markdown_by_hand(tmp_path):
-    table = Table(["a", "b"], [Row(["x|y", Cell("1_000", "_up_")]), Row(["p", ""], "paper")], [("", 1), ("G", 1)], "C.")
-    text = to_markdown("T", [table], tmp_path)
-    assert text == "# T\n\n| a | G b |\n| --- | ---: |\n| x\\|y | 1_000 (\\_up\\_) |\n| *p* |  |\n\nC.\n"
