@@ -65,14 +65,6 @@ def _adapter(tp: Any) -> TypeAdapter:
     return TypeAdapter(cast(Any, Union[tuple(union_members(tp))]))  # noqa: UP007 (a union of a computed tuple)
 
 
-def with_defaults(section: type, **defaults: Any) -> type:
-    """Return a subclass of a section with other defaults, for a verb that needs them."""
-    hints = typing.get_type_hints(section, include_extras=True)
-    fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in defaults.items()]
-    namespace = {"__doc__": section.__doc__}
-    return dataclasses.make_dataclass(section.__name__, fields, bases=(section,), namespace=namespace)
-
-
 def keys_of(cls: type) -> dict[str, Key]:
     """Return the fields of a dataclass that its constructor accepts, by name."""
     return _keys_of(cls)
