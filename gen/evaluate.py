@@ -162,10 +162,10 @@ def generate_recipe(recipe: Recipe, out: Path, sampling: SampleConfig) -> genera
 def size_of_first(images: ImageSource) -> tuple[int, int]:
     """Return (height, width) of the first image."""
     try:
-        picture, _ = images.open_image(0)
+        image, _ = images.open_image(0)
     except ImageError as error:
         raise UserError(f"{images.name(0)}: {error}; repair or remove it") from error
-    return picture.height, picture.width
+    return image.height, image.width
 
 
 def warn_if_same_images(images: ImageSource, reference: Reference, recipe: Recipe) -> None:

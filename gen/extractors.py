@@ -16,8 +16,8 @@ from torch_fidelity.utils import create_feature_extractor
 from addp_core.base.errors import UserError
 from addp_core.networks.classifier import normalize
 from addp_core.weights.files import read_tensors
+from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.loading import load_classifier
-from addp_core.weights.modules import fingerprint
 
 # Names in torch-fidelity's registry of extractors.
 INCEPTION = "inception-v3-compat"
@@ -65,10 +65,10 @@ class Extractor:
     """A feature extractor of torch-fidelity.
 
     Attributes:
-        module: The network.
-        label: Its description in reports.
-        key: Digest of its weights, which cached features are looked up by.
-        is_inception: Whether it is Inception-v3, for which FID, IS and KID are defined.
+        module: the network.
+        label: its description in reports.
+        key: digest of its weights, which cached features are looked up by.
+        is_inception: whether it is Inception-v3, for which FID, IS and KID are defined.
     """
 
     module: FeatureExtractorBase
@@ -88,12 +88,12 @@ def open_extractor(inception: str, classifier: str, device: torch.device) -> Ext
     """Load the extractor.
 
     Args:
-        inception: File of Inception-v3's weights; empty to let torch-fidelity's file be downloaded.
-        classifier: A run or file of `addp finetune` to use instead of Inception-v3; empty for none.
-        device: Where the extractor runs.
+        inception: file of Inception-v3's weights; empty to let torch-fidelity's file be downloaded.
+        classifier: a run or file of `addp finetune` to use instead of Inception-v3; empty for none.
+        device: where the extractor runs.
 
     Raises:
-        UserError: The weights cannot be read, downloaded or loaded.
+        UserError: if the weights cannot be read, downloaded or loaded.
     """
     if classifier:
         module = _create(CLASSIFIER, ClassifierExtractor, classifier)

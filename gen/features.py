@@ -57,14 +57,14 @@ def extract_features(
     """Extract the features of all images into `folder`, shared among all processes.
 
     Args:
-        source: The images.
+        source: the images.
         prepare: Turns an image into UInt8[3,h,w], of one size for all images.
-        extractor: The network.
-        folder: Where the features are stored; what it holds is removed first.
-        workers: Number of data loading processes of each process.
+        extractor: the network.
+        folder: where the features are stored; what it holds is removed first.
+        workers: number of data loading processes of each process.
 
     Raises:
-        UserError: An image cannot be read or prepared; the message names it.
+        UserError: if an image cannot be read or prepared; the message names it.
     """
     state, n = PartialState(), len(source)
     if state.is_main_process:
@@ -122,10 +122,10 @@ def center_crop_to(hw: tuple[int, int]) -> Prepare:
 def require_size(hw: tuple[int, int]) -> Prepare:
     """Return a function that leaves images of the size `hw` as they are and raises `ImageError` for others."""
 
-    def prepare(picture: LazyImage) -> Tensor:
-        if (picture.height, picture.width) != hw:
-            raise ImageError(f"{picture.width} x {picture.height} pixels, where others have {hw[1]} x {hw[0]}")
-        return eval_transform(hw).pixels(picture)
+    def prepare(image: LazyImage) -> Tensor:
+        if (image.height, image.width) != hw:
+            raise ImageError(f"{image.width} x {image.height} pixels, where others have {hw[1]} x {hw[0]}")
+        return eval_transform(hw).pixels(image)
 
     return prepare
 

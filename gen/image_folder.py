@@ -22,7 +22,7 @@ from addp_core.data.images import write_png
 from addp_core.data.sources import ImageFiles, ImageSource, open_source
 from addp_core.method.addp import ADDP
 from addp_core.recipes.config import dump, load
-from addp_core.weights.modules import fingerprint
+from addp_core.weights.fingerprint import fingerprint
 
 FINGERPRINT_FILE = "weights.txt"
 
@@ -31,12 +31,12 @@ def claim_folder(out: Path, recipe: Any, may_change: Set[str] = frozenset()) -> 
     """Create the folder and write the recipe into it.
 
     Args:
-        out: The folder.
-        recipe: The recipe of the verb that writes the images.
-        may_change: Keys that may differ from those of the run that created the folder.
+        out: the folder.
+        recipe: the recipe of the verb that writes the images.
+        may_change: keys that may differ from those of the run that created the folder.
 
     Raises:
-        UserError: The folder cannot be written, or holds images made with other settings.
+        UserError: if the folder cannot be written, or holds images made with other settings.
     """
     path = out / "recipe.yaml"
     try:

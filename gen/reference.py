@@ -81,15 +81,15 @@ def cached_features(
     Several runs may fill the cache at once.
 
     Args:
-        source: The images.
-        digest: The digest of their files.
-        hw: Height and width to crop to.
-        extractor: The network.
-        cache: Folder of all cached features.
-        workers: Number of data loading processes of each process.
+        source: the images.
+        digest: the digest of their files.
+        hw: height and width to crop to.
+        extractor: the network.
+        cache: folder of all cached features.
+        workers: number of data loading processes of each process.
 
     Raises:
-        UserError: The cache cannot be written, or an image cannot be read.
+        UserError: if the cache cannot be written, or an image cannot be read.
     """
     state = PartialState()
     key = hashlib.blake2b(f"{digest} {hw} {extractor.key}".encode(), digest_size=16).hexdigest()

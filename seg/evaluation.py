@@ -25,9 +25,9 @@ class ClassIoU(IoUMetric):
     `constant_mIoU` is the chance level: the mIoU of predicting the most frequent class everywhere.
 
     Args:
-        maps: Folder to write the predicted class maps to; empty to write none. They have the labels of the annotations,
+        maps: folder to write the predicted class maps to; empty to write none. They have the labels of the annotations,
             and each has the relative path that its annotation has in `root`.
-        root: Folder of the annotations.
+        root: folder of the annotations.
 
     Attributes:
         per_class: IoU and Acc of each class in the last evaluation, in percent; NaN for classes that neither occur nor

@@ -60,11 +60,11 @@ class ClassMapPredictor:
     """A segmentor that predicts the class maps of single images.
 
     Args:
-        segmentor: Its description.
-        state: Its tensors.
-        source: Where the tensors come from, for error messages.
-        inference: How class maps are predicted for whole images.
-        precision: Of the network's arithmetic.
+        segmentor: its description.
+        state: its tensors.
+        source: where the tensors come from, for error messages.
+        inference: how class maps are predicted for whole images.
+        precision: of the network's arithmetic.
     """
 
     def __init__(

@@ -105,13 +105,13 @@ class RunFolder(Hook):
     checkpoint is written and SystemExit(0) raised; after SIGINT, the same with SystemExit(1).
 
     Args:
-        interval: Steps between checkpoints; 0 for one at the end and after a signal alone.
-        keep: Number of checkpoints to keep.
-        log_every: Steps between two lines of metrics.
-        seed: Random seed.
-        accumulate: Iterations of a step.
-        out: The run folder; empty for the runner's work_dir.
-        batch: Images of a step, over all processes.
+        interval: steps between checkpoints; 0: only at the end and after a signal.
+        keep: number of checkpoints to keep.
+        log_every: steps between two lines of metrics.
+        seed: random seed.
+        accumulate: iterations of a step.
+        out: the run folder; empty for the runner's work_dir.
+        batch: images of a step, over all processes.
     """
 
     priority = "LOWEST"  # after the schedulers' step, which the checkpoint has to include

@@ -93,11 +93,11 @@ def read_class_names(root: str | Path, table: str = "") -> tuple[str, ...]:
     """Return the names of the classes in order, each the first of its synonyms.
 
     Args:
-        root: The dataset's folder.
-        table: The file with the columns Idx and Name; by default the one in the dataset's folder.
+        root: the dataset's folder.
+        table: the file with the columns Idx and Name; by default the one in the dataset's folder.
 
     Raises:
-        UserError: The table is missing, unreadable or not of this form.
+        UserError: if the table is missing, unreadable or not of this form.
     """
     paths = [Path(table)] if table else [path for name in CLASS_TABLES if (path := Path(root) / name).is_file()]
     if not paths:
@@ -136,12 +136,12 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
     """Read a class map as UInt8[H,W]: 0, 1, ... for the classes and `IGNORED` for "other".
 
     Args:
-        path: The file.
+        path: the file.
         size: (height, width) of its image, to be checked; None not to check it.
-        classes: Number of classes.
+        classes: number of classes.
 
     Raises:
-        UserError: The file cannot be read, has another size or several channels, or holds a label beyond the classes.
+        UserError: if the file cannot be read, has another size or several channels, or holds a label beyond the classes.
     """
     try:
         with wrap_image_errors(), Image.open(path) as image:

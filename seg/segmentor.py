@@ -1,20 +1,16 @@
 """A trained segmentor: its description, and the file that stores its weights beside that description."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import atomic_replace
 from addp_core.weights.architectures import ARCHITECTURES
-from addp_core.weights.files import METADATA_KEY
 from addp_core.weights.reading import read_weights
+from addp_core.weights.saving import save_state
 
 SEGMENTOR_KIND = "segmentor"  # in the metadata of its file
 
@@ -52,13 +48,7 @@ ARCHITECTURES[SEGMENTOR_KIND] = Segmentor  # lets `read_weights` read a segmento
 
 def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -> None:
     """Write a segmentor as one safetensors file. Raises OSError if it cannot be written."""
-    text = json.dumps({"kind": SEGMENTOR_KIND, "architecture": asdict(segmentor)})
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    with atomic_replace(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={METADATA_KEY: text})
-        except SafetensorError as error:  # which safetensors raises if the disk is full
-            raise OSError(str(error)) from error
+    save_state(state, path, SEGMENTOR_KIND, segmentor)
 
 
 def load_segmentor(source: str | Path) -> tuple[Segmentor, dict[str, Tensor]]:

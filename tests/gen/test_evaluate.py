@@ -103,11 +103,11 @@ def inception(tmp_path_factory) -> Path:
 def test_inception_metrics_equal_torch_fidelity(inputs, inception, tmp_path, capsys):
     keys = {"images": inputs / "a", "inception": inception, "kid_subset": 6, "extractor": "-"}
     assert main(evaluate_command(inputs, tmp_path / "out", *(f"{k}={v}" for k, v in keys.items()))) == 0
-    (ours,) = report_rows(tmp_path / "out")
+    (row,) = report_rows(tmp_path / "out")
     images = {"input1": str(inputs / "a"), "input2": str(inputs / "b"), "feature_extractor": "inception-v3-compat"}
     metrics = dict.fromkeys(("fid", "isc", "kid", "prc"), True)
     options = {"isc_splits": 2, "kid_subset_size": 6, "batch_size": 10, "save_cpu_ram": True}
-    theirs = fidelity.calculate_metrics(
+    expected = fidelity.calculate_metrics(
         **images, **metrics, **options, feature_extractor_weights_path=inception, cuda=False, cache=False, verbose=False
     )
     names = {
@@ -119,8 +119,8 @@ def test_inception_metrics_equal_torch_fidelity(inputs, inception, tmp_path, cap
         "precision": "precision",
         "recall": "recall",
     }
-    for our_name, their_name in names.items():
-        assert ours[our_name] == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-4), our_name
+    for name, fidelity_name in names.items():
+        assert row[name] == pytest.approx(expected[fidelity_name], rel=1e-4, abs=1e-4), name
     output = capsys.readouterr().out
     assert "FID" in output
     assert "Inception-v3" in output
@@ -128,8 +128,8 @@ def test_inception_metrics_equal_torch_fidelity(inputs, inception, tmp_path, cap
 
 def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(inputs, tmp_path, capsys):
     assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "kid_subset=6")) == 0
-    (ours,) = report_rows(tmp_path / "out")
-    theirs = fidelity.calculate_metrics(
+    (row,) = report_rows(tmp_path / "out")
+    expected = fidelity.calculate_metrics(
         input1=str(inputs / "a"),
         input2=str(inputs / "b"),
         feature_extractor="addp-classifier",
@@ -140,13 +140,13 @@ def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(inputs, 
     )
     names = {"fd": "frechet_inception_distance", "cs_mean": "inception_score_mean", "precision": "precision"}
     names |= {"recall": "recall", "kd_mean": "kernel_inception_distance_mean"}
-    for our_name, their_name in names.items():
-        assert ours[our_name] == pytest.approx(theirs[their_name], rel=1e-4, abs=1e-4), our_name
+    for name, fidelity_name in names.items():
+        assert row[name] == pytest.approx(expected[fidelity_name], rel=1e-4, abs=1e-4), name
     output = capsys.readouterr().out
     assert "not Inception" in output
     table = output.split("\n\n")[1]
     assert not {"FID", "IS", "KID"} & set(table.split())
-    assert not {"fid", "is_mean", "kid_mean"} & ours.keys()
+    assert not {"fid", "is_mean", "kid_mean"} & row.keys()
 
 
 def test_evaluating_the_reference_itself_gives_distance_zero_and_a_warning(inputs, tmp_path, capsys):
@@ -257,7 +257,7 @@ def test_a_reference_of_other_sizes_is_cropped_to_the_size_of_the_images(inputs,
 def test_external_statistics_give_the_distance_alone(inputs, tmp_path, expect_user_error):
     assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}")) == 0
     (cached,) = (tmp_path / "cache").iterdir()
-    file = tmp_path / "theirs.npz"
+    file = tmp_path / "external.npz"
     np.savez(file, mu=np.load(cached / "mean.npy"), sigma=np.load(cached / "covariance.npy"))
     distance = report_rows(tmp_path / "out")[0]["fd"]
     assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}")) == 0
@@ -282,11 +282,11 @@ def test_a_sweep_has_one_row_for_each_combination(inputs, tmp_path, capsys):
     sweep = ["sweep.steps=[1,3]", "sweep.order=[confidence,halton]", "sampling.top_k=5", "n=6", "batch=2"]
     arguments = evaluate_command(inputs, tmp_path / "out", f"model={inputs / 'model.safetensors'}", *sweep)
     assert main(arguments) == 0
-    found = report_rows(tmp_path / "out")
+    rows = report_rows(tmp_path / "out")
     names = ["cosine-1-t6-k5", "cosine-1-halton-k5", "cosine-3-t6-k5", "cosine-3-halton-k5"]
-    assert [row["name"] for row in found] == names
-    assert [row["sampling"]["order"] for row in found] == ["confidence", "halton"] * 2
-    assert found[2]["fd"] != found[3]["fd"]
+    assert [row["name"] for row in rows] == names
+    assert [row["sampling"]["order"] for row in rows] == ["confidence", "halton"] * 2
+    assert rows[2]["fd"] != rows[3]["fd"]
     output = capsys.readouterr().out
     assert [line.split()[:2] for line in output.splitlines()[-4:]] == [[name, "6"] for name in names]
     image = tmp_path / "out" / names[2] / "000003.png"
@@ -294,10 +294,10 @@ def test_a_sweep_has_one_row_for_each_combination(inputs, tmp_path, capsys):
     (tmp_path / "out" / names[2] / "000004.png").unlink()
     assert main(arguments) == 0  # images that exist are kept
     assert image.stat().st_mtime_ns == before
-    assert report_rows(tmp_path / "out") == found
+    assert report_rows(tmp_path / "out") == rows
     # a row's folder is one of `addp generate`, and evaluating it gives the same metrics
     assert main(evaluate_command(inputs, tmp_path / "again", f"images={image.parent}")) == 0
-    assert report_rows(tmp_path / "again")[0]["fd"] == found[2]["fd"]
+    assert report_rows(tmp_path / "again")[0]["fd"] == rows[2]["fd"]
 
 
 # -------------------- errors
