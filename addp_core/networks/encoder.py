@@ -101,17 +101,17 @@ class FeatureEncoder(nn.Module):
 
         images: normalized, Float[B,3,H,W]. blocks: indices; negative ones count from the end.
         """
-        wanted = [i % len(self.blocks) for i in blocks]
+        block_indices = [i % len(self.blocks) for i in blocks]
         x, grid = self.embed(images), self.grid_of(images)
         outputs: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in enumerate(self.blocks[: max(block_indices) + 1]):
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, grid=grid, use_reentrant=False)
             else:
                 x = block(x, grid=grid)
-            if i in wanted:
+            if i in block_indices:
                 outputs[i] = x
-        return [outputs[i] for i in wanted]
+        return [outputs[i] for i in block_indices]
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Return the rows and columns of patches of images Float[B,3,H,W]."""

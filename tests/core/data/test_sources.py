@@ -144,9 +144,9 @@ def test_order_of_tar_shards_does_not_depend_on_the_directory_listing(tmp_path, 
     monkeypatch.setattr(
         "timm.data.readers.reader_image_in_tar.glob", lambda *_, **__: sorted(map(str, tmp_path.iterdir()))[::-1]
     )
-    again = open_source(str(tmp_path))
-    assert [again.name(i) for i in range(12)] == expected
-    assert (np.asarray(again.read(5)[0]) == np.asarray(source.read(5)[0])).all()
+    reopened = open_source(str(tmp_path))
+    assert [reopened.name(i) for i in range(12)] == expected
+    assert (np.asarray(reopened.read(5)[0]) == np.asarray(source.read(5)[0])).all()
     assert not list(tmp_path.glob("*.pickle"))
 
 

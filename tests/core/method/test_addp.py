@@ -75,9 +75,9 @@ def test_rows_with_different_numbers_of_reliable_ids(images, ids_to):
     mask[0, [2, 5, 9]] = False
     mask[2] = False
     together = model.logits(images, ids, mask)
-    alone = torch.cat([model.logits(images[i : i + 1], ids[i : i + 1], mask[i : i + 1]) for i in range(BATCH)])
+    separate = torch.cat([model.logits(images[i : i + 1], ids[i : i + 1], mask[i : i + 1]) for i in range(BATCH)])
     rows = [2] if ids_to == "encoder+decoder" else [0, 1, 2]
-    torch.testing.assert_close(together[rows], alone[rows], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[rows], separate[rows], atol=1e-5, rtol=1e-4)
 
 
 def test_images_are_clamped_before_the_encoder(model, images):

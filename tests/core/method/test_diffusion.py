@@ -68,8 +68,8 @@ def test_masks_are_nested_and_reproducible_with_equal_counts(batch, tokens, seed
     assert int(mask[0].sum()) >= math.ceil(tokens * 0.5)
     if ratios == "fixed":
         assert int(mask[0].sum()) == math.ceil(tokens * 0.5)
-    again, _ = draw_masks(config, batch, tokens, torch.Generator().manual_seed(seed))
-    assert torch.equal(mask, again)
+    repeated, _ = draw_masks(config, batch, tokens, torch.Generator().manual_seed(seed))
+    assert torch.equal(mask, repeated)
 
 
 def test_mask_ratios_follow_their_distribution():

@@ -192,8 +192,8 @@ def test_rows_with_holes_of_different_size_are_independent(model, images):
     hole[2] = True
     together = inpaint(model, images, hole, steps=6)
     for i in range(3):
-        alone = inpaint(model, images[i : i + 1], hole[i : i + 1], steps=6, first=i)
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+        separate = inpaint(model, images[i : i + 1], hole[i : i + 1], steps=6, first=i)
+        torch.testing.assert_close(together[i : i + 1], separate, atol=1e-5, rtol=0)
 
 
 def test_wrong_shapes_are_rejected(model, images):

@@ -87,11 +87,11 @@ def test_decomposed_positions_are_interpolated_for_other_grids():
 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_bias_table_matches_timm(prefix):
-    theirs, ours = RelPosBias((3, 4), 2, prefix), RelativePositionTable((3, 4), 2, prefix)
-    torch.nn.init.normal_(theirs.relative_position_bias_table)
-    ours.load_state_dict(theirs.state_dict())
+    timm_table, table = RelPosBias((3, 4), 2, prefix), RelativePositionTable((3, 4), 2, prefix)
+    torch.nn.init.normal_(timm_table.relative_position_bias_table)
+    table.load_state_dict(timm_table.state_dict())
     q = torch.zeros(1, 2, 12 + prefix, 5)
-    torch.testing.assert_close(ours(q, (3, 4)), theirs.get_bias())
+    torch.testing.assert_close(table(q, (3, 4)), timm_table.get_bias())
 
 
 def test_attention_with_a_bias_table_matches_beit():
