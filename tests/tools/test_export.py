@@ -19,7 +19,7 @@ from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
-from addp_core.weights.checkpoint import load_classifier
+from addp_core.weights.loading import load_classifier
 
 NAMES = ("ant", "bee", "cat")
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -161,7 +161,7 @@ def test_what_timm_cannot_hold(tmp_path, capsys):
         capsys, source, tmp_path / "timm", "tokenizer_norm", "leave the key out", layout="timm", tokenizer_norm="true"
     )
     wrong(capsys, source, tmp_path / "m.safetensors", "img_size", "layout=timm or onnx", img_size=32)
-    wrong(capsys, source, tmp_path / "m.safetensors", "this is a fine-tuned classifier")
+    wrong(capsys, source, tmp_path / "m.safetensors", "this is the checkpoint of a fine-tuned classifier")
     assert not (tmp_path / "timm").exists()
 
 
