@@ -1,7 +1,7 @@
-"""`addp doctor`: what is installed, what each task lacks, and the command that adds it.
+"""`addp doctor`: what is installed, what each task lacks, and the command that installs it.
 
-torch is looked at in a process of its own, so that a broken installation is a finding and not a crash. The exit code is
-0 whatever is found.
+What `addp` requires is read from the package's own metadata. torch is imported in a separate process, so that a broken
+installation is reported instead of crashing the command. The exit code is 0 whatever is found.
 """
 
 import importlib.metadata
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import addp_core
 
@@ -30,89 +31,114 @@ class Recipe:
     """Keys of `addp doctor`."""
 
     json: Annotated[bool, "print JSON instead of text"] = False
-    imports: Annotated[bool, "import every package too: slower, and finds those that are installed but broken"] = False
+    imports: Annotated[
+        bool, "import every package too, which is slower and also finds packages that are installed but broken"
+    ] = False
+
+
+# -------------------- what addp requires
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package by the name it is imported under, the distributions that bring it, and its extra of `addp`."""
+    """A package: its import name, the distributions that provide it, and the extra of `addp` that requires it."""
 
     module: str
     distributions: tuple[str, ...]
     extra: str = ""
 
 
-@dataclass(frozen=True)
-class Task:
-    """The folder of a task, what it cannot do without, and what `optional` packages add to it (module -> what for)."""
-
-    folder: str
-    needs: tuple[str, ...]
-    optional: dict[str, str] = field(default_factory=dict)
-
-
-def _package(module: str, *distributions: str, extra: str = "") -> tuple[str, Package]:
-    return module, Package(module, distributions or (module,), extra)
-
-
-PACKAGES = dict(
-    [
-        _package("torch"),
-        _package("torchvision"),
-        _package("timm"),
-        _package("accelerate"),
-        _package("safetensors"),
-        _package("huggingface_hub", "huggingface-hub"),
-        _package("numpy"),
-        _package("PIL", "pillow"),
-        _package("tensorboard"),
-        _package("tqdm"),
-        _package("matplotlib"),
-        _package("fvcore"),
-        _package("sklearn", "scikit-learn"),
-        _package("scipy"),
-        _package("torch_fidelity", "torch-fidelity", extra="gen"),
-        _package("gradio", extra="app"),
-        _package("pycocotools", extra="det"),
-        _package("detectron2"),
-        _package("mmseg", "onedl-mmsegmentation", "mmsegmentation", extra="seg"),
-        _package("mmcv", "onedl-mmcv", "mmcv", extra="seg"),
-        _package("mmengine", "onedl-mmengine", "mmengine", extra="seg"),
-        _package("onnx", extra="onnx"),
-        _package("onnxscript", extra="onnx"),
-        _package("onnxruntime", extra="onnx"),
-    ]
-)
-CORE = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "safetensors",
-    "huggingface_hub",
-    "numpy",
-    "PIL",
-    "tensorboard",
-    "tqdm",
-)
-TASKS = {
-    "pretrain": Task("pretrain", (*CORE, "matplotlib")),
-    "gen": Task(
-        "gen",
-        (*CORE, "matplotlib"),
-        {"torch_fidelity": "FID, IS, precision and recall", "gradio": "the page of addp app"},
-    ),
-    "cls": Task("cls", CORE),
-    "det": Task("det", (*CORE, "pycocotools"), {"detectron2": "the paper's engine; engine=torchvision does without"}),
-    "seg": Task("seg", (*CORE, "mmseg", "mmcv", "mmengine")),
-    "export": Task("tools", CORE, dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "layout=onnx")),
-    "throughput": Task("tools", (*CORE, "fvcore")),
-    "toy": Task("tools", ("numpy", "PIL", "sklearn", "scipy")),
+MODULES = {  # distribution: import name, where it is not the distribution's with underscores
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "onedl-mmsegmentation": "mmseg",
+    "onedl-mmcv": "mmcv",
+    "onedl-mmengine": "mmengine",
 }
+ALTERNATIVES = {"mmseg": ("mmsegmentation",), "mmcv": ("mmcv",), "mmengine": ("mmengine",)}  # OpenMMLab's own
+DEVELOPMENT = ("test", "docs")  # extras that no task needs
 DETECTRON2 = (  # there is no release of it on the index
     f"{PIP} 'omegaconf<2.4' hydra-core shapely && "
     f"{PIP} --no-build-isolation --no-deps 'git+https://github.com/facebookresearch/detectron2' (builds for minutes)"
 )
+
+
+def declared_requirements() -> list[Requirement]:
+    """Return the requirements of `addp` with their extras, from its metadata, or from pyproject.toml where it is not
+    installed.
+    """
+    try:
+        lines = importlib.metadata.requires("addp") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = _lines_of_pyproject()
+    return [requirement for requirement in map(Requirement, lines) if requirement.name != "addp"]
+
+
+def _lines_of_pyproject() -> list[str]:
+    path = Path(addp_core.__file__).parents[1] / "pyproject.toml"
+    if sys.version_info < (3, 11) or not path.is_file():
+        return []
+    import tomllib
+
+    project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    return project["dependencies"] + [f"{line}; extra == '{name}'" for name, lines in extras.items() for line in lines]
+
+
+def _packages() -> dict[str, Package]:
+    """Return all packages that `addp` uses, by import name."""
+    packages = {}
+    for requirement in declared_requirements():
+        extra = _extra_of(requirement)
+        if extra in DEVELOPMENT:
+            continue
+        name = canonicalize_name(requirement.name)
+        module = MODULES.get(name, name.replace("-", "_"))
+        packages[module] = Package(module, (name, *ALTERNATIVES.get(module, ())), extra)
+    return packages | {"detectron2": Package("detectron2", ("detectron2",))}
+
+
+def _extra_of(requirement: Requirement) -> str:
+    """Return the extra that the requirement belongs to, "" if it is always required."""
+    marker = str(requirement.marker or "")
+    return marker.partition("extra == ")[2].strip("\"' ") if "extra == " in marker else ""
+
+
+PACKAGES = _packages()
+
+
+def modules_of(extra: str) -> tuple[str, ...]:
+    """Return the import names of the packages that an extra requires; "" stands for those always required."""
+    return tuple(p.module for p in PACKAGES.values() if p.extra == extra and p.module != "detectron2")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task needs, and what optional packages add to it."""
+
+    folder: str
+    needs: tuple[str, ...]  # import names
+    optional: dict[str, str] = field(default_factory=dict)  # import name: what it adds
+
+
+REQUIRED = modules_of("")
+TASKS = {
+    "pretrain": Task("pretrain", REQUIRED),
+    "gen": Task("gen", REQUIRED, {"torch_fidelity": "FID, IS, precision and recall", "gradio": "the page of addp app"}),
+    "cls": Task("cls", REQUIRED),
+    "det": Task(
+        "det",
+        (*REQUIRED, *modules_of("det")),
+        {"detectron2": "the paper's engine; engine=torchvision works without it"},
+    ),
+    "seg": Task("seg", (*REQUIRED, *modules_of("seg"))),
+    "export": Task("tools", REQUIRED, dict.fromkeys(modules_of("onnx"), "layout=onnx")),
+    "throughput": Task("tools", REQUIRED),
+    "toy": Task("tools", REQUIRED),
+}
+
+# -------------------- looking
 
 PROBE = """
 import json
@@ -137,39 +163,37 @@ print(json.dumps(found))
 
 
 def run(recipe: Recipe) -> None:
-    """Look around and write the findings to stdout."""
+    """Examine the environment and print the report."""
     report = examine(recipe.imports)
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if recipe.json else as_text(report))
 
 
 def examine(imports: bool = False) -> dict[str, Any]:
-    """All findings; with `imports`, every optional package is imported as well."""
+    """Return the whole report; with `imports`, every package is imported as well."""
     versions = {module: installed_version(package) for module, package in PACKAGES.items()}
-    torch = _python(PROBE) if versions["torch"] else {}
-    found = (
-        json.loads(torch["out"]) if torch.get("out") else {"version": None, "cuda": None, "devices": [], "errors": {}}
-    )
-    if torch and not torch.get("out"):
-        found["errors"]["torch"] = torch["error"]
-    errors: dict[str, str] = found.pop("errors")
+    torch: dict[str, Any] = {"version": None, "cuda": None, "devices": [], "errors": {}}
+    if versions["torch"]:
+        output, error = _run_python(PROBE)
+        torch = json.loads(output) if output else torch | {"errors": {"torch": error}}
+    errors: dict[str, str] = torch.pop("errors")
     if imports:
         others = [module for module, version in versions.items() if version and module not in ("torch", "torchvision")]
-        results = {module: _python(f"import {module}") for module in others}
-        errors |= {module: result["error"] for module, result in results.items() if result["error"]}
+        results = {module: _run_python(f"import {module}") for module in others}
+        errors |= {module: error for module, (_, error) in results.items() if error}
     return {
         "addp": addp_core.__version__,
         "python": platform.python_version(),
         "executable": sys.executable,
-        "torch": found,
+        "torch": torch,
         "machine": machine(),
         "packages": versions,
         "tasks": {name: _diagnose(task, versions, errors) for name, task in TASKS.items()},
-        "problems": _problems(versions, errors, found),
+        "problems": _problems(versions, errors, torch),
     }
 
 
 def machine() -> dict[str, Any]:
-    """Cores this process may use, memory and free disk (GiB), and the C++ compiler that torch.compile would call."""
+    """Return the cores this process may use, memory and free disk in GiB, and torch.compile's C++ compiler."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
@@ -178,7 +202,7 @@ def machine() -> dict[str, Any]:
 
 
 def installed_version(package: Package) -> str | None:
-    """The installed version, 'unknown' for a module without a distribution, None where there is no such module."""
+    """Return the installed version, "unknown" for a module without a distribution, None if there is no such module."""
     for name in package.distributions:
         try:
             return importlib.metadata.version(name)
@@ -188,7 +212,7 @@ def installed_version(package: Package) -> str | None:
 
 
 def command_for(module: str) -> str | None:
-    """The command that installs the package imported as `module`; None for a package that is none of the suite's."""
+    """Return the command that installs the package imported as `module`, None if `addp` does not use it."""
     package = PACKAGES.get(module)
     if package is None:
         return None
@@ -196,19 +220,24 @@ def command_for(module: str) -> str | None:
         return DETECTRON2
     if package.extra and _requirements():
         return f"{PIP} 'addp[{package.extra}]'"
-    if package.extra:  # run from a source tree that is not installed
+    if package.extra:  # `addp` runs from a source tree and is not installed
         return f"{PIP} -e '.[{package.extra}]'"
     return f"{PIP} '{_requirements().get(package.distributions[0], package.distributions[0])}'"
 
 
 def _requirements() -> dict[str, str]:
-    """What the installed `addp` asks for: distribution -> 'name<range>'; empty where it is not installed."""
-    try:
-        lines = importlib.metadata.requires("addp") or []
-    except importlib.metadata.PackageNotFoundError:
+    """Return what the installed `addp` requires: distribution -> "name<range>"; empty if it is not installed."""
+    if not _is_installed():
         return {}
-    parsed = map(Requirement, lines)
-    return {r.name.lower().replace("_", "-"): f"{r.name}{r.specifier}" for r in parsed if r.name != "addp"}
+    return {canonicalize_name(r.name): f"{r.name}{r.specifier}" for r in declared_requirements()}
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.metadata.distribution("addp")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _diagnose(task: Task, versions: dict[str, str | None], errors: dict[str, str]) -> dict[str, Any]:
@@ -226,7 +255,7 @@ def _diagnose(task: Task, versions: dict[str, str | None], errors: dict[str, str
 
 
 def _problems(versions: dict[str, str | None], errors: dict[str, str], torch: dict[str, Any]) -> list[str]:
-    """What is installed but does not work or was never tested, each with the way out."""
+    """Return what is installed but does not work or was never tested, each with the remedy."""
     problems = []
     requirements = _requirements()
     for module, error in errors.items():
@@ -250,17 +279,17 @@ def _pair(requirements: dict[str, str]) -> str:
     return " ".join(f"'{requirements.get(name, name)}'" for name in ("torch", "torchvision"))
 
 
-def _python(code: str) -> dict[str, str]:
-    """Run `code` in a fresh interpreter: what it printed last, and the last line of its complaint if it failed."""
+def _run_python(code: str) -> tuple[str, str]:
+    """Run `code` in a new interpreter; return the last line it printed, and the last line of its error if it failed."""
     try:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=PROBE_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return {"out": "", "error": f"no answer within {PROBE_SECONDS} s"}
-    complaint = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-    out = done.stdout.strip().splitlines() or [""]
-    return {"out": "", "error": complaint[-1]} if done.returncode else {"out": out[-1], "error": ""}
+        return "", f"no answer within {PROBE_SECONDS} s"
+    if done.returncode:
+        return "", (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+    return (done.stdout.strip().splitlines() or [""])[-1], ""
 
 
 def _gib(size: int) -> float:
@@ -268,8 +297,8 @@ def _gib(size: int) -> float:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The findings for people."""
-    torch, box = report["torch"], report["machine"]
+    """Return the report as text for a terminal."""
+    torch, host = report["torch"], report["machine"]
     devices = [f"{d['name']}, {d['gib']} GiB, compute capability {d['capability']}" for d in torch["devices"]]
     build = f"{torch['version']} (CUDA {torch['cuda']})" if torch["cuda"] else torch["version"] or "not usable"
     lines = [
@@ -277,8 +306,8 @@ def as_text(report: dict[str, Any]) -> str:
         f"torch       {build}",
         *(f"GPU {i}       {device}" for i, device in enumerate(devices)),
         *([] if devices else ["GPU         none: everything runs on the CPU"]),
-        f"machine     {box['cores']} cores, {box['memory_gib']} GiB memory, {box['free_disk_gib']} GiB disk free here",
-        f"compiler    {box['compiler'] or 'none: train.compile=true cannot work (install g++)'}",
+        f"machine     {host['cores']} cores, {host['memory_gib']} GiB memory, {host['free_disk_gib']} GiB free disk",
+        f"compiler    {host['compiler'] or 'none: train.compile=true cannot work (install g++)'}",
         "",
         "packages",
         *(f"  {module:<16} {version or '-'}" for module, version in report["packages"].items()),

@@ -1,7 +1,7 @@
-"""`addp export`: a checkpoint in another layout, checked by reading it back.
+"""`addp export`: write a checkpoint in another layout and check it by reading it back.
 
-`timm` and `onnx` need nothing of this project where they are used. Their outputs are compared with the model's own on
-random images before the export counts as done.
+Files of the layouts `timm` and `onnx` can be used without this project. The outputs of the exported model are compared
+with those of the original on random images before the export counts as done.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -36,7 +36,7 @@ from cls.data import classifier_crop
 
 log = logging.getLogger("addp")
 
-TOLERANCE = 1e-4  # of the largest difference, relative to the largest output
+TOLERANCE = 1e-4  # for the largest difference of two outputs, relative to the largest output
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SUFFIX = {"addp": ".safetensors", "published": ".pth", "encoder": ".safetensors", "timm": "", "onnx": ".onnx"}
 
@@ -55,23 +55,24 @@ class Recipe:
     ]
     layout: Annotated[
         Literal["addp", "published", "encoder", "timm", "onnx"],
-        "ours, the authors' (reads in their code), the pixel encoder alone, a folder for timm.create_model, or ONNX",
+        "ours, the authors' (which their code reads), the pixel encoder alone, a folder for timm.create_model, or ONNX",
     ] = "addp"
     img_size: Annotated[
-        int | None, Ge(1), "timm, onnx: side of the images in pixels (default: the classifier's own, encoders: 224)"
+        int | None, Ge(1), "timm, onnx: side of the images in pixels (default: the classifier's own; 224 for encoders)"
     ] = None
-    tokenizer_norm: Annotated[bool, "timm, onnx: keep ADDP's norm on the embedded patches (transfers drop it)"] = False
-    tokenizer: Annotated[str, "for a model file without one"] = ""
-    predictor: Annotated[str, "for a model file without one"] = ""
-    encoder_heads: Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"] = None
-    decoder_heads: Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"] = None
-    predictor_heads: Annotated[int | None, Ge(1), "of a published file whose heads are not width/64"] = None
-    predictor_decoder_heads: Annotated[int | None, Ge(1), "of a published file whose decoder heads are not 16"] = None
+    tokenizer_norm: Annotated[bool, "timm, onnx: keep ADDP's norm on the patches, which transfers drop"] = False
+    tokenizer: Annotated[str, "tokenizer for a model file without one"] = ""
+    predictor: Annotated[str, "token predictor for a model file without one"] = ""
+    encoder_heads: Annotated[int | None, Ge(1), "heads of a published file, if not width/64"] = None
+    decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None
+    predictor_heads: Annotated[int | None, Ge(1), "heads of a published file, if not width/64"] = None
+    predictor_decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None
 
 
 def run(recipe: Recipe) -> None:
-    """Write the layout and compare what reads back with what was written. UserError where the layout cannot hold the
-    model, RuntimeError where the outputs differ.
+    """Write the layout, read it back and compare.
+
+    Raises UserError if the layout cannot hold the model, and RuntimeError if the outputs differ.
     """
     out = Path(recipe.out)
     if recipe.layout == "timm" and (out.is_file() or out.suffix in (".safetensors", ".pth", ".onnx")):
@@ -80,26 +81,24 @@ def run(recipe: Recipe) -> None:
         raise UserError(
             f"out: found {out.name}, expected a name that ends in {SUFFIX[recipe.layout]} for layout={recipe.layout}"
         )
-    foreign = {"timm": export_timm, "onnx": export_onnx}.get(recipe.layout)
+    exporter = {"timm": export_timm, "onnx": export_onnx}.get(recipe.layout, export_checkpoint)
     for key in ("img_size", "tokenizer_norm"):
-        if foreign is None and getattr(recipe, key):
+        if exporter is export_checkpoint and getattr(recipe, key):
             raise UserError(f"{key}: layout={recipe.layout} keeps the model as it is; expected layout=timm or onnx")
     try:
-        if foreign is None:
-            _export_ours(recipe, out)
-        else:
-            foreign(recipe, out)
+        exporter(recipe, out)
     except ValueError as error:
         raise UserError(f"layout={recipe.layout}: {error}") from error
     except OSError as error:
         raise UserError(
-            f"out: {out} cannot be written ({error.strerror or error}); expected room and permission"
+            f"out: {out} cannot be written ({error.strerror or error}); expected free space and permission"
         ) from error
     size = sum(p.stat().st_size for p in out.iterdir()) if out.is_dir() else out.stat().st_size
     log.info("%s: %.1f MB", out, size / 1e6)
 
 
-def _export_ours(recipe: Recipe, out: Path) -> None:
+def export_checkpoint(recipe: Recipe, out: Path) -> None:
+    """Write the whole model in our layout or the published one, or its encoder alone."""
     model = load_addp(
         recipe.model, tokenizer=recipe.tokenizer or None, predictor=recipe.predictor or None, **recipe_heads(recipe)
     )
@@ -109,33 +108,41 @@ def _export_ours(recipe: Recipe, out: Path) -> None:
     again = from_published(read_tensors(out)) if recipe.layout == "published" else read_weights(out).state
     written = part.state_dict()
     if again.keys() != written.keys() or not all(torch.equal(value, again[key]) for key, value in written.items()):
-        raise RuntimeError(f"{out}: what reads back differs from what was written")
+        raise RuntimeError(f"{out}: the tensors read back differ from those written")
 
 
 def load_exported(recipe: Recipe) -> Classifier:
-    """The classifier in the file, or the encoder with no head (`num_classes` 0)."""
+    """Load the classifier in the file, or the encoder as a classifier without a head (`num_classes` 0)."""
     if read_weights(recipe.model).kind == "classifier":
         if recipe.tokenizer_norm:
-            raise UserError(f"tokenizer_norm: {recipe.model} is a classifier, which has it or not; leave the key out")
+            raise UserError(
+                f"tokenizer_norm: {recipe.model} is a classifier with a fixed architecture; leave the key out"
+            )
         return load_classifier(recipe.model, recipe.img_size)
-    options = {"encoder_heads": recipe.encoder_heads, "tokenizer_norm": recipe.tokenizer_norm}
-    if recipe.tokenizer:
-        options["tokenizer"] = recipe.tokenizer
-    return Classifier(load_encoder(recipe.model, recipe.img_size or 224, **options), 0).eval()
+    encoder = load_encoder(
+        recipe.model,
+        recipe.img_size or 224,
+        encoder_heads=recipe.encoder_heads,
+        tokenizer_norm=recipe.tokenizer_norm,
+        tokenizer=recipe.tokenizer or None,
+    )
+    return Classifier(encoder, 0).eval()
 
 
 # -------------------- timm
 
 
 def export_timm(recipe: Recipe, out: Path) -> None:
-    """A folder of model.safetensors and config.json: `timm.create_model("local-dir:<folder>", pretrained=True)`, and
-    as a repository of the hub, "hf-hub:<owner>/<name>".
+    """Write a folder of model.safetensors and config.json.
+
+    timm loads it with `timm.create_model("local-dir:<folder>", pretrained=True)` or, from the Hugging Face Hub, with
+    "hf-hub:<owner>/<name>".
     """
     model = load_exported(recipe)
     state, arguments = to_timm(model)
     height, width = model.encoder.image_size
     config = {
-        "architecture": f"vit_{_size_name(model.embed_dim)}_patch16_224",  # of which the arguments replace all
+        "architecture": f"vit_{_size_name(model.embed_dim)}_patch16_224",  # every part of which the arguments replace
         "num_classes": model.num_classes,
         "num_features": model.embed_dim,
         "global_pool": model.pooling,
@@ -162,11 +169,11 @@ def export_timm(recipe: Recipe, out: Path) -> None:
     with atomic_replace(out / MODEL_FILE) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
     write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    again = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    again: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.inference_mode():
-        images = _images(model, 2)
-        _compare(out, "tokens", model.forward_features(images), again.forward_features(images))
-        _compare(out, "logits" if model.num_classes else "pooled features", model(images), again(images))
+        images = _random_images(model, 2)
+        _check_equal(out, "tokens", model.forward_features(images), again.forward_features(images))
+        _check_equal(out, "logits" if model.num_classes else "pooled features", model(images), again(images))
 
 
 def _size_name(width: int) -> str:
@@ -177,19 +184,21 @@ def _size_name(width: int) -> str:
 
 
 def export_onnx(recipe: Recipe, out: Path) -> None:
-    """One file from images (Float[batch,3,H,W], normalised) to logits, or for an encoder to its tokens before the final
-    norm (Float[batch,1+N,W]). Mean, std and class names are in its metadata.
+    """Write one ONNX file with mean, std and class names in its metadata.
+
+    It maps images (Float[batch,3,H,W], normalized) to logits, or for an encoder to its tokens before the final norm
+    (Float[batch,1+N,D]).
     """
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError(f"layout=onnx: not installed: {', '.join(missing)}; pip install 'addp[onnx]'")
     model = load_exported(recipe)
-    name, module = ("logits", model) if model.num_classes else ("features", _Features(model))
+    name, module = ("logits", model) if model.num_classes else ("features", FeatureModel(model))
     out.parent.mkdir(parents=True, exist_ok=True)
     program = _quietly(
         lambda: torch.onnx.export(
             module,
-            (_images(model, 2),),
+            (_random_images(model, 2),),
             dynamo=True,
             verbose=False,
             input_names=["images"],
@@ -197,8 +206,8 @@ def export_onnx(recipe: Recipe, out: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     )
-    about = {"mean": model.mean, "std": model.std, "class_names": model.class_names}
-    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items() if value})
+    metadata = {"mean": model.mean, "std": model.std, "class_names": model.class_names}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items() if value})
     with atomic_replace(out) as temporary:
         program.save(temporary, external_data=False)
 
@@ -206,14 +215,14 @@ def export_onnx(recipe: Recipe, out: Path) -> None:
 
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     for batch in (1, 3):
-        images = _images(model, batch)
-        (found,) = session.run([name], {"images": images.numpy()})
+        images = _random_images(model, batch)
+        (output,) = session.run([name], {"images": images.numpy()})
         with torch.inference_mode():
-            _compare(out, f"{name} of {batch}", module(images), torch.from_numpy(found))
+            _check_equal(out, f"{name} of {batch}", module(images), torch.from_numpy(output))
 
 
-class _Features(nn.Module):
-    """An encoder whose call is `forward_features`."""
+class FeatureModel(nn.Module):
+    """An encoder whose forward pass is `forward_features`."""
 
     def __init__(self, model: Classifier):
         super().__init__()
@@ -223,8 +232,8 @@ class _Features(nn.Module):
         return self.encoder.forward_features(images)
 
 
-def _quietly(function: Callable):
-    """The exporter's notes on its own passes are of no use to the user."""
+def _quietly(function: Callable[[], Any]) -> Any:
+    """Call the function without warnings and log messages: the exporter's notes on its passes do not help users."""
     level = logging.getLogger("onnxscript").level
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
@@ -238,20 +247,20 @@ def _quietly(function: Callable):
 # -------------------- comparing
 
 
-def _images(model: Classifier, batch: int) -> Tensor:
-    """Random images Float[batch,3,H,W] of the model's size, as if normalised."""
+def _random_images(model: Classifier, batch: int) -> Tensor:
+    """Return random images Float[batch,3,H,W] of the model's size, distributed like normalized ones."""
     return torch.randn(batch, 3, *model.encoder.image_size, generator=generator("export", batch))
 
 
-def _compare(out: Path, what: str, wanted: Tensor, found: Tensor) -> None:
-    """RuntimeError, and the export removed, where two outputs differ by more than rounding."""
-    difference = (found - wanted).abs().max().item()
-    relative = difference / max(wanted.abs().max().item(), 1e-12)
+def _check_equal(out: Path, name: str, expected: Tensor, found: Tensor) -> None:
+    """Remove the export and raise RuntimeError if two outputs differ by more than rounding."""
+    difference = (found - expected).abs().max().item()
+    relative = difference / max(expected.abs().max().item(), 1e-12)
     if not relative <= TOLERANCE:
         for path in out.iterdir() if out.is_dir() else [out]:
             if path.name in (MODEL_FILE, "config.json", out.name):
                 path.unlink()
         raise RuntimeError(
-            f"{out}: its {what} differ from PyTorch's by {difference:.3g} ({relative:.2g} of the largest); removed"
+            f"{out}: its {name} differ from PyTorch's by {difference:.3g} ({relative:.2g} of the largest); removed"
         )
-    log.info("%s differ from PyTorch's by at most %.2g (%.1g of the largest)", what, difference, relative)
+    log.info("%s differ from PyTorch's by at most %.2g (%.1g of the largest)", name, difference, relative)

@@ -113,7 +113,7 @@ def parse_architecture(source: str, description: Any) -> tuple[str, Any]:
         ) from error
 
 
-def recipe_heads(recipe: Any) -> dict[str, int]:
+def recipe_heads(recipe: Any) -> dict[str, Any]:
     """Return the numbers of attention heads that a recipe sets, as keyword arguments of `load_addp`."""
     return {key: getattr(recipe, key) for key in HEAD_KEYS if getattr(recipe, key, None) is not None}
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -130,11 +130,12 @@ def build(recipe: Recipe) -> ADDP:
             raise UserError(f"model: {recipe.model} has no token predictor, which training needs; expected train=false")
         return model
     shape = VIT_SIZES[recipe.model]
+    encoder = EncoderConfig(shape["width"], shape["depth"], shape["heads"], dropout=0.1, tokenizer_norm=True)
     torch.manual_seed(0)
     config = ADDPConfig(
         image_size=size or ADDPConfig.image_size,
         predictor=PredictorConfig(**shape) if recipe.train else None,
-        denoiser=DenoiserConfig(replace(EncoderConfig(**shape), dropout=0.1, tokenizer_norm=True), DecoderConfig()),
+        denoiser=DenoiserConfig(encoder, DecoderConfig()),
     )
     return ADDP(config).eval()
 
