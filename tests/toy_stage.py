@@ -10,7 +10,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -176,7 +178,7 @@ def stopped_run(out: Path, step: int = 9) -> None:
 def command(settings: list[str], faults: Faults | None = None, log: Path | None = None, environment=None, before=None):
     """Run the stage with the exit codes of the command line; write messages to `log`, and call `before` first."""
     torch.set_num_threads(1)
-    RunLogger.plot_curves = lambda self: None  # slow, and tested elsewhere
+    patch.object(RunLogger, "plot_curves", lambda self: None).start()  # slow, and tested elsewhere
     os.environ |= environment or {}
     if log:
         logging.basicConfig(filename=log, format="%(message)s", level=logging.INFO, force=True)
@@ -191,7 +193,7 @@ def command(settings: list[str], faults: Faults | None = None, log: Path | None 
         sys.exit(1)
 
 
-def start_process(*arguments, **options) -> multiprocessing.Process:
+def start_process(*arguments, **options) -> BaseProcess:
     """Start `command` in a process of its own, forked from one that has loaded torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["addp_core.training.engine", "addp_core.recipes.config"])
@@ -200,11 +202,11 @@ def start_process(*arguments, **options) -> multiprocessing.Process:
     return process
 
 
-def wait_for(process: multiprocessing.Process, limit: float = 60.0) -> int:
+def wait_for(process: BaseProcess, limit: float = 60.0) -> int:
     """Wait for a process and return its exit code, which is negative after a signal."""
     process.join(limit)
     if process.exitcode is None:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         raise AssertionError(f"still running after {limit} s")
     return process.exitcode
 

@@ -35,7 +35,7 @@ from addp_core.training.signals import StopSignals
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.training.state import Counters, TrainingState
 from addp_core.weights.files import MODEL_FILE
-from addp_core.weights.modules import fingerprint
+from addp_core.weights.fingerprint import fingerprint
 
 log = logging.getLogger("addp")
 

@@ -159,7 +159,9 @@ def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
         )
     for key in sorted(LENGTH_KEYS):
         if previous.get(key) != recipe.get(key):
-            log.info("%s: %s instead of %s; the schedule follows the new length", key, recipe.get(key), previous.get(key))
+            log.info(
+                "%s: %s instead of %s; the schedule follows the new length", key, recipe.get(key), previous.get(key)
+            )
 
 
 def _finished_model(out: Path, recipe: dict[str, Any]) -> Path | None:

@@ -1,5 +1,5 @@
-"""What a task gives to the engine: its settings (`TrainConfig`) and a `Stage`; and what the engine tells the stage about
-each micro-step (`MicroStep`).
+"""The interface between a task and the engine: settings (`TrainConfig`), what is trained (`Stage`), and where the run
+stands (`MicroStep`).
 """
 
 from abc import ABC, abstractmethod
@@ -60,7 +60,7 @@ class TrainConfig:
         "steps between intermediate checkpoints (weights only) in models/step-N, which other commands read like a run "
         "folder; 0: none",
     ] = 0
-    keep: Annotated[int, Ge(1), "checkpoints kept; with two or more, a damaged one can be replaced by the one before"] = 2
+    keep: Annotated[int, Ge(1), "checkpoints kept; two or more allow for a damaged one"] = 2
     max_nonfinite: Annotated[int, Ge(1), "steps in a row without a finite loss and gradient until the run stops"] = 10
 
     def __post_init__(self) -> None:
@@ -69,7 +69,8 @@ class TrainConfig:
         if self.optimizer != "adamw":  # importing timm takes seconds
             import timm.optim
 
-            if self.optimizer not in (names := timm.optim.list_optimizers()):
+            names = [str(name) for name in timm.optim.list_optimizers()]
+            if self.optimizer not in names:
                 hint = did_you_mean(self.optimizer, names)
                 raise ValueError(f"optimizer: found {self.optimizer!r}, expected a name of timm's{hint}")
 

@@ -18,9 +18,10 @@ from addp_core.weights.architectures import (
     with_heads,
 )
 from addp_core.weights.files import Source, State, strip_prefix
+from addp_core.weights.fingerprint import fingerprint
+from addp_core.weights.fitting import fill, fit_encoder_state
 from addp_core.weights.loading import check_codebook
-from addp_core.weights.modules import fill, fingerprint, fit_encoder_state
-from addp_core.weights.reading import Weights, describe_kind, impossible_values, read_part, read_weights
+from addp_core.weights.reading import Weights, as_user_error, describe_kind, read_part, read_weights
 
 DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
 
@@ -67,7 +68,7 @@ def load_encoder(
         if init != "random":
             raise UserError(f"{source}: a size, which has no weights; expected init=random with it, or a checkpoint")
         name = source
-        state, architecture = _of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
+        state, architecture = _architecture_of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
     else:
         name, state, architecture = _read_encoder(source, encoder_heads, vqgan)
     if patch_size not in (None, architecture.patch_size):
@@ -75,7 +76,7 @@ def load_encoder(
     if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
         raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
     try:
-        encoder = _build(architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic)
+        encoder = _build_encoder(architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic)
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     encoder.norm.requires_grad_(False)
@@ -86,7 +87,7 @@ def load_encoder(
     return encoder.eval()
 
 
-def _of_size(
+def _architecture_of_size(
     size_name: str, image_size: tuple[int, int], patch_size: int, vqgan: Weights | None
 ) -> tuple[State, AnyArchitecture]:
     """Return the architecture of a size in `VIT_SIZES`, and the tensors of its tokenizer if it reads token ids."""
@@ -134,7 +135,7 @@ def _read_mage_encoder(
         vqgan = read_weights(source, "tokenizer")
         if vqgan.kind != "tokenizer":
             raise UserError(f"{weights.source}: MAGE reads token ids; expected tokenizer=<VQGAN file> with it")
-    with impossible_values(weights.source):
+    with as_user_error(weights.source):
         mage: PredictorArchitecture = with_heads(weights.architecture, {"predictor_heads": heads})
     codes: TokenizerConfig = vqgan.architecture.tokenizer
     check_codebook(vqgan, mage.vocabulary.codebook)
@@ -154,7 +155,7 @@ def _without_decoder(state: State) -> State:
     return {key: value for key, value in state.items() if not key.startswith("decoder.")}
 
 
-def _build(
+def _build_encoder(
     architecture: AnyArchitecture,
     size: tuple[int, int],
     dropout: float,

@@ -22,7 +22,7 @@ from addp_core.weights.architectures import (
     TokenEncoderArchitecture,
 )
 from addp_core.weights.files import Source
-from addp_core.weights.modules import fill, fit_encoder_state, replace_part, resample_state
+from addp_core.weights.fitting import fill, fit_encoder_state, replace_part, resample_state
 from addp_core.weights.reading import Weights, describe_kind, read_part, read_weights
 
 

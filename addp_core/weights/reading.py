@@ -52,11 +52,11 @@ def read_weights(source: Source, preferred_kind: str | None = None, heads: Mappi
         state = content.state
         if kind == "addp" and is_published_addp(state):
             state = from_published(state)
-        with impossible_values(content.source):
+        with as_user_error(content.source):
             return Weights(content.source, kind, state, with_heads(architecture, heads))
     for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):
         if layout.matches(content.state):
-            with impossible_values(content.source):
+            with as_user_error(content.source):
                 state, architecture = layout.convert(content.source, content.state, heads)
             return Weights(content.source, layout.kind, state, architecture)
     raise UserError(
@@ -96,7 +96,7 @@ def describe_kind(weights: Weights) -> str:
 
 
 @contextlib.contextmanager
-def impossible_values(source: str) -> Iterator[None]:
+def as_user_error(source: str) -> Iterator[None]:
     """Turn the ValueError of an impossible architecture, such as heads that do not divide the width, into a UserError
     that names the source.
     """

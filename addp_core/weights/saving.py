@@ -42,7 +42,7 @@ def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int]
     Raises:
         OSError: if the file cannot be written.
     """
-    kind, architecture = _describe(module, grid)
+    kind, architecture = _describe_module(module, grid)
     save_state(module.state_dict(), path, kind, architecture)
 
 
@@ -71,7 +71,7 @@ def save_published(model: ADDP, path: str | os.PathLike) -> None:
         torch.save(content, file)
 
 
-def _describe(module: nn.Module, grid: tuple[int, int] | None) -> tuple[str, Any]:
+def _describe_module(module: nn.Module, grid: tuple[int, int] | None) -> tuple[str, Any]:
     """Return (kind, architecture) of a model. Raises TypeError if it is of no kind that can be saved."""
     if isinstance(module, ADDP):
         return "addp", module.config if module.predictor else replace(module.config, predictor=None)
@@ -90,7 +90,7 @@ def _describe(module: nn.Module, grid: tuple[int, int] | None) -> tuple[str, Any
         )
         return "token_encoder", architecture
     if isinstance(module, Classifier):
-        _, encoder = _describe(module.encoder, None)
+        _, encoder = _describe_module(module.encoder, None)
         return "classifier", ClassifierArchitecture(
             encoder,
             module.num_classes,

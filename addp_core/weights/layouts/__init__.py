@@ -1,0 +1,1 @@
+"""Layouts of weights: the published models, plain ViTs, and ours without its architecture."""

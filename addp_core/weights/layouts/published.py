@@ -27,16 +27,16 @@ from addp_core.weights.layouts.shapes import (
     square_grid,
 )
 
-ENCODER_NAMES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "tokenizer_norm.")
-DECODER_NAMES = ("token_emb.", "decoder_embed.", "mask_token", "decoder_pos_embed_learned", "decoder_pos_mask_embed",
+ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "tokenizer_norm.")
+DECODER_PREFIXES = ("token_emb.", "decoder_embed.", "mask_token", "decoder_pos_embed_learned", "decoder_pos_mask_embed",
                  "decoder_pos_token_embed", "decoder_blocks.", "decoder_norm.", "mlm_layer.")  # fmt: skip
 ADDP_UNUSED = ("pos_token_embed", "pos_mask_embed", "decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias")
 MAGE_UNUSED = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
                "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias",
                "token_emb.position_ids")  # fmt: skip
-VQGAN_NAMES = ("encoder.", "decoder.", "quantize.")
+VQGAN_PREFIXES = ("encoder.", "decoder.", "quantize.")
 VQGAN_CODEBOOK = "quantize.embedding.weight"
-PREFIXES = {  # ours -> published
+PUBLISHED_PREFIXES = {  # ours -> published
     "tokenizer.": "vqgan.",
     "predictor.": "token_predictor.",
     "denoiser.encoder.": "",
@@ -90,7 +90,7 @@ def convert_mage(source: str, state: State, heads: Mapping[str, int]) -> tuple[S
 def convert_vqgan(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, TokenizerArchitecture]:
     """Convert a VQGAN checkpoint, or the VQGAN inside a MAGE checkpoint, to a tokenizer."""
     prefix = "vqgan." if f"vqgan.{VQGAN_CODEBOOK}" in state else ""
-    ours = {key: value for key, value in strip_prefix(state, prefix).items() if key.startswith(VQGAN_NAMES)}
+    ours = {key: value for key, value in strip_prefix(state, prefix).items() if key.startswith(VQGAN_PREFIXES)}
     return ours, TokenizerArchitecture(_tokenizer_config(source, ours))
 
 
@@ -119,9 +119,9 @@ def _our_name(key: str) -> str | None:
     if key.startswith("token_predictor."):
         name = key.removeprefix("token_predictor.")
         return None if name in MAGE_UNUSED else f"predictor.{name}"
-    if key.startswith(ENCODER_NAMES):
+    if key.startswith(ENCODER_PREFIXES):
         return f"denoiser.encoder.{key}"
-    if key.startswith(DECODER_NAMES):
+    if key.startswith(DECODER_PREFIXES):
         return f"denoiser.decoder.{key}"
     return key  # loading reports it as unexpected
 
@@ -129,7 +129,7 @@ def _our_name(key: str) -> str | None:
 def encoder_tensors(state: State) -> State:
     """Return the encoder's tensors of a state dict in any layout, under MAE's names, which are our encoder's names."""
     ours = strip_prefix(state, "denoiser.encoder.")
-    return ours or {key: value for key, value in state.items() if key.startswith(ENCODER_NAMES)} or state
+    return ours or {key: value for key, value in state.items() if key.startswith(ENCODER_PREFIXES)} or state
 
 
 # -------------------- ours -> published
@@ -155,7 +155,7 @@ def to_published(model: ADDP) -> State:
 
 def published_name(key: str) -> str:
     """Return the published name of one of our tensors. Raises ValueError if it has none."""
-    for ours, published in PREFIXES.items():
+    for ours, published in PUBLISHED_PREFIXES.items():
         if key.startswith(ours):
             return published + key.removeprefix(ours)
     raise ValueError(f"{key}: has no name in the published layout")

@@ -16,7 +16,7 @@ from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import EncoderArchitecture
 from addp_core.weights.files import State
-from addp_core.weights.layouts.published import ENCODER_NAMES
+from addp_core.weights.layouts.published import ENCODER_PREFIXES
 from addp_core.weights.layouts.shapes import (
     default_heads,
     depth_of,
@@ -39,7 +39,7 @@ is_mae = has_tensors("mask_token", "decoder_pred.weight", "blocks.0.attn.qkv.wei
 def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, EncoderArchitecture]:
     """Convert a ViT of MAE, BEiT or timm; decoders, heads and pooling norms are dropped."""
     renamed = _our_names(state)
-    ours = {key: value for key, value in renamed.items() if key.startswith(ENCODER_NAMES)}
+    ours = {key: value for key, value in renamed.items() if key.startswith(ENCODER_PREFIXES)}
     unsupported = [key for key in renamed if key not in ours and not key.startswith(NOT_ENCODER)]
     if unsupported:
         raise UserError(f"{source}: a ViT with tensors that our encoder does not have: {', '.join(unsupported)}")

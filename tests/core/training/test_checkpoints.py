@@ -79,7 +79,7 @@ def limit_files(size: int) -> None:
 
 
 def test_a_full_disk_during_checkpoints(tmp_path, uninterrupted):
-    """A real EFBIG: no file of the process may grow beyond what training.pt needs."""
+    """The process may only write files half as large as training.pt (EFBIG), then any file."""
     out, log = tmp_path / "run", tmp_path / "log"
     assert wait_for(start_process([f"out={out}"], Faults(signals={4: signal.SIGKILL}), log)) == -signal.SIGKILL
     size = (out / "checkpoints/step-4/training.pt").stat().st_size

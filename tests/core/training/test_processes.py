@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def use_fsdp() -> None:
         assert self.sharded
         assert all(hasattr(weight, "to_local") for weight in self.model.parameters())
 
-    TrainingState.__init__ = build_and_check
+    patch.object(TrainingState, "__init__", build_and_check).start()
 
 
 def test_fsdp_equals_one_process_and_continues_exactly(tmp_path):

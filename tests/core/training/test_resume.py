@@ -6,6 +6,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from toy_stage import (
@@ -51,7 +52,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
             return super().loss(model, batch, micro_step)
 
     config = TrainConfig(steps=4, batch=8, accumulate=2)
-    handler = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the tests in the background
+    handler = signal.getsignal(signal.SIGINT)  # SIG_IGN if a shell started the tests in the background
     with pytest.raises(KeyboardInterrupt):
         engine.train(InterruptingStage(), ToyStream(0, 4), config, tmp_path, "{}")
     assert checkpoint_names(tmp_path) == []
@@ -92,7 +93,7 @@ def kill_at_write(count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(self, data)
 
-    ChecksumWriter.write = killing
+    patch.object(ChecksumWriter, "write", killing).start()
 
 
 def kill_at_rename(name: str, after: bool) -> None:
@@ -106,7 +107,7 @@ def kill_at_rename(name: str, after: bool) -> None:
         if not after:
             rename(source, target)
 
-    os.rename = killing
+    patch("os.rename", killing).start()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from addp_core import load_encoder, load_tokenizer, save_model
 from addp_core.method.addp import ADDP
 from addp_core.networks.classifier import Classifier, normalize
 from addp_core.weights.files import strip_prefix
+from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.loading import load_classifier
-from addp_core.weights.modules import fingerprint
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 

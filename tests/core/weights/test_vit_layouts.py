@@ -10,8 +10,6 @@ from addp_core import load_encoder, save_model
 from addp_core.networks.attention import AttentionConfig
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
-
-
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 

@@ -1,10 +1,8 @@
-"""Weights of modules: copying tensors in, resampling positions to other sizes, and fingerprints."""
+"""Fitting tensors to modules: copying them in, replacing parts, and resampling positions to other sizes."""
 
-import hashlib
 import re
 from typing import TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,16 +39,6 @@ def fill(module: Module, state: State, source: str) -> Module:
         raise UserError(f"{source}: the tensors do not fit the {type(module).__name__}: {found}")
     module.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
     return module.eval()
-
-
-def fingerprint(*modules: nn.Module) -> str:
-    """Return a digest of the modules' weights, equal for equal tensors under equal names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for name, value in module.state_dict().items():
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def replace_part(state: State, prefix: str, part: State) -> State:
