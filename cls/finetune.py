@@ -149,7 +149,7 @@ def build_classifier(recipe: Recipe, class_names: tuple[str, ...]) -> Classifier
     """Return the initial classifier: the encoder that the recipe names, and a head for these classes."""
     torch.manual_seed(recipe.train.seed)
     mean, std = NORMALISATION[recipe.normalisation]
-    encoder = recipe.encoder(recipe.data.hw, dropout=recipe.dropout, drop_path=recipe.drop_path)
+    encoder = recipe.load_encoder(recipe.data.hw, dropout=recipe.dropout, drop_path=recipe.drop_path)
     model = Classifier(
         encoder,
         len(class_names),

@@ -25,6 +25,6 @@ def run(recipe: Recipe) -> None:
         return
     train_set, val_set = open_splits(recipe.data, recipe.val)
     torch.manual_seed(recipe.train.seed)
-    encoder = recipe.encoder(recipe.data.hw)
+    encoder = recipe.load_encoder(recipe.data.hw)
     run_mode = run_fast if recipe.mode == "fast" else run_full
     run_mode(recipe, encoder, train_set, val_set, recipe_text)

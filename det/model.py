@@ -1,24 +1,20 @@
 """Trained detectors of either engine: their common interface, their file, and their detections."""
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from pycocotools import mask as coco_mask
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import atomic_replace
 from addp_core.networks.encoder import Encoder
 from addp_core.weights.architectures import ARCHITECTURES
-from addp_core.weights.files import METADATA_KEY, Source
+from addp_core.weights.files import Source
 from addp_core.weights.reading import read_weights
+from addp_core.weights.saving import save_state
 from det.config import Category, DetectorArchitecture
 
 KIND = "detector"
@@ -99,13 +95,7 @@ def save_detector(model: Detector, path: str | os.PathLike) -> None:
 
     Raises OSError if the file cannot be written.
     """
-    text = json.dumps({"kind": KIND, "architecture": asdict(model.architecture)})
-    state = {key: value.detach().to("cpu").contiguous() for key, value in model.state_dict().items()}
-    with atomic_replace(Path(path)) as temporary:
-        try:
-            save_file(state, temporary, metadata={METADATA_KEY: text})
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
+    save_state(model.state_dict(), path, KIND, model.architecture)
 
 
 def load_detector(source: Source) -> Detector:

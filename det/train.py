@@ -123,7 +123,7 @@ def build_encoder(recipe: Recipe) -> Encoder:
     Raises UserError if the encoder does not take pixels or has no position information.
     """
     torch.manual_seed(recipe.train.seed)
-    encoder = recipe.pixel_encoder(
+    encoder = recipe.load_pixel_encoder(
         recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True
     )
     check_positions(encoder, recipe.model, "attention.relative")

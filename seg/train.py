@@ -165,7 +165,7 @@ def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Se
             recipe, init="random", patch_size=patch_size if recipe.model in VIT_SIZES else recipe.patch_size
         )
         with renaming_keys({"data.size": "data.crop"}):
-            encoder = encoder_keys.pixel_encoder(crop)
+            encoder = encoder_keys.load_pixel_encoder(crop)
         config, patch_size = encoder.config, encoder.patch_size
     else:
         arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch

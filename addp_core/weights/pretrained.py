@@ -43,11 +43,11 @@ class EncoderKeys:
         Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
     ] = "imagenet"
 
-    def encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
+    def load_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
         """Load the encoder for images of this size (a side, or height and width).
 
-        `options` are further keyword arguments of `load_encoder`. Raises UserError like `load_encoder`, with the names
-        of a recipe's keys.
+        `options` are further keyword arguments of the function `load_encoder`. Raises UserError like that function, with
+        the names of a recipe's keys.
         """
         try:
             return load_encoder(
@@ -63,10 +63,10 @@ class EncoderKeys:
         except UserError as error:
             raise UserError(str(error).replace("img_size", "data.size")) from error
 
-    def pixel_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder:
-        """Load the encoder like `encoder`. Raises UserError if it reads token ids."""
+    def load_pixel_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder:
+        """Load the encoder like `load_encoder`. Raises UserError if it reads token ids."""
         with renaming_keys({"attention: ": f"model: {self.model}: "}):  # no value of the key would help
-            encoder = self.encoder(size, **options)
+            encoder = self.load_encoder(size, **options)
         if not isinstance(encoder, Encoder):
             raise UserError(
                 f"model: {self.model} reads token ids, not pixels; expected an encoder of pixels (ADDP, MAE, BEiT, ViT)"

@@ -29,7 +29,7 @@ from addp_core.weights.layouts.shapes import (
 
 ENCODER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.", "tokenizer_norm.")
 DECODER_PREFIXES = ("token_emb.", "decoder_embed.", "mask_token", "decoder_pos_embed_learned", "decoder_pos_mask_embed",
-                 "decoder_pos_token_embed", "decoder_blocks.", "decoder_norm.", "mlm_layer.")  # fmt: skip
+                    "decoder_pos_token_embed", "decoder_blocks.", "decoder_norm.", "mlm_layer.")  # fmt: skip
 ADDP_UNUSED = ("pos_token_embed", "pos_mask_embed", "decoder_pos_embed", "decoder_pred.weight", "decoder_pred.bias")
 MAGE_UNUSED = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
                "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias",
