@@ -141,7 +141,8 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
         classes: number of classes.
 
     Raises:
-        UserError: if the file cannot be read, has another size or several channels, or holds a label beyond the classes.
+        UserError: if the file cannot be read, has another size or several channels, or holds a label that is not a
+            class.
     """
     try:
         with wrap_image_errors(), Image.open(path) as image:
