@@ -20,15 +20,21 @@ if TYPE_CHECKING:  # `addp report` does without torch
 
 @dataclass(frozen=True)
 class Arm:
-    """One checkpoint or baseline under comparison, and what its file says about it.
+    """One checkpoint or baseline under comparison.
 
-    digest: hash of architecture and weights. parameters: number of the encoder's, None if the file holds no encoder.
-    generates: the checkpoint is a whole ADDP.
+    Attributes:
+        name: Its key in `models`, or "random".
+        model: Its run folder, file or hub path; of "random", the model whose architecture it has.
+        init: "pretrained" or "random".
+        digest: Hash of architecture and weights.
+        parameters: Number of parameters of the encoder, None if the file holds no encoder.
+        image_size: (height, width) in pixels.
+        generates: Whether the checkpoint is a complete ADDP model, which can generate images.
     """
 
     name: str
     model: str
-    init: str  # pretrained | random
+    init: str
     digest: str
     parameters: int | None
     image_size: tuple[int, int]

@@ -48,7 +48,7 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.bench.launch == "slurm" and shutil.which("sbatch") is None:
         raise UserError("bench.launch=slurm: no sbatch on the PATH; expected a machine of a Slurm cluster, or local")
     plan = Plan(recipe)
-    chosen, out = plan.chosen(), plan.out
+    chosen, out = plan.chosen_steps(), plan.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock_out(out, shared=recipe.bench.share)
@@ -59,7 +59,7 @@ def run(recipe: BenchRecipe) -> None:
             complete = replace(recipe, bench=replace(recipe.bench, only=[]))
             write_atomically(out / "recipe.yaml", dump(complete).encode())
         plan.inputs.write()
-        for reason, names in plan.left_out().items():
+        for reason, names in plan.left_out_steps().items():
             log.info("left out: %s (%s)", ", ".join(names), reason)
         pending = [step for step in chosen if not step.done]
         log.info("%d steps, %d of them finished before", len(chosen), len(chosen) - len(pending))

@@ -181,14 +181,14 @@ class Benchmark(ABC):
         """Add the chance levels that follow from others."""
         return chance
 
-    # ---------------------------------------------------------------- beside the paper
+    # ---------------------------------------------------------------- comparison with the paper
 
     def comparable(self, metrics: Sequence[Metric]) -> bool:
         """Check whether the paper measured in the same way, given the metrics that were measured here."""
         return True
 
     def unlike_paper(self, chance: Mapping[str, float]) -> str:
-        """Return why the data are not the paper's, judging by the chance levels; "" if nothing says so."""
+        """Return why the data are not the paper's, judging by the chance levels; "" if there is no reason."""
         return ""
 
 
@@ -258,20 +258,20 @@ class Transfer(Benchmark):
         step.commands = [Command(["sweep", str(step.folder / SWEEP)])]
         if self.predict:
             best = sweep.best_run(step.folder / step.arm.name, step.seeds[0])
-            given = {"model": best, "images": inputs.folder(dataset.key), "out": step.folder / PREDICTIONS}
-            predict = [*self.predict.split(), *as_arguments({**given, **self.predict_settings})]
+            fixed = {"model": best, "images": inputs.folder(dataset.key), "out": step.folder / PREDICTIONS}
+            predict = [*self.predict.split(), *as_arguments({**fixed, **self.predict_settings})]
             step.commands.append(Command(predict))
 
     def read_outcome(self, step: Step) -> Outcome:
         arm = step.arm.name
-        found = json.loads((step.folder / "sweep.json").read_text(encoding="utf-8"))["arms"][arm]
+        summary = json.loads((step.folder / "sweep.json").read_text(encoding="utf-8"))["arms"][arm]
         runs = {seed: sweep.best_run(step.folder / arm, seed) for seed in step.seeds}
         results = [sweep.read_results(run) for run in runs.values()]
         scores = {metric.key: [metric.read(each) for each in results] for metric in step.metrics}
         return Outcome(
-            setting=found["setting"],
-            grid={name.split("/")[-1]: score for name, score in found["grid"].items()},
-            notes=found["notes"],
+            setting=summary["setting"],
+            grid={name.split("/")[-1]: score for name, score in summary["grid"].items()},
+            notes=summary["notes"],
             scores=scores,
             chance=dict.fromkeys(scores, self.chance_level(results[0])),
             runs=runs,

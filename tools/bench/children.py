@@ -30,7 +30,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class Stopped(Exception):
-    """A signal has come: the running children were told to stop, and no more are started."""
+    """A signal has arrived: the running children receive it too, and no more are started."""
 
 
 def command_line(arguments: Sequence[str], processes: int = 1) -> str:

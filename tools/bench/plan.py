@@ -60,9 +60,9 @@ class Plan:
         self.inputs = check_datasets(recipe, {name.split("/")[0] for name in self.only} or set(BENCHMARKS))
         self.arms: list[Arm] = open_arms(recipe.models, recipe.random)
         self.steps = plan_steps(recipe, self.arms, self.inputs)
-        check_packages({step.benchmark for step in self.chosen()})
+        check_packages({step.benchmark for step in self.chosen_steps()})
 
-    def chosen(self) -> list[Step]:
+    def chosen_steps(self) -> list[Step]:
         """Return the steps that bench.only names and those that they need, in an order in which they can run."""
         names: dict[str, None] = {}
 
@@ -78,11 +78,11 @@ class Plan:
                 elif step.name in self.only or (step.benchmark in self.only and step.left_out.startswith("data.")):
                     raise UserError(f"bench.only: {step.name} cannot be done: {step.left_out}")
         if not names:
-            reason = next(iter(self.left_out()))
+            reason = next(iter(self.left_out_steps()))
             raise UserError(f"nothing to do: {reason}; expected at least one dataset, as in data.imagenet=<folder>")
         return [self.steps[name] for name in names]
 
-    def left_out(self) -> dict[str, list[str]]:
+    def left_out_steps(self) -> dict[str, list[str]]:
         """Return reason -> names of the steps that are left out for it."""
         names: dict[str, list[str]] = {}
         for step in self.steps.values():

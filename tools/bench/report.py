@@ -291,7 +291,7 @@ def _seeds(bench: BenchResults, benchmark: str, metrics: Sequence[Metric]) -> It
 
 
 def _grids(bench: BenchResults, benchmark: str) -> Iterator[Block]:
-    """What the sweep has found, for the arms that tried more than one setting."""
+    """The score of each run of the sweep, for the arms that tried more than one setting."""
     lines = []
     for arm in bench.arms:
         step = bench.step(benchmark, arm) or {}

@@ -60,5 +60,5 @@ def _sbatch(script: Path, options: Sequence[str]) -> str:
     """Submit a script and return the number of its job. Raises UserError if Slurm refuses it."""
     done = subprocess.run(["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"bench.sbatch: {script}: sbatch says: {done.stderr.strip() or done.stdout.strip()}")
+        raise UserError(f"bench.sbatch: {script}: sbatch failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip().split(";")[0]  # the name of the cluster follows, if there are several

@@ -117,7 +117,7 @@ def run(recipe: Recipe) -> None:
     if lacking := [each for each in failed if best.get(each.arm, each.point) == each.point]:
         logs = [_log_of(each, out) for each in lacking]
         more = f" and {len(logs) - LOGS_NAMED} more" if len(logs) > LOGS_NAMED else ""
-        named = f"{', '.join(map(str, logs[:LOGS_NAMED]))}{more}; the first says: {last_lines(logs[0])}"
+        named = f"{', '.join(map(str, logs[:LOGS_NAMED]))}{more}; the first one ends with: {last_lines(logs[0])}"
         log.error("%d of %d runs failed: %s", len(lacking), len(scores), named)
         raise SystemExit(1)
 

@@ -44,6 +44,7 @@ def locked_by_another_process(folder: Path) -> Iterator[subprocess.Popen]:
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         yield process  # it ends when its input is closed
 
@@ -85,6 +86,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     for _ in range(1200):
         if path.exists():
             return
+        assert process.stderr is not None
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     raise AssertionError(f"{path} did not appear")

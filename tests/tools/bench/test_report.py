@@ -77,8 +77,8 @@ def write_bench(tmp_path: Path) -> Path:
         SPECIAL: {"model": "runs/big", "init": "pretrained", "parameters": 1_234_567, "images_seen": 460_800},
         "random": {"model": "runs/small", "init": "random", "parameters": 1_234_567, "images_seen": None},
     }
-    for arm in arms.values():
-        arm |= {"run": None, "seconds": None}
+    for entry in arms.values():
+        entry |= {"run": None, "seconds": None}
     arms["small"] |= {"run": str(tmp_path / "run"), "seconds": 3600.0}
     steps = [
         entry_of(benchmark, arm) for benchmark in SCORES for arm in arms if (benchmark, arm) != ("generation", "random")

@@ -34,15 +34,15 @@ def test_arms_over_grid_and_seeds(tmp_path, capsys):
     assert "| ours | train.lr=" in table
     assert "absent" not in table
     failed = [out / "absent" / f"lr={lr},seed0" / "log.txt" for lr in (0.001, 0.0)]
-    assert f"2 of 4 runs failed: {failed[0]}, {failed[1]}; the first says: addp: " in errors
+    assert f"2 of 4 runs failed: {failed[0]}, {failed[1]}; the first one ends with: addp: " in errors
     assert "seed0.pth: no such file" in (out / "absent" / "lr=0.001,seed0" / "log.txt").read_text()
-    found = json.loads((out / "sweep.json").read_text())["arms"]["ours"]
-    assert found["mean"] == max(found["grid"].values())
+    summary = json.loads((out / "sweep.json").read_text())["arms"]["ours"]
+    assert summary["mean"] == max(summary["grid"].values())
     results = json.loads((out / "ours" / "lr=0.001,seed0" / "results.json").read_text())
-    assert found["grid"]["ours/lr=0.001,seed0"] == results["last"]["top1"]
+    assert summary["grid"]["ours/lr=0.001,seed0"] == results["last"]["top1"]
 
     assert (out / "ours" / "best-seed0" / "results.json").samefile(
-        out / "ours" / f"lr={found['setting']['train.lr']},seed0" / "results.json"
+        out / "ours" / f"lr={summary['setting']['train.lr']},seed0" / "results.json"
     )
     assert not (out / "absent" / "best-seed0").exists()
 
@@ -111,8 +111,8 @@ def test_a_setting_that_fails_is_left_out(sweep, tmp_path, capsys):
     assert left_out in errors
     assert f"the end of {out}/a/lr=9.0,seed0/log.txt:\n" in errors
     assert "step 2  loss 1e30\naddp: step 3: not finite: loss\n" in errors
-    found = json.loads((out / "sweep.json").read_text())["arms"]["a"]
-    assert found["grid"]["a/lr=9.0,seed0"] is None
+    summary = json.loads((out / "sweep.json").read_text())["arms"]["a"]
+    assert summary["grid"]["a/lr=9.0,seed0"] is None
 
 
 def test_a_failed_seed_of_the_best_setting_is_an_error(sweep, tmp_path, capsys):
@@ -120,8 +120,9 @@ def test_a_failed_seed_of_the_best_setting_is_an_error(sweep, tmp_path, capsys):
         main([*sweep, "grid={train.lr: [0.1, 0.2]}", "seeds=[0, 2]"])
     table, errors = capsys.readouterr()
     assert "mean ± sd of 1 seed |" in table
-    named = f"1 of 3 runs failed: {tmp_path}/out/a/lr=0.1,seed2/log.txt; the first says: addp: step 3: not finite: loss"
-    assert errors.splitlines()[-1].endswith(named)
+    log = f"{tmp_path}/out/a/lr=0.1,seed2/log.txt"
+    ending = f"1 of 3 runs failed: {log}; the first one ends with: addp: step 3: not finite: loss"
+    assert errors.splitlines()[-1].endswith(ending)
     assert "may do better" not in errors  # each of two values is an edge
 
 

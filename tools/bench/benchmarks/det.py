@@ -17,9 +17,10 @@ def check_coco(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark]) -> 
     from det.coco import locate_coco, open_coco
     from det.config import CocoFiles
 
-    given = {key.removeprefix("data."): value for key, value in recipe.section(Detection.name).set.items()
-             if key.startswith("data.")}  # fmt: skip
-    files = CocoFiles(**{"root": path} | {key: value for key, value in given.items() if key in vars(CocoFiles())})
+    settings = recipe.section(Detection.name).set
+    data_settings = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
+    file_settings = {key: value for key, value in data_settings.items() if key in vars(CocoFiles())}
+    files = CocoFiles(**{"root": path} | file_settings)
     locate_coco(files, "train")  # only located: reading hundreds of megabytes is left to the training
     return open_coco(files, "val")
 

@@ -34,7 +34,7 @@ IMAGENET = Dataset(
 
 
 def unlike_imagenet(chance: Mapping[str, float]) -> str:
-    """Return "the labeled images have ... classes, ImageNet has 1000" if the chance level of top-1 says so, or ""."""
+    """Return "" if top-1 has ImageNet's chance level or none, otherwise how many classes there are instead of 1000."""
     level = chance.get("top1")
     if level and abs(level - CHANCE) > 1e-6:
         return f"the labeled images have {100 / level:.0f} classes, ImageNet has 1000"

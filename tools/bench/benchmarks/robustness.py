@@ -76,8 +76,8 @@ class Robustness(Benchmark):
         step.needs.append(finetuned)
         for seed in step.seeds:
             model = sweep.best_run(step.out / finetuned / step.arm.name, seed)
-            given = {"model": model, "out": step.folder / f"seed{seed}", **paths, **settings}
-            step.commands.append(Command(["robustness", *as_arguments(given)], step.processes))
+            fixed = {"model": model, "out": step.folder / f"seed{seed}", **paths, **settings}
+            step.commands.append(Command(["robustness", *as_arguments(fixed)], step.processes))
         step.basis["settings"] = result_settings(verb_recipe(step.commands[0].arguments, self.name))
 
     def read_outcome(self, step: Step) -> Outcome:
