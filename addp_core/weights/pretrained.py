@@ -46,8 +46,8 @@ class EncoderKeys:
     def load_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
         """Load the encoder for images of this size (a side, or height and width).
 
-        `options` are further keyword arguments of the function `load_encoder`. Raises UserError like that function, with
-        the names of a recipe's keys.
+        `options` are further arguments of the function `load_encoder`. Raises UserError like that function, with the
+        names of a recipe's keys.
         """
         try:
             return load_encoder(
