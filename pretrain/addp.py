@@ -23,8 +23,8 @@ from addp_core.recipes.config import find_recipe, load, recipes_of
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.loading import load_predictor
-from addp_core.weights.modules import fingerprint
 from addp_core.weights.saving import save_model
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage

@@ -21,7 +21,7 @@ from addp_core.method.diffusion import map_tokens
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
-from addp_core.weights.modules import fingerprint
+from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
 
