@@ -11,7 +11,7 @@ from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.loading import load_addp
 
 ModelSource = Annotated[
-    str, "a run folder of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file"
+    str, "a run folder of `addp pretrain`, an ADDP file (ours or published), zoo:cifar10, or hf://owner/repository/file"
 ]
 TokenizerSource = Annotated[str, "tokenizer file, for a model file that does not include its tokenizer"]
 EncoderHeads = Annotated[int | None, Ge(1), "encoder heads of a published file, where they are not width/64"]

@@ -21,6 +21,7 @@ from addp_core.base.errors import UserError, did_you_mean
 
 MODEL_FILE = "model.safetensors"  # of a run folder
 METADATA_KEY = "addp"  # under which our files store their kind and architecture
+ZOO = Path(__file__).parent / "zoo"  # models that come with the package, as zoo:<name>
 
 Source = str | os.PathLike | Mapping[str, Any]
 State = dict[str, Tensor]
@@ -39,7 +40,7 @@ def read_file(source: Source) -> FileContent:
     """Read the tensors of any file under the file's own names.
 
     Args:
-        source: a path, a run folder, "hf://owner/repository/file", or a state dict.
+        source: a path, a run folder, "zoo:name", "hf://owner/repository/file", or a state dict.
 
     Raises:
         UserError: if the file is missing, damaged, or holds pickled objects other than tensors and plain values.
@@ -103,9 +104,11 @@ def _unpickling_refused(path: Path, error: pickle.UnpicklingError) -> UserError:
 
 
 def _locate(source: str) -> Path:
-    """Return the local path of a file, of a run folder's model, or of a downloaded hub file."""
+    """Return the local path of a file, of a run folder's model, of a model of the zoo, or of a downloaded hub file."""
     if source.startswith("hf://"):
         return _download(source)
+    if source.startswith("zoo:"):
+        return _find_in_zoo(source.removeprefix("zoo:"))
     path = Path(source)
     if path.is_dir():
         if not (path / MODEL_FILE).exists():
@@ -119,6 +122,14 @@ def _locate(source: str) -> Path:
         raise UserError(
             f"{path}: no such file{hint}; expected a checkpoint, a run folder or hf://owner/repository/file"
         )
+    return path
+
+
+def _find_in_zoo(name: str) -> Path:
+    path = ZOO / f"{name}.safetensors"
+    names = sorted(path.stem for path in ZOO.glob("*.safetensors"))
+    if name not in names:
+        raise UserError(f"zoo:{name}: no such model{did_you_mean(name, names)}; the models are {', '.join(names)}")
     return path
 
 
