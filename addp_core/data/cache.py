@@ -66,6 +66,10 @@ class CachedSource(ImageSource):
         """Return where the image lies."""
         return self._source.name(index)
 
+    def encoded_size(self, index: int) -> int | None:
+        """Return the size of the original encoded image."""
+        return self._source.encoded_size(index)
+
     def read_bytes(self, index: int) -> tuple[bytes, int]:
         """Return the original encoded image and its label."""
         return self._source.read_bytes(index)

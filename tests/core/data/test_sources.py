@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from image_data import concatenate, encode, equal_rows, make_stream, noise_image
 from PIL import Image
 
 from addp_core.base.errors import UserError
+from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
 from addp_core.data.sources import ImageSource, open_source
 
@@ -316,3 +318,18 @@ def test_unreadable_folder_is_named(tmp_path):
     (tmp_path / "locked").mkdir(mode=0)
     with pytest.raises(UserError, match=r"no permission.*locked"):
         open_source(str(tmp_path))
+
+
+def test_digest_of_a_listing(tmp_path):
+    for name in ("a/cat/1.png", "a/cat/2.png", "a/dog/1.png"):
+        save_image(tmp_path / name)
+    before = open_source(str(tmp_path / "a")).digest()
+    shutil.copytree(tmp_path / "a", tmp_path / "elsewhere" / "b")
+    moved = tmp_path / "elsewhere" / "b"
+    assert open_source(str(moved)).digest() == before
+    assert CachedSource(open_source(str(moved)), 8, 1.0).digest() == before
+    (moved / "cat" / "1.png").rename(moved / "cat" / "3.png")
+    assert open_source(str(moved)).digest() != before
+    (moved / "cat" / "3.png").rename(moved / "cat" / "1.png")
+    save_image(moved / "cat" / "1.png", noise_image(20, 20))
+    assert open_source(str(moved)).digest() != before
