@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Interval, Le
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
-from addp_core.recipes.config import dump
+from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
@@ -85,9 +85,8 @@ def run(recipe: Recipe) -> None:
     """Train, or continue. Raises UserError if the recipe or the dataset cannot be trained on, before training."""
     cfg = read_config(recipe.config)
     recipe = resolve(recipe, cfg)
-    recipe_text = dump(recipe)
     check_settings(recipe)
-    if prepare_out(recipe.out, recipe_text):
+    if prepare_out(recipe.out, recipe):
         return
     try:
         classes = read_class_names(recipe.data.source, recipe.data.classes)
@@ -95,7 +94,7 @@ def run(recipe: Recipe) -> None:
             check_pairs(find_pairs(recipe.data.source, split), len(classes), recipe.data.check)
         segmentor = describe_segmentor(recipe, cfg, classes)
         fill_config(cfg, recipe, segmentor)
-        train(cfg, segmentor, Path(recipe.out), recipe_text)
+        train(cfg, segmentor, Path(recipe.out), recipe)
     finally:
         release_out(recipe.out)
 
@@ -139,15 +138,15 @@ def check_settings(recipe: Recipe) -> None:
     import torch
 
     train = recipe.train
-    batch, steps, warmup_steps = resolved(train.batch), resolved(train.steps), resolved(train.warmup_steps)
+    batch = resolved(train.batch)
     parts = world_size() * train.accumulate
     if batch % parts or batch // parts < 2:  # BatchNorm needs two images
         raise UserError(
             f"train.batch={batch}: found {train.accumulate} parts x {world_size()} processes, expected a multiple of "
             f"{parts}, at least {2 * parts}"
         )
-    if warmup_steps >= steps:
-        raise UserError(f"train.warmup_steps={warmup_steps}: expected fewer than train.steps={steps}")
+    if process_rank() == 0:
+        warn_if_warmup_is_too_long(resolved(train.warmup_steps), resolved(train.steps))
     if train.precision != "fp32" and not torch.cuda.is_available():
         raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use fp32")
     if not recipe.model and recipe.init == "pretrained":
@@ -223,10 +222,7 @@ def fill_training(cfg: Any, train: TrainConfig, out: Path) -> None:
     iterations, warmup = resolved(train.steps) * accumulate, resolved(train.warmup_steps) * accumulate
     val_interval = min(resolved(train.evaluate_every) * accumulate, iterations)
     cfg.train_cfg.update(max_iters=iterations, val_interval=val_interval)
-    warmup_scheduler, cosine_scheduler = cfg.param_scheduler
-    warmup_scheduler.end = cosine_scheduler.begin = warmup
-    cosine_scheduler.update(end=iterations, T_max=iterations - warmup)
-    cfg.param_scheduler = [warmup_scheduler, cosine_scheduler] if warmup else [cosine_scheduler]
+    fill_schedule(cfg, iterations, warmup)
     cfg.default_hooks.checkpoint.update(
         interval=train.checkpoint_every,
         keep=train.keep,
@@ -240,7 +236,17 @@ def fill_training(cfg: Any, train: TrainConfig, out: Path) -> None:
     cfg.resume = True
 
 
-def train(cfg: Any, segmentor: Segmentor, out: Path, recipe_text: str) -> None:
+def fill_schedule(cfg: Any, iterations: int, warmup: int) -> None:
+    """Write the lengths of the run and of its warm-up, both in iterations, into the config's schedulers."""
+    warmup_scheduler, cosine_scheduler = cfg.param_scheduler
+    warmup_scheduler.end = cosine_scheduler.begin = warmup
+    if warmup == 1:  # mmengine's ramp reaches the peak in its last iteration; one of a single iteration stays at 1e-6
+        warmup_scheduler.start_factor = 1.0
+    cosine_scheduler.update(end=iterations, T_max=iterations - warmup)
+    cfg.param_scheduler = [warmup_scheduler] * (warmup > 0) + [cosine_scheduler] * (warmup < iterations)
+
+
+def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
     """Run mmengine's Runner to the end, evaluate, and write the model file."""
     from mmengine.dist import barrier
 
@@ -257,7 +263,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe_text: str) -> None:
             if run_folder.run_logger:
                 run_folder.run_logger.plot_curves()
             save_segmentor(segmentor, runner.unwrapped_model.state_dict(), out / MODEL_FILE)
-            mark_finished(out, recipe_text, {"step": runner.iter // run_folder.accumulate, **run_folder.metrics})
+            mark_finished(out, recipe, {"step": runner.iter // run_folder.accumulate, **run_folder.metrics})
             log.info("seg: finished: %s", out / MODEL_FILE)
         barrier()  # no process may end before the file has been written
     except OSError as error:

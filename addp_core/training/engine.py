@@ -28,7 +28,7 @@ from addp_core.base.files import atomic_replace
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.compute import accelerate_model
 from addp_core.training.metrics import RunLogger
-from addp_core.training.optimization import learning_rate
+from addp_core.training.optimization import learning_rate, warn_if_warmup_is_too_long
 from addp_core.training.processes import full_tensor, make_accelerator, move_to_device, seed_everything
 from addp_core.training.run_folder import INTERMEDIATE_MODELS, mark_finished, prepare_out, release_out
 from addp_core.training.signals import StopSignals
@@ -43,7 +43,7 @@ MAX_FAILED_CHECKPOINTS = 3  # in a row, until the run stops
 SEE_RANK_0 = "see rank 0's log"
 
 
-def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recipe_text: str) -> Path:
+def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recipe: Any) -> Path:
     """Start or continue a training run in the folder `out` and return the path of its model.safetensors.
 
     With `train.ema`, the averaged weights are written beside the model as model-ema.safetensors. If the stage has an
@@ -60,19 +60,19 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
             images.
         config: the section `train` of the recipe.
         out: the run folder.
-        recipe_text: the resolved recipe as YAML.
+        recipe: an instance of the task's dataclass of keys, or its YAML.
 
     Raises:
         UserError: if the folder cannot be used, its checkpoint does not fit, `max_nonfinite` steps in a row are not
             finite, or the disk refuses the last checkpoint or three in a row.
     """
     out = Path(out)
-    finished = prepare_out(out, recipe_text)
+    finished = prepare_out(out, recipe)
     if finished:
         return finished
     try:
         with StopSignals() as signals:
-            return _Run(stage, stream, config, out, recipe_text, signals).run()
+            return _Run(stage, stream, config, out, recipe, signals).run()
     finally:
         release_out(out)
 
@@ -81,10 +81,10 @@ class _Run:
     """One call of `train`."""
 
     def __init__(
-        self, stage: Stage, stream: Any, config: TrainConfig, out: Path, recipe_text: str, signals: StopSignals
+        self, stage: Stage, stream: Any, config: TrainConfig, out: Path, recipe: Any, signals: StopSignals
     ):
         self.stage, self.stream, self.config, self.out, self.signals = stage, stream, config, out, signals
-        self.recipe_text = recipe_text
+        self.recipe = recipe
         self.accelerator = make_accelerator(config.precision, stage.find_unused)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
@@ -95,13 +95,8 @@ class _Run:
         self.warmup = (
             config.warmup_steps if config.warmup_steps is not None else config.warmup_epochs * self.steps_per_epoch
         )
-        if self.warmup >= self.total and self.is_main:
-            log.warning(
-                "the warm-up (%g steps) is not shorter than the run (%d steps): the learning rate never reaches its "
-                "peak",
-                self.warmup,
-                self.total,
-            )
+        if self.is_main:
+            warn_if_warmup_is_too_long(self.warmup, self.total)
         self.window_seconds = 0.0  # since the last log line
         self.failed_checkpoints = 0
         self.checkpoints = Checkpoints(out, config.keep)
@@ -383,7 +378,7 @@ class _Run:
                         self.stage.export(model.eval(), path)
                 if folder == self.out:
                     summary = {"step": self.counters.step, "skipped": self.counters.skipped}
-                    mark_finished(self.out, self.recipe_text, summary)
+                    mark_finished(self.out, self.recipe, summary)
             except OSError as caught:
                 error = caught
         if self._on_any_process(error is not None):  # and no process continues before the files are there

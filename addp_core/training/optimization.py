@@ -1,5 +1,6 @@
 """The learning-rate schedule, and the optimizer with its parameter groups."""
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.training.stage import TrainConfig
+
+log = logging.getLogger("addp")
 
 
 def learning_rate(step: int, total: int, warmup: float, config: TrainConfig) -> float:
@@ -22,6 +25,16 @@ def learning_rate(step: int, total: int, warmup: float, config: TrainConfig) -> 
         return config.peak_lr
     progress = (step - warmup) / max(total - warmup, 1)
     return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def warn_if_warmup_is_too_long(warmup: float, total: int) -> None:
+    """Log a warning if a run of `total` steps ends before its `warmup` steps do."""
+    if warmup >= total:
+        log.warning(
+            "the warm-up (%g steps) is not shorter than the run (%d steps): the learning rate never reaches its peak",
+            warmup,
+            total,
+        )
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
