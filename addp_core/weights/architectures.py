@@ -8,6 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 
 from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDPConfig, DenoiserConfig
@@ -17,6 +23,11 @@ from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.files import first_line
 
+NORMALISATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    # values of the key `normalisation`: mean and std of images in [0,1]
+    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
+}
 HEAD_KEYS = ("encoder_heads", "decoder_heads", "predictor_heads", "predictor_decoder_heads")
 
 
@@ -85,6 +96,7 @@ class ClassifierArchitecture:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop: float | None = None  # share of the shorter side that validation crops, if a recipe set it
+    feature_norm: Literal["none", "layer", "pretrained"] = "none"  # of linear probing, before the batch norm
 
 
 ARCHITECTURES: dict[str, type] = {

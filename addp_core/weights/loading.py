@@ -5,7 +5,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.method.addp import ADDP, ADDPConfig
@@ -17,6 +17,7 @@ from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.architectures import (
     HEAD_KEYS,
+    NORMALISATION,
     ClassifierArchitecture,
     PredictorArchitecture,
     TokenEncoderArchitecture,
@@ -102,17 +103,40 @@ def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads:
     return fill(predictor, state, weights.source)
 
 
-def load_classifier(source: Source, img_size: int | tuple[int, int] | None = None) -> Classifier:
-    """Load a classifier that `addp finetune` or `addp linprobe` trained; eval mode, float32, CPU.
+def load_classifier(
+    source: Source,
+    img_size: int | tuple[int, int] | None = None,
+    *,
+    encoder_heads: int | None = None,
+    normalisation: Literal["imagenet", "half"] | None = None,
+) -> Classifier:
+    """Load a classifier; eval mode, float32, CPU.
 
     Args:
-        source: a path, a run folder, "hf://owner/repository/file" or a state dict.
+        source: a run of `addp finetune` or `addp linprobe`, or a foreign ViT with its head: fine-tuned by MAE's, BEiT's
+            or ADDP's published code, MAE's linear probe, or a state dict of timm's ViT. Pooling, norm and number of
+            classes are the file's; with `norm` in place of `fc_norm` the head reads the class token.
         img_size: pixels, a side or (height, width), if other than in training; positions are resampled bicubically.
+        encoder_heads: number of attention heads of a foreign file, if it is not the usual one of its width.
+        normalisation: mean and std of the images, which foreign files do not store: ImageNet's (the default, as MAE,
+            BEiT's fine-tuning and DeiT) or 0.5 ("half": most ViTs of timm).
+
+    Raises:
+        UserError: if the file has no head, or the arguments do not fit it.
     """
-    weights = read_weights(source)
+    heads = {} if encoder_heads is None else {"encoder_heads": encoder_heads}
+    weights = read_weights(source, "classifier", heads)
     if weights.kind != "classifier":
-        raise UserError(f"{weights.source}: {describe_kind(weights)}; expected a classifier: a run of `addp finetune`")
+        raise UserError(
+            f"{weights.source}: {describe_kind(weights)}; expected a classifier: a run of `addp finetune`, or a ViT "
+            "with its norm and head"
+        )
     architecture: ClassifierArchitecture = weights.architecture
+    if normalisation is not None:
+        if weights.stored:
+            raise UserError(f"normalisation: {weights.source} stores its mean and std; leave the key out")
+        mean, std = NORMALISATION[normalisation]
+        architecture = replace(architecture, mean=mean, std=std)
     stored = architecture.encoder
     size = stored.image_size if img_size is None else img_size
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -133,6 +157,7 @@ def load_classifier(source: Source, img_size: int | tuple[int, int] | None = Non
         architecture.mean,
         architecture.std,
         architecture.crop,
+        architecture.feature_norm,
     )
     encoder_state = fit_encoder_state(weights.part("encoder."), stored, encoder)
     return fill(model, replace_part(weights.state, "encoder.", encoder_state), weights.source)

@@ -4,22 +4,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
-from timm.data import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.weights.architectures import NORMALISATION as NORMALISATION
 from addp_core.weights.encoders import load_encoder
-
-NORMALISATION = {  # values of the key `normalisation`: mean and std of images in [0,1]
-    "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "half": (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD),
-}
 
 
 @dataclass(kw_only=True)

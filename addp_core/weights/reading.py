@@ -26,6 +26,7 @@ class Weights:
     kind: str
     state: State
     architecture: Any
+    stored: bool = False  # whether the file stores the architecture, which is otherwise read off the shapes
 
     def part(self, prefix: str) -> State:
         """Return the tensors whose names begin with `prefix`, without it."""
@@ -53,7 +54,7 @@ def read_weights(source: Source, preferred_kind: str | None = None, heads: Mappi
         if kind == "addp" and is_published_addp(state):
             state = from_published(state)
         with as_user_error(content.source):
-            return Weights(content.source, kind, state, with_heads(architecture, heads))
+            return Weights(content.source, kind, state, with_heads(architecture, heads), stored=True)
     for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):
         if layout.matches(content.state):
             with as_user_error(content.source):

@@ -100,6 +100,7 @@ def _describe_module(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
             module.mean,
             module.std,
             module.crop,
+            module.feature_norm,
         )
     expected = "ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier"
     raise TypeError(f"cannot save a {type(module).__name__}; expected {expected}")

@@ -14,7 +14,7 @@ from addp_core.weights.layouts.published import (
     is_vqgan,
 )
 from addp_core.weights.layouts.shapes import has_tensors
-from addp_core.weights.layouts.vit import convert_vit, is_mae, is_vit
+from addp_core.weights.layouts.vit import convert_vit, convert_vit_classifier, is_mae, is_vit, is_vit_classifier
 
 
 class Layout(NamedTuple):
@@ -32,6 +32,7 @@ LAYOUTS = (
     Layout("predictor", is_mage, convert_mage),
     Layout("tokenizer", is_vqgan, convert_vqgan),
     Layout("encoder", is_vit, convert_vit),
+    Layout("classifier", is_vit_classifier, convert_vit_classifier),  # if a classifier is asked for
 )
 
 _DESCRIPTIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (

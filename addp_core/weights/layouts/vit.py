@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.weights.architectures import EncoderArchitecture
+from addp_core.weights.architectures import NORMALISATION, ClassifierArchitecture, EncoderArchitecture
 from addp_core.weights.files import State
 from addp_core.weights.layouts.published import ENCODER_PREFIXES
 from addp_core.weights.layouts.shapes import (
@@ -27,10 +27,17 @@ from addp_core.weights.layouts.shapes import (
 )
 
 RELATIVE_TABLE = "relative.relative_position_bias_table"  # within a block
+LINEAR_PROBE_EPS = 1e-6  # of the batch norm before the head in MAE's linear probe
 NOT_ENCODER = ("decoder_", "mask_token", "head.", "lm_head.", "fc_norm.", "head_drop.")  # other parts of ViT files
 
 is_vit = has_tensors("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+is_linear_probe = has_tensors("head.0.running_mean", "head.0.running_var", "head.1.weight")
 is_mae = has_tensors("mask_token", "decoder_pred.weight", "blocks.0.attn.qkv.weight")
+
+
+def is_vit_classifier(state: Mapping[str, Any]) -> bool:
+    """Check whether a state dict is a ViT with a linear head, after MAE's batch norm or not."""
+    return is_vit(state) and ("head.weight" in state or is_linear_probe(state))
 
 
 # -------------------- MAE, BEiT and timm -> ours
@@ -60,6 +67,33 @@ def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[St
     )
     attention = PLAIN_ATTENTION if table is None else AttentionConfig(relative="table")
     return ours, EncoderArchitecture(config, (grid[0] * patch, grid[1] * patch), patch, attention)
+
+
+def convert_vit_classifier(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, ClassifierArchitecture]:
+    """Convert a ViT of MAE, BEiT or timm with its head.
+
+    `fc_norm` follows the average of the patch tokens, `norm` precedes the choice of the class token; the file has one of
+    the two. A linear probe's batch norm is folded into the head. The file does not say how its images were normalized:
+    After the average of the patch tokens comes `fc_norm`; `norm` belongs to the class token. A file has one of the two.
+    A linear probe's batch norm is folded into the head. As the file does not say how its images were normalized, the
+    architecture has ImageNet's mean and std.
+    if "fc_norm.weight" in state and "norm.weight" in state:
+        raise UserError(f"{source}: a classifier with two norms before its head; expected norm (timm) or fc_norm (MAE)")
+    norm = next((name for name in ("fc_norm", "norm") if f"{name}.weight" in state), None)
+    if norm is None:
+        raise UserError(f"{source}: a classifier without a norm before its head; expected norm.* or fc_norm.*")
+    head = {name: state[f"head.{name}"] for name in ("weight", "bias") if f"head.{name}" in state}
+    if is_linear_probe(state):
+        head = _fold_norm(
+            state["head.1.weight"], state["head.1.bias"], state["head.0.running_mean"], state["head.0.running_var"]
+        )
+    ours = {f"encoder.{key}": value for key, value in encoder_state.items()}
+    ours |= {f"fc_norm.{name}": state[f"{norm}.{name}"] for name in ("weight", "bias")}
+    classes = len(head["weight"])
+    ours |= {"head.weight": head["weight"], "head.bias": head.get("bias", torch.zeros(classes))}
+    mean, std = NORMALISATION["imagenet"]
+    pooling: Literal["avg", "token"] = "avg" if norm == "fc_norm" else "token"
+    return ours, ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
 
 
 def _positions(
@@ -144,7 +178,15 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
         arguments["init_values"] = 1.0
     if model.norm == "batch":  # a fixed scale and shift, which the head absorbs
         arguments["final_norm"] = False
-        _fold_norm_into_head(state, cast(nn.BatchNorm1d, model.fc_norm))
+        for name, value in _fold_norm(
+            state["head.weight"],
+            state["head.bias"],
+            state.pop("fc_norm.running_mean"),
+            state.pop("fc_norm.running_var"),
+            cast(nn.BatchNorm1d, model.fc_norm).eps,
+        ).items():
+            state[f"head.{name}"] = value
+        state.pop("fc_norm.num_batches_tracked")
     renamed = {key.removeprefix("encoder."): value for key, value in state.items()}
     renamed = {key: value for key, value in renamed.items() if not key.startswith("norm.")}
     if config.tokenizer_norm:
@@ -154,9 +196,9 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
     return renamed, arguments
 
 
-def _fold_norm_into_head(state: State, norm: nn.BatchNorm1d) -> None:
-    """Move a batch norm without affine parameters into the head that follows it."""
-    mean, scale = state.pop("fc_norm.running_mean"), (state.pop("fc_norm.running_var") + norm.eps).rsqrt()
-    state.pop("fc_norm.num_batches_tracked")
-    state["head.weight"] = state["head.weight"] * scale
-    state["head.bias"] = state["head.bias"] - state["head.weight"] @ mean
+def _fold_norm(
+    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float = LINEAR_PROBE_EPS
+) -> dict[str, Tensor]:
+    """Return weight and bias of a head that includes the batch norm without affine parameters before it."""
+    weight = weight * (variance + eps).rsqrt()
+    return {"weight": weight, "bias": bias - weight @ mean}
