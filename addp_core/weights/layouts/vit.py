@@ -72,11 +72,11 @@ def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[St
 def convert_vit_classifier(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, ClassifierArchitecture]:
     """Convert a ViT of MAE, BEiT or timm with its head.
 
-    `fc_norm` follows the average of the patch tokens, `norm` precedes the choice of the class token; the file has one of
-    the two. A linear probe's batch norm is folded into the head. The file does not say how its images were normalized:
     After the average of the patch tokens comes `fc_norm`; `norm` belongs to the class token. A file has one of the two.
     A linear probe's batch norm is folded into the head. As the file does not say how its images were normalized, the
     architecture has ImageNet's mean and std.
+    """
+    encoder_state, encoder = convert_vit(source, state, heads)
     if "fc_norm.weight" in state and "norm.weight" in state:
         raise UserError(f"{source}: a classifier with two norms before its head; expected norm (timm) or fc_norm (MAE)")
     norm = next((name for name in ("fc_norm", "norm") if f"{name}.weight" in state), None)
