@@ -3,12 +3,13 @@
     <root>/images/{training,validation}/*.jpg        <root>/annotations/{training,validation}/*.png
     <root>/objectInfo150.txt or objectInfo.txt       a tab-separated table with the columns Idx and Name
 
-A class map holds 0 for "other", which is neither learned nor evaluated, and 1, 2, ... for the classes.
+A class map holds 0 or 255 for "other", which is neither learned nor evaluated, and 1, 2, ... for the classes.
 """
 
 import colorsys
 import csv
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ log = logging.getLogger("addp")
 SPLIT_FOLDERS = {"train": "training", "val": "validation"}
 CLASS_TABLES = ("objectInfo150.txt", "objectInfo.txt")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-IGNORED = 255  # the label that mmseg neither learns nor evaluates
+IGNORED = 255  # the label that mmseg neither learns nor evaluates; no class has it, as there are at most 254
 
 
 @dataclass
@@ -49,7 +50,10 @@ class SceneConfig:
         int | None, Ge(0), "data loading processes; by default one, or with a GPU one for each CPU core"
     ] = None
     check: Annotated[
-        int, Ge(0), "number of pairs in each split, evenly spaced, whose sizes and labels are checked before training"
+        int,
+        Ge(0),
+        "number of pairs in each split, evenly spaced, whose sizes and labels are checked before training (and further "
+        "ones, until two classes have been found)",
     ] = 1000
 
 
@@ -133,7 +137,13 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int) -> np.ndarray:
-    """Read a class map as UInt8[H,W]: 0, 1, ... for the classes and `IGNORED` for "other".
+    """Read a class map as UInt8[H,W]: 0, 1, ... for the classes and `IGNORED` for "other". See `read_labels`."""
+    labels = read_labels(path, size, classes)
+    return np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1).astype(np.uint8)
+
+
+def read_labels(path: str | Path, size: tuple[int, int] | None, classes: int) -> np.ndarray:
+    """Read a class map as Int[H,W], with the labels that it holds: 1, 2, ... for the classes, 0 and 255 for "other".
 
     Args:
         path: the file.
@@ -153,12 +163,18 @@ def read_class_map(path: str | Path, size: tuple[int, int] | None, classes: int)
         raise UserError(f"{path}: found {labels.shape[2]} channels, expected one that holds the number of the class")
     if size is not None and labels.shape != tuple(size):
         (map_height, map_width), (height, width) = labels.shape, size
-        raise UserError(f"{path}: found {map_width} x {map_height} pixels, expected its image's {width} x {height}")
-    if (largest := int(labels.max(initial=0))) > classes:
+        exif = "; an EXIF orientation turns the image but not its class map: turn the class map"
         raise UserError(
-            f"{path}: found label {largest}, expected 0 (other) to {classes}; for more classes, set data.classes"
+            f"{path}: found {map_width} x {map_height} pixels, expected its image's {width} x {height}"
+            f"{exif if labels.shape == (width, height) else ''}"
         )
-    return np.where(labels == 0, IGNORED, labels - 1).astype(np.uint8)
+    smallest, largest = int(labels.min(initial=0)), int(labels[labels != IGNORED].max(initial=0))
+    if smallest < 0 or largest > classes:
+        raise UserError(
+            f"{path}: found label {min(smallest, 0) or largest}, expected 0 (other) to {classes}, or 255 (other); for "
+            "more classes, set data.classes"
+        )
+    return labels
 
 
 def to_class_map(labels: np.ndarray, colors: np.ndarray) -> Image.Image:
@@ -177,17 +193,66 @@ def class_colors(classes: int) -> np.ndarray:
     return (np.array(colors).reshape(-1, 3) * 255).astype(np.uint8)
 
 
-def check_pairs(pairs: list[ScenePair], classes: int, limit: int) -> None:
-    """Read up to `limit` of the pairs, evenly spaced. Raises UserError for the first one that cannot be used."""
+# -------------------- checks before training and evaluation
+
+
+def check_pairs(pairs: list[ScenePair], class_names: Sequence[str], limit: int, min_classes: int = 1) -> set[int]:
+    """Read up to `limit` of the pairs, evenly spaced, and more of them until `min_classes` classes have been found.
+
+    Returns the labels found. Raises UserError for the first pair that cannot be used, or if there are fewer classes.
+    """
+    folder = pairs[0].class_map.parent
+    numbering = "background 1 and foreground 2, for instance, with a row for each in data.classes"
+    if len(class_names) < min_classes:
+        raise UserError(
+            f"data.classes: found one class, {class_names[0]!r}, and nothing to tell it from, because label 0 (other) "
+            f"is not learned; expected two classes or more: {numbering}"
+        )
     evenly_spaced = np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)
-    indices = np.unique(evenly_spaced).tolist()
-    if len(indices) < len(pairs):
-        log.info("checking %d of %d pairs of images and class maps (data.check)", len(indices), len(pairs))
-    for i in indices:
-        pair = pairs[i]
-        try:
-            with wrap_image_errors():
-                image = LazyImage(pair.image.read_bytes())
-        except ImageError as error:
-            raise UserError(f"{pair.image}: {error}") from error
-        read_class_map(pair.class_map, (image.height, image.width), classes)
+    checked = np.unique(evenly_spaced).tolist()
+    if len(checked) < len(pairs):
+        log.info("checking %d of %d pairs of images and class maps (data.check)", len(checked), len(pairs))
+    labels: set[int] = set()
+    others = sorted(set(range(len(pairs))) - set(checked))
+    for number, i in enumerate([*checked, *others]):
+        if number >= len(checked) and len(labels - {0, IGNORED}) >= min_classes:
+            break
+        labels |= _labels_of_pair(pairs[i], len(class_names))
+    if len(labels - {0, IGNORED}) < min_classes:
+        found = ", ".join(str(label) for label in sorted(labels))
+        needed = "two classes to tell apart" if min_classes > 1 else "a class"
+        raise UserError(
+            f"data.source: {folder}: the class maps hold no label but {found}, and 0 and 255 (other) are neither "
+            f"learned nor evaluated; expected {needed}, numbered from 1: {numbering}"
+        )
+    return labels
+
+
+def _labels_of_pair(pair: ScenePair, classes: int) -> set[int]:
+    """Return the labels in the class map. Raises UserError if the image or the class map cannot be used."""
+    try:
+        with wrap_image_errors():
+            image = LazyImage(pair.image.read_bytes())
+    except ImageError as error:
+        raise UserError(f"{pair.image}: {error}") from error
+    labels = read_labels(pair.class_map, (image.height, image.width), classes)
+    return set(np.flatnonzero(np.bincount(labels.flatten())).tolist())
+
+
+def check_numbering(labels: set[int], class_names: Sequence[str]) -> None:
+    """Warn if the labels seem to be numbered from 0; raises UserError if a label 255 makes this almost certain."""
+    last = len(class_names)
+    if 0 not in labels or last in labels:
+        return
+    if IGNORED in labels:
+        raise UserError(
+            f"data.source: the class maps hold 0 and 255 but never {last} ({class_names[-1]}): numbers from 0, with "
+            "255 for other? 0 means other too; expected classes from 1: add 1 to all labels except 255, or, if 0 does "
+            "mean other, write 0 for 255"
+        )
+    log.warning(
+        "data: none of the class maps that were read has the last label, %d (%s), while some have 0 (other), which is "
+        "not learned: if your labels begin at 0, add 1 to all of them",
+        last,
+        class_names[-1],
+    )

@@ -35,6 +35,11 @@ class Segmentor:
     normalisation: Literal["imagenet", "half"] = "imagenet"
 
     def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise UserError(
+                f"classes: found only {', '.join(self.classes) or 'none'}; a segmentor needs at least two: train it "
+                "with background and foreground numbered 1 and 2"
+            )
         if len(self.out_indices) not in (1, 4):
             raise UserError(f"out_indices: found {list(self.out_indices)}, expected four blocks or one")
         if self.crop % self.patch_size:

@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> None:
     classes = read_class_names(data.source, data.classes)
     pairs = find_pairs(data.source, "val")
     if process_rank() == 0:
-        check_pairs(pairs, len(classes), data.check)
+        check_pairs(pairs, classes, data.check)
     cfg, state = read_base_config(), None
     if recipe.model:
         segmentor, state = load_segmentor(recipe.model)

@@ -19,7 +19,7 @@ from addp_core.training.run_folder import mark_finished, prepare_out, release_ou
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
 from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, process_rank, read_config, world_size
-from seg.scenes import SceneConfig, check_pairs, find_pairs, read_class_names
+from seg.scenes import SceneConfig, check_numbering, check_pairs, find_pairs, read_class_names
 from seg.segmentor import Segmentor, save_segmentor
 
 log = logging.getLogger("addp")
@@ -90,8 +90,8 @@ def run(recipe: Recipe) -> None:
         return
     try:
         classes = read_class_names(recipe.data.source, recipe.data.classes)
-        for split in ("train", "val") if process_rank() == 0 else ():
-            check_pairs(find_pairs(recipe.data.source, split), len(classes), recipe.data.check)
+        if process_rank() == 0:
+            check_scenes(recipe.data, classes)
         segmentor = describe_segmentor(recipe, cfg, classes)
         fill_config(cfg, recipe, segmentor)
         train(cfg, segmentor, Path(recipe.out), recipe)
@@ -151,6 +151,13 @@ def check_settings(recipe: Recipe) -> None:
         raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use fp32")
     if not recipe.model and recipe.init == "pretrained":
         raise UserError("model: not given; expected model=<run or file>, or init=random")
+
+
+def check_scenes(data: SceneConfig, classes: tuple[str, ...]) -> None:
+    """Raise UserError if the pairs of a split cannot be used, or if there is nothing to learn from them."""
+    labels = check_pairs(find_pairs(data.source, "train"), classes, data.check, min_classes=2)
+    labels |= check_pairs(find_pairs(data.source, "val"), classes, data.check)
+    check_numbering(labels, classes)
 
 
 def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
