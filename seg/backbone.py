@@ -37,8 +37,8 @@ class AddpViT(BaseModule):
         img_size: size of training images; images of other sizes must be multiples of the patch size.
         patch_size: side of a patch in pixels, without `init_cfg`.
         out_indices: the blocks after which feature maps are taken; None for `default_out_indices`.
-        relative: "table" for BEiT's relative position tables in each block, without the class token; "none" for the
-            plain ViT with its class token.
+        relative: "table" for BEiT's relative position tables in each block; "none" for the plain ViT.
+        class_token: keep the class token in attention, as BEiT's and MAE's segmentation do.
         dropout: dropout rate.
         drop_path: stochastic depth of the last block.
         tokenizer_norm: keep ADDP's norm after the patches.
@@ -58,6 +58,7 @@ class AddpViT(BaseModule):
         patch_size: int = 16,
         out_indices: Sequence[int] | None = None,
         relative: Literal["none", "table"] = "table",
+        class_token: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         tokenizer_norm: bool = False,
@@ -66,7 +67,7 @@ class AddpViT(BaseModule):
         init_cfg: dict[str, Any] | None = None,
     ):
         super().__init__()
-        attention = AttentionConfig(relative=relative, class_token=relative == "none")
+        attention = AttentionConfig(relative=relative, class_token=class_token)
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if init_cfg:
             checkpoint = init_cfg["checkpoint"]

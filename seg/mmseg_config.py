@@ -95,6 +95,7 @@ def fill_model(cfg: Any, segmentor: Segmentor) -> None:
         patch_size=s.patch_size,
         out_indices=s.out_indices,
         relative=s.relative,
+        class_token=s.has_class_token,
         tokenizer_norm=s.tokenizer_norm,
         init_cfg=None,
     )

@@ -33,6 +33,12 @@ class Segmentor:
     crop: Annotated[int, Ge(1)]  # side in pixels
     scale: tuple[int, int]  # shorter and longest side of a resized image
     normalisation: Literal["imagenet", "half"] = "imagenet"
+    class_token: bool | None = None  # None in files from before this field: see `has_class_token`
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether attention has the class token. At first it had one only without relative positions."""
+        return self.relative == "none" if self.class_token is None else self.class_token
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from annotated_types import Ge, Gt, Interval, Le
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
+from addp_core.training.run_recipe import read_values
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
 from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, process_rank, read_config, world_size
@@ -70,7 +72,12 @@ class Recipe(EncoderKeys):
     patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size or empty (default: the config's)"] = None
     relative: Annotated[
         Literal["table", "none"] | None,
-        "table: BEiT's relative positions in each block; none: the plain ViT with its class token",
+        "table: BEiT's relative positions in each block; none: the plain ViT",
+    ] = None
+    class_token: Annotated[
+        bool | None,
+        "keep the class token in attention (with three more entries in each table), as in the segmentation of BEiT and "
+        "MAE; null: yes, unless `out` holds a run with relative positions from before this key",
     ] = None
     out_indices: Annotated[
         list[int] | None,
@@ -84,7 +91,10 @@ class Recipe(EncoderKeys):
 def run(recipe: Recipe) -> None:
     """Train, or continue. Raises UserError if the recipe or the dataset cannot be trained on, before training."""
     cfg = read_config(recipe.config)
+    keep_null = recipe.class_token is None and holds_run_without_class_token_key(recipe.out)
     recipe = resolve(recipe, cfg)
+    if keep_null:
+        recipe = replace(recipe, class_token=None)
     check_settings(recipe)
     if prepare_out(recipe.out, recipe):
         return
@@ -113,7 +123,8 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
         "evaluate_every": cfg.train_cfg.val_interval,
         "checkpoint_every": cfg.default_hooks.checkpoint.interval,
     }
-    defaults = {"relative": backbone.relative, "channels": cfg.model.decode_head.channels}
+    defaults = {key: backbone[key] for key in ("relative", "class_token")}
+    defaults["channels"] = cfg.model.decode_head.channels
     train = replace(recipe.train, **_values_for_null_keys(recipe.train, train_defaults))
     data = replace(
         recipe.data,
@@ -121,6 +132,16 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
         scale=recipe.data.scale or (cfg.scale[1], cfg.scale[0]),
     )
     return replace(recipe, train=train, data=data, **_values_for_null_keys(recipe, defaults))
+
+
+def holds_run_without_class_token_key(out: str) -> bool:
+    """Check whether the folder holds a run that began before the key `class_token` existed."""
+    folder = Path(out)
+    begun = (folder / "finished.json").exists() or any(folder.glob("checkpoints/step-*"))
+    try:
+        return begun and read_values((folder / "recipe.yaml").read_text()).get("class_token") is None
+    except (OSError, yaml.YAMLError, AttributeError):
+        return False  # `prepare_out` reports it
 
 
 def _values_for_null_keys(section: Any, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +212,7 @@ def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Se
         crop=crop,
         scale=resolved(recipe.data.scale),
         normalisation=recipe.normalisation,
+        class_token=recipe.class_token,
     )
 
 

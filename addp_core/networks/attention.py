@@ -74,6 +74,7 @@ def _embeddings_by_pair(table: Tensor, size: int) -> Tensor:
 class RelativePositionTable(RelPosBias):
     """BEiT's relative positions: a learned bias per offset and head (timm's module and parameter names).
 
+    With a class token, the table ends with three more entries: class to patch, patch to class, and class to class.
     Initialized to zero. For grids other than `grid` the table is resized (`resize_bias_table`).
     """
 

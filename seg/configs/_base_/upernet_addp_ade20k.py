@@ -26,6 +26,7 @@ model = dict(
         patch_size=16,
         out_indices=(3, 5, 7, 11),
         relative="table",
+        class_token=True,
         drop_path=0.1,
         init_cfg=dict(type="Pretrained", checkpoint="model.safetensors"),
     ),
