@@ -12,6 +12,7 @@ from annotated_types import Ge, Interval
 from addp_core.base.errors import UserError
 from addp_core.training.processes import process_state
 from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling
+from gen.page_actions import Limits, PageActions
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Recipe:
 
 def run(recipe: Recipe) -> None:
     """Serve the page until interrupted. Raises UserError if the address or port cannot be used."""
-    from gen.page import Limits, PageActions, build_page  # gradio is an optional dependency
+    from gen.page import build_page  # gradio is an optional dependency
 
     model = load_for_sampling(recipe, process_state().device)
     limits = Limits(images=recipe.max_n, steps=recipe.max_steps, pixels=recipe.max_pixels)

@@ -1,55 +1,61 @@
-"""`addp app`: what the buttons of the page do, and that it is served to this machine alone by default."""
+"""`addp app`: the page displays errors, and is served to this machine alone by default."""
 
 import socket
 
-import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_addp
 
-from addp_core import sample, save_model
+from addp_core import save_model
 from addp_core.base.errors import UserError
 
 gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'addp[app]'")
 app, page = pytest.importorskip("gen.app"), pytest.importorskip("gen.page")
+actions = pytest.importorskip("gen.page_actions")
 HW = (8, 12)
 SAMPLING = (3, "cosine", 6.0, 1.0, 0, "confidence")
 
 
 @pytest.fixture
-def actions():
+def blocks():
     model = tiny_addp(HW)
     model.predictor = None
-    return page.PageActions(model, page.Limits(images=3, steps=5, pixels=2000))
+    return page.build_page(actions.PageActions(model, actions.Limits(images=3, steps=5, pixels=2000)), "tiny")
 
 
-def test_generate_yields_every_step_and_ends_with_the_sample(actions):
-    steps = list(actions.generate(2, 4, *SAMPLING))
-    assert [len(images) for images in steps] == [2, 2, 2]
-    expected = sample(actions.model, 2, 3, seed=4).permute(0, 2, 3, 1).mul(255).byte().numpy()
-    assert all((np.array(image) == pixels).all() for image, pixels in zip(steps[-1], expected, strict=True))
+def test_errors_are_displayed_and_leave_no_traceback_in_the_terminal():
+    with pytest.raises(gr.Error, match="no image") as raised, page.displayed_errors():
+        raise UserError("no image")
+    assert raised.value.print_exception is False
 
 
-def test_painted_pixels_are_filled_and_the_others_are_unchanged(actions):
-    background = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*HW, 3), dtype=np.uint8))
-    stroke = np.zeros((*HW, 4), dtype=np.uint8)
-    stroke[2:5, 3:8] = 255
-    hole = stroke[..., 3] > 0
-    editor_value = {"background": background, "layers": [Image.fromarray(stroke)], "composite": background}
-    for image in actions.fill(editor_value, 2, 0, 4, *SAMPLING):
-        assert (np.array(image)[~hole] == np.array(background)[~hole]).all()
-        assert (np.array(image)[hole] != np.array(background)[hole]).any()
+@pytest.mark.parametrize("content", [b"a text", b"\x89PNG\r\n\x1a\nbroken", b""])
+def test_an_upload_that_is_no_image_is_named(tmp_path, content):
+    (tmp_path / "photo.png").write_bytes(content)
+    file = gr.FileData(path=str(tmp_path / "photo.png"), orig_name="photo.png")
+    payload = gr.components.image_editor.EditorData(background=file, layers=[], composite=None)
+    with pytest.raises(gr.Error, match="cannot be read as an image") as raised:
+        page.image_editor().preprocess(payload)
+    assert raised.value.print_exception is False
 
 
-def test_limits(actions):
-    with pytest.raises(gr.Error, match="images: 4; expected 1 to 3"):
-        next(actions.generate(4, 0, *SAMPLING))
-    with pytest.raises(gr.Error, match="steps: 6; expected 1 to 5"):
-        next(actions.generate(1, 0, 6, *SAMPLING[1:]))
+def test_a_truncated_upload_is_named(tmp_path):
+    Image.effect_noise((64, 64), 90).save(tmp_path / "photo.png")
+    (tmp_path / "photo.png").write_bytes((tmp_path / "photo.png").read_bytes()[:700])
+    file = gr.FileData(path=str(tmp_path / "photo.png"), orig_name="photo.png")
+    with pytest.raises(gr.Error, match="cannot be read as an image"):
+        page.image_editor().preprocess(gr.components.image_editor.EditorData(background=file))
+
+
+def test_the_buttons_reach_the_actions(blocks):
+    handlers = {function.name: function for function in blocks.fns.values()}
+    assert {"generate", "fill", "stop"} <= set(handlers)
+    request = gr.Request(session_hash="visitor")
+    results = list(handlers["generate"].fn(request, 1, 0, *SAMPLING))
+    assert [text for _, text in results] == ["Step 1 of 3.", "Step 2 of 3.", "Step 3 of 3."]
+    assert handlers["stop"].fn(request) is None
     with pytest.raises(gr.Error, match="Upload an image first"):
-        actions.fill(None, 1, 0, 8, *SAMPLING)
-    with pytest.raises(gr.Error, match="more than 2000 pixels"):
-        actions.fill({"background": Image.new("RGB", (50, 50)), "layers": []}, 1, 0, 8, *SAMPLING)
+        handlers["fill"].fn(request, None, 1, 0, 8, *SAMPLING)
 
 
 @pytest.mark.parametrize(("keys", "host"), [({}, "127.0.0.1"), ({"host": "0.0.0.0"}, "0.0.0.0")])
