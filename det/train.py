@@ -20,7 +20,6 @@ from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder
-from addp_core.recipes.config import dump
 from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import TrainConfig
@@ -53,8 +52,7 @@ class Recipe(EncoderKeys):
 def run(recipe: Recipe) -> None:
     """Train, or continue a run; the result is `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
     recipe = replace(recipe, engine=engine_of_run(recipe))
-    text = dump(recipe)
-    if prepare_out(recipe.out, text):
+    if prepare_out(recipe.out, recipe):
         return
     engine = resolve_engine(recipe.engine)
     train_set, val_set = open_datasets(recipe.data)
@@ -72,7 +70,7 @@ def run(recipe: Recipe) -> None:
     log.info("det: engine %s", engine)
     torch.manual_seed(recipe.train.seed)
     stage = DetStage(build_detector(architecture, encoder), val_set)
-    train(stage, make_stream(recipe, train_set), recipe.train, recipe.out, text)
+    train(stage, make_stream(recipe, train_set), recipe.train, recipe.out, recipe)
 
 
 def make_stream(recipe: Recipe, dataset: CocoDataset) -> Stream:

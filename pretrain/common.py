@@ -9,7 +9,6 @@ from addp_core.data.images import pretrain_transform
 from addp_core.data.sources import ImageSource, open_source
 from addp_core.data.stream import Stream
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
-from addp_core.recipes.config import dump
 from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import Stage, TrainConfig
@@ -29,14 +28,13 @@ def run_stage(recipe: StageRecipe, build_stage: Callable[[ImageSource], Stage]) 
 
     build_stage: called with the images once the run folder is claimed.
     """
-    recipe_text = dump(recipe)
-    if prepare_out(recipe.out, recipe_text):
+    if prepare_out(recipe.out, recipe):
         return
     source = open_source(recipe.data)
     stage = build_stage(source)
     transform, settings = pretrain_transform(recipe.data), recipe.train
     stream = Stream(source, transform, recipe.data, seed=settings.seed, batch=settings.micro_batch)
-    train(stage, stream, settings, recipe.out, recipe_text)
+    train(stage, stream, settings, recipe.out, recipe)
 
 
 def token_grid(tokenizer: TokenizerConfig, data: DataConfig) -> tuple[int, int]:

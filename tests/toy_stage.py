@@ -160,13 +160,12 @@ class ToyStage(Stage):
 def run(settings: list[str], faults: Faults | None = None) -> Path:
     """Run the stage as a verb of the command line does."""
     recipe = recipes.load(Recipe, None, settings)
-    text = recipes.dump(recipe)
-    finished = prepare_out(recipe.out, text)
+    finished = prepare_out(recipe.out, recipe)
     if finished:
         return finished
     stage = ToyStage(recipe.dropout, recipe.norm, faults)
     stream = ToyStream(recipe.train.seed, recipe.train.micro_batch)
-    return engine.train(stage, stream, recipe.train, recipe.out, text)
+    return engine.train(stage, stream, recipe.train, recipe.out, recipe)
 
 
 def stopped_run(out: Path, step: int = 9) -> None:

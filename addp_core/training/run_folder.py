@@ -15,7 +15,6 @@ the old or the new content. A killed run leaves files with that prefix, which th
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -29,28 +28,24 @@ import yaml
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
+from addp_core.training.run_recipe import LENGTH_KEYS, RunRecipe, digest, read_values
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
 
 INTERMEDIATE_MODELS = "models"  # subfolder of the intermediate checkpoints: models/step-N, weights only
 
-# Keys that change how a run is monitored, stored or computed, but not its result: a run may continue with other values.
-COMPUTE_ONLY_KEYS = frozenset(
-    {"out", "checkpointing", "eval_batch", "confusion", "data.workers", "data.prefetch", "data.max_errors"}
-    | {f"train.{key}" for key in ("compile", "channels_last", "log_every", "checkpoint_every", "keep")}
-    | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
-)
-# Keys that set a run's length: a run may be extended, and then counts as unfinished until it reaches the new end.
-LENGTH_KEYS = frozenset({"train.steps", "train.epochs"})
 
-
-def prepare_out(out: str | Path, recipe_text: str) -> Path | None:
-    """Claim the folder `out` for the run that `recipe_text` (YAML) describes. Call this before building anything slow.
+def prepare_out(out: str | Path, recipe: Any) -> Path | None:
+    """Claim the folder `out` for the run that `recipe` describes. Call this before building anything slow.
 
     Creates the folder, locks it until `release_out` or the end of the process, checks that the folder was not started
     with another recipe, writes recipe.yaml and removes leftovers of a killed run. Calling it again is harmless. With
     several processes, only rank 0 touches the folder.
+
+    Args:
+        out: the run folder.
+        recipe: an instance of the task's dataclass of keys, or its YAML.
 
     Returns:
         The path of model.safetensors if this run has already finished, otherwise None.
@@ -59,30 +54,31 @@ def prepare_out(out: str | Path, recipe_text: str) -> Path | None:
         UserError: if the folder cannot be written, another process works in it, or the recipe differs.
     """
     out = Path(out)
-    recipe = _flatten(yaml.safe_load(recipe_text) or {})
+    run_recipe = RunRecipe(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         try:
             (out / "checkpoints").mkdir(parents=True, exist_ok=True)
             (out / "images").mkdir(exist_ok=True)
             lock_out(out)
             _remove_leftovers(out)
-            _check_recipe(out, recipe)
-            write_atomically(out / "recipe.yaml", recipe_text.encode())
+            _check_recipe(out, run_recipe)
+            if not _finished_model(out, run_recipe):  # the other ranks find out by the same two files
+                write_atomically(out / "recipe.yaml", run_recipe.text.encode())
         except OSError as error:
             raise UserError(
                 f"out={out}: cannot be written ({_reason(error)}); choose another folder or make this one writable"
             ) from error
-    finished = _finished_model(out, recipe)
+    finished = _finished_model(out, run_recipe)
     if finished and out.resolve() in _locks:
         log.info("out=%s: this run has already finished: %s", out, finished)
         release_out(out)
     return finished
 
 
-def mark_finished(out: Path, recipe_text: str, summary: Mapping[str, Any]) -> None:
+def mark_finished(out: Path, recipe: Any, summary: Mapping[str, Any]) -> None:
     """Write finished.json: `summary` and the digest of the recipe, by which `prepare_out` recognizes the run."""
-    recipe = _flatten(yaml.safe_load(recipe_text) or {})
-    write_atomically(out / "finished.json", json.dumps({**summary, "recipe": _digest(recipe)}).encode())
+    content = {**summary, "recipe": digest(RunRecipe(recipe).values)}
+    write_atomically(out / "finished.json", json.dumps(content).encode())
 
 
 # -------------------- the lock
@@ -138,57 +134,49 @@ def _remove_leftovers(out: Path) -> None:
 # -------------------- the recipe
 
 
-def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
+def _check_recipe(out: Path, recipe: RunRecipe) -> None:
     """Raise UserError if the folder holds a run of another recipe."""
     path = out / "recipe.yaml"
     if not path.exists() or not (any((out / "checkpoints").iterdir()) or (out / "finished.json").exists()):
         return  # nothing has been computed yet, so the recipe of a failed first try may be corrected
     try:
-        previous = _flatten(yaml.safe_load(path.read_text()) or {})
+        previous = read_values(path.read_text())
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path}: is not a recipe; remove it or choose another out") from error
-    missing = object()
-    changed = [
-        f"{key}={recipe.get(key, 'absent')} (was {previous.get(key, 'absent')})"
-        for key in sorted(previous.keys() | recipe.keys())
-        if key not in COMPUTE_ONLY_KEYS | LENGTH_KEYS and previous.get(key, missing) != recipe.get(key, missing)
-    ]
-    if changed:
+    if changed := recipe.changed_keys(previous):
         raise UserError(
-            f"out={out}: holds a run of another recipe: {', '.join(changed)}; put the keys back or choose another out"
+            f"out={out}: holds a run of another recipe: {recipe.describe_changes(changed, previous)}; "
+            "put the keys back or choose another out"
         )
     for key in sorted(LENGTH_KEYS):
-        if previous.get(key) != recipe.get(key):
+        if previous.get(key) != recipe.values.get(key):
             log.info(
-                "%s: %s instead of %s; the schedule follows the new length", key, recipe.get(key), previous.get(key)
+                "%s: %s instead of %s; the schedule follows the new length",
+                key,
+                recipe.values.get(key),
+                previous.get(key),
             )
 
 
-def _finished_model(out: Path, recipe: dict[str, Any]) -> Path | None:
+def _finished_model(out: Path, recipe: RunRecipe) -> Path | None:
     """Return the model if finished.json is of this recipe. All processes get the same answer without communicating."""
     try:
-        digest = json.loads((out / "finished.json").read_text())["recipe"]
+        finished = json.loads((out / "finished.json").read_text())["recipe"]
     except (OSError, ValueError, KeyError):
         return None
     model = out / MODEL_FILE
-    return model if digest == _digest(recipe) and model.exists() else None
-
-
-def _digest(recipe: dict[str, Any]) -> str:
-    """Return a digest of the keys that determine the result."""
-    relevant = {key: value for key, value in recipe.items() if key not in COMPUTE_ONLY_KEYS}
-    return hashlib.blake2b(json.dumps(relevant, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    if not model.exists():
+        return None
+    if finished == digest(recipe.values):
+        return model
+    # The run may have finished before some keys existed: its own recipe then has the digest, and means the same.
+    try:
+        previous = read_values((out / "recipe.yaml").read_text())
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None
+    lengths = {key: recipe.values[key] for key in LENGTH_KEYS & recipe.values.keys()}
+    same = finished == digest(previous | lengths) and not recipe.changed_keys(previous)
+    return model if same else None
 
 
 # -------------------- a full disk

@@ -45,7 +45,7 @@ def verb_recipe(arguments: Sequence[str], benchmark: str) -> Any:
 @functools.cache
 def keys_without_effect() -> frozenset[str]:
     """Return the keys which do not change a result, or whose values a step's fingerprint holds otherwise."""
-    from addp_core.training.run_folder import COMPUTE_ONLY_KEYS  # loads torch, which `addp report` does without
+    from addp_core.training.run_recipe import COMPUTE_ONLY_KEYS  # `addp report` does without it
 
     return COMPUTE_ONLY_KEYS | {"model", "workers", "cache"}
 

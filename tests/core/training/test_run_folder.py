@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,13 +11,42 @@ import pytest
 from toy_stage import run, stopped_run
 
 from addp_core.base.errors import UserError
-from addp_core.training.run_folder import prepare_out, release_out
+from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 
 
 def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path):
     stopped_run(tmp_path)
     with pytest.raises(UserError, match=r"another recipe: dropout=0.3 \(was 0.1\), train.lr=0.01 \(was 0.05\);"):
         run([f"out={tmp_path}", "train.lr=0.01", "dropout=0.3"])
+
+
+def store_without(key: str, out: Path) -> str:
+    """Remove a key from the folder's recipe.yaml, as if the run had begun before the key existed; return the YAML."""
+    lines = (out / "recipe.yaml").read_text().splitlines(keepends=True)
+    text = "".join(line for line in lines if not line.strip().startswith(f"{key}:"))
+    (out / "recipe.yaml").write_text(text)
+    return text
+
+
+def test_a_key_that_an_old_recipe_lacks_has_its_default(tmp_path, caplog):
+    stopped_run(tmp_path)
+    store_without("dropout", tmp_path)
+    store_without("momentum", tmp_path)
+    with pytest.raises(UserError, match=r"another recipe: dropout=0.3 \(was 0.1\), train.momentum=0.5 \(was 0.9\);"):
+        run([f"out={tmp_path}", "dropout=0.3", "train.momentum=0.5"])
+    with caplog.at_level("INFO", "addp"):
+        run([f"out={tmp_path}"])
+    assert "continues from step 10" in caplog.text
+
+
+def test_a_run_that_finished_before_a_key_existed_is_finished(tmp_path, uninterrupted, caplog):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    mark_finished(tmp_path, store_without("dropout", tmp_path), {})
+    with caplog.at_level("INFO", "addp"):
+        run([f"out={tmp_path}"])
+        assert "this run has already finished" in caplog.text
+        run([f"out={tmp_path}", "train.steps=13"])
+    assert "continues from step 12" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["file", "inside a file", "not writable"])
