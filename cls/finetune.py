@@ -24,7 +24,6 @@ from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, Stream
 from addp_core.networks.classifier import Classifier
-from addp_core.recipes.config import dump
 from addp_core.training.engine import train
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import prepare_out
@@ -108,8 +107,7 @@ class Recipe(EncoderKeys):
 
 def run(recipe: Recipe) -> None:
     """Fine-tune, or continue; end with `<out>/model.safetensors` and its metrics in results.json."""
-    recipe_text = dump(recipe)
-    if prepare_out(recipe.out, recipe_text):
+    if prepare_out(recipe.out, recipe):
         if recipe.confusion and not (Path(recipe.out) / CONFUSION).exists():
             log.info("confusion: the matrix is written at validations, and this run has finished; nothing to do")
         return
@@ -131,7 +129,7 @@ def run(recipe: Recipe) -> None:
         batch=recipe.train.micro_batch,
         repeats=recipe.augment.repeats,
     )
-    train(stage, stream, recipe.train, recipe.out, recipe_text)
+    train(stage, stream, recipe.train, recipe.out, recipe)
 
 
 def check_mixing(recipe: Recipe, processes: int) -> None:
