@@ -9,6 +9,7 @@ A class map holds 0 or 255 for "other", which is neither learned nor evaluated, 
 import colorsys
 import csv
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,13 @@ from annotated_types import Ge
 from PIL import Image
 
 from addp_core.base.errors import UserError
-from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
+from addp_core.data.images import COMMON_EXTENSIONS, ImageError, LazyImage, wrap_image_errors
+from addp_core.data.listing import Listing, list_folder
 
 log = logging.getLogger("addp")
 
 SPLIT_FOLDERS = {"train": "training", "val": "validation"}
 CLASS_TABLES = ("objectInfo150.txt", "objectInfo.txt")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 IGNORED = 255  # the label that mmseg neither learns nor evaluates; no class has it, as there are at most 254
 
 
@@ -73,8 +74,11 @@ def class_map_folder(root: str | Path, split: str) -> Path:
     return Path(root) / "annotations" / SPLIT_FOLDERS[split]
 
 
-def find_pairs(root: str | Path, split: str) -> list[ScenePair]:
-    """Return the pairs of a split, sorted by name. Raises UserError if folders, images or class maps are missing."""
+def find_pairs(root: str | Path, split: str, log_dropped: bool = False) -> list[ScenePair]:
+    """Return the pairs of a split, sorted by name; each image has the class map of its relative path, with .png.
+
+    log_dropped: log what the folders hold besides pairs. Raises UserError if folders, images or class maps are missing.
+    """
     images, maps = Path(root) / "images" / SPLIT_FOLDERS[split], class_map_folder(root, split)
     for folder in (images, maps):
         if not folder.is_dir():
@@ -82,15 +86,54 @@ def find_pairs(root: str | Path, split: str) -> list[ScenePair]:
                 f"data.source: {folder} is missing; expected ADE20K's folder with images/{SPLIT_FOLDERS[split]} and "
                 f"annotations/{SPLIT_FOLDERS[split]}"
             )
-    image_paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not image_paths:
-        raise UserError(f"data.source: no images in {images}; expected {', '.join(IMAGE_SUFFIXES)}")
-    existing = {path.relative_to(maps) for path in maps.rglob("*.png")}
-    map_names = [path.relative_to(images).with_suffix(".png") for path in image_paths]
-    if missing := [name for name in map_names if name not in existing]:
+    try:
+        image_files, map_files = list_folder(images), list_folder(maps)
+    except PermissionError as error:
+        raise UserError(f"data.source: no permission to read {error.filename}") from error
+    if not image_files.images:
+        found = image_files.dropped() or "nothing"
+        raise UserError(f"data.source: no images in {images}, found {found}; expected {COMMON_EXTENSIONS}")
+    image_paths = sorted(images / name for name in image_files.images)
+    class_maps = {Path(name).with_suffix(""): maps / name for name in map_files.images if _is_png(name)}
+    stems = [path.relative_to(images).with_suffix("") for path in image_paths]
+    if missing := [stem for stem in stems if stem not in class_maps]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"data.source: {maps / missing[0]} is missing{more}; expected a class map for each image")
-    return [ScenePair(image, maps / name) for image, name in zip(image_paths, map_names, strict=True)]
+        others = [name for name in map_files.images if Path(name).with_suffix("") == missing[0]]
+        found = f" (found {others[0]}, which is no .png)" if others else ""
+        raise UserError(
+            f"data.source: {maps / missing[0]}.png is missing{more}{found}; expected a class map for each image"
+        )
+    if log_dropped:
+        _log_dropped(images, image_files)
+        _log_dropped(maps, map_files)
+        _warn_of_unequal_numbers(stems, class_maps)
+    return [ScenePair(path, class_maps[stem]) for path, stem in zip(image_paths, stems, strict=True)]
+
+
+def _is_png(name: str) -> bool:
+    return name.lower().endswith(".png")
+
+
+def _log_dropped(folder: Path, listing: Listing) -> None:
+    if dropped := listing.dropped():
+        log.info("data: %s: passed over: %s", folder, dropped)
+
+
+def _warn_of_unequal_numbers(stems: list[Path], class_maps: dict[Path, Path]) -> None:
+    """Warn about class maps that no image, or more than one, belongs to."""
+    images_by_stem = Counter(stems)
+    if unused := [path for stem, path in sorted(class_maps.items()) if stem not in images_by_stem]:
+        log.warning("data: %d class maps have no image and are not used: %s", len(unused), _first_names(unused))
+    if shared := [class_maps[stem] for stem, count in sorted(images_by_stem.items()) if count > 1]:
+        log.warning(
+            "data: %d class maps belong to several images, which differ in their extension: %s",
+            len(shared),
+            _first_names(shared),
+        )
+
+
+def _first_names(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def read_class_names(root: str | Path, table: str = "") -> tuple[str, ...]:

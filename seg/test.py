@@ -57,7 +57,7 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"precision={recipe.precision}: needs a GPU, but none is available; use fp32")
     data, out = recipe.data, Path(recipe.out)
     classes = read_class_names(data.source, data.classes)
-    pairs = find_pairs(data.source, "val")
+    pairs = find_pairs(data.source, "val", log_dropped=process_rank() == 0)
     if process_rank() == 0:
         check_pairs(pairs, classes, data.check)
     cfg, state = read_base_config(), None

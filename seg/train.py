@@ -176,8 +176,8 @@ def check_settings(recipe: Recipe) -> None:
 
 def check_scenes(data: SceneConfig, classes: tuple[str, ...]) -> None:
     """Raise UserError if the pairs of a split cannot be used, or if there is nothing to learn from them."""
-    labels = check_pairs(find_pairs(data.source, "train"), classes, data.check, min_classes=2)
-    labels |= check_pairs(find_pairs(data.source, "val"), classes, data.check)
+    labels = check_pairs(find_pairs(data.source, "train", log_dropped=True), classes, data.check, min_classes=2)
+    labels |= check_pairs(find_pairs(data.source, "val", log_dropped=True), classes, data.check)
     check_numbering(labels, classes)
 
 
