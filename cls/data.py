@@ -22,11 +22,16 @@ def open_splits(config: DataConfig, val: str = "") -> tuple[ImageSource, ImageSo
 
     val: a dataset to validate on; by default the `val` split of the training dataset.
 
-    Raises UserError if the images have no classes, or if the two splits differ in their classes.
+    Raises UserError if the images have fewer than two classes, or if the two splits differ in their classes.
     """
     train = open_source(config)
     if not train.classes:
         raise UserError(f"data.source: {config.source} has no class folders; expected <class>/<image>, or a label list")
+    if len(train.classes) == 1:  # every prediction would be right
+        raise UserError(
+            f"data.source: {config.source} has one class, {train.classes[0]!r}; expected at least two: a folder "
+            "<class>/ for each class, or train/<class>/ and val/<class>/"
+        )
     val_source = val or config.source
     validation = open_source(replace(config, source=val_source), "val", train.classes)
     if validation.classes != train.classes:  # .tar files and Hugging Face datasets have class names of their own

@@ -8,23 +8,26 @@ from pathlib import Path
 
 import torch
 
-from addp_core.recipes.config import dump
 from addp_core.training.run_folder import prepare_out
 from cls.data import open_splits
 from cls.probing.fast import run_fast
-from cls.probing.full import run_full
+from cls.probing.features import check_pretrained_norm
+from cls.probing.full import check_batch_norm, run_full
 from cls.probing.recipe import Recipe
 from cls.probing.report import print_results
 
 
 def run(recipe: Recipe) -> None:
     """Probe an encoder, or continue; end with results.json and `<out>/model.safetensors`, a classifier."""
-    recipe_text = dump(recipe)
-    if prepare_out(recipe.out, recipe_text):
+    if prepare_out(recipe.out, recipe):
         print_results(Path(recipe.out), recipe.mode)
         return
+    if recipe.mode == "full":
+        check_batch_norm(recipe)
     train_set, val_set = open_splits(recipe.data, recipe.val)
     torch.manual_seed(recipe.train.seed)
     encoder = recipe.load_encoder(recipe.data.hw)
+    if recipe.norm == "pretrained" and recipe.init == "pretrained":
+        check_pretrained_norm(encoder, recipe.model)
     run_mode = run_fast if recipe.mode == "fast" else run_full
-    run_mode(recipe, encoder, train_set, val_set, recipe_text)
+    run_mode(recipe, encoder, train_set, val_set)

@@ -42,6 +42,8 @@ def write_confusion(scores: Scores, class_names: tuple[str, ...], out: Path) -> 
     """
     from matplotlib.figure import Figure
 
+    # A folder's name need not be UTF-8: its other bytes are written as \udcff, which every program can read.
+    class_names = tuple(name.encode(errors="backslashreplace").decode() for name in class_names)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["true\\answer", *class_names])
@@ -55,8 +57,8 @@ def write_confusion(scores: Scores, class_names: tuple[str, ...], out: Path) -> 
     axes = figure.add_subplot(title=title, xlabel="prediction", ylabel="true class")
     figure.colorbar(axes.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="viridis"), label="fraction of the true class")
     if len(class_names) <= 40:
-        axes.set_xticks(range(len(class_names)), class_names, rotation=90)
-        axes.set_yticks(range(len(class_names)), class_names)
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(class_names)), class_names, parse_math=False)  # a name may contain dollar signs
     figure.tight_layout()
     with log_write_errors(out / "images" / "confusion.png"):
         figure.savefig(out / "images" / "confusion.png", dpi=100)

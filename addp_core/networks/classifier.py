@@ -10,15 +10,19 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.layers import LayerNorm
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import to_feature_map
 
+NORM_EPS = 1e-6  # of the norms before the head
 HEAD_STD = 2e-5  # standard deviation of a new head's weights, as in the published fine-tuning
 
 RGB = tuple[float, float, float]  # one value per color channel
+Pooling = Literal["avg", "token"]  # the mean of the patch tokens, or the class token
+FeatureNorm = Literal["none", "layer", "pretrained"]
 
 
 class Classifier(nn.Module):
@@ -32,6 +36,9 @@ class Classifier(nn.Module):
         class_names: one per class, if known.
         mean, std: with which the input images are normalized.
         crop: fraction of an image's shorter side that validation used (None: the published rule).
+        feature_norm: of linear probing, before the batch norm: "pretrained" for the encoder's final norm on each token
+            (MAE's protocol with the class token), "layer" for a LayerNorm without parameters on the pooled tokens
+            (MAE's with the average, and MAGE's: a new norm that is never trained), or "none".
     """
 
     num_prefix_tokens = 1
@@ -40,23 +47,28 @@ class Classifier(nn.Module):
         self,
         encoder: Encoder | TokenEncoder,
         classes: int,
-        pooling: Literal["avg", "token"] = "avg",
+        pooling: Pooling = "avg",
         norm: Literal["layer", "batch"] = "layer",
         class_names: Sequence[str] = (),
         mean: RGB = IMAGENET_DEFAULT_MEAN,
         std: RGB = IMAGENET_DEFAULT_STD,
         crop: float | None = None,
+        feature_norm: FeatureNorm = "none",
     ):
         super().__init__()
-        self.encoder, self.norm = encoder, norm
-        encoder.norm.requires_grad_(False)  # the classifier does not use the final norm
+        self.encoder, self.norm, self.feature_norm = encoder, norm, feature_norm
+        encoder.norm.requires_grad_(
+            False
+        )  # fine-tuning does not use the final norm, linear probing trains the head only
         self.class_names, self.crop = tuple(class_names), crop
         self.mean: RGB = (mean[0], mean[1], mean[2])
         self.std: RGB = (std[0], std[1], std[2])
         if isinstance(encoder, TokenEncoder):
             encoder.mean, encoder.std = self.mean, self.std  # the tokenizer needs the normalization undone
         self.num_features = self.head_hidden_size = self.embed_dim = width = encoder.config.width
-        self.fc_norm: nn.Module = LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.fc_norm: nn.Module = (
+            LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=NORM_EPS)
+        )
         self.feature_info = [
             {"module": f"encoder.blocks.{i}", "num_chs": width, "reduction": encoder.patch_size}
             for i in range(len(encoder.blocks))
@@ -68,8 +80,9 @@ class Classifier(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Map images Float[B,3,H,W] to tokens Float[B,1+N,W], class token first, before pooling and norm."""
-        return self.encoder.forward_features(images)
+        """Map images Float[B,3,H,W] to tokens Float[B,1+N,W], class token first, before pooling and `fc_norm`."""
+        x = self.encoder.forward_features(images)
+        return self.encoder.norm(x) if self.feature_norm == "pretrained" else x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map tokens Float[B,1+N,W] to logits Float[B,classes], or with `pre_logits` to the head's input Float[B,W]."""
@@ -78,7 +91,7 @@ class Classifier(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool tokens, Float[B,1+N,W] -> Float[B,W]."""
-        return x[:, 1:].mean(1) if self.pooling == "avg" else x[:, 0]
+        return pool_tokens(x, self.pooling, self.feature_norm)
 
     def forward_intermediates(
         self,
@@ -135,7 +148,7 @@ class Classifier(nn.Module):
         """Return the head."""
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", "token"] | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: Pooling | None = None) -> None:
         """Replace the head by a new one with small random weights; with 0 classes, by none."""
         if global_pool is not None:
             if global_pool not in ("avg", "token"):
@@ -160,6 +173,15 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Describe the layers to timm; `fc_norm` and `head`, which no pattern matches, come last."""
         return self.encoder.group_matcher(coarse, prefix="encoder.")
+
+
+def pool_tokens(x: Tensor, pooling: Pooling, feature_norm: FeatureNorm) -> Tensor:
+    """Pool tokens Float[B,1+N,W], class token first, to the feature of an image, Float[B,W].
+
+    feature_norm: "layer" normalizes the result; other values of `Classifier` change nothing here.
+    """
+    x = x[:, 1:].mean(1) if pooling == "avg" else x[:, 0]
+    return layer_norm(x, x.shape[-1:], eps=NORM_EPS) if feature_norm == "layer" else x
 
 
 def normalize(images: Tensor, mean: RGB, std: RGB) -> Tensor:

@@ -23,7 +23,7 @@ from addp_core.base.files import atomic_replace
 from addp_core.base.rng import generator
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
-from addp_core.networks.classifier import Classifier
+from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.compute import accelerate_model
@@ -33,7 +33,14 @@ from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
 from cls.data import evaluation_crop
-from cls.probing.features import FeatureBank, PooledFeatures, Pooling, compute_features, resolve_block, truncate
+from cls.probing.features import (
+    FeatureBank,
+    PooledFeatures,
+    compute_features,
+    resolve_block,
+    spaced_blocks,
+    truncate,
+)
 from cls.probing.heads import LinearHeads, knn_accuracy, train_heads
 from cls.probing.recipe import Recipe
 from cls.probing.report import best_row, metric_names, print_results, write_results
@@ -44,13 +51,11 @@ Row = dict[str, Any]  # of the results: block, pooling, learning rate and metric
 ROW, KEY = "row", "key"  # entries in the metadata of a head's file
 
 
-def run_fast(
-    recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSource, val_set: ImageSource, recipe_text: str
-) -> None:
+def run_fast(recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSource, val_set: ImageSource) -> None:
     """Compute what is not on disk yet; end with a table on stdout and the best classifier in the run folder."""
     config, out = recipe.fast, Path(recipe.out)
     state = process_state()
-    requested = config.blocks or range(1, len(encoder.blocks) + 1)
+    requested = config.blocks or spaced_blocks(len(encoder.blocks), config.spaced)
     blocks = sorted({resolve_block(encoder, block, "fast.blocks") for block in requested})
     classes = len(train_set.classes)
     train_bank = _features(recipe, encoder, blocks, "train", train_set, config.mirrored)
@@ -71,9 +76,9 @@ def run_fast(
         rows = [row for row in stored if row is not None]
         best = best_row(rows, config)
         sizes = {"classes": classes, "train_images": len(train_bank), "val_images": len(val_bank)}
-        write_results(out, rows, best, config, **sizes)
+        write_results(out, rows, best, config, norm=recipe.norm, **sizes)
         save_model(_best_classifier(recipe, best, encoder, train_set.classes), out / MODEL_FILE)
-        mark_finished(out, recipe_text, {})
+        mark_finished(out, recipe, {})
         print_results(out, recipe.mode)
     state.wait_for_everyone()
     release_out(out)
@@ -92,7 +97,7 @@ def _features(
     mean, std = NORMALISATION[recipe.normalisation]
     if isinstance(encoder, TokenEncoder):
         encoder.mean, encoder.std = mean, std  # it undoes the normalization, and is not part of a classifier yet
-    model = PooledFeatures(encoder, blocks, config.poolings, mirrored)
+    model = PooledFeatures(encoder, blocks, config.poolings, mirrored, recipe.norm)
     model.to(process_state().device).eval().requires_grad_(False)
     accelerate_model(model, recipe.train.compile, recipe.train.channels_last)
     return compute_features(
@@ -158,7 +163,8 @@ def probe_block(
 def _head_key(recipe: Recipe, train_bank: FeatureBank, val_bank: FeatureBank, classes: int) -> str:
     """Return a digest of everything the heads depend on."""
     settings = asdict(recipe.fast)
-    settings.pop("cache")
+    for key in ("cache", "spaced"):  # where features are, and which blocks are probed, change no head
+        settings.pop(key)
     content = [train_bank.key, val_bank.key, classes, recipe.train.seed, settings]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
@@ -192,7 +198,8 @@ def _best_classifier(
     """Return the encoder up to the row's block with its head; the standardization becomes batch norm statistics."""
     mean, std = NORMALISATION[recipe.normalisation]
     truncate(encoder, row["block"])
-    model = Classifier(encoder, len(class_names), row["pooling"], "batch", class_names, mean, std, recipe.eval_crop)
+    options = (class_names, mean, std, recipe.eval_crop, recipe.norm)
+    model = Classifier(encoder, len(class_names), row["pooling"], "batch", *options)
     norm, head = cast(nn.BatchNorm1d, model.fc_norm), cast(nn.Linear, model.head)
     with safe_open(_head_path(Path(recipe.out), row["block"], row["pooling"]), "pt") as file:
         norm.running_mean, norm.running_var = file.get_tensor("mean"), file.get_tensor("variance")

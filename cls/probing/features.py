@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,14 +22,15 @@ from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
 from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
+from addp_core.networks.classifier import FeatureNorm, Pooling, pool_tokens
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.fingerprint import fingerprint
+from addp_core.weights.reading import read_weights
 from cls.evaluation import OutputBatch, compute_outputs
 
 log = logging.getLogger("addp")
 
-Pooling = Literal["avg", "token"]
 STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -45,6 +47,28 @@ def resolve_block(encoder: Encoder | TokenEncoder, block: int, key: str = "block
     return block if block > 0 else depth + 1 + block
 
 
+def spaced_blocks(depth: int, count: int | None) -> list[int]:
+    """Return `count` evenly spaced blocks, counted from 1, up to the last; all `depth` blocks if that is fewer."""
+    count = min(depth, count or depth)
+    return [math.ceil(depth * number / count) for number in range(1, count + 1)]
+
+
+def check_pretrained_norm(encoder: Encoder | TokenEncoder, checkpoint: str) -> None:
+    """Check that the encoder's final norm was trained with it: ADDP's and MAE's `norm`, MAGE's of its encoder.
+
+    checkpoint: the file that the encoder comes from.
+
+    Raises UserError if the file has no such norm, which then has its initial values, or if it is a fine-tuned
+    classifier, whose encoder was trained on without it.
+    """
+    advice = "expected norm=layer or norm=none, or a checkpoint of pretraining"
+    if encoder.norm.weight.eq(1).all() and not encoder.norm.bias.any():
+        raise UserError(f"norm=pretrained: {checkpoint} has no trained final norm; {advice}")
+    weights = read_weights(checkpoint)
+    if weights.kind == "classifier" and weights.architecture.norm == "layer":
+        raise UserError(f"norm=pretrained: {checkpoint} was fine-tuned without its final norm; {advice}")
+
+
 def truncate(encoder: Encoder | TokenEncoder, block: int) -> None:
     """Remove the blocks after `block` (counted from 1), in place."""
     encoder.blocks = encoder.blocks[:block]
@@ -54,12 +78,13 @@ def truncate(encoder: Encoder | TokenEncoder, block: int) -> None:
 
 
 class PooledFeatures(nn.Module):
-    """Images -> pooled tokens after some blocks of a frozen encoder, without its final norm.
+    """Images -> pooled tokens after some blocks of a frozen encoder.
 
     Args:
         blocks: counted from 1.
         poolings: "avg" (mean of the patch tokens), "token" (class token), or both.
         mirrored: compute the features of the mirror image too, as a second view.
+        norm: of the tokens or features, as the classifier's `feature_norm`.
     """
 
     def __init__(
@@ -68,9 +93,11 @@ class PooledFeatures(nn.Module):
         blocks: Sequence[int],
         poolings: Sequence[Pooling],
         mirrored: bool = False,
+        norm: FeatureNorm = "none",
     ):
         super().__init__()
-        self.encoder, self.blocks, self.poolings, self.mirrored = encoder, tuple(blocks), tuple(poolings), mirrored
+        self.encoder, self.blocks, self.poolings = encoder, tuple(blocks), tuple(poolings)
+        self.mirrored, self.norm = mirrored, norm
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -85,8 +112,13 @@ class PooledFeatures(nn.Module):
 
     def _pooled(self, images: Tensor) -> Tensor:
         tokens = self.encoder.forward_tokens(images, [block - 1 for block in self.blocks])
-        pool = {"avg": lambda x: x[:, 1:].float().mean(1), "token": lambda x: x[:, 0].float()}
-        return torch.stack([torch.stack([pool[name](x) for name in self.poolings], 1) for x in tokens], 1)
+        if self.norm == "pretrained":
+            tokens = [self.encoder.norm(x) for x in tokens]
+        return torch.stack([self._pool(x.float()) for x in tokens], 1)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Tokens Float[B,1+N,W] -> Float[B,P,W]."""
+        return torch.stack([pool_tokens(x, name, self.norm) for name in self.poolings], 1)
 
 
 class FeatureBank:
@@ -188,6 +220,7 @@ def _cache_key(
     settings = [asdict(encoder.config), encoder.image_size, encoder.patch_size, model.blocks, model.poolings]
     settings += [model.mirrored, transform.hw, transform.fraction, store, shard]
     settings += [options[name] for name in ("mean", "std", "precision")]
+    settings += [] if model.norm == "none" else [model.norm]
     digest.update(json.dumps(settings).encode())
     for index in range(len(source)):
         digest.update(source.name(index).encode(errors="surrogateescape"))

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
 
 from addp_core.data.config import DataConfig
+from addp_core.networks.classifier import FeatureNorm, Pooling
 from addp_core.training.stage import TrainConfig
 from addp_core.weights.pretrained import EncoderKeys
-from cls.probing.features import Pooling
 
 
 @dataclass
@@ -18,8 +18,14 @@ class FastConfig:
 
     blocks: Annotated[
         tuple[int, ...],
-        "blocks whose features are probed, counted from 1, or from the end as -1, -2, ...; empty: all blocks",
+        "blocks whose features are probed, counted from 1, or from the end as -1, -2, ...; empty: as `spaced` says",
     ] = ()
+    spaced: Annotated[
+        int | None,
+        Ge(1),
+        "if `blocks` is empty: probe this many blocks, evenly spaced up to the last one, or all of a shallower encoder "
+        "(default: all blocks)",
+    ] = None
     poolings: Annotated[
         tuple[Pooling, ...], MinLen(1), "features to probe: mean of the patch tokens, class token, or both"
     ] = ("avg",)
@@ -68,6 +74,17 @@ class Recipe(EncoderKeys):
     pooling: Annotated[Pooling, "mode=full: input of the head: the mean of the patch tokens, or the class token"] = (
         "avg"
     )
+    norm: Annotated[
+        FeatureNorm,
+        "norm of each image's feature before the batch norm; layer: a LayerNorm without parameters (MAE's protocol for "
+        "pooling=avg, and MAGE's); pretrained: the encoder's own final norm, on its tokens (MAE's for pooling=token)",
+    ] = "none"
+    batch_norm: Annotated[
+        int | None,
+        Ge(2),
+        "mode=full: images that the batch norm takes its statistics from in training, a divisor of train.batch "
+        "(published: 512, those of one GPU; default: the whole batch)",
+    ] = None
     block: Annotated[
         int, "mode=full: the block whose features are probed, counted from 1, or from the end as -1, -2, ..."
     ] = -1

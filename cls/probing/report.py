@@ -35,6 +35,7 @@ def write_results(
     best: dict[str, Any],
     config: FastConfig,
     *,
+    norm: str,
     classes: int,
     train_images: int,
     val_images: int,
@@ -48,6 +49,7 @@ def write_results(
         "classes": classes,
         "trained_on": train_images,
         "picked_by": chosen_on,
+        "norm": norm,
         "best": best,
         "lrs": config.lrs,
         "rows": rows,
@@ -98,4 +100,6 @@ def results_table(results: dict[str, Any]) -> str:
         f"percent of {results['images']} validation images, {results['classes']} classes; "
         f"learning rates and best row (*) chosen on {results['picked_by']}"
     )
+    if (norm := results.get("norm", "none")) != "none":
+        note += f"; norm={norm}"
     return f"{text_table(lines, left_columns=0)}\n{note}\n"

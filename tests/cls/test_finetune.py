@@ -243,6 +243,21 @@ def test_confusion_matrix_of_class_names_with_commas(tmp_path):
     assert rows == [["true\\answer", *names], [names[0], *"012"], [names[1], *"345"], [names[2], *"678"]]
 
 
+def test_confusion_matrix_of_class_names_that_are_no_plain_text(images, pretrained, tmp_path):
+    """A name that is not UTF-8 (a zip file of another system), and one that matplotlib would take for a formula."""
+    shutil.copytree(images, tmp_path / "data")
+    for split in ("train", "val"):
+        root = os.fsencode(tmp_path / "data" / split)
+        os.rename(root + b"/blue", root + b"/bl\xfc")
+        os.rename(root + b"/green", root + b"/$\\x$")
+    options = ["train.steps=1", "train.evaluate_every=1", "confusion=true"]
+    assert main(settings(tmp_path / "data", pretrained, tmp_path / "out", *options)) == 0
+    header = (tmp_path / "out" / "confusion.csv").read_text().splitlines()[0]
+    assert header == "true\\answer,$\\x$,bl\\udcfc,red"
+    assert (tmp_path / "out" / "images" / "confusion.png").exists()
+    assert load_classifier(tmp_path / "out").class_names == ("$\\x$", "bl\udcfc", "red")
+
+
 def test_validation_settings_may_change_when_a_run_continues(images, pretrained, tmp_path, caplog):
     """The validation batch and the confusion matrix do not change results; a finished run writes no matrix."""
     assert main(settings(images, pretrained, tmp_path, "train.steps=2")) == 0
@@ -310,6 +325,13 @@ def test_token_input(images, tmp_path):
     options = [f"tokenizer={tmp_path / 'vqgan.safetensors'}", "train.steps=2"]
     assert main(settings(images, tmp_path / "mage.safetensors", tmp_path / "run", *options)) == 0
     assert load_classifier(tmp_path / "run").encoder.grid == (4, 4)
+
+
+def test_one_class_is_refused(pretrained, tmp_path, capsys):
+    """Every prediction would be right."""
+    write_color_images(tmp_path / "one", {"red": COLORS["red"]}, train=2, val=2)
+    message = error_of(capsys, *settings(tmp_path / "one", pretrained, tmp_path / "out"))
+    assert all(part in message for part in ("data.source", "one class, 'red'", "at least two"))
 
 
 def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):

@@ -30,7 +30,7 @@ from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
 from addp_core.weights.loading import load_classifier
 from cls.evaluation import evaluate_classifier
-from cls.probing.features import PooledFeatures
+from cls.probing.features import PooledFeatures, spaced_blocks
 from cls.probing.recipe import Recipe
 
 HW = (8, 12)
@@ -158,6 +158,17 @@ def test_the_learning_rate_may_be_chosen_on_validation_images(files, tmp_path, c
     assert row["block"] == 2
     assert "knn" not in row
     assert "chosen on the validation images themselves" in capsys.readouterr().out
+
+
+def test_spaced_blocks_fit_any_depth(files, tmp_path):
+    """The recipe `fast` names no blocks, so that it fits an encoder of two blocks."""
+    assert [spaced_blocks(depth, 4) for depth in (24, 12, 6, 2)] == [
+        [6, 12, 18, 24], [3, 6, 9, 12], [2, 3, 5, 6], [1, 2]
+    ]  # fmt: skip
+    keys = {"model": files / "model.safetensors", "data": files / "data", "data.size": "[8,12]", "data.workers": 0}
+    keys |= {"out": tmp_path, "fast.epochs": 1, "fast.batch": 16, "train.precision": "fp32"}
+    assert main(["linprobe", "fast", *(f"{key}={value}" for key, value in keys.items())]) == 0
+    assert {row["block"] for row in results(tmp_path)["rows"]} == {1, 2}
 
 
 # -------------------- full mode
@@ -288,6 +299,7 @@ def test_published_recipe():
     recipe = load(Recipe, find_recipe(cls.linprobe, "vit_b_90ep"), ["out=x", "model=x"])
     train, data = recipe.train, recipe.data
     assert (recipe.mode, recipe.pooling, recipe.block) == ("full", "avg", -1)
+    assert (recipe.norm, recipe.batch_norm) == ("layer", 512)  # MAE's and MAGE's code, for the average
     assert (train.epochs, train.warmup_epochs, train.batch) == (90, 10, 16384)
     assert (train.optimizer, train.peak_lr, train.weight_decay) == ("lars", 6.4, 0)
     assert (train.schedule, train.min_lr) == ("cosine", 0)
@@ -322,6 +334,13 @@ def test_datasets_without_labels_or_with_other_classes_are_refused(files, tmp_pa
     (tmp_path / "few" / "val" / "mauve").mkdir()
     image.save(tmp_path / "few" / "val" / "mauve" / "0.png")
     assert_refused(capsys, fast(files, tmp_path / "c", f"val={tmp_path / 'few'}"), "mauve")
+
+
+def test_one_class_is_refused(files, tmp_path, capsys):
+    write_color_images(tmp_path / "one", {"red": COLORS["red"]}, HW, train=4, val=2)
+    for run in (linprobe, fast):
+        code = run(files, tmp_path / "out", f"data={tmp_path / 'one'}")
+        assert_refused(capsys, code, "data.source", "one class, 'red'", "at least two")
 
 
 def test_features_beyond_float16_are_refused(files, tmp_path, capsys):

@@ -1,13 +1,11 @@
 """Plain ViTs over pixels: files of MAE, BEiT and timm to our encoder, and our classifiers to timm's ViT."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
@@ -15,16 +13,11 @@ from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION, ClassifierArchitecture, EncoderArchitecture
+from addp_core.weights.assumptions import Hints
 from addp_core.weights.files import State
+from addp_core.weights.layouts.positions import fit_positions, grid_of_table
 from addp_core.weights.layouts.published import ENCODER_PREFIXES
-from addp_core.weights.layouts.shapes import (
-    default_heads,
-    depth_of,
-    has_tensors,
-    is_square,
-    require_tensors,
-    square_grid,
-)
+from addp_core.weights.layouts.shapes import depth_of, has_tensors, require_tensors
 
 RELATIVE_TABLE = "relative.relative_position_bias_table"  # within a block
 LINEAR_PROBE_EPS = 1e-6  # of the batch norm before the head in MAE's linear probe
@@ -43,7 +36,7 @@ def is_vit_classifier(state: Mapping[str, Any]) -> bool:
 # -------------------- MAE, BEiT and timm -> ours
 
 
-def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, EncoderArchitecture]:
+def convert_vit(source: str, state: State, hints: Hints) -> tuple[State, EncoderArchitecture]:
     """Convert a ViT of MAE, BEiT or timm; decoders, heads and pooling norms are dropped."""
     renamed = _our_names(state)
     ours = {key: value for key, value in renamed.items() if key.startswith(ENCODER_PREFIXES)}
@@ -53,14 +46,23 @@ def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[St
     require_tensors(source, ours, ("cls_token", "patch_embed.proj.weight"))
     width, patch = ours["cls_token"].shape[-1], ours["patch_embed.proj.weight"].shape[-1]
     table = ours.get(f"blocks.0.{RELATIVE_TABLE}")
-    grid, ours["pos_embed"] = _positions(source, ours.get("pos_embed"), table, width)
+    asked = None if hints.image_size is None else (hints.image_size[0] // patch, hints.image_size[1] // patch)
+    if ours.get("pos_embed") is not None:
+        scaled = "blocks.0.ls1.gamma" in ours
+        grid, ours["pos_embed"], assumptions = fit_positions(ours["pos_embed"], asked, layer_scale=scaled)
+        hints.assumptions.extend(assumptions)
+    elif table is not None:
+        grid = grid_of_table(source, table, asked)
+        ours["pos_embed"] = torch.zeros(1, 1 + grid[0] * grid[1], width)
+    else:
+        raise UserError(f"{source}: a ViT without positions; expected pos_embed or relative_position_bias_table")
     # ViTs with average pooling have fc_norm in place of the final norm; CLIP's have no bias on the patches.
     defaults = {"norm.weight": torch.ones, "norm.bias": torch.zeros, "patch_embed.proj.bias": torch.zeros}
     ours = {key: make(width) for key, make in defaults.items()} | ours
     config = EncoderConfig(
         width,
         depth_of(ours, "blocks."),
-        heads.get("encoder_heads", default_heads(width) if table is None else table.shape[1]),
+        hints.heads_for("encoder_heads", width) if table is None else table.shape[1],
         tokenizer_norm="tokenizer_norm.weight" in ours,
         layer_scale="blocks.0.ls1.gamma" in ours,
         pre_norm="norm_pre.weight" in state,
@@ -69,14 +71,14 @@ def convert_vit(source: str, state: State, heads: Mapping[str, int]) -> tuple[St
     return ours, EncoderArchitecture(config, (grid[0] * patch, grid[1] * patch), patch, attention)
 
 
-def convert_vit_classifier(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, ClassifierArchitecture]:
+def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[State, ClassifierArchitecture]:
     """Convert a ViT of MAE, BEiT or timm with its head.
 
     After the average of the patch tokens comes `fc_norm`; `norm` belongs to the class token. A file has one of the two.
     A linear probe's batch norm is folded into the head. As the file does not say how its images were normalized, the
     architecture has ImageNet's mean and std.
     """
-    encoder_state, encoder = convert_vit(source, state, heads)
+    encoder_state, encoder = convert_vit(source, state, hints)
     if "fc_norm.weight" in state and "norm.weight" in state:
         raise UserError(f"{source}: a classifier with two norms before its head; expected norm (timm) or fc_norm (MAE)")
     norm = next((name for name in ("fc_norm", "norm") if f"{name}.weight" in state), None)
@@ -94,21 +96,6 @@ def convert_vit_classifier(source: str, state: State, heads: Mapping[str, int]) 
     mean, std = NORMALISATION["imagenet"]
     pooling: Literal["avg", "token"] = "avg" if norm == "fc_norm" else "token"
     return ours, ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
-
-
-def _positions(
-    source: str, positions: Tensor | None, table: Tensor | None, width: int
-) -> tuple[tuple[int, int], Tensor]:
-    """Return the grid (rows, columns) and its absolute positions Float[1,1+N,width], zeros if there are none."""
-    if positions is not None:
-        tokens = positions.shape[1] - 1
-        if not is_square(tokens) and is_square(tokens + 1):  # the class token of DeiT III has no position
-            tokens, positions = tokens + 1, functional.pad(positions, (0, 0, 1, 0))
-        return square_grid(source, tokens), positions
-    if table is not None:
-        grid = _grid_of_table(source, table)
-        return grid, torch.zeros(1, 1 + grid[0] * grid[1], width)
-    raise UserError(f"{source}: a ViT without positions; expected pos_embed or relative_position_bias_table")
 
 
 def _our_names(state: State) -> State:
@@ -134,18 +121,6 @@ def _our_names(state: State) -> State:
         for key in (f"blocks.{i}.{RELATIVE_TABLE}" for i in range(depth_of(state, "blocks."))):
             renamed[key] = renamed[key] + shared if key in renamed else shared.clone()
     return renamed
-
-
-def _grid_of_table(source: str, table: Tensor) -> tuple[int, int]:
-    """Return the rows and columns that a table of biases Float[entries,heads] covers; three entries are the class
-    token's.
-    """
-    side = math.isqrt(len(table) - 3)
-    if side * side != len(table) - 3 or side % 2 == 0:
-        raise UserError(
-            f"{source}: {len(table)} relative biases do not belong to a square grid; expected (2 side - 1)^2 + 3"
-        )
-    return (side + 1) // 2, (side + 1) // 2
 
 
 # -------------------- ours -> timm
@@ -177,7 +152,10 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
     if config.layer_scale:
         arguments["init_values"] = 1.0
     if model.norm == "batch":  # a fixed scale and shift, which the head absorbs
-        arguments["final_norm"] = False
+        arguments["final_norm"] = model.feature_norm != "none"
+        arguments["fc_norm"] = model.feature_norm != "pretrained"
+        if model.feature_norm == "layer":
+            state |= {"fc_norm.weight": torch.ones(config.width), "fc_norm.bias": torch.zeros(config.width)}
         for name, value in _fold_norm(
             state["head.weight"],
             state["head.bias"],
@@ -188,7 +166,8 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
             state[f"head.{name}"] = value
         state.pop("fc_norm.num_batches_tracked")
     renamed = {key.removeprefix("encoder."): value for key, value in state.items()}
-    renamed = {key: value for key, value in renamed.items() if not key.startswith("norm.")}
+    if model.feature_norm != "pretrained":
+        renamed = {key: value for key, value in renamed.items() if not key.startswith("norm.")}
     if config.tokenizer_norm:
         # timm has no bias on the patches before a norm
         renamed["pos_embed"][:, 1:] += renamed.pop("patch_embed.proj.bias")
