@@ -2,14 +2,17 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from addp_core.data.images import IMAGE_EXTENSIONS
 
 # Folders in which operating systems and network disks keep their own files, thumbnails or deleted files.
-SYSTEM_FOLDERS = frozenset(
-    ("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information")
-    + ("lost+found", "__pycache__")
-)
+SYSTEM_FOLDERS = {
+    *("__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "system volume information"),
+    *("lost+found", "__pycache__"),
+}
 
 
 def is_image(name: str) -> bool:
@@ -17,13 +20,18 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
 
 
+def is_tar(name: str) -> bool:
+    """Check whether a file's name has the extension .tar, in any case."""
+    return os.path.splitext(name)[1].lower() == ".tar"
+
+
 def why_passed_over(name: str) -> str:
     """Return why a file or folder is no part of a dataset, or "" if it is.
 
     Hidden names are passed over, among them macOS's ._x.jpg and .ipynb_checkpoints/, and so are the folders of
-    operating systems and network disks. The answer is a noun for `describe_counts`.
+    operating systems and network disks, with all that they hold.
 
-    name: relative to the dataset's root; one such part decides for all that lies below it.
+    name: a path relative to the dataset's root.
     """
     for part in name.split("/"):
         if part.startswith(".") and part not in (".", ".."):
@@ -33,6 +41,124 @@ def why_passed_over(name: str) -> str:
     return ""
 
 
-def describe_counts(counts: Counter[str]) -> str:
-    """Return counts as text, the largest first: "8 hidden, 3 in __MACOSX/"."""
+@dataclass
+class Listing:
+    """The files of a folder or a tar, sorted by what becomes of them."""
+
+    images: list[str] = field(default_factory=list)  # sorted paths, relative to the root
+    tars: list[str] = field(default_factory=list)  # the same, of .tar files
+    others: Counter[str] = field(default_factory=Counter)  # extensions of the other files
+    passed_over: Counter[str] = field(default_factory=Counter)  # reasons why names are no part of the dataset
+
+    def add(self, name: str) -> None:
+        """Add a file that is part of the dataset."""
+        if is_image(name):
+            self.images.append(name)
+        elif is_tar(name):
+            self.tars.append(name)
+        else:
+            self.others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+
+
+def count_text(counts: Counter[str]) -> str:
+    """Return counts as text, the largest first: "8 hidden, 3 in __MACOSX/, 2 .txt"."""
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+
+
+def list_folder(root: Path) -> Listing:
+    """List the files below a folder, with links followed. Raises PermissionError for a folder that may not be read."""
+    listing = Listing()
+    for name in walk(root, passed_over=listing.passed_over):
+        listing.add(name)
+    listing.images.sort()
+    listing.tars.sort()
+    return listing
+
+
+def walk(root: Path, folder: str = "", passed_over: Counter[str] | None = None) -> Iterator[str]:
+    """Yield the paths of the files below `root/folder`, relative to `root`; count in `passed_over` what is left out.
+
+    A folder to which links lead is entered once, even if they lead in a circle.
+    """
+    counts: Counter[str] = Counter() if passed_over is None else passed_over
+    visited, pending = set(), [folder]
+    while pending:
+        folder = pending.pop()
+        status = os.stat(os.path.join(root, folder))
+        if (status.st_dev, status.st_ino) in visited:
+            counts["linked folder read once"] += 1
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                name, reason = os.path.join(folder, entry.name), why_passed_over(entry.name)
+                kind = _kind(entry)
+                if reason or kind not in ("folder", "file"):
+                    counts[reason or kind] += 1
+                elif kind == "folder":
+                    pending.append(name)
+                else:
+                    yield name
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:  # a link to itself, or to a folder that may not be read
+        pass
+    return "dangling link" if entry.is_symlink() else "special file"
+
+
+class FolderTree:
+    """What the search for splits asks of a folder on the disk."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def folders(self, path: str = "") -> list[str]:
+        """Return the names of the folders directly in `path` that are part of the dataset, sorted."""
+        if not (self.root / path).is_dir():
+            return []
+        with os.scandir(self.root / path) as entries:
+            return sorted(e.name for e in entries if not why_passed_over(e.name) and _kind(e) == "folder")
+
+    def has_own_images(self, path: str) -> bool:
+        """Check whether image files lie directly in `path`."""
+        with os.scandir(self.root / path) as entries:
+            return any(is_image(e.name) and not why_passed_over(e.name) and _kind(e) == "file" for e in entries)
+
+    def has_images(self, path: str) -> bool:
+        """Check whether images or .tar files lie in `path` at any depth."""
+        return any(is_image(name) or is_tar(name) for name in walk(self.root, path))
+
+
+class NameTree:
+    """The same of the paths of images, as in a tar."""
+
+    def __init__(self, names: Iterable[str]):
+        self._folders: dict[str, set[str]] = {"": set()}
+        self._own_images: set[str] = set()
+        for name in names:
+            folder = os.path.dirname(name)
+            self._own_images.add(folder)
+            while folder not in self._folders:
+                self._folders[folder] = set()
+                folder = os.path.dirname(folder)
+        for folder in self._folders:
+            if folder:
+                self._folders[os.path.dirname(folder)].add(os.path.basename(folder))
+
+    def folders(self, path: str = "") -> list[str]:
+        """Return the names of the folders directly in `path`, sorted."""
+        return sorted(self._folders.get(path, ()))
+
+    def has_own_images(self, path: str) -> bool:
+        """Check whether images lie directly in `path`."""
+        return path in self._own_images
+
+    def has_images(self, path: str) -> bool:
+        """Check whether images lie in `path` at any depth: a tar's folders are known by their images only."""
+        return path in self._folders
