@@ -7,7 +7,7 @@ the positions at all.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from annotated_types import Ge, Interval
@@ -30,7 +30,7 @@ PREVIEW_IMAGES = 8
 
 @dataclass
 class MaskingConfig:
-    """MAGE's masking: mask ratios from a truncated normal distribution, and label smoothing."""
+    """MAGE's masking and loss: mask ratios from a truncated normal distribution, and label smoothing."""
 
     ratio_mean: Annotated[float, Interval(gt=0, lt=1), "peak of the truncated normal of mask ratios"] = 0.55
     ratio_std: Annotated[float, Interval(gt=0), "standard deviation of the normal before truncation"] = 0.25
@@ -38,7 +38,11 @@ class MaskingConfig:
         float, Interval(ge=0, lt=1), "smallest ratio; this share of positions is dropped from the encoder's input"
     ] = 0.5
     ratio_max: Annotated[float, Interval(gt=0, le=1), "largest ratio"] = 1.0
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1), "over the whole vocabulary"] = 0.1
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1), "over all ids of `loss_over`"] = 0.1
+    loss_over: Annotated[
+        Literal["vocabulary", "codebook"],
+        "ids among which the loss expects the answer: all, or only those that can occur, as in MAGE's later version",
+    ] = "vocabulary"
 
     def __post_init__(self) -> None:
         if self.ratio_min >= self.ratio_max:
@@ -51,7 +55,7 @@ class Recipe:
 
     out: Annotated[str, "run folder"]
     tokenizer: Annotated[
-        str, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"
+        FilePath, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"
     ]
     data: DataConfig = field(default_factory=DataConfig)
     model: PredictorConfig = field(default_factory=PredictorConfig)
@@ -59,9 +63,15 @@ class Recipe:
         int,
         Ge(1),
         "ids besides those of the codebook and the mask id; one of them is the class slot. Published: 1000 (MaskGIT's "
-        "classes). They are never the right answer, which a small network needs thousands of steps to learn",
+        "classes). They are never the right answer, which a small network needs thousands of steps to learn unless "
+        "masking.loss_over=codebook leaves them out",
     ] = Vocabulary.unused
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    draw: Annotated[
+        Literal["batch", "process"],
+        "one mask ratio for the whole batch (the same numbers for any number of processes), "
+        "or one for each process (as MAGE)",
+    ] = "batch"
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -78,7 +88,7 @@ def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":
     predictor = TokenPredictor(recipe.model, grid[0] * grid[1], vocabulary)
     predictor.trained_on = fingerprint(tokenizer)
     examples = example_images(source, recipe.data, PREVIEW_IMAGES)
-    return PredictorStage(predictor, tokenizer, grid, recipe.masking, examples)
+    return PredictorStage(predictor, tokenizer, grid, recipe.masking, examples, recipe.draw)
 
 
 class PredictorStage(Stage):
@@ -93,18 +103,25 @@ class PredictorStage(Stage):
         grid: tuple[int, int],
         masking: MaskingConfig,
         examples: Tensor,
+        draw: str = "batch",
     ):
         """`examples`: Float[n,3,H,W] in [0,1], the images of previews."""
-        self.model = MaskedTokenModel(predictor, masking.label_smoothing)
+        codebook_only = masking.loss_over == "codebook"
+        self.model = MaskedTokenModel(predictor, masking.label_smoothing, codebook_only)
+        self.one_ratio_per_batch = draw == "batch"
         self.frozen = [tokenizer]
         self.tokenizer, self.grid, self.masking, self.examples = tokenizer, grid, masking, examples
 
     def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         with torch.no_grad():
             ids = self.tokenizer.encode(batch.images)
-        mask, dropped = draw_mage_masks(self.masking, micro_step.batch, ids.shape[1], micro_step.generator("mask"))
-        rows = micro_step.rows
-        return model(ids, mask[rows].to(ids.device), dropped[rows].to(ids.device))
+        shared = self.one_ratio_per_batch
+        mask_rows = micro_step.batch if shared else len(ids)
+        rows = micro_step.rows if shared else slice(None)
+        generator = micro_step.generator("mask", shared=shared)
+        masks = draw_mage_masks(self.masking, mask_rows, ids.shape[1], generator)
+        mask, dropped = (m[rows].to(ids.device) for m in masks)
+        return model(ids, mask, dropped)
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Show each image, its reconstruction from its ids, and what the predictor makes of it with half of the ids
@@ -126,11 +143,15 @@ class PredictorStage(Stage):
 
 
 class MaskedTokenModel(nn.Module):
-    """The predictor with MAGE's loss as its forward pass, because data-parallel wrappers need a single call."""
+    """The predictor with MAGE's loss as its forward pass, because data-parallel wrappers need a single call.
 
-    def __init__(self, predictor: TokenPredictor, label_smoothing: float):
+    codebook_only: whether cross-entropy and smoothing cover the codebook's ids only, or the whole vocabulary.
+    """
+
+    def __init__(self, predictor: TokenPredictor, label_smoothing: float, codebook_only: bool = False):
         super().__init__()
         self.predictor, self.label_smoothing = predictor, label_smoothing
+        self.vocabulary = predictor.vocabulary.codebook if codebook_only else predictor.vocabulary.size
 
     def forward(self, ids: Tensor, mask: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         """Return the scalars "loss", "accuracy" and "context" of the masked ids.
@@ -145,11 +166,11 @@ class MaskedTokenModel(nn.Module):
         the predictor. The frequencies are those of the masked ids themselves, so context starts below zero, by about
         codes / 2 / masked ids.
         """
-        logits, targets = self.predictor.logits(ids, mask, dropped)[mask].float(), ids[mask]
+        logits = self.predictor.logits(ids, mask, dropped, self.vocabulary)[mask].float()
+        targets = ids[mask]
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        vocabulary = logits.shape[-1]
-        frequencies = torch.bincount(targets, minlength=vocabulary) / max(len(targets), 1)
-        smoothed = (1 - self.label_smoothing) * frequencies + self.label_smoothing / vocabulary
+        frequencies = torch.bincount(targets, minlength=self.vocabulary) / max(len(targets), 1)
+        smoothed = (1 - self.label_smoothing) * frequencies + self.label_smoothing / self.vocabulary
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return {"loss": loss, "accuracy": accuracy, "context": torch.special.entr(smoothed).sum() - loss.detach()}
 
@@ -157,7 +178,7 @@ class MaskedTokenModel(nn.Module):
 def draw_mage_masks(
     config: MaskingConfig, batch: int, tokens: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw one mask ratio for the batch and random positions for each image.
+    """Draw one mask ratio for these images and random positions for each of them.
 
     Returns:
         mask: Bool[B,N].

@@ -9,7 +9,7 @@ checkpoints.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addp_core.networks.kernels import Conv3x3, avg_pool_2x2, norm_swish
+
+NORM_EPS = 1e-6  # of every GroupNorm
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,13 @@ class Tokenizer(nn.Module):
         self.quantize = Codebook(config.codebook, config.dim)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Map images Float[B,3,H,W] in [0,1] to codebook ids Long[B,N], row-major over the token grid."""
-        return self._in_chunks(lambda x: self.quantize.nearest_ids(self.encoder(x)), images)
+        """Map images Float[B,3,H,W] in [0,1] to codebook ids Long[B,N], row-major over the token grid.
+
+        Autocast does not apply: in bfloat16, up to a tenth of the ids would be others (docs/fidelity.md).
+        """
+        images = images.to(self.encoder.conv_in.weight.dtype)
+        with torch.autocast(images.device.type, enabled=False):
+            return self._in_chunks(lambda x: self.quantize.nearest_ids(self.encoder(x)), images)
 
     def lookup(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Map ids Long[B,N] to code embeddings Float[B,D,h,w].
@@ -291,4 +298,58 @@ class Upsample(nn.Module):
 
 def group_norm(width: int, config: TokenizerConfig) -> nn.GroupNorm:
     """Return a GroupNorm with the configured number of groups."""
-    return nn.GroupNorm(config.groups, width, eps=1e-6)
+    return GroupNorm(config.groups, width, eps=NORM_EPS)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm whose gradient stays finite on constant maps. The result is the same to the last bit.
+
+    A black image gives maps of zeros: the first convolution has no bias, and until training moves them, neither have
+    the norms. The derivative of a norm at zero variance is 1 / sqrt(eps) = 1000, so that over a few norms in a row the
+    gradient overflows. Here, the gradient that a group passes to its input is multiplied by var / (var + eps): a map
+    that is constant but for rounding passes on nothing, any other map what it did before. The gradients of weight and
+    bias are exact, so that black images train all that comes after the last constant map.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float[B,C,h,w] -> Float[B,C,h,w]."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        device = x.device.type
+        if device != "cpu" and torch.is_autocast_enabled(device):
+            x = x.float()  # what autocast does to nn.GroupNorm on these devices
+        return _BoundedGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class _BoundedGroupNorm(torch.autograd.Function):
+    """torch's group norm with the gradient that `GroupNorm` describes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        memory_format = _norm_memory_format(x)
+        x = x.contiguous(memory_format=memory_format)
+        b, c, h, w = x.shape
+        out, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, h * w, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, rstd = ctx.saved_tensors
+        b, c, h, w = x.shape
+        groups = rstd.shape[1]
+        gradient = gradient.contiguous(memory_format=_norm_memory_format(x))
+        to_x, to_weight, to_bias = torch.ops.aten.native_group_norm_backward(
+            gradient, x, mean, rstd, weight, b, c, h * w, groups, ctx.needs_input_grad[:3]
+        )
+        share = (1 - ctx.eps * rstd.square()).clamp_min(0)  # var / (var + eps)
+        share = share.repeat_interleave(c // groups, dim=1)[..., None, None]
+        return to_x * share.to(to_x.dtype), to_weight, to_bias, None, None
+
+
+def _norm_memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format in which torch normalizes x: channels last stays as it is on a CPU only."""
+    on_cpu = x.device.type == "cpu"
+    channels_last = on_cpu and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

@@ -2,9 +2,11 @@
 benchmarks.
 """
 
+import contextlib
 import ctypes
+import functools
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -43,9 +45,33 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
             module.winograd = winograd
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Return the context in which the networks compute in this precision."""
-    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
+@contextlib.contextmanager
+def autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """Let the networks compute in this precision within the context."""
+    with tf32_for(precision), torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES):
+        yield
+
+
+@contextlib.contextmanager
+def tf32_for(precision: str) -> Iterator[None]:
+    """Keep GPUs from rounding float32 products to TF32 within the context, if the precision is "fp32".
+
+    TF32 keeps 10 of 23 bits of the mantissa, and PyTorch uses it in convolutions unless told otherwise. In the other
+    precisions it is allowed there: what they leave in float32 is then still more precise than they are.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = before[0] and precision != "fp32", precision != "fp32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@functools.cache
+def turn_off_tf32() -> None:
+    """Turn TF32 off for this process, once: commands without a precision compute in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
 from addp_core.training.checkpoints import Checkpoints
-from addp_core.training.compute import accelerate_model
+from addp_core.training.compute import accelerate_model, tf32_for
 from addp_core.training.metrics import RunLogger
 from addp_core.training.optimization import learning_rate, warn_if_warmup_is_too_long
 from addp_core.training.processes import full_tensor, make_accelerator, move_to_device, seed_everything
@@ -71,7 +71,7 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
     if finished:
         return finished
     try:
-        with StopSignals() as signals:
+        with StopSignals() as signals, tf32_for(config.precision):
             return _Run(stage, stream, config, out, recipe, signals).run()
     finally:
         release_out(out)
@@ -80,9 +80,7 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
 class _Run:
     """One call of `train`."""
 
-    def __init__(
-        self, stage: Stage, stream: Any, config: TrainConfig, out: Path, recipe: Any, signals: StopSignals
-    ):
+    def __init__(self, stage: Stage, stream: Any, config: TrainConfig, out: Path, recipe: Any, signals: StopSignals):
         self.stage, self.stream, self.config, self.out, self.signals = stage, stream, config, out, signals
         self.recipe = recipe
         self.accelerator = make_accelerator(config.precision, stage.find_unused)

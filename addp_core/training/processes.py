@@ -14,6 +14,7 @@ from torch import Tensor
 
 from addp_core.base import rng
 from addp_core.base.errors import UserError
+from addp_core.training.compute import turn_off_tf32
 
 
 def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
@@ -47,7 +48,11 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
 
 
 def process_state() -> PartialState:
-    """Return this process's device and its rank among the processes that torchrun started."""
+    """Return this process's device and its rank among the processes that torchrun started.
+
+    The first call turns TF32 off; training and `compute.autocast` allow it again for the precisions that may use it.
+    """
+    turn_off_tf32()
     return PartialState(cpu=_use_cpu())
 
 
