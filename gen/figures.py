@@ -87,8 +87,13 @@ def run(recipe: Recipe) -> None:
             raise UserError(f"only: {name} needs {required_keys[name][0]}=")
         log.info("figures: no %s without %s=", name, required_keys[name][0])
         names.remove(name)
-    if "metrics" in names:
-        read_curves(recipe)  # fails before the other figures are drawn
+    if "metrics" in names:  # the report is read before the other figures are drawn
+        _, curves = read_curves(recipe)
+        if problem := without_curve(recipe, curves):
+            if recipe.only:
+                raise UserError(problem)
+            log.warning("figures: no metrics: %s", problem)
+            names.remove("metrics")
     model = load_recipe_model(recipe, predictor=recipe.predictor or None).requires_grad_(False)
     model = model.to(process_state().device)
     accelerate_model(model)
@@ -321,21 +326,23 @@ def draw_metrics(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
 
 
 def read_curves(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Read the report at `evaluation`, and group its rows into curves, by label.
-
-    Raises UserError if no curve has at least two numbers of steps.
-    """
+    """Read the report at `evaluation`, and group its rows into curves, by label."""
     report = read_report(Path(recipe.evaluation).expanduser())
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         if "sampling" in row:
             curves.setdefault(curve_label(row["sampling"]), []).append(row)
-    if max(map(len, curves.values()), default=0) < 2:
-        raise UserError(
-            f"evaluation: {recipe.evaluation} does not compare different numbers of steps; expected a report of "
-            "`addp evaluate` with, for example, sweep.steps=[4,8,20] sweep.schedule=[cosine,linear]"
-        )
     return report, curves
+
+
+def without_curve(recipe: Recipe, curves: dict[str, list[dict[str, Any]]]) -> str:
+    """Return why no curve can be drawn, "" if one has at least two numbers of steps."""
+    if max((len({row["sampling"]["steps"] for row in rows}) for rows in curves.values()), default=0) > 1:
+        return ""
+    return (
+        f"evaluation: {recipe.evaluation} does not compare different numbers of steps; expected a report of "
+        "`addp evaluate` with, for example, sweep.steps=[4,8,20] sweep.schedule=[cosine,linear]"
+    )
 
 
 def curve_label(sampling: dict[str, Any]) -> str:

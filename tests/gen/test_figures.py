@@ -58,6 +58,19 @@ def test_without_images_and_report_the_other_figures_are_drawn(inputs, tmp_path,
     assert "no metrics without evaluation=" in log
 
 
+def test_an_evaluation_without_a_sweep_of_steps_leaves_out_the_figure_of_metrics(inputs, tmp_path, capsys):
+    sampling = vars(SampleConfig())
+    for name, row in (("swept", {"sampling": sampling}), ("folder", {})):
+        report = {"features": "", "rows": [{"name": name, "images": 3, "fid": 1.0, **row}]}
+        (tmp_path / "evaluation.json").write_text(json.dumps(report))
+        out = tmp_path / name
+        assert main(figures_command(inputs, out, f"evaluation={tmp_path}")) == 0
+        assert {path.stem for path in out.iterdir()} == {"steps", "ratios", "tokens"}
+        log = capsys.readouterr().err
+        assert "no metrics: evaluation: " in log
+        assert "sweep.steps=[4,8,20]" in log
+
+
 def all_text(figure) -> str:
     axes = figure.get_axes()
     ticks = [tick.get_text() for axis in axes for tick in (*axis.get_xticklabels(), *axis.get_yticklabels())]
