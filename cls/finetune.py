@@ -4,6 +4,7 @@ Validation runs every `train.evaluate_every` steps. The best checkpoint so far i
 last one in model.safetensors; `addp robustness` and `addp export` read both.
 """
 
+import functools
 import logging
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import DatasetPath
 from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
@@ -67,7 +69,7 @@ class Recipe(EncoderKeys):
 
     out: Annotated[str, "run folder"]
     data: DataConfig = field(default_factory=partial(DataConfig, size=224, scale=(0.08, 1.0)))
-    val: Annotated[str, "images to validate on (default: the `val` split of `data`)"] = ""
+    val: Annotated[DatasetPath, "images to validate on (default: the `val` split of `data`)"] = ""
     pooling: Annotated[
         Literal["avg", "token"], "input of the head: the mean of the patch tokens, or the class token"
     ] = "avg"
@@ -107,12 +109,13 @@ class Recipe(EncoderKeys):
 
 def run(recipe: Recipe) -> None:
     """Fine-tune, or continue; end with `<out>/model.safetensors` and its metrics in results.json."""
-    if prepare_out(recipe.out, recipe):
+    datasets = functools.cache(lambda: open_splits(recipe.data, recipe.val))
+    if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         if recipe.confusion and not (Path(recipe.out) / CONFUSION).exists():
             log.info("confusion: the matrix is written at validations, and this run has finished; nothing to do")
         return
     check_mixing(recipe, process_state().num_processes)
-    train_set, val_set = open_splits(recipe.data, recipe.val)
+    train_set, val_set = datasets()
     model = build_classifier(recipe, train_set.classes)
     log.info(
         "layers (the learning rate is multiplied by train.layer_decay=%s from each layer to the one below)\n%s",
@@ -158,14 +161,14 @@ def build_classifier(recipe: Recipe, class_names: tuple[str, ...]) -> Classifier
         crop=recipe.eval_crop,
     )
     if recipe.init == "pretrained":
-        _load_head(model, recipe.model)
+        _load_head(model, recipe.model, recipe.weights)
     model.set_grad_checkpointing(recipe.checkpointing)
     return model
 
 
-def _load_head(model: Classifier, checkpoint: str) -> None:
+def _load_head(model: Classifier, checkpoint: str, wanted: str) -> None:
     """Load the head of a checkpoint with the same classes; warn if it has a head for other classes, and drop that."""
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, wanted=wanted)
     if weights.kind == "classifier":
         file = weights.architecture
         if tuple(file.class_names) == model.class_names and (file.pooling, file.norm) == (model.pooling, model.norm):
@@ -175,7 +178,7 @@ def _load_head(model: Classifier, checkpoint: str) -> None:
             return
         classes = file.classes
     elif weights.kind == "encoder":  # possibly of a foreign classifier, whose classes have no names
-        classes = len(read_tensors(checkpoint).get("head.weight", ()))
+        classes = len(read_tensors(checkpoint, wanted).get("head.weight", ()))
     else:
         return
     if classes and process_state().is_main_process:

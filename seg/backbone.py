@@ -42,7 +42,8 @@ class AddpViT(BaseModule):
         dropout: dropout rate.
         drop_path: stochastic depth of the last block.
         tokenizer_norm: keep ADDP's norm after the patches.
-        encoder_heads: attention heads of a checkpoint whose heads are not width/64.
+        encoder_heads: attention heads of a checkpoint, if not those of published ViTs of its width.
+        weights: the model to read from a checkpoint with several, as in `load_encoder`.
         checkpointing: compute the blocks twice to save memory.
         init_cfg: dict(type="Pretrained", checkpoint=...) with any source that `load_encoder` reads, which also
             determines the architecture; None for a random initialization.
@@ -63,6 +64,7 @@ class AddpViT(BaseModule):
         drop_path: float = 0.0,
         tokenizer_norm: bool = False,
         encoder_heads: int | None = None,
+        weights: str = "",
         checkpointing: bool = False,
         init_cfg: dict[str, Any] | None = None,
     ):
@@ -75,6 +77,7 @@ class AddpViT(BaseModule):
                 checkpoint,
                 size,
                 encoder_heads=encoder_heads,
+                weights=weights,
                 dropout=dropout,
                 drop_path=drop_path,
                 tokenizer_norm=tokenizer_norm,

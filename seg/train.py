@@ -14,6 +14,7 @@ import yaml
 from annotated_types import Ge, Gt, Interval, Le
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import FilePath
 from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
@@ -21,7 +22,7 @@ from addp_core.training.run_recipe import read_values
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
 from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, process_rank, read_config, world_size
-from seg.scenes import SceneConfig, check_numbering, check_pairs, find_pairs, read_class_names
+from seg.scenes import SceneConfig, SceneListing, check_numbering, check_pairs, find_pairs, read_class_names
 from seg.segmentor import Segmentor, save_segmentor
 
 log = logging.getLogger("addp")
@@ -65,7 +66,7 @@ class Recipe(EncoderKeys):
     data: SceneConfig
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
     model: Annotated[
-        str,
+        FilePath,
         "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, timm ViT) or hf://owner/repository/file; with "
         "init=random also a size (tiny, small, base, large) or empty for the config's size",
     ] = ""
@@ -96,7 +97,9 @@ def run(recipe: Recipe) -> None:
     if keep_null:
         recipe = replace(recipe, class_token=None)
     check_settings(recipe)
-    if prepare_out(recipe.out, recipe):
+    if prepare_out(
+        recipe.out, recipe, lambda: {split: SceneListing(recipe.data.source, split) for split in ("train", "val")}
+    ):
         return
     try:
         classes = read_class_names(recipe.data.source, recipe.data.classes)
@@ -223,7 +226,7 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
     backbone: dict[str, Any] = {"drop_path": train.drop_path, "checkpointing": train.checkpointing}
     if recipe.init == "pretrained":
         init_cfg = {"type": "Pretrained", "checkpoint": recipe.model}
-        backbone |= {"init_cfg": init_cfg, "encoder_heads": recipe.encoder_heads}
+        backbone |= {"init_cfg": init_cfg, "encoder_heads": recipe.encoder_heads, "weights": recipe.weights}
     cfg.model.backbone.update(backbone)
     fill_runtime(cfg, out, recipe.data.workers, recipe.data.source, recipe.data.classes)
     cfg.model.test_cfg.mode = recipe.test.mode

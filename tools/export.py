@@ -63,9 +63,13 @@ class Recipe:
     tokenizer_norm: Annotated[bool, "timm, onnx: keep ADDP's norm on the patches, which transfers drop"] = False
     tokenizer: Annotated[str, "tokenizer for a model file without one"] = ""
     predictor: Annotated[str, "token predictor for a model file without one"] = ""
-    encoder_heads: Annotated[int | None, Ge(1), "heads of a published file, if not width/64"] = None
+    encoder_heads: Annotated[
+        int | None, Ge(1), "heads of a foreign file, if not those of published ViTs of its width"
+    ] = None
     decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None
-    predictor_heads: Annotated[int | None, Ge(1), "heads of a published file, if not width/64"] = None
+    predictor_heads: Annotated[
+        int | None, Ge(1), "heads of a foreign file, if not those of published ViTs of its width"
+    ] = None
     predictor_decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from addp_core.base.errors import UserError
+from addp_core.base.errors import UserError, renaming_keys
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
@@ -33,6 +33,7 @@ def load_encoder(
     img_size: int | tuple[int, int] = 224,
     *,
     encoder_heads: int | None = None,
+    weights: str = "",
     dropout: float = 0.0,
     drop_path: float = 0.0,
     tokenizer_norm: bool = False,
@@ -49,7 +50,10 @@ def load_encoder(
             file contains one) also a MAGE file, whose encoder reads token ids. With init="random" also a size: tiny,
             small, base or large.
         img_size: pixels, a side or (height, width); positions are resampled bicubically.
-        encoder_heads: number of attention heads, if it differs from the file's (published files: width/64).
+        encoder_heads: number of attention heads, which foreign files do not store. The default is that of published
+            ViTs of the same width; other widths demand it.
+        weights: the name of the model to read, if a checkpoint holds several: an entry (model, model_ema, teacher) or
+            part of a prefix (base_encoder, momentum_encoder); "ema" for the average, whatever its name.
         dropout, drop_path: rates in training.
         tokenizer_norm: keep ADDP's input norm. Published transfers drop it; a ViT's own norm is always kept.
         attention, dynamic: see `Encoder`. The default is the file's attention. Relative positions that the file lacks
@@ -70,7 +74,7 @@ def load_encoder(
         name = source
         state, architecture = _architecture_of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
     else:
-        name, state, architecture = _read_encoder(source, encoder_heads, vqgan)
+        name, state, architecture = _read_encoder(source, size, encoder_heads, weights, vqgan, init)
     if patch_size not in (None, architecture.patch_size):
         raise UserError(f"patch_size: found {patch_size}, but {name} has {architecture.patch_size}; leave the key out")
     if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
@@ -101,13 +105,21 @@ def _architecture_of_size(
     return {f"tokenizer.{key}": value for key, value in vqgan.state.items()}, architecture
 
 
-def _read_encoder(source: Source, heads: int | None, vqgan: Weights | None) -> tuple[str, State, AnyArchitecture]:
-    """Return (name for errors, tensors, architecture) of the encoder in any file that has one."""
-    weights = read_weights(source, heads={} if heads is None else {"encoder_heads": heads})
+def _read_encoder(
+    source: Source, size: tuple[int, int], heads: int | None, wanted: str, vqgan: Weights | None, init: str
+) -> tuple[str, State, AnyArchitecture]:
+    """Return (name for errors, tensors, architecture) of the encoder in any file that has one.
+
+    Says what was assumed. Raises UserError if the heads are not known or, unless init is "random", the grid.
+    """
+    given = {} if heads is None else {"encoder_heads": heads}
+    weights = read_weights(source, heads=given, image_size=size, wanted=wanted)
     if weights.kind == "predictor":
-        return _read_mage_encoder(source, weights, heads, vqgan)
+        return _read_mage_encoder(source, weights, heads, wanted, vqgan)
     if vqgan is not None:
         raise UserError(f"tokenizer={vqgan.source}: {weights.source} is no MAGE checkpoint; leave the key out")
+    needed = ("encoder_heads", "img_size") if init == "pretrained" else ("encoder_heads",)
+    weights.settle(("weights", *needed), needed)
     architecture: AnyArchitecture
     if weights.kind == "addp":
         config: ADDPConfig = weights.architecture
@@ -128,13 +140,16 @@ def _read_encoder(source: Source, heads: int | None, vqgan: Weights | None) -> t
 
 
 def _read_mage_encoder(
-    source: Source, weights: Weights, heads: int | None, vqgan: Weights | None
+    source: Source, weights: Weights, heads: int | None, wanted: str, vqgan: Weights | None
 ) -> tuple[str, State, TokenEncoderArchitecture]:
     """Return MAGE's encoder with `vqgan` as its tokenizer, or with the one in its own file if that is None."""
     if vqgan is None:
-        vqgan = read_weights(source, "tokenizer")
+        vqgan = read_weights(source, "tokenizer", wanted=wanted)
         if vqgan.kind != "tokenizer":
             raise UserError(f"{weights.source}: MAGE reads token ids; expected tokenizer=<VQGAN file> with it")
+    with renaming_keys({"predictor_heads": "encoder_heads"}):
+        assumed = ("weights",) if heads is not None else ("weights", "predictor_heads")
+        weights.settle(assumed, assumed)
     with as_user_error(weights.source):
         mage: PredictorArchitecture = with_heads(weights.architecture, {"predictor_heads": heads})
     codes: TokenizerConfig = vqgan.architecture.tokenizer

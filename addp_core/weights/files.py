@@ -3,7 +3,6 @@
 Nothing is unpickled that could run code: a file is either `.safetensors` or read by `torch.load(weights_only=True)`.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -15,16 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.weights.assumptions import Assumption
+from addp_core.weights.entries import State, select_entry
+from addp_core.weights.unpickling import HARMLESS
 
 MODEL_FILE = "model.safetensors"  # of a run folder
 METADATA_KEY = "addp"  # under which our files store their kind and architecture
 ZOO = Path(__file__).parent / "zoo"  # models that come with the package, as zoo:<name>
 
 Source = str | os.PathLike | Mapping[str, Any]
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,27 @@ class FileContent:
     source: str  # names the file in error messages
     state: State  # tensors under the file's own names
     description: Any  # {"kind": ..., "architecture": ...} as our own files store it, or None
+    wanted: str = ""  # the model that the caller named, if it is not an entry of the file
+    assumptions: tuple[Assumption, ...] = ()
 
 
-def read_file(source: Source) -> FileContent:
+def read_file(source: Source, wanted: str = "") -> FileContent:
     """Read the tensors of any file under the file's own names.
 
     Args:
         source: a path, a run folder, "zoo:name", "hf://owner/repository/file", or a state dict.
+        wanted: the name of the model to read, if the file holds several; see `select_entry`.
 
     Raises:
         UserError: if the file is missing, damaged, or holds pickled objects other than tensors and plain values.
     """
     if isinstance(source, Mapping):
-        return _unwrap("state dict", source)
+        return _unwrap("state dict", source, wanted)
     path = _locate(os.fspath(source))
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+            return _read_safetensors(path, wanted)
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _unpickling_refused(path, error) from error
@@ -61,12 +64,12 @@ def read_file(source: Source) -> FileContent:
         ) from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: found a {type(content).__name__}, expected a dictionary of tensors")
-    return _unwrap(str(path), content)
+    return _unwrap(str(path), content, wanted)
 
 
-def read_tensors(source: Source) -> State:
+def read_tensors(source: Source, wanted: str = "") -> State:
     """Read the tensors of any file under the file's own names. Raises UserError like `read_file`."""
-    return read_file(source).state
+    return read_file(source, wanted).state
 
 
 def strip_prefix(state: State, prefix: str) -> State:
@@ -79,11 +82,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _read_safetensors(path: Path) -> FileContent:
+def _read_safetensors(path: Path, wanted: str) -> FileContent:
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
-    return FileContent(str(path), state, json.loads(text) if text else None)
+        content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file is no mapping)
+    return _unwrap(str(path), content | ({METADATA_KEY: text} if text else {}), wanted)
 
 
 def _unpickling_refused(path: Path, error: pickle.UnpicklingError) -> UserError:
@@ -150,14 +153,9 @@ def _download(source: str) -> Path:
         ) from error
 
 
-def _unwrap(source: str, content: Mapping[str, Any]) -> FileContent:
-    """Find the state dict at the top or under `model`, `state_dict` or `module`; drop DDP's prefix and non-tensors."""
-    description = content.get(METADATA_KEY)
-    inner = next(
-        (content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), Mapping)), content
-    )
-    state = {key.removeprefix("module."): value for key, value in inner.items() if isinstance(value, Tensor)}
-    if not state:
-        entries = ", ".join(map(str, list(content)[:6])) or "none"
-        raise UserError(f"{source}: no tensors in it (entries: {entries}); expected a checkpoint")
-    return FileContent(source, state, json.loads(description) if isinstance(description, str) else None)
+def _unwrap(source: str, content: Mapping[str, Any], wanted: str) -> FileContent:
+    """Find the state dict and our description in a checkpoint."""
+    text = content.get(METADATA_KEY)
+    state, wanted, assumptions = select_entry(source, content, wanted)
+    description = json.loads(text) if isinstance(text, str) else None
+    return FileContent(source, state, description, wanted, assumptions)

@@ -26,6 +26,8 @@ from addp_core.weights.files import Source
 from addp_core.weights.fitting import fill, fit_encoder_state, replace_part, resample_state
 from addp_core.weights.reading import Weights, describe_kind, read_part, read_weights
 
+PREDICTOR_HEADS = ("predictor_heads", "predictor_decoder_heads")
+
 
 def load_addp(
     source: Source,
@@ -45,7 +47,8 @@ def load_addp(
         image_size: (height, width) in pixels; positions are resampled if it differs from the file's.
         process: replaces the diffusion process that the file stores.
         heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, if they differ from the file's;
-            the default for published files is width/64, and 16 for decoders.
+            the default for published files is that of published ViTs of the same width, and 16 for decoders; an
+            encoder of another width demands encoder_heads.
 
     Raises:
         UserError: if the file cannot be read or does not fit; names every missing, unexpected or mis-shaped tensor.
@@ -54,6 +57,7 @@ def load_addp(
     weights = read_weights(source, heads=heads)
     if weights.kind != "addp":
         raise UserError(f"{weights.source}: {describe_kind(weights)}; expected an ADDP checkpoint")
+    weights.settle(("weights", *HEAD_KEYS), ("encoder_heads",))
     config: ADDPConfig = weights.architecture
     state = dict(weights.state)
     if tokenizer is not None:
@@ -63,6 +67,7 @@ def load_addp(
         state = replace_part(state, "tokenizer.", part.state)
     if predictor is not None:
         part = read_part(predictor, "predictor", heads)
+        part.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",))
         check_codebook(part, config.vocabulary.codebook)
         resampled = resample_state(part.state, part.architecture.grid, config.grid)
         config = replace(config, predictor=part.architecture.predictor)
@@ -83,6 +88,7 @@ def load_addp(
 def load_tokenizer(source: Source) -> Tokenizer:
     """Load the tokenizer of a VQGAN file, a tokenizer run or any ADDP file; eval mode, float32, CPU."""
     weights = read_part(source, "tokenizer")
+    weights.settle(("weights",))
     return fill(Tokenizer(weights.architecture.tokenizer, weights.architecture.grid), weights.state, weights.source)
 
 
@@ -95,6 +101,7 @@ def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads:
         heads: predictor_heads and predictor_decoder_heads, if they differ from the file's.
     """
     weights = read_part(source, "predictor", heads)
+    weights.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",))
     architecture: PredictorArchitecture = weights.architecture
     state = weights.state if grid is None else resample_state(weights.state, architecture.grid, grid)
     rows, columns = grid or architecture.grid
@@ -109,6 +116,7 @@ def load_classifier(
     *,
     encoder_heads: int | None = None,
     normalisation: Literal["imagenet", "half"] | None = None,
+    weights: str = "",
 ) -> Classifier:
     """Load a classifier; eval mode, float32, CPU.
 
@@ -118,6 +126,7 @@ def load_classifier(
             classes are the file's; with `norm` in place of `fc_norm` the head reads the class token.
         img_size: pixels, a side or (height, width), if other than in training; positions are resampled bicubically.
         encoder_heads: number of attention heads of a foreign file, if it is not the usual one of its width.
+        weights: the name of the model to read, if a checkpoint holds several, as in `load_encoder`.
         normalisation: mean and std of the images, which foreign files do not store: ImageNet's (the default, as MAE,
             BEiT's fine-tuning and DeiT) or 0.5 ("half": most ViTs of timm).
 
@@ -125,27 +134,29 @@ def load_classifier(
         UserError: if the file has no head, or the arguments do not fit it.
     """
     heads = {} if encoder_heads is None else {"encoder_heads": encoder_heads}
-    weights = read_weights(source, "classifier", heads)
-    if weights.kind != "classifier":
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    file = read_weights(source, "classifier", heads, size, weights)
+    if file.kind != "classifier":
         raise UserError(
-            f"{weights.source}: {describe_kind(weights)}; expected a classifier: a run of `addp finetune`, or a ViT "
+            f"{file.source}: {describe_kind(file)}; expected a classifier: a run of `addp finetune`, or a ViT "
             "with its norm and head"
         )
-    architecture: ClassifierArchitecture = weights.architecture
+    assumed = ("weights", "encoder_heads", "img_size") + (("normalisation",) if normalisation is None else ())
+    file.settle(assumed, ("encoder_heads", "img_size"))
+    architecture: ClassifierArchitecture = file.architecture
     if normalisation is not None:
-        if weights.stored:
-            raise UserError(f"normalisation: {weights.source} stores its mean and std; leave the key out")
+        if file.stored:
+            raise UserError(f"normalisation: {file.source} stores its mean and std; leave the key out")
         mean, std = NORMALISATION[normalisation]
         architecture = replace(architecture, mean=mean, std=std)
     stored = architecture.encoder
-    size = stored.image_size if img_size is None else img_size
-    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    height, width = size or stored.image_size
     encoder: Encoder | TokenEncoder
     try:
         if isinstance(stored, TokenEncoderArchitecture):
-            encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, size)
+            encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, (height, width))
         else:
-            encoder = Encoder(stored.encoder, size, stored.patch_size, stored.attention)
+            encoder = Encoder(stored.encoder, (height, width), stored.patch_size, stored.attention)
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     model = Classifier(
@@ -159,8 +170,8 @@ def load_classifier(
         architecture.crop,
         architecture.feature_norm,
     )
-    encoder_state = fit_encoder_state(weights.part("encoder."), stored, encoder)
-    return fill(model, replace_part(weights.state, "encoder.", encoder_state), weights.source)
+    encoder_state = fit_encoder_state(file.part("encoder."), stored, encoder)
+    return fill(model, replace_part(file.state, "encoder.", encoder_state), file.source)
 
 
 def check_codebook(part: Weights, codes: int) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import FilePath
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION as NORMALISATION
@@ -17,7 +18,7 @@ class EncoderKeys:
     """The keys that choose the encoder of a transfer."""
 
     model: Annotated[
-        str,
+        FilePath,
         "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT) or "
         "hf://owner/repository/file; with init=random also a size (tiny, small, base, large)",
     ]
@@ -26,8 +27,13 @@ class EncoderKeys:
         "start from the weights of `model`, or only from its architecture with weights drawn from the seed",
     ] = "pretrained"
     patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size (default: 16)"] = None
-    encoder_heads: Annotated[int | None, Ge(1), "attention heads, if the file's encoder does not have width/64"] = None
-    tokenizer: Annotated[str, "VQGAN for an encoder over token ids, if the MAGE file does not contain it"] = ""
+    encoder_heads: Annotated[int | None, Ge(1), "attention heads, if not those of published ViTs of its width"] = None
+    weights: Annotated[
+        str,
+        "the model to read if a checkpoint holds several: an entry (model, model_ema, teacher), part of a prefix "
+        "(momentum_encoder), or ema for the average whatever its name",
+    ] = ""
+    tokenizer: Annotated[FilePath, "VQGAN for an encoder over token ids, if the MAGE file does not contain it"] = ""
     tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipes drop it)"] = False
     normalisation: Annotated[
         Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
@@ -46,6 +52,7 @@ class EncoderKeys:
                 init=self.init,
                 patch_size=self.patch_size,
                 encoder_heads=self.encoder_heads,
+                weights=self.weights,
                 tokenizer=self.tokenizer or None,
                 tokenizer_norm=self.tokenizer_norm,
                 **options,

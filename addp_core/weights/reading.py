@@ -1,7 +1,7 @@
 """Reading any supported file as tensors under our names, with the kind of model and its architecture."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from addp_core.weights.architectures import (
     parse_architecture,
     with_heads,
 )
+from addp_core.weights.assumptions import Assumption, Hints, settle
+from addp_core.weights.entries import select_prefix
 from addp_core.weights.files import Source, State, read_file, strip_prefix
 from addp_core.weights.layouts.published import from_published, is_published_addp
-from addp_core.weights.layouts.registry import LAYOUTS, describe_tensors
+from addp_core.weights.layouts.registry import LAYOUTS, describe_tensors, is_model, is_other_method
 
 
 @dataclass(frozen=True)
@@ -27,39 +29,63 @@ class Weights:
     state: State
     architecture: Any
     stored: bool = False  # whether the file stores the architecture, which is otherwise read off the shapes
+    assumptions: tuple[Assumption, ...] = ()
+
+    def settle(self, used: Iterable[str], demanded: Iterable[str] = ()) -> None:
+        """Say what was assumed about the facts `used`. Raises UserError if one of `demanded` is not known."""
+        settle(self.source, self.assumptions, used, demanded)
 
     def part(self, prefix: str) -> State:
         """Return the tensors whose names begin with `prefix`, without it."""
         return strip_prefix(self.state, prefix)
 
 
-def read_weights(source: Source, preferred_kind: str | None = None, heads: Mapping[str, int] | None = None) -> Weights:
+def read_weights(
+    source: Source,
+    preferred_kind: str | None = None,
+    heads: Mapping[str, int] | None = None,
+    image_size: tuple[int, int] | None = None,
+    wanted: str = "",
+) -> Weights:
     """Read any supported file.
 
-    The architecture is the one that the file stores, otherwise it is inferred from shapes.
+    The architecture is the one that the file stores, otherwise it is inferred from shapes; what shapes do not tell is
+    assumed, and `Weights.settle` says so.
 
     Args:
         source: a path, a run folder, "hf://owner/repository/file", or a state dict.
         preferred_kind: the kind to read if the file holds several, such as "tokenizer" for a MAGE file with its VQGAN.
         heads: numbers of attention heads, which shapes do not tell, by the keys of `HEAD_KEYS`.
+        image_size: (height, width) in pixels that the caller asks for, which tells apart the grids that fit a file.
+        wanted: the name of the model, if the file holds several: an entry, part of a prefix, or "ema".
 
     Raises:
         UserError: if the file is missing, damaged, unsafe to read, or of another method; says what it looks like.
     """
-    content = read_file(source)
+    content = read_file(source, wanted)
     heads = heads or {}
     if content.description is not None:
+        if content.wanted:
+            raise UserError(f"weights={wanted}: {content.source} holds one model; leave the key out")
         kind, architecture = parse_architecture(content.source, content.description)
         state = content.state
         if kind == "addp" and is_published_addp(state):
             state = from_published(state)
         with as_user_error(content.source):
-            return Weights(content.source, kind, state, with_heads(architecture, heads), stored=True)
+            architecture = with_heads(architecture, heads)
+        return Weights(content.source, kind, state, architecture, True, content.assumptions)
+    state, prefix = content.state, ""
+    left_out: tuple[Assumption, ...] = ()
+    if not is_other_method(state):
+        prefix, left_out = select_prefix(content.source, state, content.wanted, is_model)
+        state = strip_prefix(state, prefix)
+    hints = Hints(heads, image_size, prefix, [*content.assumptions, *left_out])
     for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):
-        if layout.matches(content.state):
+        if layout.matches(state):
             with as_user_error(content.source):
-                state, architecture = layout.convert(content.source, content.state, heads)
-            return Weights(content.source, layout.kind, state, architecture)
+                converted, architecture = layout.convert(content.source, state, hints)
+            assumptions = tuple(hints.assumptions)
+            return Weights(content.source, layout.kind, converted, architecture, assumptions=assumptions)
     raise UserError(
         f"{content.source}: {describe_tensors(content.state)}; expected an ADDP, MAGE, VQGAN or ViT checkpoint"
     )
@@ -78,7 +104,7 @@ def read_part(source: Source, kind: str, heads: Mapping[str, int] | None = None)
         else:
             assert config.predictor is not None  # the file has its tensors
             architecture = PredictorArchitecture(config.predictor, config.grid, config.vocabulary)
-        return Weights(weights.source, kind, state, architecture)
+        return Weights(weights.source, kind, state, architecture, weights.stored, weights.assumptions)
     expected = {"tokenizer": "VQGAN", "predictor": "MAGE"}[kind]
     raise UserError(f"{kind}={weights.source}: {describe_kind(weights)}; expected a {expected} checkpoint")
 

@@ -17,10 +17,9 @@ from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.architectures import PredictorArchitecture, TokenizerArchitecture
+from addp_core.weights.assumptions import Hints
 from addp_core.weights.files import State, strip_prefix
 from addp_core.weights.layouts.shapes import (
-    DECODER_HEADS,
-    default_heads,
     depth_of,
     has_tensors,
     require_tensors,
@@ -55,7 +54,7 @@ def is_vqgan(state: Mapping[str, Any]) -> bool:
 # -------------------- published -> ours
 
 
-def convert_addp(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, ADDPConfig]:
+def convert_addp(source: str, state: State, hints: Hints) -> tuple[State, ADDPConfig]:
     """Convert a published ADDP checkpoint."""
     ours = from_published(state)
     encoder, decoder = strip_prefix(ours, "denoiser.encoder."), strip_prefix(ours, "denoiser.decoder.")
@@ -66,31 +65,33 @@ def convert_addp(source: str, state: State, heads: Mapping[str, int]) -> tuple[S
     tokenizer_state = strip_prefix(ours, "tokenizer.")
     tokenizer = _tokenizer_config(source, tokenizer_state) if tokenizer_state else TokenizerConfig()
     predictor_state = strip_prefix(ours, "predictor.")
-    predictor = _predictor_config(source, predictor_state, heads) if predictor_state else None
-    encoder_heads = heads.get("encoder_heads", default_heads(width))
+    predictor = _predictor_config(source, predictor_state, hints) if predictor_state else None
+    encoder_heads = hints.heads_for("encoder_heads", width)
     denoiser = DenoiserConfig(
         EncoderConfig(width, depth_of(encoder, "blocks."), encoder_heads, dropout=0.1, tokenizer_norm=True),
-        DecoderConfig(depth_of(decoder, "decoder_blocks."), heads.get("decoder_heads", DECODER_HEADS)),
+        DecoderConfig(depth_of(decoder, "decoder_blocks."), hints.decoder_heads_for("decoder_heads", width)),
     )
     vocabulary = _vocabulary(decoder["token_emb.weight"], tokenizer.codebook if tokenizer_state else None)
     image_size = (grid[0] * patch, grid[1] * patch)
     return ours, ADDPConfig(image_size, tokenizer, vocabulary, predictor, denoiser)
 
 
-def convert_mage(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, PredictorArchitecture]:
+def convert_mage(source: str, state: State, hints: Hints) -> tuple[State, PredictorArchitecture]:
     """Convert a MAGE checkpoint to a token predictor."""
     ours = {key: value for key, value in state.items() if key not in MAGE_UNUSED and not key.startswith("vqgan.")}
     tokens = ours["token_emb.position_embeddings.weight"].shape[0] - 1
     codebook = state.get(f"vqgan.{VQGAN_CODEBOOK}")
     vocabulary = _vocabulary(ours["token_emb.word_embeddings.weight"], None if codebook is None else len(codebook))
-    predictor = _predictor_config(source, ours, heads)
+    predictor = _predictor_config(source, ours, hints)
     return ours, PredictorArchitecture(predictor, square_grid(source, tokens), vocabulary)
 
 
-def convert_vqgan(source: str, state: State, heads: Mapping[str, int]) -> tuple[State, TokenizerArchitecture]:
+def convert_vqgan(source: str, state: State, hints: Hints) -> tuple[State, TokenizerArchitecture]:
     """Convert a VQGAN checkpoint, or the VQGAN inside a MAGE checkpoint, to a tokenizer."""
     prefix = "vqgan." if f"vqgan.{VQGAN_CODEBOOK}" in state else ""
-    ours = {key: value for key, value in strip_prefix(state, prefix).items() if key.startswith(VQGAN_PREFIXES)}
+    vqgan = strip_prefix(state, prefix)
+    ours = {key: value for key, value in vqgan.items() if key.startswith(VQGAN_PREFIXES)}
+    _check_no_other_parts(source, vqgan)
     return ours, TokenizerArchitecture(_tokenizer_config(source, ours))
 
 
@@ -190,25 +191,30 @@ def _unused_tensors(config: ADDPConfig) -> State:
 # -------------------- architectures from shapes
 
 
-def _predictor_config(source: str, state: State, heads: Mapping[str, int]) -> PredictorConfig:
+def _predictor_config(source: str, state: State, hints: Hints) -> PredictorConfig:
     require_tensors(source, state, ("token_emb.word_embeddings.weight", "token_emb.position_embeddings.weight"))
     width = state["token_emb.word_embeddings.weight"].shape[1]
     return PredictorConfig(
         width,
         depth_of(state, "blocks."),
-        heads.get("predictor_heads", default_heads(width)),
+        hints.heads_for("predictor_heads", width),
         depth_of(state, "decoder_blocks."),
-        heads.get("predictor_decoder_heads", DECODER_HEADS),
+        hints.decoder_heads_for("predictor_decoder_heads", width),
     )
 
 
-def _tokenizer_config(source: str, state: State) -> TokenizerConfig:
-    unsupported = [key for key in state if ".attn" in key or "quant_conv" in key]
+def _check_no_other_parts(source: str, state: State) -> None:
+    """Raise UserError if the VQGAN has parts that MaskGIT's, and our tokenizer, lack."""
+    unsupported = [key for key in state if ".attn" in key or key.startswith(("quant_conv.", "post_quant_conv."))]
     if unsupported:
         raise UserError(
             f"{source}: a VQGAN with attention or quantization convolutions ({unsupported[0]}); "
             "expected MaskGIT's VQGAN, which has neither"
         )
+
+
+def _tokenizer_config(source: str, state: State) -> TokenizerConfig:
+    _check_no_other_parts(source, state)
     require_tensors(source, state, ("encoder.conv_in.weight", VQGAN_CODEBOOK))
     width = state["encoder.conv_in.weight"].shape[0]
     levels = 1 + max((int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.", key) for key in state) if m), default=0)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from addp_core.weights.assumptions import Hints
 from addp_core.weights.files import State
 from addp_core.weights.layouts.ours import convert_our_addp, is_our_addp
 from addp_core.weights.layouts.published import (
@@ -22,8 +23,8 @@ class Layout(NamedTuple):
 
     kind: str  # a key of ARCHITECTURES
     matches: Callable[[Mapping[str, Any]], bool]
-    convert: Callable[[str, State, Mapping[str, int]], tuple[State, Any]]
-    """(source named in errors, tensors, numbers of heads) -> (tensors under our names, architecture)"""
+    convert: Callable[[str, State, Hints], tuple[State, Any]]
+    """(source named in errors, tensors, what the caller knows) -> (tensors under our names, architecture)"""
 
 
 LAYOUTS = (
@@ -53,10 +54,25 @@ _DESCRIPTIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
 )
 
 
+_OTHER_METHODS = ("roi_heads.", "proposal_generator.", "decode_head.", "model.diffusion_model.", "first_stage_model.")
+
+
+def is_model(state: Mapping[str, Any]) -> bool:
+    """Check whether tensors are one whole model in a layout that can be read."""
+    return any(layout.matches(state) for layout in LAYOUTS)
+
+
+def is_other_method(state: Mapping[str, Any]) -> bool:
+    """Check whether tensors are a detector, a segmenter or a latent diffusion, whose parts are not read."""
+    return any(key.startswith(_OTHER_METHODS) for key in state)
+
+
 def describe_tensors(state: Mapping[str, Any]) -> str:
     """Say what a state dict looks like, for example 'this is a MAGE checkpoint: pass it as predictor='."""
-    for matches, description in _DESCRIPTIONS:
-        if matches(state):
-            return f"this is {description}"
+    for prefix in ("", *dict.fromkeys(key.split(".")[0] + "." for key in state)):
+        below = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for matches, description in _DESCRIPTIONS:
+            if matches(below):
+                return f"under '{prefix}' this is {description}" if prefix else f"this is {description}"
     names = ", ".join(list(state)[:4])
     return f"unknown content ({len(state)} entries such as {names})" if state else "there are no tensors in it"

@@ -6,20 +6,12 @@ from typing import Any
 
 from addp_core.base.errors import UserError
 
-HEAD_WIDTH = 64  # of every published ViT: heads = width / 64
-DECODER_HEADS = 16  # of every published decoder
-
 
 def depth_of(names: Iterable[str], prefix: str) -> int:
     """Count the blocks named `<prefix>0.`, `<prefix>1.`, ..."""
     return 1 + max(
         (int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)), default=-1
     )
-
-
-def default_heads(width: int) -> int:
-    """Return the number of attention heads that published ViTs of this width have."""
-    return max(width // HEAD_WIDTH, 1)
 
 
 def is_square(tokens: int) -> bool:

@@ -13,7 +13,7 @@ from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION, ClassifierArchitecture, EncoderArchitecture
-from addp_core.weights.assumptions import Hints
+from addp_core.weights.assumptions import Assumption, Hints
 from addp_core.weights.files import State
 from addp_core.weights.layouts.positions import fit_positions, grid_of_table
 from addp_core.weights.layouts.published import ENCODER_PREFIXES
@@ -94,6 +94,8 @@ def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[Sta
     classes = len(head["weight"])
     ours |= {"head.weight": head["weight"], "head.bias": head.get("bias", torch.zeros(classes))}
     mean, std = NORMALISATION["imagenet"]
+    note = "does not store how its images were normalized; took ImageNet's mean and std (normalisation=half takes 0.5)"
+    hints.assumptions.append(Assumption("normalisation", note))
     pooling: Literal["avg", "token"] = "avg" if norm == "fc_norm" else "token"
     return ours, ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
 

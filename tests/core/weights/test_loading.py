@@ -60,10 +60,15 @@ def test_reading_infers_kind_and_architecture(golden):
     assert weights.architecture.vocabulary.size == 2025
 
 
-def test_head_defaults_are_width_over_64_and_16(golden):
-    config = load_addp({"model": golden}).config
-    assert (config.denoiser.encoder.heads, config.denoiser.decoder.heads) == (1, 16)
-    assert (config.predictor.heads, config.predictor.decoder_heads) == (1, 16)
+def test_heads_of_unknown_widths_are_demanded(golden, caplog):
+    assert_user_error(lambda: load_addp({"model": golden}), "has width 64", "expected encoder_heads=<number>")
+    config = load_addp({"model": golden}, encoder_heads=4).config
+    assert (config.denoiser.encoder.heads, config.denoiser.decoder.heads) == (4, 16)
+    for key in ("decoder_heads", "predictor_heads", "predictor_decoder_heads"):
+        assert f"({key} overrides this)" in caplog.text
+    caplog.clear()
+    load_addp({"model": golden}, **HEADS)
+    assert not caplog.text
 
 
 def test_heads_in_arguments_replace_stored_ones():

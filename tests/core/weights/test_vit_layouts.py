@@ -99,7 +99,7 @@ def test_plain_vits(tmp_path, kind):
         decoder = {"mask_token": (1, 1, 8), "decoder_pos_embed": (1, 17, 8), "decoder_pred.weight": (192, 8)}
         state = {"model": state | {name: torch.zeros(shape) for name, shape in decoder.items()}}
     torch.save(state, tmp_path / "vit.pth")
-    encoder = load_encoder(tmp_path / "vit.pth", img_size=32)
+    encoder = load_encoder(tmp_path / "vit.pth", img_size=32, encoder_heads=1)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder(images), vit.forward_features(images), atol=1e-5, rtol=1e-4)
 
