@@ -29,6 +29,7 @@ MAX_PIXELS = 178_956_970  # larger images are taken for decompression bombs; Pil
 OPAQUE_WHITE = (255, 255, 255, 255)
 
 EXIF_ORIENTATION = 0x0112
+TIFF_PHOTOMETRIC, TIFF_MIN_IS_WHITE = 262, 0
 TRANSPOSES = {  # value of the EXIF orientation -> operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -89,6 +90,11 @@ class LazyImage:
                 )
             self._image = encoded
             self._transpose = TRANSPOSES.get(_orientation(encoded))
+            self._white_is_zero = _white_is_zero(encoded)
+            if encoded.format == "TIFF" and self._transpose is not None:
+                # Pillow itself turns TIFFs, when they are loaded, and deletes the orientation; older versions do not.
+                encoded.load()
+                self._transpose = TRANSPOSES.get(_orientation(encoded))
             self._decoded_size = encoded.size[::-1] if self._transpose in SWAPS_SIDES else encoded.size
             self.width, self.height = size or self._decoded_size
 
@@ -96,10 +102,16 @@ class LazyImage:
         """Return the whole upright image as 8-bit RGB."""
         with wrap_image_errors():
             image = self._image.transpose(self._transpose) if self._transpose is not None else self._image
-            return _to_rgb(image)
+            return _to_rgb(image, self._white_is_zero)
 
-    def crop(self, box: Box, size: tuple[int, int], flip: bool = False) -> Image.Image:
-        """Return a part of the upright image, resized bicubically to `size` (width, height), as 8-bit RGB."""
+    def crop(
+        self,
+        box: Box,
+        size: tuple[int, int],
+        flip: bool = False,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> Image.Image:
+        """Return a part of the upright image, resized to `size` (width, height), as 8-bit RGB."""
         with wrap_image_errors():
             image = self._image
             left, top, right, bottom = box
@@ -114,8 +126,8 @@ class LazyImage:
             if self._transpose is not None:
                 image = image.transpose(self._transpose)
             if image.mode not in ("RGB", "L") or "transparency" in image.info:
-                image = _to_rgb(image)
-            image = image.resize(size, Image.Resampling.BICUBIC, box=(left * x, top * y, right * x, bottom * y))
+                image = _to_rgb(image, self._white_is_zero)
+            image = image.resize(size, resample, box=(left * x, top * y, right * x, bottom * y))
             if flip:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             return image.convert("RGB")
@@ -128,13 +140,20 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _white_is_zero(image: Image.Image) -> bool:
+    """Check for a 16-bit TIFF whose 0 is white: Pillow inverts 8 bits itself, but not 16."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode.startswith("I;16") and tags.get(TIFF_PHOTOMETRIC) == TIFF_MIN_IS_WHITE
+
+
+def _to_rgb(image: Image.Image, white_is_zero: bool = False) -> Image.Image:
     """Convert any mode to 8-bit RGB: 16 bits are scaled to 8, transparency is put on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)  # 0 to 65535; Pillow's own conversion would clip at 255
+        values = 65535 - values if white_is_zero else values
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError("32-bit grayscale has no fixed range: save the image with 8 or 16 bits")
