@@ -3,15 +3,16 @@
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from addp_core.base.errors import UserError
 from tools.bench.arguments import errors_name
 from tools.bench.curves import read_metrics
 
 if TYPE_CHECKING:  # `addp report` does without torch
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
@@ -30,6 +31,7 @@ class Arm:
         parameters: Number of parameters of the encoder, None if the file holds no encoder.
         image_size: (height, width) in pixels.
         generates: Whether the checkpoint is a complete ADDP model, which can generate images.
+        problem: Why the checkpoint cannot be read, "" if it can; no chosen step needs such an arm.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Arm:
     parameters: int | None
     image_size: tuple[int, int]
     generates: bool
+    problem: str = ""
 
     def about(self) -> dict[str, Any]:
         """Return the arm's entry in bench.json. If the model is a run folder, it has the budget of its pretraining:
@@ -76,35 +79,45 @@ def _budget(run: Path, last_step: float = math.inf) -> tuple[int, float]:
     return seen, seconds
 
 
-def open_arms(models: "Mapping[str, str]", random: bool) -> list[Arm]:
+def open_arms(models: "Mapping[str, str]", random: bool, needed: "Collection[str]") -> list[Arm]:
     """Read every checkpoint once; with `random`, add the arm "random", which has the first one's architecture.
 
-    Raises UserError, with the key, if a checkpoint cannot be read.
+    Raises UserError, with the key, if a checkpoint of an arm in `needed` cannot be read.
     """
+    arms, random_digests = [], []
+    for name, model in models.items():
+        try:
+            with errors_name(f"models.{name}"):
+                arm, random_digest = _open_arm(name, model)
+        except UserError as error:
+            if name in needed:
+                raise
+            arm, random_digest = Arm(name, model, "pretrained", "", None, (224, 224), False, str(error)), ""
+        arms.append(arm)
+        random_digests.append(random_digest)
+    if random:
+        arms.append(replace(arms[0], name="random", init="random", digest=random_digests[0], generates=False))
+    return arms
+
+
+def _open_arm(name: str, model: str) -> tuple[Arm, str]:
+    """Read a checkpoint. Returns its arm, and the digest of the arm "random" if that has this architecture."""
     from addp_core.weights.encoders import load_encoder
     from addp_core.weights.reading import read_weights
 
-    arms, random_digests = [], []
-    for name, model in models.items():
-        with errors_name(f"models.{name}"):
-            weights = read_weights(model)
-            architecture: Any = weights.architecture
-            encoder_config = getattr(architecture, "encoder", None)
-            size = (
-                getattr(architecture, "image_size", None) or getattr(encoder_config, "image_size", None) or (224, 224)
-            )
-            digest = _digest(f"{weights.kind} {architecture}", weights.state)
-            parameters, random_digest = None, digest
-            if weights.kind != "predictor":  # MAGE's encoder needs a tokenizer
-                encoder = load_encoder(model, size, init="random")
-                parameters = sum(parameter.numel() for parameter in encoder.parameters())
-                random_digest = _random_digest(encoder)
-        random_digests.append(random_digest)
-        arms.append(Arm(name, model, "pretrained", digest, parameters, (size[0], size[1]), weights.kind == "addp"))
-    if random:
-        first = arms[0]
-        arms.append(Arm("random", first.model, "random", random_digests[0], first.parameters, first.image_size, False))
-    return arms
+    weights = read_weights(model)
+    architecture: Any = weights.architecture
+    encoder_config = getattr(architecture, "encoder", None)
+    size = getattr(architecture, "image_size", None) or getattr(encoder_config, "image_size", None) or (224, 224)
+    digest = _digest(f"{weights.kind} {architecture}", weights.state)
+    parameters, random_digest = None, digest
+    if weights.kind != "predictor":  # MAGE's encoder needs a tokenizer
+        heads = getattr(encoder_config, "heads", None)  # which the number of parameters does not depend on
+        encoder = load_encoder(model, size, init="random", encoder_heads=heads)
+        parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        random_digest = _random_digest(encoder)
+    arm = Arm(name, model, "pretrained", digest, parameters, (size[0], size[1]), weights.kind == "addp")
+    return arm, random_digest
 
 
 def _digest(text: str, state: "Mapping[str, Tensor]") -> str:

@@ -47,6 +47,12 @@ def run(recipe: BenchRecipe) -> None:
     """Check everything, then do what is missing. Exits with 1 if a step failed or a signal stopped the bench."""
     if recipe.bench.launch == "slurm" and shutil.which("sbatch") is None:
         raise UserError("bench.launch=slurm: no sbatch on the PATH; expected a machine of a Slurm cluster, or local")
+    if recipe.replaced_models:
+        log.info(
+            "model: %s replaces the models of the recipe: %s",
+            *recipe.models.values(),
+            ", ".join(recipe.replaced_models),
+        )
     plan = Plan(recipe)
     chosen, out = plan.chosen_steps(), plan.out
     try:

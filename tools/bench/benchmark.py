@@ -153,6 +153,8 @@ class Benchmark(ABC):
             step.left_out = f"not one of {self.name}.arms"
         elif missing := self.missing_dataset(recipe):
             step.left_out = f"data.{missing} is not given"
+        elif problem := arm.problem or next(filter(None, map(inputs.problems.get, self.paths(recipe))), ""):
+            step.left_out = problem
         else:
             step.left_out = self.unsuitable(arm)
         if step.left_out:

@@ -26,10 +26,13 @@ class SampleImage:
 
 @dataclass
 class Inputs:
-    """What is known of the datasets: path -> digest of its listing, dataset -> sample images."""
+    """What is known of the datasets: path -> digest of its listing, dataset -> sample images, dataset -> what is wrong
+    with one that no chosen step reads.
+    """
 
     out: Path
     digests: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
     samples: dict[str, list[SampleImage]] = field(default_factory=dict)
 
     def folder(self, dataset: str) -> Path:

@@ -57,9 +57,13 @@ class Plan:
             if name not in known:
                 expected = f"benchmarks ({', '.join(BENCHMARKS)}) or steps (as det/{arms[0]})"
                 raise UserError(f"bench.only: found {name!r}, expected {expected}{did_you_mean(name, known)}")
-        self.inputs = check_datasets(recipe, {name.split("/")[0] for name in self.only} or set(BENCHMARKS))
-        self.arms: list[Arm] = open_arms(recipe.models, recipe.random)
-        self.steps = plan_steps(recipe, self.arms, self.inputs)
+        wanted = wanted_steps(recipe, arms)
+        self.inputs = check_datasets(recipe, {name.split("/")[0] for name in wanted})
+        needed_arms = {name.split("/")[1] for name in wanted}
+        if "random" in needed_arms:  # which has the first model's architecture
+            needed_arms.add(arms[0])
+        self.arms: list[Arm] = open_arms(recipe.models, recipe.random, needed_arms)
+        self.steps = plan_steps(recipe, self.arms, self.inputs, wanted)
         check_packages({step.benchmark for step in self.chosen_steps()})
 
     def chosen_steps(self) -> list[Step]:
@@ -91,49 +95,86 @@ class Plan:
         return names
 
 
+def wanted_steps(recipe: BenchRecipe, arms: Sequence[str]) -> set[str]:
+    """Return the names of the steps that bench.only asks for, and of those that they need. Some may not exist."""
+    pending: list[str] = []
+    for name in recipe.bench.only or BENCHMARKS:
+        benchmark, _, arm = name.partition("/")
+        pending += [f"{benchmark}/{each}" for each in ([arm] if arm else recipe.section(benchmark).arms or arms)]
+    wanted: set[str] = set()
+    while pending:
+        name = pending.pop()
+        benchmark, _, arm = name.partition("/")
+        if name not in wanted and benchmark in BENCHMARKS:
+            pending += [f"{needed}/{arm}" for needed in BENCHMARKS[benchmark].builds_on]
+            settings = recipe.section(benchmark).set.values()
+            pending += [each.removeprefix(BEST_RUN) for each in settings if str(each).startswith(BEST_RUN)]
+            wanted.add(name)
+    return wanted
+
+
 def check_datasets(recipe: BenchRecipe, wanted: Collection[str]) -> Inputs:
     """Check every dataset whose path is given; `wanted` names the benchmarks to run.
 
-    Raises UserError, with the key, if one is missing or not laid out as expected.
+    Raises UserError, with the key, if one that they read is missing or not laid out as expected.
     """
-    wanted = {*wanted, *(name for benchmark in wanted for name in BENCHMARKS[benchmark].builds_on)}
     inputs = Inputs(Path(recipe.out))
     for dataset in datasets_of(BENCHMARKS.values()):
         if path := recipe.data.path(dataset.key):
-            with errors_name(f"data.{dataset.key}"):
-                inputs.digests[path] = listing_digest(path)
-                readers = [each for each in BENCHMARKS.values() if each.name in wanted and dataset in each.datasets]
-                if source := dataset.check(path, recipe, readers):
-                    inputs.take_samples(dataset.key, source)
+            readers = [each for each in BENCHMARKS.values() if each.name in wanted and dataset in each.datasets]
+            try:
+                with errors_name(f"data.{dataset.key}"):
+                    inputs.digests[path] = listing_digest(path)
+                    if source := dataset.check(path, recipe, readers):
+                        inputs.take_samples(dataset.key, source)
+            except UserError as error:
+                if readers:
+                    raise
+                inputs.problems[dataset.key] = str(error)
     return inputs
 
 
-def plan_steps(recipe: BenchRecipe, arms: Sequence[Arm], inputs: Inputs) -> dict[str, Step]:
-    """Return all steps by name, with those that are left out. Raises UserError if a setting does not fit its verb."""
+def plan_steps(recipe: BenchRecipe, arms: Sequence[Arm], inputs: Inputs, wanted: Collection[str]) -> dict[str, Step]:
+    """Return all steps by name, with those that are left out.
+
+    Raises UserError if a setting of a step in `wanted` does not fit its verb; any other such step is left out.
+    """
     names = [arm.name for arm in arms]
     steps: dict[str, Step] = {}
     for benchmark in BENCHMARKS.values():
-        for unknown in set(recipe.section(benchmark.name).arms) - set(names):
+        is_wanted = any(name.startswith(f"{benchmark.name}/") for name in wanted)
+        for unknown in set(recipe.section(benchmark.name).arms) - set(names) if is_wanted else ():
             expected = f"some of {', '.join(names)}{did_you_mean(unknown, names)}"
             raise UserError(f"{benchmark.name}.arms: found {unknown!r}, expected {expected}")
         for arm in arms:
-            step = benchmark.plan(arm, recipe, inputs)
+            try:
+                step = benchmark.plan(arm, recipe, inputs)
+            except (UserError, ModuleNotFoundError) as error:
+                if is_wanted:
+                    raise
+                step = Step(benchmark.name, arm, Path(recipe.out), left_out=str(error))
             steps[step.name] = step
-    _check_needs(steps)
+    _check_needs(steps, wanted)
     for step in steps.values():
         if not step.left_out:
             step.basis["needs"] = {needed: steps[needed].fingerprint for needed in step.needs}
     return steps
 
 
-def _check_needs(steps: Mapping[str, Step]) -> None:
-    """Leave out the steps that need one which is left out. Raises UserError if a step that is needed does not exist."""
+def _check_needs(steps: Mapping[str, Step], wanted: Collection[str]) -> None:
+    """Leave out the steps that need one which is left out.
+
+    Raises UserError if a step that one in `wanted` needs does not exist.
+    """
     for step in steps.values():
         for needed in step.needs:
             if needed not in steps:
                 expected = ", ".join(name for name in steps if name.startswith("finetune/"))
-                raise UserError(f"{step.benchmark}.set: {BEST_RUN}{needed}: no such step; expected one of {expected}")
-            if steps[needed].left_out and not step.left_out:
+                problem = f"{step.benchmark}.set: {BEST_RUN}{needed}: no such step; expected one of {expected}"
+                if step.name in wanted:
+                    raise UserError(problem)
+                step.left_out = problem
+            elif steps[needed].left_out and not step.left_out:
                 step.left_out = f"needs {needed}, which is left out"
 
 

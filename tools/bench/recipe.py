@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 
 BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step with its first seed
+MODEL_ARM = "addp"  # the arm of the key `model`
 ARM_NAME = re.compile(r"[\w.+-]+")
 
 
@@ -71,7 +72,7 @@ class BenchRecipe:
     """Keys of `addp bench` that do not depend on the benchmarks."""
 
     out: Annotated[str, "folder for the steps, bench.json, report.html and report.md"] = "runs/bench"
-    model: Annotated[str, "short for models={addp: ...}"] = ""
+    model: Annotated[str, "short for models={addp: ...}; replaces the models of a recipe"] = ""
     models: Annotated[
         dict[str, str], "name -> a run folder, a file or hf://owner/repository/file: the rows of the table"
     ] = field(default_factory=dict)
@@ -85,15 +86,23 @@ class BenchRecipe:
     jobs: Annotated[int, Ge(1), "runs at a time within a step"] = 1
     price_per_hour: Annotated[float | None, Ge(0), "price of an hour of this machine, for the report"] = None
     bench: Launch = field(default_factory=Launch)
+    replaced_models: tuple[str, ...] = field(default=(), init=False)  # names of the recipe's models, if `model` is set
 
     def __post_init__(self) -> None:
-        if self.model and self.models:
-            raise ValueError(f"model: found {self.model!r} and models too, expected one of them")
         if self.model:
-            self.models, self.model = {"addp": self.model}, ""
+            self._replace_models()
         for name in self.models:
             if not ARM_NAME.fullmatch(name) or name == "random":
                 raise ValueError(f"models: {name!r}, expected a name of letters, digits, . + - _, other than random")
+
+    def _replace_models(self) -> None:
+        """Put `model` in the place of all models, and in the place of each one that a section names in `arms`."""
+        self.replaced_models = tuple(self.models)
+        self.models, self.model = {MODEL_ARM: self.model}, ""
+        for section in vars(self).values():
+            if isinstance(section, EvaluationKeys):
+                arms = (MODEL_ARM if name in self.replaced_models else name for name in section.arms)
+                section.arms = list(dict.fromkeys(arms))
 
     def section(self, benchmark: str) -> EvaluationKeys:
         """Return the keys of a benchmark."""

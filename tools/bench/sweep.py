@@ -14,7 +14,7 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from tools.bench.arguments import as_argument
 from tools.bench.children import Children, Stopped, last_lines
+from tools.bench.preflight import check_commands
 
 log = logging.getLogger("addp")
 
@@ -91,6 +92,7 @@ def run(recipe: Recipe) -> None:
     if recipe.verb not in VERBS:
         raise UserError(f"verb: found {recipe.verb!r}, expected a verb of addp{did_you_mean(recipe.verb, VERBS)}")
     out = Path(recipe.out)
+    check_commands(recipe.verb, _pending_commands(recipe))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", dump(recipe).encode())
@@ -127,8 +129,8 @@ def _search_and_repeat(recipe: Recipe, children: Children) -> tuple[RunScores, d
 
     Returns the score of every run, and arm -> best point; an arm all of whose runs failed has none.
     """
-    points = [tuple(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
-    scores = _score_all(recipe, [SweepRun(arm, p, recipe.seeds[0]) for arm in recipe.arms for p in points], children)
+    points, first = _grid_points(recipe), recipe.seeds[0]
+    scores = _score_all(recipe, [SweepRun(arm, p, first) for arm in recipe.arms for p in points], children)
     best = {}
     for arm in recipe.arms:
         tried = {each.point: score for each, score in scores.items() if each.arm == arm and score is not None}
@@ -136,6 +138,25 @@ def _search_and_repeat(recipe: Recipe, children: Children) -> tuple[RunScores, d
             best[arm] = max(tried, key=lambda point: tried[point])
     repeats = [SweepRun(arm, point, seed) for seed in recipe.seeds[1:] for arm, point in best.items()]
     return scores | _score_all(recipe, repeats, children), best
+
+
+def _grid_points(recipe: Recipe) -> list[GridPoint]:
+    return [tuple(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
+
+
+def _pending_commands(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+    """Yield (arm, arguments) of the runs to do: the search with the first seed and, of each other seed, a run that has
+    not finished with any point, since the best one is not known yet.
+    """
+    points = _grid_points(recipe)
+    for arm in recipe.arms:
+        for number, seed in enumerate(recipe.seeds):
+            runs = [SweepRun(arm, point, seed) for point in points]
+            pending = [each for each in runs if _recorded_score(recipe, each) is None]
+            if number and len(pending) < len(runs):
+                continue
+            for each in pending if number == 0 else pending[:1]:
+                yield arm, _arguments(recipe, each)
 
 
 def _summarize(recipe: Recipe, scores: RunScores, best: Mapping[str, GridPoint]) -> dict[str, dict[str, Any]]:
@@ -183,16 +204,11 @@ def _score_all(recipe: Recipe, runs: Sequence[SweepRun], children: Children) -> 
 
 def _score(recipe: Recipe, sweep_run: SweepRun, children: Children) -> float | None:
     """Do a run, unless it has finished before, and return its metric; None if it fails."""
+    if (recorded := _recorded_score(recipe, sweep_run)) is not None:
+        return recorded
     folder = Path(recipe.out) / sweep_run.name
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**recipe.set, **recipe.arms[sweep_run.arm], **dict(sweep_run.point)}
-    settings |= {recipe.seed_key: sweep_run.seed, "out": folder}
-    arguments = [f"{key}={as_argument(value, sweep_run.seed)}" for key, value in settings.items()]
-    command = [*recipe.verb.split(), *([recipe.recipe] if recipe.recipe else []), *arguments]
-    record = folder / SCORE
-    task = {"command": command, "metric": recipe.metric}
-    if record.exists() and (recorded := json.loads(record.read_text(encoding="utf-8"))) | task == recorded:
-        return recorded["score"]
+    command = _arguments(recipe, sweep_run)
     _wait_until_free(folder, children)
     output = _log_of(sweep_run, Path(recipe.out))
     code = children.run_addp(command, output, recipe.processes)
@@ -206,8 +222,27 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children) -> float | N
         if part not in score:
             raise UserError(f"metric: {folder} has no {part!r}; expected one of {', '.join(score)}")
         score = score[part]
-    write_atomically(record, json.dumps({**task, "score": score}).encode())
+    content = {"command": command, "metric": recipe.metric, "score": score}
+    write_atomically(folder / SCORE, json.dumps(content).encode())
     return score
+
+
+def _arguments(recipe: Recipe, sweep_run: SweepRun) -> list[str]:
+    """Return the arguments of `addp` for a run."""
+    settings = {**recipe.set, **recipe.arms[sweep_run.arm], **dict(sweep_run.point)}
+    settings |= {recipe.seed_key: sweep_run.seed, "out": Path(recipe.out) / sweep_run.name}
+    arguments = [f"{key}={as_argument(value, sweep_run.seed)}" for key, value in settings.items()]
+    return [*recipe.verb.split(), *([recipe.recipe] if recipe.recipe else []), *arguments]
+
+
+def _recorded_score(recipe: Recipe, sweep_run: SweepRun) -> float | None:
+    """Return the metric of a run that has finished before with the same command, None if there is none."""
+    record = Path(recipe.out) / sweep_run.name / SCORE
+    if not record.exists():
+        return None
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    task = {"command": _arguments(recipe, sweep_run), "metric": recipe.metric}
+    return recorded["score"] if recorded | task == recorded else None
 
 
 def _wait_until_free(folder: Path, children: Children) -> None:

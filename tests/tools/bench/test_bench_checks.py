@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from bench_commands import bench_command, commands_run, last_line
+from bench_commands import bench_command, bench_json, commands_run, last_line
 
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
@@ -26,7 +26,6 @@ from tools.bench.benchmarks import BENCHMARKS
         (["data.imagenet_c={toys}/toy/imagenet"], "data.imagenet_c: {toys}/toy/imagenet lacks"),
         (["models={{a: {toys}/c}}"], "models.a: {toys}/c: no such file"),
         (["models={{random: {toys}/a}}"], "models: 'random', expected a name"),
-        (["model={toys}/a"], "model: found '{toys}/a' and models too"),
         (["models={{}}"], "models: none given; expected model="),
         (["det.set={{train.step: 5}}"], "det: unknown key 'train.step'; did you mean 'train.steps'?"),
         (["det.grid={{train.lr: [0.1, -1]}}"], "det: train.lr: found -1"),
@@ -43,6 +42,37 @@ def test_wrong_input(toys, fake, tmp_path, capsys, settings, message):
     assert message.format(toys=toys) in last_line(capsys)
     assert not out.exists()
     assert commands_run(fake, out) == []
+
+
+def test_model_replaces_the_models_of_a_recipe(toys, fake, tmp_path, capsys):
+    """The sections of `demo` name its two models, addp and early."""
+    out, data = tmp_path / "out", dict.fromkeys(("imagenet_a", "imagenet_r", "sketch", "imagenet_c", "ade20k"), "")
+    line = ["bench", "demo", f"model={toys / 'b'}", f"out={out}", "bench.only=finetune", "seeds=[0]"]
+    data |= {name: str(toys / "toy" / name) for name in ("imagenet", "coco")}
+    assert main([*line, *as_arguments({f"data.{name}": path for name, path in data.items()})]) == 0
+    assert commands_run(fake, out) == ["sweep finetune/addp", "sweep finetune/random"]
+    assert "replaces the models of the recipe: addp, early" in capsys.readouterr().err
+    assert {name: arm["model"] for name, arm in bench_json(out)["arms"].items()} == dict.fromkeys(
+        ("addp", "random"), str(toys / "b")
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["generation.arms=[early]"],
+        ["models={a: {toys}/a, early: {toys}/nowhere}", "generation.arms=[a,early]", "linprobe.arms=[a,random]"],
+        ["data.sketch={toys}/nowhere"],
+        ["generation.set={nn: 3}"],
+        ["generation.set={extractor: 'best:finetune/nobody'}"],
+    ],
+)
+def test_what_is_not_asked_for_is_not_checked(toys, fake, tmp_path, capsys, settings):
+    settings = [setting.replace("{toys}", str(toys)) for setting in settings]
+    assert main(bench_command(toys, tmp_path / "out", *settings, "bench.only=[linprobe]")) == 0
+    assert {name.split("/")[0] for name in commands_run(fake, tmp_path / "out")} == {"sweep linprobe"}
+    assert "left out: " in capsys.readouterr().err
+    assert main(bench_command(toys, tmp_path / "out", *settings, "bench.only=[generation,robustness]")) == 2
 
 
 def test_a_missing_package_is_named_before_the_first_step(toys, fake, tmp_path, capsys, monkeypatch):

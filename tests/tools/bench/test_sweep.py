@@ -22,20 +22,20 @@ def test_arms_over_grid_and_seeds(tmp_path, capsys):
     recipe = {
         "verb": "finetune",
         "set": common,
-        "arms": {"ours": {"model": str(model)}, "absent": {"model": str(tmp_path / "seed{seed}.pth")}},
+        "arms": {"ours": {"model": str(model)}, "unfit": {"model": str(model), "data.size": 9}},
         "grid": {"train.lr": [0.001, 0.0]},
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(json.dumps(recipe))
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="1"):  # one arm has no file
+    with pytest.raises(SystemExit, match="1"):  # the patches of one arm do not tile its images
         main(["sweep", str(path), f"out={out}", "seeds=[0]", "jobs=2"])
     table, errors = capsys.readouterr()
     assert "| ours | train.lr=" in table
-    assert "absent" not in table
-    failed = [out / "absent" / f"lr={lr},seed0" / "log.txt" for lr in (0.001, 0.0)]
+    assert "unfit" not in table
+    failed = [out / "unfit" / f"lr={lr},seed0" / "log.txt" for lr in (0.001, 0.0)]
     assert f"2 of 4 runs failed: {failed[0]}, {failed[1]}; the first one ends with: addp: " in errors
-    assert "seed0.pth: no such file" in (out / "absent" / "lr=0.001,seed0" / "log.txt").read_text()
+    assert "data.size=9" in (out / "unfit" / "lr=0.001,seed0" / "log.txt").read_text()
     summary = json.loads((out / "sweep.json").read_text())["arms"]["ours"]
     assert summary["mean"] == max(summary["grid"].values())
     results = json.loads((out / "ours" / "lr=0.001,seed0" / "results.json").read_text())
@@ -44,10 +44,10 @@ def test_arms_over_grid_and_seeds(tmp_path, capsys):
     assert (out / "ours" / "best-seed0" / "results.json").samefile(
         out / "ours" / f"lr={summary['setting']['train.lr']},seed0" / "results.json"
     )
-    assert not (out / "absent" / "best-seed0").exists()
+    assert not (out / "unfit" / "best-seed0").exists()
 
     logs = {log: log.read_text() for log in (out / "ours").glob("*seed0/log.txt")}
-    recipe["arms"].pop("absent")
+    recipe["arms"].pop("unfit")
     path.write_text(json.dumps(recipe))
     assert main(["sweep", str(path), f"out={out}", "seeds=[0,3]"]) == 0
     assert {log: log.read_text() for log in logs} == logs  # nothing was repeated
@@ -95,7 +95,16 @@ def sweep(tmp_path, monkeypatch) -> list[str]:
     """Return a command line whose trainings take no time."""
     (tmp_path / "training.py").write_text(TRAINING)
     monkeypatch.setattr(children, "ADDP", [sys.executable, str(tmp_path / "training.py")])
-    return ["sweep", f"out={tmp_path / 'out'}", "verb=finetune", "arms={a: {}}", "metric=AP"]
+    write_color_images(tmp_path / "images", train=1, val=1)
+    common = json.dumps({"data": str(tmp_path / "images"), "init": "random"})
+    return [
+        "sweep",
+        f"out={tmp_path / 'out'}",
+        "verb=finetune",
+        "arms={a: {model: tiny}}",
+        f"set={common}",
+        "metric=AP",
+    ]
 
 
 def test_a_setting_that_fails_is_left_out(sweep, tmp_path, capsys):
@@ -159,6 +168,39 @@ def test_the_training_of_a_killed_sweep_is_waited_for(sweep, tmp_path, capsys):
 def test_wrong_sweeps(settings, message, tmp_path, capsys):
     assert main(["sweep", f"out={tmp_path}", *settings]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["set={data: {here}/nowhere, init: random}"], "addp: data.source: {here}/nowhere does not exist"),
+        (["set={data: {here}/images}"], "addp: arms.a.model: tiny: a size, which has no weights"),
+        (["arms={a: {model: '{here}/seed{seed}.pth'}}"], "addp: arms.a.model: {here}/seed0.pth: no such file"),
+        (["arms={a: {model: '{here}/model-{seed}'}}"], "addp: arms.a.model: {here}/model-1: no such file"),
+        (["arms={a: {model: {here}/training.py}}"], "addp: arms.a.model: {here}/training.py: not a checkpoint"),
+        (["grid={train.lrr: [0.1]}"], "addp: finetune: unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["grid={train.lr: [0.1, -1]}"], "addp: finetune: train.lr: found -1"),
+        (["verb=det train", "recipe=tiny"], "has none of annotations/"),
+        (["verb=seg train", "recipe=tiny"], "objectInfo150.txt"),
+    ],
+)
+def test_inputs_are_checked_before_the_first_training(sweep, settings, message, tmp_path, capsys):
+    (tmp_path / "model-0").mkdir()
+    write_tiny_checkpoint(tmp_path / "model-0")
+    settings = [setting.replace("{here}", str(tmp_path)) for setting in settings]
+    assert main([*sweep, "grid={train.lr: [0.1]}", "seeds=[0,1]", *settings]) == 2
+    assert message.replace("{here}", str(tmp_path)) in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_sweep_does_not_need_its_checkpoints(sweep, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    checkpoint = write_tiny_checkpoint(tmp_path / "run")
+    line = [*sweep, f"arms={{a: {{model: {checkpoint}}}}}", "grid={train.lr: [0.1, 0.2]}", "seeds=[0,1]"]
+    assert main(line) == 0
+    checkpoint.unlink()
+    assert main(line) == 0
+    assert main([*line, "seeds=[0,1,3]"]) == 2
 
 
 def test_a_file_instead_of_a_folder(sweep, tmp_path, capsys):

@@ -1,0 +1,75 @@
+"""What `addp sweep` checks before its first run: the keys, checkpoints and datasets of all runs that are still to do.
+
+A training that is going to fail over a missing file takes seconds to say so, and a sweep has dozens of trainings.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from addp_core.base.errors import UserError
+from addp_core.recipes.config import dump
+from tools.bench.arguments import verb_recipe
+
+
+def check_commands(verb: str, commands: Iterable[tuple[str, list[str]]]) -> None:
+    """Check (arm, arguments of `addp`) for each run of `verb`, every dataset and checkpoint once.
+
+    Raises UserError, with the key, for what the runs would refuse before their first step.
+    """
+    checked: set[tuple[object, ...]] = set()
+    for arm, arguments in commands:
+        training = verb_recipe(arguments, verb)
+        data = getattr(training, "data", None)
+        validation = getattr(training, "val", ""), getattr(training, "val_share", 0.0)
+        dataset = ("data", dump(data) if data is not None else "", *validation)
+        if verb in DATASET_CHECKS and dataset not in checked:
+            DATASET_CHECKS[verb](training)
+        model = ("model", getattr(training, "model", ""), getattr(training, "init", ""))
+        if verb in DATASET_CHECKS and model not in checked:
+            try:
+                _check_model(training)
+            except UserError as error:
+                raise UserError(f"arms.{arm}.model: {error}") from error
+        checked |= {dataset, model}
+
+
+def _check_model(training: Any) -> None:
+    """Read the checkpoint of a training. Raises UserError if it is missing, damaged or of no known layout."""
+    from addp_core.networks.encoder import VIT_SIZES
+    from addp_core.weights.reading import read_weights
+
+    if training.model not in VIT_SIZES or Path(training.model).exists():
+        heads = training.encoder_heads
+        read_weights(training.model, heads={} if heads is None else {"encoder_heads": heads})
+    elif training.init != "random":
+        training.load_encoder(training.data.size)  # says that a size has no weights
+
+
+def _check_labeled_images(training: Any) -> None:
+    from cls.data import open_splits
+
+    open_splits(training.data, training.val, training.val_share, training.train.seed)
+
+
+def _check_coco(training: Any) -> None:
+    from det.coco import locate_coco
+
+    for split in ("train", "val"):
+        locate_coco(training.data, split)  # only located: reading hundreds of megabytes is left to the training
+
+
+def _check_scenes(training: Any) -> None:
+    from seg.scenes import find_pairs, read_class_names
+
+    read_class_names(training.data.source, training.data.classes)
+    for split in ("train", "val"):
+        find_pairs(training.data.source, split)
+
+
+DATASET_CHECKS: dict[str, Callable[[Any], None]] = {
+    "finetune": _check_labeled_images,
+    "linprobe": _check_labeled_images,
+    "det train": _check_coco,
+    "seg train": _check_scenes,
+}
