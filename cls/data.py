@@ -1,6 +1,9 @@
 """Labeled images for training and for validation, in which a label means the same class, and their evaluation crop."""
 
+import hashlib
+import logging
 import math
+import os
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -9,41 +12,106 @@ import numpy as np
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
-from addp_core.data.sources import ImageSource, open_source
+from addp_core.data.image_source import ImageSource, Subset
+from addp_core.data.sources import explain_missing_classes, open_source
+from addp_core.data.splits import MissingSplitError
 from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier
 
+log = logging.getLogger("addp")
+
+HOLD_OUT_HINT = "val_share=0.1 to hold out a tenth of the training images of each class"
 # The published evaluation crop (App. D.2): this fraction of the shorter side up to 224 px, the whole side above.
 CROP_FRACTION, MAX_CROPPED_SIZE = 0.875, 224
 
 
-def open_splits(config: DataConfig, val: str = "") -> tuple[ImageSource, ImageSource]:
+def open_splits(
+    config: DataConfig, val: str = "", val_share: float = 0.0, seed: int = 0
+) -> tuple[ImageSource, ImageSource]:
     """Open the training images and the validation images, with the same classes in the same order.
 
-    val: a dataset to validate on; by default the `val` split of the training dataset.
+    Args:
+        config: the training images.
+        val: a dataset to validate on; by default the `val` split of the training dataset.
+        val_share: the share of the training images of each class to validate on instead.
+        seed: of the choice of these images.
 
-    Raises UserError if the images have fewer than two classes, or if the two splits differ in their classes.
+    Raises UserError if the images have fewer than two classes, if the two splits differ in their classes, or if there
+    are no images to validate on but those of training.
     """
+    if val and val_share:
+        raise UserError(f"val_share: found {val_share} beside val={val}; expected one of the two")
     train = open_source(config)
     if not train.classes:
-        raise UserError(f"data.source: {config.source} has no class folders; expected <class>/<image>, or a label list")
+        raise UserError(f"data.source: {explain_missing_classes(train, config.source)}")
     if len(train.classes) == 1:  # every prediction would be right
         raise UserError(
             f"data.source: {config.source} has one class, {train.classes[0]!r}; expected at least two: a folder "
             "<class>/ for each class, or train/<class>/ and val/<class>/"
         )
+    check_labels(train, config.source)
+    if val_share:
+        return hold_out(train, val_share, seed)
     val_source = val or config.source
-    validation = open_source(replace(config, source=val_source), "val", train.classes)
-    if validation.classes != train.classes:  # .tar files and Hugging Face datasets have class names of their own
+    try:
+        validation = open_source(replace(config, source=val_source), "val", train.classes)
+    except MissingSplitError as error:
+        raise UserError(f"{error}; expected val=<images to validate on>, or {HOLD_OUT_HINT}") from error
+    if not validation.classes:
+        raise UserError(f"val: the validation split of {explain_missing_classes(validation, val_source)}")
+    if validation.classes != train.classes:  # Hugging Face datasets have class names of their own
         pairs = zip_longest(train.classes, validation.classes, fillvalue="none")
         label, (train_class, val_class) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
         raise UserError(
             f"val: class {label} is {val_class} in {val_source} and {train_class} in {config.source}; "
             "expected the same classes"
         )
-    check_labels(train, config.source)
+    if same_images(train, validation):
+        if not val:
+            raise UserError(
+                f"val: {config.source} has no split to validate on, only the training images; expected "
+                f"val=<other images>, or {HOLD_OUT_HINT}"
+            )
+        log.warning("val: %s has the training images: its metrics say nothing about other images", val)
     check_labels(validation, val_source)
     return train, validation
+
+
+def same_images(first: ImageSource, second: ImageSource) -> bool:
+    """Check whether two datasets are the same files, by their number and the paths of three of them."""
+    return len(first) == len(second) and all(
+        os.path.realpath(first.name(index)) == os.path.realpath(second.name(index))
+        for index in (0, len(first) // 2, len(first) - 1)
+    )
+
+
+def hold_out(source: ImageSource, share: float, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Split a dataset into images to train on and images to validate on.
+
+    Of each class, the share (at least one image) whose digests of the seed and the image's name are lowest is held out:
+    the same images wherever the dataset lies, and nearly the same ones after images were added or removed.
+
+    Raises UserError if a class has fewer than two images, or the labels are not known without reading the images.
+    """
+    if source.labels is None:
+        raise UserError(f"val_share: found {share}, but the labels are not known in advance; expected val=<images>")
+    keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
+    held_out = np.zeros(len(source), dtype=bool)
+    for label, class_name in enumerate(source.classes):
+        indices = sorted(np.flatnonzero(source.labels == label).tolist(), key=keys.__getitem__)
+        if len(indices) < 2:
+            raise UserError(
+                f"val_share: class {class_name!r} has {len(indices)} image; expected at least two, one to validate on"
+            )
+        held_out[indices[: min(max(1, round(share * len(indices))), len(indices) - 1)]] = True
+    log.info(
+        "data: %d of %d images are held out for validation (val_share=%s, train.seed=%d)",
+        held_out.sum(),
+        len(source),
+        share,
+        seed,
+    )
+    return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))
 
 
 def check_labels(source: ImageSource, name: str) -> None:

@@ -70,6 +70,9 @@ class Recipe(EncoderKeys):
     out: Annotated[str, "run folder"]
     data: DataConfig = field(default_factory=partial(DataConfig, size=224, scale=(0.08, 1.0)))
     val: Annotated[DatasetPath, "images to validate on (default: the `val` split of `data`)"] = ""
+    val_share: Annotated[
+        float, Ge(0), Lt(1), "hold out this share of the training images of each class for validation; 0: none"
+    ] = 0.0
     pooling: Annotated[
         Literal["avg", "token"], "input of the head: the mean of the patch tokens, or the class token"
     ] = "avg"
@@ -109,7 +112,7 @@ class Recipe(EncoderKeys):
 
 def run(recipe: Recipe) -> None:
     """Fine-tune, or continue; end with `<out>/model.safetensors` and its metrics in results.json."""
-    datasets = functools.cache(lambda: open_splits(recipe.data, recipe.val))
+    datasets = functools.cache(lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed))
     if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         if recipe.confusion and not (Path(recipe.out) / CONFUSION).exists():
             log.info("confusion: the matrix is written at validations, and this run has finished; nothing to do")

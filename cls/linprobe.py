@@ -4,6 +4,7 @@ mode=full is the published protocol: random crops, LARS, a batch norm without af
 mode=fast computes the features of each image once and tries many learning rates on them, for each block and pooling.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from cls.probing.report import print_results
 
 def run(recipe: Recipe) -> None:
     """Probe an encoder, or continue; end with results.json and `<out>/model.safetensors`, a classifier."""
-    if prepare_out(recipe.out, recipe):
+    datasets = functools.cache(lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed))
+    if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         print_results(Path(recipe.out), recipe.mode)
         return
     if recipe.mode == "full":
         check_batch_norm(recipe)
-    train_set, val_set = open_splits(recipe.data, recipe.val)
+    train_set, val_set = datasets()
     torch.manual_seed(recipe.train.seed)
     encoder = recipe.load_encoder(recipe.data.hw)
     if recipe.norm == "pretrained" and recipe.init == "pretrained":

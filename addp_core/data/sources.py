@@ -6,6 +6,7 @@ All of them have random access.
 import importlib.util
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ log = logging.getLogger("addp")
 
 # Many Hugging Face datasets have no other images to validate on than "test".
 HUB_SPLITS = {"val": ("val", "validation", "test"), "validation": ("validation", "val")}
+IMAGENET_VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
 STREAMING_READERS = ("wds", "hfids", "tfds")  # timm's readers without random access
 
 
@@ -100,9 +102,9 @@ def open_source(
     """Open the images at `config.source`.
 
     The source is, in this order: a Hugging Face dataset `hfds/<name>`; a .tar file; `root/meta/<split>.txt` with lines
-    "path label" and the images under `root/<split>/`; the folder `root/<split>`; the folder `root`. A folder holds .tar
-    files, or images at any depth. If every image lies in a subfolder, the topmost subfolder is its class (as in
-    torchvision); otherwise the images have no classes. Hidden files and files of other types are ignored.
+    "path label" and the images under `root/<split>/`; the split's folder (`find_split_folder`); the folder `root`. A
+    folder holds images or .tar files, at any depth. If every image lies in a subfolder, the topmost subfolder is its
+    class (as in torchvision); otherwise the images have no classes. What is passed over is counted in the log.
 
     Args:
         config: the settings, or the source only.
@@ -141,6 +143,17 @@ def _logged(source: ImageSource, config: DataConfig) -> ImageSource:
     classes = f"{len(source.classes):,} classes" if source.classes else "no classes"
     log.info("data: %s: %s images, %s", config.source, f"{len(source):,}", classes)
     return source
+
+
+def explain_missing_classes(source: ImageSource, where: str) -> str:
+    """Return what to do about a dataset, for messages, if its images have no classes but need some."""
+    sort = ""
+    if IMAGENET_VALIDATION.fullmatch(os.path.basename(source.name(0))):
+        sort = "; ImageNet's are sorted by valprep.sh, which PyTorch's examples/imagenet/extract_ILSVRC.sh runs"
+    return (
+        f"{where} has no class folders for its {len(source):,} images (such as {source.name(0)}); expected "
+        f"<class>/<image>, a list meta/<split>.txt, or .cls files in .tar shards{sort}"
+    )
 
 
 def _open_path(path: Path, split: str, classes: Sequence[str] | None) -> ImageSource:

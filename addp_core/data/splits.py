@@ -21,6 +21,10 @@ SPLIT_OF_NAME = {name: split for split, names in SPLIT_NAMES.items() for name in
 KAGGLE_IMAGENET = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
 
 
+class MissingSplitError(UserError):
+    """A dataset has splits, but not the one asked for."""
+
+
 class Tree(Protocol):
     """The folders of a dataset: on the disk, or in a tar."""
 
@@ -48,7 +52,7 @@ def find_split_folder(tree: Tree, split: str, where: str) -> str:
         split: the split asked for.
         where: the dataset's path, for messages.
 
-    Raises UserError if the dataset has splits, but not this one.
+    Raises MissingSplitError if the dataset has splits, but not this one.
     """
     base = _find_base(tree)
     folders = tree.folders(base)
@@ -60,7 +64,7 @@ def find_split_folder(tree: Tree, split: str, where: str) -> str:
     names = SPLIT_NAMES.get(split_of(split), (split,))
     matching = [folder for folder in split_folders if folder.lower() in names]
     if not matching:
-        raise UserError(
+        raise MissingSplitError(
             f"data.split: {os.path.join(where, base) if base else where} has no folder {split!r}; "
             f"it has {', '.join(split_folders)}"
         )
@@ -104,7 +108,7 @@ def _split_folders(tree: Tree, base: str, folders: Sequence[str], where: str) ->
 def choose_shards(shards: Sequence[str], split: str, where: str) -> list[str]:
     """Return the shards of a split, for names such as imagenet-train-0001.tar; all, if some do not name one split.
 
-    Raises UserError if the shards have splits, but not this one.
+    Raises MissingSplitError if the shards have splits, but not this one.
     """
     splits = [{split_of(word) for word in re.findall(r"[a-z]+", os.path.basename(s).lower())} - {""} for s in shards]
     if not all(len(names) == 1 for names in splits):
@@ -113,5 +117,7 @@ def choose_shards(shards: Sequence[str], split: str, where: str) -> list[str]:
     chosen = [shard for shard, names in zip(shards, splits, strict=True) if wanted in names]
     if not chosen:
         available = ", ".join(sorted(set.union(*splits)))
-        raise UserError(f"data.split: {where} has no shard of {split!r}; it has {available}, by the shards' names")
+        raise MissingSplitError(
+            f"data.split: {where} has no shard of {split!r}; it has {available}, by the shards' names"
+        )
     return chosen

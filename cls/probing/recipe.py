@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
 
+from addp_core.base.paths import CachePath, DatasetPath
 from addp_core.data.config import DataConfig
 from addp_core.networks.classifier import FeatureNorm, Pooling
 from addp_core.training.stage import TrainConfig
@@ -47,7 +48,7 @@ class FastConfig:
     ] = 0.1
     knn: Annotated[int, Ge(0), "neighbors of the k-NN classifier; 0: no k-NN"] = 20
     cache: Annotated[
-        str, "folder for the features, which several runs may share (default: the folder `features` in `out`)"
+        CachePath, "folder for the features, which several runs may share (default: the folder `features` in `out`)"
     ] = ""
     store: Annotated[Literal["float16", "float32"], "type that the features are stored in"] = "float16"
     shard: Annotated[int, Ge(1), "images in one file of features"] = 4096
@@ -65,7 +66,10 @@ class Recipe(EncoderKeys):
 
     out: Annotated[str, "run folder"]
     data: DataConfig = field(default_factory=partial(DataConfig, scale=(0.08, 1.0)))
-    val: Annotated[str, "images to validate on (default: the `val` split of `data`)"] = ""
+    val: Annotated[DatasetPath, "images to validate on (default: the `val` split of `data`)"] = ""
+    val_share: Annotated[
+        float, Ge(0), Lt(1), "hold out this share of the training images of each class for validation; 0: none"
+    ] = 0.0
     mode: Annotated[
         Literal["full", "fast"],
         "full: the published training of one head, as set in `train`; fast: features computed once and many heads, as "

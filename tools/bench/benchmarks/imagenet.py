@@ -16,15 +16,18 @@ CHANCE = 0.1  # per cent, of 1000 classes
 
 def check_class_folders(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark]) -> "ImageSource":
     """Open the validation images, which have to lie in class folders if a reader needs labels."""
-    from addp_core.data.sources import open_source
+    from addp_core.data.listing import FolderTree
+    from addp_core.data.sources import explain_missing_classes, open_source
+    from addp_core.data.splits import find_split_folder
 
     source = open_source(path, "val")
     if not source.classes and any(reader.needs_labels for reader in readers):
-        raise UserError(f"data.source: {path} has no class folders; expected train/<class>/ and val/<class>/")
-    if Path(path).is_dir() and not (Path(path) / "meta").is_dir():
-        missing = [part for part in ("train", "val") if not (Path(path) / part).exists()]
-        if missing and not any(Path(path).glob("*.tar")):
-            raise UserError(f"data.source: {path} has no {missing[0]}/; expected train/<class>/ and val/<class>/")
+        raise UserError(f"data.source: {explain_missing_classes(source, path)}")
+    root = Path(path)
+    if root.is_dir() and not (root / "meta").is_dir() and not any(root.glob("*.tar")):
+        folders = [find_split_folder(FolderTree(root), split, path) for split in ("train", "val")]
+        if folders[0] == folders[1]:
+            raise UserError(f"data.source: {path} has no train/ and val/; expected train/<class>/ and val/<class>/")
     return source
 
 
