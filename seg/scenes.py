@@ -20,8 +20,10 @@ from annotated_types import Ge
 from PIL import Image
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import DatasetPath, FilePath
+from addp_core.data.image_source import ImageFiles
 from addp_core.data.images import COMMON_EXTENSIONS, ImageError, LazyImage, wrap_image_errors
-from addp_core.data.listing import Listing, list_folder
+from addp_core.data.listing import Listing, count_text, list_folder
 
 log = logging.getLogger("addp")
 
@@ -37,10 +39,11 @@ class SceneConfig:
     __shorthand__ = "source"
 
     source: Annotated[
-        str, "ADE20K's folder (ADEChallengeData2016), with training/ and validation/ in images/ and in annotations/"
+        DatasetPath,
+        "ADE20K's folder (ADEChallengeData2016), with training/ and validation/ in images/ and in annotations/",
     ]
     classes: Annotated[
-        str, "table of the classes; by default objectInfo150.txt or objectInfo.txt in the dataset's folder"
+        FilePath, "table of the classes; by default objectInfo150.txt or objectInfo.txt in the dataset's folder"
     ] = ""
     crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
     scale: Annotated[
@@ -91,7 +94,7 @@ def find_pairs(root: str | Path, split: str, log_dropped: bool = False) -> list[
     except PermissionError as error:
         raise UserError(f"data.source: no permission to read {error.filename}") from error
     if not image_files.images:
-        found = image_files.dropped() or "nothing"
+        found = count_text(_dropped(image_files)) or "nothing"
         raise UserError(f"data.source: no images in {images}, found {found}; expected {COMMON_EXTENSIONS}")
     image_paths = sorted(images / name for name in image_files.images)
     class_maps = {Path(name).with_suffix(""): maps / name for name in map_files.images if _is_png(name)}
@@ -110,13 +113,34 @@ def find_pairs(root: str | Path, split: str, log_dropped: bool = False) -> list[
     return [ScenePair(path, class_maps[stem]) for path, stem in zip(image_paths, stems, strict=True)]
 
 
+class SceneListing:
+    """The pairs of a split, as a run folder records them."""
+
+    def __init__(self, root: str | Path, split: str):
+        """Find the pairs. Raises UserError like `find_pairs`."""
+        self.pairs = find_pairs(root, split)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def digest(self) -> str:
+        """Return a digest of the listing, which does not depend on where the dataset lies."""
+        root = Path(self.pairs[0].image.anchor)
+        files = [[str(pair.image) for pair in self.pairs], [str(pair.class_map) for pair in self.pairs]]
+        return "-".join(ImageFiles(root, names).digest() for names in files)
+
+
 def _is_png(name: str) -> bool:
     return name.lower().endswith(".png")
 
 
+def _dropped(listing: Listing) -> Counter[str]:
+    return listing.passed_over + listing.others + Counter({".tar": len(listing.tars)})
+
+
 def _log_dropped(folder: Path, listing: Listing) -> None:
-    if dropped := listing.dropped():
-        log.info("data: %s: passed over: %s", folder, dropped)
+    if dropped := _dropped(listing):
+        log.info("data: %s: passed over: %s", folder, count_text(dropped))
 
 
 def _warn_of_unequal_numbers(stems: list[Path], class_maps: dict[Path, Path]) -> None:

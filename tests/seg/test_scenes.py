@@ -91,7 +91,7 @@ def test_further_class_maps_are_read_until_two_classes_are_found(tmp_path):
     make_scenes(tmp_path, ["b.jpg"], ["b.png"], (0, 5))
     pairs = find_pairs(tmp_path, "train")
     assert check_pairs(pairs, NAMES, limit=0, min_classes=2) == {0, 3, 5}
-    with pytest.raises(UserError, match="hold no label but 3, and .* expected two classes"):
+    with pytest.raises(UserError, match=r"hold no label but 3, and .* expected two classes"):
         check_pairs([pairs[0], pairs[2]], NAMES, limit=0, min_classes=2)
     assert check_pairs(pairs, NAMES, limit=0) == {3}
 

@@ -50,6 +50,24 @@ def test_a_beit_checkpoint_needs_its_relative_position_tables(tmp_path):
         AddpViT(img_size=32, relative="none", init_cfg=init_cfg)
 
 
+def test_feature_maps_equal_beits_with_its_class_token(tmp_path):
+    torch.manual_seed(0)
+    shape = {"img_size": (24, 32), "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
+    beit = Beit(**shape, use_abs_pos_emb=False, use_rel_pos_bias=True).eval()
+    for parameter in beit.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save({"model": beit.state_dict()}, tmp_path / "beit.pth")
+    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "beit.pth")}
+    images, blocks = torch.randn(2, 3, 24, 32), [0, 1, 2, 3]
+    options = {"img_size": (24, 32), "out_indices": blocks, "init_cfg": init_cfg}
+    with torch.no_grad():
+        expected = beit.forward_intermediates(images, indices=blocks, norm=False, intermediates_only=True)
+        maps, without_class_token = (AddpViT(**options, class_token=keep).eval()(images) for keep in (True, False))
+    for ours, theirs in zip(maps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(without_class_token[-1], expected[-1], atol=0.01)
+
+
 def test_the_pyramid_takes_one_feature_map_or_four():
     pyramid = MapPyramid(8, norm_cfg={"type": "BN"}).eval()
     feature_map = torch.randn(2, 8, 4, 6)
@@ -75,4 +93,6 @@ def test_the_learning_rate_falls_from_block_to_block():
     assert [rates[f"backbone.encoder.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [0.5**k for k in (4, 3, 2, 1)]
     assert rates["backbone.encoder.patch_embed.proj.weight"] == rates["backbone.encoder.pos_embed"] == 0.5**5
     without_decay = {name for name, p in trained.items() if groups[id(p)]["weight_decay"] == 0}
-    assert without_decay == {name for name, p in trained.items() if p.ndim == 1 or "pos_embed" in name}
+    assert without_decay == {
+        name for name, p in trained.items() if p.ndim == 1 or name.endswith(("pos_embed", "cls_token"))
+    }

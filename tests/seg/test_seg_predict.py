@@ -1,11 +1,15 @@
 """`addp seg predict`: the class maps of images, and the errors in images."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from toy_segmentation import user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
@@ -27,6 +31,16 @@ def test_class_maps_equal_those_of_seg_test(trained_run, scenes, tmp_path):
         assert np.array_equal(predicted, np.array(Image.open(tmp_path / "test" / "maps" / name)))
         with Image.open(tmp_path / "predict" / name) as sheet, Image.open(pair.image) as image:
             assert sheet.width > 2 * image.width
+
+
+def test_a_file_with_a_single_class_is_refused(trained_run, scenes, tmp_path, capsys):
+    """Earlier versions wrote such files."""
+    with safe_open(trained_run / "model.safetensors", "pt") as file:
+        description = json.loads(file.metadata()["addp"])
+    description["architecture"]["classes"] = ["thing"]
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors", {"addp": json.dumps(description)})
+    arguments = ["seg", "predict", f"model={tmp_path}/model.safetensors", f"images={scenes}", f"out={tmp_path}/out"]
+    assert "classes: found only thing; a segmentor needs at least two" in user_error(capsys, *arguments)
 
 
 def test_unreadable_images_are_skipped(trained_run, tmp_path, capsys):

@@ -98,6 +98,17 @@ def test_class_maps_of_a_nested_dataset_keep_their_folders(trained_run, scenes_c
     assert main([*arguments, f"predictions={tmp_path}/first/maps", f"out={tmp_path}/again"]) == 2
 
 
+@pytest.mark.parametrize("part", ["image", "class_map"])
+def test_an_unreadable_file_ends_the_evaluation(trained_run, scenes_copy, tmp_path, capsys, part):
+    """There is no mIoU of the rest."""
+    path = getattr(find_pairs(scenes_copy, "val")[2], part)
+    path.write_bytes(path.read_bytes()[:100])
+    arguments = ["seg", "test", f"model={trained_run}", f"data={scenes_copy}", f"out={tmp_path}/out", "data.workers=0"]
+    for check in (1000, 0):
+        assert str(path) in user_error(capsys, *arguments, f"data.check={check}")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_errors_name_what_does_not_fit_the_dataset(trained_run, scenes, encoder_file, tmp_path, capsys):
     arguments = ["seg", "test", f"data={scenes}", f"out={tmp_path}"]
     assert "expected either" in user_error(capsys, *arguments)

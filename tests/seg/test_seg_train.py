@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER
 from toy_segmentation import CLASSES, STEPS, train_command, user_error
 
@@ -33,17 +34,19 @@ from seg.segmentor import load_segmentor
 def test_a_run_writes_its_folder(trained_run, scenes, encoder_file, capsys):
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert max(line["lr"] for line in lines if "loss" in line) == 1e-3  # after a warm-up of one step
     assert {"mIoU", "aAcc", "mAcc", "constant_mIoU"} <= lines[-1].keys()
     assert (trained_run / "checkpoints" / f"step-{STEPS}" / "training.pt").exists()
     assert main(train_command(scenes, encoder_file, trained_run)) == 0
     assert "has already finished" in capsys.readouterr().err
 
 
-def test_gradient_accumulation_from_random_initialization(scenes, encoder_file, tmp_path):
+def test_gradient_accumulation_from_random_initialization(scenes, encoder_file, tmp_path, capsys):
     out = tmp_path / "run"
     settings = ["init=random", "relative=none", "out_indices=[3]", "train.accumulate=2", "train.steps=2"]
-    settings += ["train.warmup_steps=0", "train.clip_grad=1"]
+    settings += ["train.warmup_steps=9", "train.clip_grad=1"]
     assert main(train_command(scenes, encoder_file, out, *settings)) == 0
+    assert "the warm-up (9 steps) is not shorter than the run (2 steps)" in capsys.readouterr().err
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     state = load_file(out / "model.safetensors")
@@ -72,7 +75,38 @@ def test_the_model_file_keeps_the_norms_of_its_initialization(scenes, tmp_path, 
     random_recipe = load(seg_train.Recipe, None, train_command(scenes, clip, out, "init=random")[2:])
     cfg = read_config(random_recipe.config)
     resolved = seg_train.resolve(random_recipe, cfg)
-    assert seg_train.describe_segmentor(resolved, cfg, ("thing",)).tokenizer_norm
+    assert seg_train.describe_segmentor(resolved, cfg, ("thing", "other")).tokenizer_norm
+
+
+def without_key(text: str, key: str) -> str:
+    """Remove a key at the top level of a recipe's YAML."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{key}:"))
+
+
+def test_a_run_from_before_the_class_token_continues_without_it(scenes, encoder_file, tmp_path, capsys):
+    out, arguments = tmp_path / "run", train_command(scenes, encoder_file, tmp_path / "run", "train.steps=1")
+    assert main([*arguments, "class_token=false"]) == 0
+    recipe, model = out / "recipe.yaml", out / "model.safetensors"
+    recipe.write_text(without_key(recipe.read_text(), "class_token"))
+    with safe_open(model, "pt") as file:
+        metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    description = metadata["addp"]
+    assert '"class_token": false' in description
+    save_file(state, model, {"addp": description.replace(', "class_token": false', "")})
+    assert "backbone.encoder.cls_token" not in state
+
+    segmentor, _ = load_segmentor(out)
+    assert (segmentor.class_token, segmentor.has_class_token) == (None, False)
+    test = ["seg", "test", f"model={out}", f"data={scenes}", f"out={tmp_path}", "data.workers=0"]
+    assert main(test) == 0
+    (out / "finished.json").unlink()
+    model.unlink()
+    for _ in range(2):  # the recipe that the first continuation writes is understood in the same way
+        assert main(arguments) == 0
+        assert load_file(model).keys() == state.keys()
+        (out / "finished.json").unlink()
+    assert main([*arguments, "class_token=true"]) == 2
+    assert "class_token=True (was None)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -125,16 +159,39 @@ def test_errors_name_scenes_that_cannot_be_trained_on(scenes_copy, encoder_file,
     rows = class_table.read_text().splitlines()
     class_table.write_text("\n".join(rows[:-1]))
     assert "found label 13, expected 0 (other) to 12" in user_error(capsys, *arguments)
+    class_table.unlink()
+    assert "data.classes" in user_error(capsys, *arguments)
     class_table.write_text("\n".join(rows))
     shutil.rmtree(scenes_copy / "annotations")
     assert "annotations/training is missing" in user_error(capsys, *arguments)
-    class_table.unlink()
-    assert "data.classes" in user_error(capsys, *arguments)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("relabel", "classes", "expected"),
+    [
+        (lambda labels: labels > 0, 1, "data.classes: found one class, 'thing 1'"),
+        (lambda labels: labels > 0, 2, "hold no label but 0, 1, and"),
+        (lambda labels: labels * 0, CLASSES, "hold no label but 0, and"),
+        (lambda labels: np.where(labels > 0, 255, 0), 2, "hold no label but 0, 255, and"),
+        (lambda labels: np.where(labels > 0, labels - 1, 255), CLASSES, "hold 0 and 255 but never 13 (thing 13)"),
+    ],
+    ids=["one class", "one label", "only other", "mask of 0 and 255", "numbered from 0"],
+)
+def test_class_maps_that_nothing_can_be_learned_from(
+    scenes_copy, encoder_file, tmp_path, capsys, relabel, classes, expected
+):
+    for pair in find_pairs(scenes_copy, "train") + find_pairs(scenes_copy, "val"):
+        labels = np.array(Image.open(pair.class_map))
+        Image.fromarray(relabel(labels).astype(np.uint8)).save(pair.class_map)
+    rows = [f"{i}\tthing {i}" for i in range(1, classes + 1)]
+    (scenes_copy / "objectInfo.txt").write_text("\n".join(["Idx\tName", *rows]))
+    assert expected in user_error(capsys, *train_command(scenes_copy, encoder_file, tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_bad_class_map_met_in_training_ends_with_one_line(scenes_copy, encoder_file, tmp_path, capsys):
-    for pair in find_pairs(scenes_copy, "train"):
+    for pair in find_pairs(scenes_copy, "train")[1:]:  # without data.check, the first one is read before training
         labels = np.array(Image.open(pair.class_map))
         Image.fromarray(np.full_like(labels, CLASSES + 5)).save(pair.class_map)
     settings = ["data.check=0", "data.workers=1"]
@@ -154,7 +211,6 @@ def test_a_bad_class_map_met_in_training_ends_with_one_line(scenes_copy, encoder
         ("patch_size=4", "patch_size: found 4"),
         ("test.flip=true", "unknown key 'test.flip'"),
         ("config=upernet_addp-q", "upernet_addp-b_80k"),
-        ("train.warmup_steps=9", "train.warmup_steps=9"),
         pytest.param(
             "train.precision=bf16",
             "needs a GPU",

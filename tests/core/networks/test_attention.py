@@ -94,6 +94,22 @@ def test_bias_table_matches_timm(prefix):
     torch.testing.assert_close(table(q, (3, 4)), timm_table.get_bias())
 
 
+def test_the_last_entries_of_a_bias_table_are_the_class_tokens():
+    """BEiT's layout: one entry per offset of query and key, then class to patch, patch to class, class to class."""
+    rows, columns = 3, 4
+    table = RelativePositionTable((rows, columns), 1, 1)
+    entries = len(table.relative_position_bias_table)
+    assert entries == (2 * rows - 1) * (2 * columns - 1) + 3
+    with torch.no_grad():
+        table.relative_position_bias_table.copy_(torch.arange(entries)[:, None])
+    bias = table(torch.zeros(1, 1, 13, 5), (rows, columns))[0, 0].int()
+    assert bias[0].tolist() == [entries - 1] + [entries - 3] * 12
+    assert bias[1:, 0].tolist() == [entries - 2] * 12
+    position = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    vertical, horizontal = (position[:, None] - position[None]).unbind(2)
+    assert torch.equal(bias[1:, 1:], (vertical + rows - 1) * (2 * columns - 1) + horizontal + columns - 1)
+
+
 def test_attention_with_a_bias_table_matches_beit():
     torch.manual_seed(0)
     beit = Attention(16, 2, qkv_bias=True, window_size=(3, 4))
