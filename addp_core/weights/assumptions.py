@@ -39,6 +39,7 @@ class Assumption:
 
     key: str  # that chooses otherwise
     note: str  # what was found and what was taken, said if the caller uses it
+    override: str = ""  # how to choose otherwise
     demand: str = ""  # what was found and what is expected, if nothing speaks for what was taken
 
 
@@ -63,23 +64,29 @@ class Hints:
             heads = 1 if width % heads else heads
             found = f"no published ViT has width {width}, and tensors do not tell the number of attention heads"
             self.assumptions.append(
-                Assumption(key, f"{found}; took {heads} ({key} overrides this)", f"{found}; expected {key}=<number>")
+                Assumption(key, f"{found}; took {heads}", f"{key} overrides this", f"{found}; expected {key}=<number>")
             )
             return heads
         if len(known) > 1:
             found = f"ViTs of width {width} have {known[0]} or {known[1]} attention heads, which tensors do not tell"
-            self.assumptions.append(Assumption(key, f"{found}; took {known[0]} ({key}={known[1]} overrides this)"))
+            self.assumptions.append(Assumption(key, f"{found}; took {known[0]}", f"{key}={known[1]} overrides this"))
         return known[0]
 
     def decoder_heads_for(self, key: str, width: int) -> int:
         """Return the number of attention heads of a decoder: the caller's, or that of all published ones."""
         if key not in self.heads and width not in DECODER_WIDTHS:
             found = f"no published decoder has width {width}, and tensors do not tell the number of attention heads"
-            self.assumptions.append(Assumption(key, f"{found}; took {DECODER_HEADS} ({key} overrides this)"))
+            self.assumptions.append(Assumption(key, f"{found}; took {DECODER_HEADS}", f"{key} overrides this"))
         return self.heads.get(key, DECODER_HEADS)
 
 
-def settle(source: str, assumptions: Iterable[Assumption], used: Iterable[str], demanded: Iterable[str] = ()) -> None:
+def settle(
+    source: str,
+    assumptions: Iterable[Assumption],
+    used: Iterable[str],
+    demanded: Iterable[str] = (),
+    fixed: Iterable[str] = (),
+) -> None:
     """Say what was assumed about a file, once for each process group.
 
     Args:
@@ -87,6 +94,7 @@ def settle(source: str, assumptions: Iterable[Assumption], used: Iterable[str], 
         assumptions: those of the file.
         used: keys of the facts on which the caller's result depends; the others are not said.
         demanded: those that the caller has to know if nothing speaks for what was taken.
+        fixed: those that the caller has no argument for.
 
     Raises:
         UserError: if such a fact is not known; names the key that tells it.
@@ -97,4 +105,5 @@ def settle(source: str, assumptions: Iterable[Assumption], used: Iterable[str], 
             raise UserError(f"{source}: {assumption.demand}")
     if os.environ.get("RANK", "0") == "0":
         for assumption in relevant:
-            log.warning("%s: %s", source, assumption.note)
+            choice = f" ({assumption.override})" if assumption.override and assumption.key not in fixed else ""
+            log.warning("%s: %s%s", source, assumption.note, choice)

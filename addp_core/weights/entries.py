@@ -1,7 +1,7 @@
 """Which of the models in a checkpoint to read: its entries (`model`, `model_ema`), and prefixes of tensors' names."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +31,9 @@ SIGNATURES = re.compile(  # one tensor of each kind of model
 )
 
 
-def select_entry(source: str, content: Mapping[str, Any], wanted: str) -> tuple[State, str, tuple[Assumption, ...]]:
+def select_entry(
+    source: str, content: Mapping[str, Any], wanted: str
+) -> tuple[State, tuple[str, ...], str, tuple[Assumption, ...]]:
     """Find the state dict in a checkpoint: one of its entries, or the checkpoint itself.
 
     Args:
@@ -40,8 +42,8 @@ def select_entry(source: str, content: Mapping[str, Any], wanted: str) -> tuple[
         wanted: the name of an entry, "ema" for the average whatever its name, or "" for the first of `ENTRIES`.
 
     Returns:
-        The tensors without the prefixes of DDP, FSDP and torch.compile; `wanted` if it is no entry (it may be a
-        prefix), otherwise ""; and what was assumed.
+        The tensors without the prefixes of DDP, FSDP and torch.compile; the entries that hold tensors; `wanted` if it
+        is no entry (it may be a prefix), otherwise ""; and what was assumed.
 
     Raises:
         UserError: if there is no state dict, or several among which only the caller can choose.
@@ -51,8 +53,8 @@ def select_entry(source: str, content: Mapping[str, Any], wanted: str) -> tuple[
     assumptions: tuple[Assumption, ...] = ()
     others = [key for key in entries if key != name and (key in ENTRIES or AVERAGE.search(key))]
     if name is not None and not wanted and others:
-        text = f"holds {name} and {', '.join(others)}; took {name} (weights={others[0]} takes the other)"
-        assumptions = (Assumption("weights", text),)
+        note = f"holds {name} and {', '.join(others)}; took {name}"
+        assumptions = (Assumption("weights", note, f"weights={others[0]} takes the other"),)
     if name is None and wanted:
         name = next((key for key in ENTRIES if key in entries), None)
     else:
@@ -62,11 +64,11 @@ def select_entry(source: str, content: Mapping[str, Any], wanted: str) -> tuple[
         assumptions = (Assumption("weights", f"took its entry {name}"),)
     inner = content if name is None else entries[name]
     state = {WRAPPERS.sub("", key): value for key, value in inner.items() if isinstance(value, Tensor)}
-    return state, wanted, assumptions
+    return state, tuple(entries), wanted, assumptions
 
 
 def select_prefix(
-    source: str, state: State, wanted: str, is_model: Callable[[State], bool]
+    source: str, state: State, wanted: str, is_model: Callable[[State], bool], entries: Iterable[str] = ()
 ) -> tuple[str, tuple[Assumption, ...]]:
     """Find the prefix below which the tensors are one whole model; "" if they are one without it, or none is.
 
@@ -75,6 +77,7 @@ def select_prefix(
         state: the tensors.
         wanted: a part of the prefix, "ema" for the average whatever its name, or "" for the first of `PREFIXES`.
         is_model: recognizes the tensors of a model.
+        entries: of the file, which could be wanted instead.
 
     Raises:
         UserError: if there are several, among which only the caller can choose, or none under `wanted`.
@@ -85,9 +88,10 @@ def select_prefix(
     if wanted:
         found = [prefix for prefix in prefixes if _match(wanted, prefix.split("."))]
         if len(found) != 1:
+            names = " or ".join((*entries, *(prefix.rstrip(".") for prefix in prefixes))) or "the key left out"
             raise UserError(
-                f"weights={wanted}: {source} has {'several' if found else 'no model'} of that name; expected "
-                + (" or ".join(prefix.rstrip(".") for prefix in prefixes) or "the key left out")
+                f"weights={wanted}: {source} has {'several models' if found else 'no model'} of that name; expected "
+                f"{names}"
             )
         prefixes = found
     if not prefixes:
@@ -102,16 +106,17 @@ def select_prefix(
     if not left or wanted:
         return prefix, ()
     others = [other for other in prefixes if other != prefix]
-    choice = f" (weights={others[0].split('.')[-2]} takes another model)" if others else ""
-    note = f"took the model under '{prefix}' and left out the tensors under {', '.join(left[:5])}{choice}"
-    return prefix, (Assumption("weights", note),)
+    differing = [name for other in others[:1] for name in other.split(".")[:-1] if name not in prefix.split(".")]
+    override = f"weights={differing[0]} takes another model" if differing else ""
+    note = f"took the model under '{prefix}' and left out the tensors under {', '.join(left[:5])}"
+    return prefix, (Assumption("weights", note, override),)
 
 
 def _whole_models(state: State, is_model: Callable[[State], bool]) -> list[str]:
     """Return the outermost prefixes, with their last dot, below which the tensors are a whole model."""
     candidates = {key[: match.start(1)] for key in state if (match := SIGNATURES.search(key))} - {""}
     found: list[str] = []
-    for prefix in sorted(candidates, key=len):
+    for prefix in sorted(candidates, key=lambda prefix: (len(prefix), prefix)):
         below = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if not prefix.startswith(tuple(found)) and is_model(below):
             found.append(prefix)

@@ -34,6 +34,7 @@ class FileContent:
     source: str  # names the file in error messages
     state: State  # tensors under the file's own names
     description: Any  # {"kind": ..., "architecture": ...} as our own files store it, or None
+    entries: tuple[str, ...] = ()  # of the file that hold tensors
     wanted: str = ""  # the model that the caller named, if it is not an entry of the file
     assumptions: tuple[Assumption, ...] = ()
 
@@ -156,6 +157,6 @@ def _download(source: str) -> Path:
 def _unwrap(source: str, content: Mapping[str, Any], wanted: str) -> FileContent:
     """Find the state dict and our description in a checkpoint."""
     text = content.get(METADATA_KEY)
-    state, wanted, assumptions = select_entry(source, content, wanted)
+    state, entries, wanted, assumptions = select_entry(source, content, wanted)
     description = json.loads(text) if isinstance(text, str) else None
-    return FileContent(source, state, description, wanted, assumptions)
+    return FileContent(source, state, description, entries, wanted, assumptions)

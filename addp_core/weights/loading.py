@@ -57,7 +57,7 @@ def load_addp(
     weights = read_weights(source, heads=heads)
     if weights.kind != "addp":
         raise UserError(f"{weights.source}: {describe_kind(weights)}; expected an ADDP checkpoint")
-    weights.settle(("weights", *HEAD_KEYS), ("encoder_heads",))
+    weights.settle(("weights", *HEAD_KEYS), ("encoder_heads",), fixed=("weights",))
     config: ADDPConfig = weights.architecture
     state = dict(weights.state)
     if tokenizer is not None:
@@ -67,7 +67,7 @@ def load_addp(
         state = replace_part(state, "tokenizer.", part.state)
     if predictor is not None:
         part = read_part(predictor, "predictor", heads)
-        part.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",))
+        part.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",), fixed=("weights",))
         check_codebook(part, config.vocabulary.codebook)
         resampled = resample_state(part.state, part.architecture.grid, config.grid)
         config = replace(config, predictor=part.architecture.predictor)
@@ -88,7 +88,7 @@ def load_addp(
 def load_tokenizer(source: Source) -> Tokenizer:
     """Load the tokenizer of a VQGAN file, a tokenizer run or any ADDP file; eval mode, float32, CPU."""
     weights = read_part(source, "tokenizer")
-    weights.settle(("weights",))
+    weights.settle(("weights",), fixed=("weights",))
     return fill(Tokenizer(weights.architecture.tokenizer, weights.architecture.grid), weights.state, weights.source)
 
 
@@ -101,7 +101,7 @@ def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads:
         heads: predictor_heads and predictor_decoder_heads, if they differ from the file's.
     """
     weights = read_part(source, "predictor", heads)
-    weights.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",))
+    weights.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",), fixed=("weights",))
     architecture: PredictorArchitecture = weights.architecture
     state = weights.state if grid is None else resample_state(weights.state, architecture.grid, grid)
     rows, columns = grid or architecture.grid

@@ -31,9 +31,12 @@ class Weights:
     stored: bool = False  # whether the file stores the architecture, which is otherwise read off the shapes
     assumptions: tuple[Assumption, ...] = ()
 
-    def settle(self, used: Iterable[str], demanded: Iterable[str] = ()) -> None:
-        """Say what was assumed about the facts `used`. Raises UserError if one of `demanded` is not known."""
-        settle(self.source, self.assumptions, used, demanded)
+    def settle(self, used: Iterable[str], demanded: Iterable[str] = (), fixed: Iterable[str] = ()) -> None:
+        """Say what was assumed about the facts `used`. Raises UserError if one of `demanded` is not known.
+
+        fixed: facts that the caller has no argument for.
+        """
+        settle(self.source, self.assumptions, used, demanded, fixed)
 
     def part(self, prefix: str) -> State:
         """Return the tensors whose names begin with `prefix`, without it."""
@@ -77,7 +80,7 @@ def read_weights(
     state, prefix = content.state, ""
     left_out: tuple[Assumption, ...] = ()
     if not is_other_method(state):
-        prefix, left_out = select_prefix(content.source, state, content.wanted, is_model)
+        prefix, left_out = select_prefix(content.source, state, content.wanted, is_model, content.entries)
         state = strip_prefix(state, prefix)
     hints = Hints(heads, image_size, prefix, [*content.assumptions, *left_out])
     for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):

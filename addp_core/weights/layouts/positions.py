@@ -43,13 +43,13 @@ def fit_positions(
                 f"its {count} positions fit {square} as well as a class token and {rows} x {columns} patches; expected "
                 f"{KEY}=<the size it was trained at>, or a file of save_model, which stores the size"
             )
-        known = () if layer_scale else (Assumption(KEY, note, demand),)
+        known = () if layer_scale else (Assumption(KEY, note, demand=demand),)
         return (side, side), functional.pad(positions, (0, 0, 1, 0)), known
     demand = (
         f"its {count} positions do not form a square grid; expected {KEY}=<the size it was trained at>, or a file of "
         "save_model, which stores the size"
     )
-    return _nearly_square(count - 1), positions, (Assumption(KEY, demand, demand),)
+    return _nearly_square(count - 1), positions, (Assumption(KEY, demand, demand=demand),)
 
 
 def grid_of_table(source: str, table: Tensor, asked: Grid | None) -> Grid:

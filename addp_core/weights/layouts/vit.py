@@ -94,8 +94,8 @@ def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[Sta
     classes = len(head["weight"])
     ours |= {"head.weight": head["weight"], "head.bias": head.get("bias", torch.zeros(classes))}
     mean, std = NORMALISATION["imagenet"]
-    note = "does not store how its images were normalized; took ImageNet's mean and std (normalisation=half takes 0.5)"
-    hints.assumptions.append(Assumption("normalisation", note))
+    note = "does not store how its images were normalized; took ImageNet's mean and std"
+    hints.assumptions.append(Assumption("normalisation", note, "normalisation=half takes 0.5"))
     pooling: Literal["avg", "token"] = "avg" if norm == "fc_norm" else "token"
     return ours, ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
 
