@@ -94,7 +94,7 @@ def compute_outputs(
         title: of the progress bar; without one, no bar is shown.
 
     Raises:
-        UserError: more than `max_errors` images are unreadable, or a label is out of range.
+        UserError: more than `max_errors` images are unreadable, or all of them, or a label is out of range.
     """
     state = process_state()
     selected = range(len(source)) if indices is None else indices
@@ -108,7 +108,7 @@ def compute_outputs(
         pin_memory=torch.cuda.is_available(),
     )
     device = next(model.parameters()).device
-    limit, unreadable = error_limit(max_errors, len(selected)), 0
+    limit, unreadable = min(error_limit(max_errors, len(selected)), len(selected) - 1), 0
     hidden = not (title and state.is_main_process)
     with tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False) as bar:
         for images, labels, batch_indices, errors in loader:

@@ -15,7 +15,7 @@ from addp_core.base.errors import UserError
 from addp_core.recipes.config import dump
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
-from addp_core.weights.loading import load_classifier
+from cls.variants.classifiers import open_classifier
 from cls.variants.datasets import DATASETS, IMAGENET_C_KEYS, DatasetPart
 from cls.variants.evaluation import Counts, Evaluator
 from cls.variants.recipe import Recipe
@@ -37,13 +37,13 @@ def run(recipe: Recipe) -> None:
     if all(getattr(recipe, key) for key in IMAGENET_C_KEYS):
         raise UserError(f"{', '.join(IMAGENET_C_KEYS)}: found both, expected one: their results are never mixed")
     state = process_state()
-    model = load_classifier(recipe.model, recipe.size)
-    evaluator = Evaluator(recipe, model)
+    classifier = open_classifier(recipe)
+    evaluator = Evaluator(recipe, classifier)
     parts = evaluator.parts(keys)
     store = ResultStore(Path(recipe.out), state)
     store.open(dump(recipe))
-    model.to(state.device)
-    accelerate_model(model)
+    classifier.model.to(state.device)
+    accelerate_model(classifier.model)
 
     results: dict[DatasetPart, Counts] = {}
     for number, part in enumerate(parts, 1):
@@ -55,6 +55,6 @@ def run(recipe: Recipe) -> None:
             store.add(key, part, evaluator.evaluate(part, source, indices, title))
         results[part] = store.counts[key]
     if state.is_main_process:
-        report = summarize(recipe.model, results)
+        report = summarize(classifier.title, results)
         write_report(Path(recipe.out), report)
         sys.stdout.write(markdown_report(report))

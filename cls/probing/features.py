@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -62,7 +62,8 @@ def check_pretrained_norm(encoder: Encoder | TokenEncoder, checkpoint: str) -> N
     classifier, whose encoder was trained on without it.
     """
     advice = "expected norm=layer or norm=none, or a checkpoint of pretraining"
-    if encoder.norm.weight.eq(1).all() and not encoder.norm.bias.any():
+    norm = cast(nn.LayerNorm, encoder.norm)
+    if norm.weight.eq(1).all() and not norm.bias.any():
         raise UserError(f"norm=pretrained: {checkpoint} has no trained final norm; {advice}")
     weights = read_weights(checkpoint)
     if weights.kind == "classifier" and weights.architecture.norm == "layer":

@@ -7,7 +7,6 @@ from importlib.resources import files
 from timm.data import ImageNetInfo
 
 from addp_core.base.errors import UserError, did_you_mean
-from addp_core.networks.classifier import Classifier
 from cls.variants.datasets import DATASETS
 
 log = logging.getLogger("addp")
@@ -15,15 +14,15 @@ log = logging.getLogger("addp")
 SUBSET_CLASSES = {"imagenet_a": "imagenet_a_synsets.txt", "imagenet_r": "imagenet_r_synsets.txt"}  # timm's class lists
 
 
-def logit_names(model: Classifier) -> tuple[str, ...]:
-    """Return the class name of each logit.
+def logit_names(class_names: tuple[str, ...], classes: int) -> tuple[str, ...]:
+    """Return the class name of each logit of a model with this many classes; `class_names` is empty if it has none.
 
     A model with 1000 classes and without names (or with numbers as names) has the classes of ImageNet, sorted by
     WordNet id.
     """
-    numbers = tuple(map(str, range(model.num_classes)))
-    if model.class_names and model.class_names != numbers:
-        return model.class_names
+    numbers = tuple(map(str, range(classes)))
+    if class_names and class_names != numbers:
+        return class_names
     imagenet = tuple(ImageNetInfo().label_names())
     return imagenet if len(numbers) == len(imagenet) else numbers
 
@@ -80,7 +79,8 @@ def competing_logits(key: str, location: str, classes: Sequence[str], names: Seq
         names: of the model's logits.
 
     Raises:
-        UserError: some of the classes are published classes of ImageNet-A or -R, and others are not.
+        UserError: some of the classes are published classes of ImageNet-A or -R, and others are not, or there is only
+            one, and every prediction would be right.
     """
     if key not in SUBSET_CLASSES:
         return list(range(len(names)))
@@ -101,4 +101,10 @@ def competing_logits(key: str, location: str, classes: Sequence[str], names: Seq
                 len(published),
             )
         competing = set(published)
-    return [logit for logit, name in enumerate(names) if name in competing]
+    logits = [logit for logit, name in enumerate(names) if name in competing]
+    if len(logits) == 1:
+        raise UserError(
+            f"{key}: predictions on {location} are taken over its classes, and it has one, {names[logits[0]]!r}; "
+            "expected at least two"
+        )
+    return logits

@@ -17,12 +17,12 @@ from addp_core.data.config import DataConfig
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import HubDataset, ImageSource, open_source
-from addp_core.networks.classifier import Classifier
 from addp_core.training.processes import process_state
 from addp_core.weights.fingerprint import fingerprint
-from cls.data import CROP_FRACTION, classifier_crop
+from cls.data import CROP_FRACTION
 from cls.evaluation import Scores, compute_outputs
 from cls.variants.classes import competing_logits, logit_names, match_classes
+from cls.variants.classifiers import EvaluatedClassifier
 from cls.variants.datasets import DatasetPart, find_imagenet_c
 from cls.variants.generated import CorruptedImages
 from cls.variants.recipe import Recipe
@@ -55,12 +55,13 @@ class Counts:
 class Evaluator:
     """A classifier and the datasets that it is evaluated on."""
 
-    def __init__(self, recipe: Recipe, model: Classifier):
-        self.recipe, self.model, self.names = recipe, model, logit_names(model)
-        self.hw = model.encoder.image_size
-        self.crop = classifier_crop(model, recipe.crop)
-        interface = (model.pooling, model.norm, self.names, model.mean, model.std)
-        self.digest = hashlib.blake2b(f"{fingerprint(model)} {interface}".encode(), digest_size=16).hexdigest()
+    def __init__(self, recipe: Recipe, classifier: EvaluatedClassifier):
+        self.recipe, self.classifier = recipe, classifier
+        self.names = logit_names(classifier.class_names, classifier.classes)
+        self.hw, self.crop = classifier.hw, classifier.crop
+        interface = (*classifier.interface[:2], self.names, classifier.mean, classifier.std, *classifier.interface[2:])
+        content = f"{fingerprint(classifier.model)} {interface}"
+        self.digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
         self.sources: dict[str, ImageSource] = {}  # all datasets but ImageNet-C, whose parts are opened one by one
 
     def parts(self, keys: Sequence[str]) -> list[DatasetPart]:
@@ -150,11 +151,11 @@ class Evaluator:
         recipe = self.recipe
         with renaming_keys(RENAMED_KEYS | {"data.source": part.key}):
             for batch in compute_outputs(
-                self.model,
+                self.classifier.model,
                 source,
                 eval_transform(self.hw, 1.0 if part.corruption else self.crop),
-                mean=self.model.mean,
-                std=self.model.std,
+                mean=self.classifier.mean,
+                std=self.classifier.std,
                 indices=indices,
                 batch=recipe.batch,
                 precision=recipe.precision,

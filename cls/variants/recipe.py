@@ -1,7 +1,7 @@
 """The keys of `addp robustness`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -12,11 +12,27 @@ from addp_core.training.compute import Precision
 class Recipe:
     """Keys of `addp robustness`. At least one dataset is required."""
 
-    model: Annotated[str, "a run folder of `addp finetune` or `addp linprobe`, or its model file"]
+    model: Annotated[
+        str,
+        "a run folder of `addp finetune` or `addp linprobe` or its model file, a ViT with its head (MAE, BEiT, timm), "
+        "timm:<name>, or a folder for timm's local-dir",
+    ]
     out: Annotated[
         str,
         "folder for results.json, robustness.md and robustness.csv, and for cells.json, from which the run continues",
     ]
+    checkpoint: Annotated[
+        str,
+        "model=timm:<name>: a file with its weights, such as timm's last.pth.tar (default: those that timm publishes)",
+    ] = ""
+    weights: Annotated[
+        str, "which weights to read from a file that holds several: `ema`, or their name in it (default: the last ones)"
+    ] = ""
+    encoder_heads: Annotated[int | None, Ge(1), "attention heads of a ViT whose file does not tell them"] = None
+    normalisation: Annotated[
+        Literal["imagenet", "half"] | None,
+        "mean and std of the images: ImageNet's, or 0.5 (default: the model's own, for files of ViTs ImageNet's)",
+    ] = None
     val: Annotated[
         str, "clean validation images, for comparison: ImageNet root, class folders, .tar file or Hugging Face dataset"
     ] = ""

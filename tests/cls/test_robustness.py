@@ -369,6 +369,16 @@ def test_wrong_input_is_refused_at_once(files, tmp_path, capsys):
     assert_refused(capsys, command(files, out, "sketch"), "cells.json", "damaged")
 
 
+def test_results_that_say_nothing_are_refused(files, tmp_path, capsys):
+    """One class competes, so that every prediction is right; or no image can be read."""
+    write_image(tmp_path / "a" / "3" / "0.png")
+    keys = {"imagenet_a": tmp_path / "a"}
+    assert_refused(capsys, command(files, tmp_path / "out", **keys), "imagenet_a:", "it has one, '3'", "at least two")
+    (tmp_path / "a" / "3" / "0.png").write_text("not an image")
+    keys = {"sketch": tmp_path / "a"}
+    assert_refused(capsys, command(files, tmp_path / "out", **keys), "0.png", "more than 0 of 1 images")
+
+
 # -------------------- generated corruptions
 
 
