@@ -1,23 +1,14 @@
-"""Reads a COCO annotation file and checks every entry.
-
-A file that is not COCO's is a UserError. Single annotations that cannot be used (empty masks, boxes of zero size or
-outside their image, unlisted images or categories) are skipped and reported by reason.
-"""
+"""Reads a COCO annotation file: its images and categories. A file that is not COCO's is a UserError."""
 
 import json
-import math
-import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pycocotools import mask as coco_mask
+from typing import Any, Literal
 
 from addp_core.base.errors import UserError
 from det.config import Category
-from det.masks import Segmentation, parse_counts, to_rle
+from det.objects import ParsedObjects, parse_id, parse_objects
 
 MAX_EXAMPLES = 3  # items listed in a message about many
 
@@ -28,18 +19,25 @@ class CocoAnnotations:
 
     images: list[dict[str, Any]]  # as in the file; id, file_name, height and width are valid
     categories: tuple[Category, ...]  # sorted by id; an object's label is the position in this tuple
-    objects: dict[int, list[dict[str, Any]]]  # image id -> label, bbox, segmentation, area, iscrowd of each object
-    skipped: dict[str, list[Any]]  # reason -> ids of the annotations skipped for it
+    objects: ParsedObjects
     total: int  # annotations in the file
+    converted_ids: list[Any]  # ids of images and categories that the file holds as text or decimal numbers
 
 
-def read_annotations(path: Path) -> CocoAnnotations:
-    """Read and check an annotation file. Raises UserError if it is missing, is not COCO's or lists no image."""
+def read_annotations(path: Path, masks: Literal["auto"] | bool = "auto") -> CocoAnnotations:
+    """Read and check an annotation file.
+
+    masks: whether objects need masks; "auto": unless the file has none.
+    Raises UserError if the file is missing, is not COCO's or lists no image.
+    """
     content = _read_json(path)
+    images = _parse_images(path, content["images"])
     categories = _parse_categories(path, content["categories"])
-    images = _check_images(path, content["images"])
-    objects, skipped = _parse_objects(content["annotations"], images, categories)
-    return CocoAnnotations(images, categories, objects, skipped, len(content["annotations"]))
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
+    objects = parse_objects(content["annotations"], sizes, categories, masks)
+    ids = [entry["id"] for key in ("images", "categories") for entry in content[key]]
+    converted = [repr(id_) for id_ in ids if type(id_) is not int]
+    return CocoAnnotations(images, categories, objects, len(content["annotations"]), converted)
 
 
 def first_examples(items: Sequence[Any]) -> str:
@@ -72,26 +70,28 @@ def _read_json(path: Path) -> dict[str, list]:
 
 
 def _parse_categories(path: Path, entries: list[dict[str, Any]]) -> tuple[Category, ...]:
-    for entry in entries:
-        if not _is_integer(entry.get("id")):
+    ids = [parse_id(entry.get("id")) for entry in entries]
+    for id_, entry in zip(ids, entries, strict=True):
+        if id_ is None:
             raise UserError(f"{path}: found a category without an integer id: {_abbreviate(entry)}")
-    _check_unique_ids(path, "categories", entries)
-    return tuple(sorted((Category(e["id"], str(e.get("name", e["id"]))) for e in entries), key=lambda c: c.id))
+    numbered = [{**entry, "id": id_} for id_, entry in zip(ids, entries, strict=True)]
+    _check_unique_ids(path, "categories", numbered)
+    return tuple(sorted((Category(e["id"], str(e.get("name", e["id"]))) for e in numbered), key=lambda c: c.id))
 
 
-def _check_images(path: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _parse_images(path: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    images = []
     for entry in entries:
-        name = entry.get("file_name")
-        if not _is_integer(entry.get("id")) or not isinstance(name, str) or not name:
-            raise UserError(f"{path}: found an image without id or file_name: {_abbreviate(entry)}")
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise UserError(
-                f"{path}: image {entry['id']} lies outside the image folder ({name!r}); expected a relative path"
-            )
-        if not all(_is_integer(entry.get(key)) and entry[key] > 0 for key in ("height", "width")):
-            raise UserError(f"{path}: image {entry['id']} ({name}) has no height and width in pixels")
-    _check_unique_ids(path, "images", entries)
-    return entries
+        name, numbers = entry.get("file_name"), {key: parse_id(entry.get(key)) for key in ("id", "height", "width")}
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{path}: found an image without file_name: {_abbreviate(entry)}")
+        if numbers["id"] is None:
+            raise UserError(f"{path}: found an image whose id is not a whole number: {_abbreviate(entry)}")
+        if not all((numbers[key] or 0) > 0 for key in ("height", "width")):
+            raise UserError(f"{path}: image {numbers['id']} ({name}) has no height and width in pixels")
+        images.append({**entry, **numbers})
+    _check_unique_ids(path, "images", images)
+    return images
 
 
 def _check_unique_ids(path: Path, key: str, entries: list[dict[str, Any]]) -> None:
@@ -100,94 +100,6 @@ def _check_unique_ids(path: Path, key: str, entries: list[dict[str, Any]]) -> No
         if entry["id"] in seen:
             raise UserError(f"{path}: two of its {key} have the id {entry['id']}; expected unique ids")
         seen.add(entry["id"])
-
-
-# -------------------- objects
-
-
-class _Unusable(Exception):
-    """An annotation is skipped; the message names the reason."""
-
-
-def _parse_objects(
-    annotations: list[dict[str, Any]], images: list[dict[str, Any]], categories: Sequence[Category]
-) -> tuple[dict[int, list[dict[str, Any]]], dict[str, list[Any]]]:
-    """Return (image id -> its objects, reason -> ids of the annotations skipped for it)."""
-    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
-    labels = {category.id: label for label, category in enumerate(categories)}
-    objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    skipped: dict[str, list[Any]] = defaultdict(list)
-    for position, annotation in enumerate(annotations):
-        try:
-            parsed = _parse_object(annotation, sizes, labels)
-            objects[annotation["image_id"]].append(parsed)
-        except _Unusable as error:
-            skipped[str(error)].append(annotation.get("id", f"number {position}"))
-    return objects, dict(skipped)
-
-
-def _parse_object(
-    annotation: dict[str, Any], sizes: dict[int, tuple[int, int]], labels: dict[int, int]
-) -> dict[str, Any]:
-    image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-    if not isinstance(image_id, int) or isinstance(image_id, bool) or image_id not in sizes:
-        raise _Unusable("of images that are not listed")
-    if not isinstance(category_id, int) or isinstance(category_id, bool) or category_id not in labels:
-        raise _Unusable("of categories that are not listed")
-    box = _clip_box(annotation.get("bbox"), *sizes[image_id])
-    segmentation = _check_segmentation(annotation.get("segmentation"), *sizes[image_id])
-    area: Any = annotation.get("area")
-    if not _is_finite_number(area) or area <= 0:
-        area = float(coco_mask.area(to_rle(segmentation, *sizes[image_id])))
-        if not area:
-            raise _Unusable("with an empty mask")
-    crowd = int(bool(annotation.get("iscrowd")))
-    return {"label": labels[category_id], "bbox": box, "segmentation": segmentation, "area": area, "iscrowd": crowd}
-
-
-def _clip_box(box: Any, height: int, width: int) -> list[float]:
-    """Return [x, y, width, height] of the part of a box that lies inside the image."""
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite_number, box)):
-        raise _Unusable("without a box of four numbers")
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        raise _Unusable("with a box of zero size")
-    left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-    if left >= right or top >= bottom:
-        raise _Unusable("with a box outside the image")
-    return [left, top, right - left, bottom - top]
-
-
-def _check_segmentation(segmentation: Any, height: int, width: int) -> Segmentation:
-    """Return the polygons that have at least three corners, or run lengths that cover the image."""
-    if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        runs = parse_counts(counts) if isinstance(counts, str) else counts
-        if not isinstance(runs, list) or not all(_is_integer(run) and run >= 0 for run in runs):
-            raise _Unusable("with a mask that is neither polygons nor run lengths")
-        if segmentation.get("size") != [height, width] or sum(runs) != height * width:
-            raise _Unusable("with a mask of another size than the image")
-        if not sum(runs[1::2]):
-            raise _Unusable("with an empty mask")
-        return {"size": segmentation["size"], "counts": counts}
-    if segmentation is None or segmentation == []:
-        raise _Unusable("with an empty mask")
-    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        raise _Unusable("with a mask that is neither polygons nor run lengths")
-    if not all(_is_finite_number(value) for polygon in segmentation for value in polygon):
-        raise _Unusable("with a mask that is neither polygons nor run lengths")
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    if not polygons:
-        raise _Unusable("with an empty mask")
-    return polygons
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _abbreviate(entry: dict[str, Any]) -> str:

@@ -9,26 +9,30 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from det.config import Category, distinct_names
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
 RECALL_INDEX = 8  # position in COCOeval.stats of the recall with 100 detections per image
 
 
 def coco_metrics(
-    ground_truth: dict[str, Any], results: list[dict[str, Any]], per_class: bool = False
+    ground_truth: dict[str, Any], results: list[dict[str, Any]], per_class: bool = False, masks: bool = True
 ) -> dict[str, float | None]:
     """Compute COCO's average precision and recall of boxes and masks.
 
     Args:
         ground_truth: annotations as returned by `CocoDataset.to_coco()`; left unchanged.
-        results: detections in COCO's results format, each with `bbox` and compressed `segmentation`.
+        results: detections in COCO's results format, each with `bbox` and, for masks, compressed `segmentation`.
         per_class: add the average precision of each category.
+        masks: evaluate masks too; the ground truth and the results must have them.
 
     Returns:
         box_AP, box_AP50, box_AP75, box_APs, box_APm, box_APl, box_AR, the same with mask_, and with `per_class`
-        box_AP/<name> and mask_AP/<name>; in [0, 1], or None if the ground truth has no object for a metric.
+        box_AP/<name> and mask_AP/<name>, with the id if several categories have the name; in [0, 1], or None if the
+        ground truth has no object for a metric.
     """
     metrics: dict[str, float | None] = {}
-    for prefix, iou_type in (("box", "bbox"), ("mask", "segm")):
+    for prefix, iou_type in (("box", "bbox"), ("mask", "segm")) if masks else (("box", "bbox"),):
         stats, class_ap = _run_cocoeval(ground_truth, results, iou_type)
         metrics |= {f"{prefix}_{name}": _none_if_undefined(stats[i]) for i, name in enumerate(METRICS)}
         metrics[f"{prefix}_AR"] = _none_if_undefined(stats[RECALL_INDEX])
@@ -54,7 +58,8 @@ def _run_cocoeval(
         evaluation.accumulate()
         evaluation.summarize()
     precision = evaluation.eval["precision"][..., 0, -1]  # thresholds x recalls x categories, all areas, 100 detections
-    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    categories = [Category(category["id"], category["name"]) for category in ground_truth["categories"]]
+    names = dict(zip((category.id for category in categories), distinct_names(categories), strict=True))
     class_ap: dict[str, float | None] = {}
     for position, category_id in enumerate(evaluation.params.catIds):
         values = precision[:, :, position]

@@ -1,10 +1,13 @@
 """The keys that the verbs of detection share, and the architecture stored beside a detector's weights."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval
 
+from addp_core.base.paths import DatasetPath
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import EncoderConfig
 
@@ -12,6 +15,8 @@ ANCHOR_SCALE = 8  # side of a level's anchors divided by its stride: 32 to 512 p
 
 EngineName = Literal["torchvision", "detectron2"]
 EngineChoice = Literal["auto", "detectron2", "torchvision"]
+MaskChoice = Literal["auto"] | bool
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass
@@ -20,14 +25,14 @@ class CocoFiles:
 
     __shorthand__ = "root"
     root: Annotated[
-        str,
+        DatasetPath,
         "dataset folder with annotations/instances_<split>2017.json and <split>2017/ (or instances_<split>.json and "
         "images/), where <split> is train or val",
     ] = ""
-    train_annotations: Annotated[str, "annotation file, if it is not found under root"] = ""
-    train_images: Annotated[str, "image folder, if it is not found under root"] = ""
-    val_annotations: Annotated[str, "annotation file, if it is not found under root"] = ""
-    val_images: Annotated[str, "image folder, if it is not found under root"] = ""
+    train_annotations: Annotated[DatasetPath, "annotation file, if it is not found under root"] = ""
+    train_images: Annotated[DatasetPath, "image folder, if it is not found under root"] = ""
+    val_annotations: Annotated[DatasetPath, "annotation file, if it is not found under root"] = ""
+    val_images: Annotated[DatasetPath, "image folder, if it is not found under root"] = ""
     max_errors: Annotated[
         float, Ge(0), "unreadable or missing images to tolerate: a number, or below 1 a share of the dataset"
     ] = 0.01
@@ -42,6 +47,9 @@ class CocoConfig(CocoFiles):
         tuple[float, float], "large-scale jitter: range of the image's longer side, as a multiple of size"
     ] = (0.1, 2.0)
     flip: Annotated[bool, "flip images horizontally with probability 1/2"] = True
+    interpolation: Annotated[
+        Interpolation, "how images are resized, in training and in evaluation; ViTDet's is bilinear"
+    ] = "bicubic"
     empty: Annotated[bool, "train on images without objects too"] = True
     workers: Annotated[
         int | None,
@@ -60,6 +68,11 @@ class CocoConfig(CocoFiles):
 class DetectorConfig:
     """Keys of the detector around the encoder; the defaults are ViTDet's Mask R-CNN."""
 
+    masks: Annotated[
+        MaskChoice,
+        "predict masks too (Mask R-CNN), or boxes alone (Faster R-CNN over the same pyramid); auto: masks, unless no "
+        "training object has one",
+    ] = "auto"
     channels: Annotated[int, Ge(1), "channels of the feature pyramid's maps"] = 256
     scales: Annotated[
         tuple[float, ...],
@@ -88,6 +101,12 @@ class Category:
     name: str
 
 
+def distinct_names(categories: Sequence[Category]) -> tuple[str, ...]:
+    """Return the names of categories; the id is added to a name that several of them have."""
+    counts = Counter(category.name for category in categories)
+    return tuple(c.name if counts[c.name] == 1 else f"{c.name} (id {c.id})" for c in categories)
+
+
 @dataclass(frozen=True)
 class DetectorArchitecture:
     """The architecture written beside a detector's weights (kind "detector")."""
@@ -100,6 +119,12 @@ class DetectorArchitecture:
     detector: DetectorConfig
     categories: tuple[Category, ...]
     normalisation: Literal["imagenet", "half"] = "imagenet"
+    interpolation: Interpolation = "bicubic"
+
+    @property
+    def masks(self) -> bool:
+        """Whether the detector predicts masks. "auto" stands in the files of older versions, all of which did."""
+        return self.detector.masks is not False
 
 
 def vitdet_attention() -> AttentionConfig:

@@ -153,5 +153,6 @@ def make_samples(recipe: Recipe, device: torch.device) -> list[DetectionSample]:
             mask[top:bottom, left:right] = 1
         image = torch.randint(256, (3, size, size), dtype=torch.uint8, generator=generator)
         labels = torch.randint(COCO_CLASSES, (recipe.objects,), generator=generator)
-        samples.append(DetectionSample(*(part.to(device) for part in (image, boxes.float(), labels, masks))))
+        image, boxes, labels, masks = (part.to(device) for part in (image, boxes.float(), labels, masks))
+        samples.append(DetectionSample(image, boxes, labels, None if recipe.detector.masks is False else masks))
     return samples

@@ -1,4 +1,5 @@
-"""`addp det eval`: average precision of boxes and masks on COCO files, by COCO's own evaluation.
+"""`addp det eval`: average precision of boxes and masks on COCO files, by COCO's own evaluation. Boxes alone are
+evaluated if the detector or the annotations have no masks.
 
 The metrics go to stdout. With `out`, they are also written to figures.json there, and the detections to results.json in
 COCO's results format.
@@ -12,10 +13,9 @@ from typing import Annotated, Literal
 from addp_core.base.tables import text_table
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
-from det.average_precision import coco_metrics
 from det.coco import open_coco
 from det.config import CocoFiles
-from det.inference import check_categories, detect_dataset
+from det.inference import check_categories, evaluate_detector
 from det.model import load_detector
 from det.output import make_folder, write_json
 
@@ -36,15 +36,14 @@ def run(recipe: Recipe) -> None:
     """Detect objects on all images of the split, then compute the metrics."""
     out = make_folder(recipe.out) if recipe.out else None
     state = process_state()
-    dataset = open_coco(recipe.data, recipe.split)
     model = load_detector(recipe.model)
+    dataset = open_coco(recipe.data, recipe.split, masks="auto" if model.architecture.masks else False)
     check_categories(model, dataset)
     model = model.to(state.device).requires_grad_(False)
     accelerate_model(model)
-    results = detect_dataset(model, dataset)
+    metrics, results = evaluate_detector(model, dataset, recipe.per_class)
     if not state.is_main_process:
         return
-    metrics = coco_metrics(dataset.to_coco(), results, recipe.per_class)
     if out:
         write_json(out / "results.json", results)
         write_json(out / "figures.json", metrics)
@@ -52,10 +51,11 @@ def run(recipe: Recipe) -> None:
 
 
 def format_table(metrics: dict[str, float | None]) -> str:
-    """Return one line per metric with boxes and masks side by side, in percent as in the papers."""
+    """Return one line per metric with boxes and, if evaluated, masks side by side, in percent as in the papers."""
     names = [name.removeprefix("box_") for name in metrics if name.startswith("box_")]
-    rows = [["", "box", "mask"]]
-    rows += [[name, _percent(metrics[f"box_{name}"]), _percent(metrics[f"mask_{name}"])] for name in names]
+    kinds = ["box", "mask"] if "mask_AP" in metrics else ["box"]
+    rows = [["", *kinds]]
+    rows += [[name, *(_percent(metrics[f"{kind}_{name}"]) for kind in kinds)] for name in names]
     return text_table(rows)
 
 

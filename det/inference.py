@@ -1,4 +1,4 @@
-"""Runs a detector over a COCO dataset."""
+"""Runs a detector over a COCO dataset, and evaluates it there."""
 
 import logging
 from typing import Any
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError
+from addp_core.data.stream import error_limit
+from det.average_precision import coco_metrics
 from det.coco import CocoDataset
 from det.model import Detector
 
@@ -23,20 +25,41 @@ def detect_dataset(model: Detector, dataset: CocoDataset) -> list[dict[str, Any]
     """Return the detections on all images of a dataset that has the detector's categories, in COCO's results format.
 
     Under torchrun the processes share the images, and each returns all results. Unreadable images are logged and have
-    no detections.
+    no detections. Raises UserError if there are more of them than the dataset's `max_errors` allows.
     """
     state, device = PartialState(), next(model.parameters()).device
     results: list[dict[str, Any]] = []
+    errors: list[tuple[str, str]] = []
+    limit = error_limit(dataset.max_errors, len(dataset))
     indices = range(state.process_index, len(dataset), state.num_processes)
     for index in tqdm(indices, desc="detect", unit="img", disable=None if state.is_main_process else True):
         try:
             image = image_to_tensor(dataset.open_image(index)[0].decode())
         except ImageError as error:
             log.warning("%s: %s; counted as an image without detections", dataset.name(index), error)
+            errors.append((dataset.name(index), str(error)))
+            if len(errors) > limit:
+                break  # and not raised here: the other processes wait for this one's results
             continue
         (detections,) = model.detect([image.to(device)])
         results += detections.to_results(dataset.ids[index], dataset.categories)
-    return gather_object(results)
+    results, errors = map(gather_object, (results, errors))
+    dataset.check_errors(errors)
+    return results
+
+
+def evaluate_detector(
+    model: Detector, dataset: CocoDataset, per_class: bool = False
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """Return the metrics of `coco_metrics` and the detections.
+
+    Masks are evaluated if both the detector and the dataset have them. Processes other than rank 0 return no metrics.
+    """
+    results = detect_dataset(model, dataset)
+    if not PartialState().is_main_process:
+        return {}, results
+    masks = model.architecture.masks and dataset.masks
+    return coco_metrics(dataset.to_coco(), results, per_class, masks), results
 
 
 def check_categories(model: Detector, dataset: CocoDataset) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
@@ -15,7 +16,7 @@ from addp_core.weights.architectures import ARCHITECTURES
 from addp_core.weights.files import Source
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_state
-from det.config import Category, DetectorArchitecture
+from det.config import Category, DetectorArchitecture, Interpolation
 
 KIND = "detector"
 ARCHITECTURES[KIND] = DetectorArchitecture  # lets read_weights load detectors
@@ -32,26 +33,24 @@ class Detections:
     boxes: Tensor  # Float[n,4], left, top, right, bottom in pixels of the input image
     scores: Tensor  # Float[n], in [0,1]
     labels: Tensor  # Long[n], positions in the detector's categories
-    masks: list[dict[str, Any]]  # n masks in COCO's compressed code (size [H,W], counts bytes)
+    masks: list[dict[str, Any]] | None  # n in COCO's compressed code (size [H,W], counts bytes); None: boxes alone
 
     def to_results(self, image_id: int, categories: tuple[Category, ...]) -> list[dict[str, Any]]:
         """Convert to COCO's results format."""
-        results = []
-        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), self.masks, strict=True)
-        for (left, top, right, bottom), score, label, mask in rows:
+        results: list[dict[str, Any]] = []
+        rows = zip(self.boxes.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
+        for (left, top, right, bottom), score, label in rows:
+            box = [left, top, right - left, bottom - top]
             results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": categories[label].id,
-                    "bbox": [left, top, right - left, bottom - top],
-                    "score": score,
-                    "segmentation": {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")},
-                }
+                {"image_id": image_id, "category_id": categories[label].id, "bbox": box, "score": score},
             )
+        for result, mask in zip(results, self.masks or (), strict=self.masks is not None):
+            result["segmentation"] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
         return results
 
     def mask(self, i: int) -> Tensor:
-        """Decode the mask of detection i, Bool[H,W]."""
+        """Decode the mask of detection i, Bool[H,W]. Not for detections of boxes alone."""
+        assert self.masks is not None
         return torch.from_numpy(coco_mask.decode(self.masks[i])).bool()
 
 
@@ -88,6 +87,13 @@ def build_detector(architecture: DetectorArchitecture, encoder: Encoder) -> Dete
             "model: was trained with detectron2, which is not installed; `addp doctor` shows the command to install it"
         ) from error
     return detector_class(architecture, encoder)
+
+
+def resize_to_longer_side(image: Tensor, size: int, interpolation: Interpolation) -> Tensor:
+    """Float[3,H,W] -> Float[3,h,w] whose longer side is `size`, with antialiasing."""
+    factor = size / max(image.shape[-2:])
+    hw = [max(1, round(side * factor)) for side in image.shape[-2:]]
+    return F.interpolate(image[None], hw, mode=interpolation, antialias=True)[0]
 
 
 def save_detector(model: Detector, path: str | os.PathLike) -> None:

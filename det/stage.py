@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from addp_core.data.images import ImageError
 from addp_core.training.stage import MicroStep, Stage
 from det.augment import DetectionBatch
-from det.average_precision import coco_metrics
 from det.coco import CocoDataset
 from det.drawing import draw_detections, fit_to_square
-from det.inference import detect_dataset, image_to_tensor
+from det.inference import evaluate_detector, image_to_tensor
 from det.model import Detector, save_detector
 
 PREVIEW_IMAGES, PREVIEW_SCORE = 8, 0.3  # number of images, minimum score of a drawn detection
@@ -33,11 +31,11 @@ class DetStage(Stage):
         return {"loss": sum(losses.values()), **losses}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Return the average precision on the validation set, without the metrics that it has no objects for."""
-        results = detect_dataset(cast(Detector, model), self.val)
-        if not PartialState().is_main_process:
-            return {}
-        metrics = coco_metrics(self.val.to_coco(), results)
+        """Return the average precision on the validation set, without the metrics that it has no objects for.
+
+        Raises UserError if more validation images are unreadable than the dataset tolerates.
+        """
+        metrics, _ = evaluate_detector(cast(Detector, model), self.val)
         return {name: value for name, value in metrics.items() if value is not None}
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:

@@ -1,10 +1,12 @@
-"""`addp det train`: ViTDet's Mask R-CNN (arXiv 2203.16527) over a pretrained encoder, on COCO files.
+"""`addp det train`: ViTDet's Mask R-CNN (arXiv 2203.16527) over a pretrained encoder, on COCO files; Faster R-CNN for
+boxes without masks.
 
 The engine detectron2 is the one used in the paper; torchvision works in a plain install. Both read the same keys and
 files and write the same run folder.
 """
 
 import contextlib
+import functools
 import logging
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -26,11 +28,22 @@ from addp_core.training.stage import TrainConfig
 from addp_core.weights.pretrained import EncoderKeys, check_positions
 from det.augment import LargeScaleJitter, collate
 from det.coco import CocoDataset, open_coco
-from det.config import CocoConfig, DetectorArchitecture, DetectorConfig, EngineChoice, EngineName, vitdet_attention
+from det.config import (
+    CocoConfig,
+    DetectorArchitecture,
+    DetectorConfig,
+    EngineChoice,
+    EngineName,
+    Interpolation,
+    MaskChoice,
+    vitdet_attention,
+)
 from det.model import build_detector
 from det.stage import DetStage
 
 log = logging.getLogger("addp")
+
+FORMER_INTERPOLATION: Interpolation = "bicubic"  # of all runs before the key data.interpolation existed
 
 
 @dataclass(kw_only=True)
@@ -51,11 +64,12 @@ class Recipe(EncoderKeys):
 
 def run(recipe: Recipe) -> None:
     """Train, or continue a run; the result is `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
-    recipe = replace(recipe, engine=engine_of_run(recipe))
-    if prepare_out(recipe.out, recipe):
+    recipe = keep_settings_of_run(recipe)
+    datasets = functools.cache(lambda: open_datasets(recipe.data, recipe.detector.masks))
+    if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         return
     engine = resolve_engine(recipe.engine)
-    train_set, val_set = open_datasets(recipe.data)
+    train_set, val_set = datasets()
     encoder = build_encoder(recipe)
     architecture = DetectorArchitecture(
         engine=engine,
@@ -63,11 +77,12 @@ def run(recipe: Recipe) -> None:
         attention=encoder.attention,
         patch_size=encoder.patch_size,
         size=recipe.data.size,
-        detector=recipe.detector,
+        detector=replace(recipe.detector, masks=train_set.masks),
         categories=train_set.categories,
         normalisation=recipe.normalisation,
+        interpolation=recipe.data.interpolation,
     )
-    log.info("det: engine %s", engine)
+    log.info("det: engine %s, %s", engine, "boxes and masks" if train_set.masks else "boxes alone (Faster R-CNN)")
     torch.manual_seed(recipe.train.seed)
     stage = DetStage(build_detector(architecture, encoder), val_set)
     train(stage, make_stream(recipe, train_set), recipe.train, recipe.out, recipe)
@@ -77,21 +92,27 @@ def make_stream(recipe: Recipe, dataset: CocoDataset) -> Stream:
     """Return an endless stream of batches with large-scale jitter."""
     data = recipe.data
     loading = DataConfig(max_errors=data.max_errors, workers=data.workers, prefetch=data.prefetch)
-    jitter = LargeScaleJitter(data.size, data.scale, data.flip)
+    jitter = LargeScaleJitter(data.size, data.scale, data.flip, dataset.masks, data.interpolation)
     return Stream(dataset, jitter, loading, seed=recipe.train.seed, batch=recipe.train.micro_batch, collate=collate)
 
 
-def engine_of_run(recipe: Recipe) -> EngineChoice:
-    """Return the engine to record in recipe.yaml.
+def keep_settings_of_run(recipe: Recipe) -> Recipe:
+    """Return the recipe to record in recipe.yaml, with what an existing run in `out` has decided.
 
-    `auto` keeps the engine of an existing run in `out`, even if detectron2 was installed or removed since.
+    `engine=auto` keeps the run's engine, even if detectron2 was installed or removed since. A run that was begun before
+    `data.interpolation` existed goes on as it began, although the named recipes have another one now.
     """
-    if recipe.engine != "auto":
-        return recipe.engine
-    recorded = None
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError):  # prepare_out reports a broken recipe.yaml
-        recorded = yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text()).get("engine")
-    return recorded or resolve_engine("auto")
+    recorded: dict = {}
+    interpolation = recipe.data.interpolation
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # prepare_out reports a broken file
+        recorded = dict(yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text()))
+        if "interpolation" not in recorded["data"] and interpolation != FORMER_INTERPOLATION:
+            log.info("out=%s: goes on with data.interpolation=%s, as it began", recipe.out, FORMER_INTERPOLATION)
+            interpolation = FORMER_INTERPOLATION
+    engine = recipe.engine
+    if engine == "auto":
+        engine = recorded.get("engine") or resolve_engine("auto")
+    return replace(recipe, engine=engine, data=replace(recipe.data, interpolation=interpolation))
 
 
 def resolve_engine(choice: EngineChoice) -> EngineName:
@@ -107,11 +128,20 @@ def resolve_engine(choice: EngineChoice) -> EngineName:
     return choice
 
 
-def open_datasets(config: CocoConfig) -> tuple[CocoDataset, CocoDataset]:
-    """Open the training and the validation split. Raises UserError if their categories differ."""
-    train_set, val_set = open_coco(config, "train", config.empty), open_coco(config, "val")
+def open_datasets(config: CocoConfig, masks: MaskChoice = "auto") -> tuple[CocoDataset, CocoDataset]:
+    """Open the training and the validation split; `masks` is the recipe's `detector.masks`.
+
+    Raises UserError if their categories differ, if one has no object, or if its images cannot be read, as far as a look
+    at a few of them shows: the evaluation would otherwise find out at the end.
+    """
+    train_set = open_coco(config, "train", config.empty, masks)
+    val_set = open_coco(config, "val", masks="auto" if train_set.masks else False)
     if train_set.categories != val_set.categories:
         raise UserError(f"{val_set.path}: its categories differ from those of {train_set.path}; expected the same")
+    if train_set.masks and not val_set.masks:
+        log.warning("data: %s has no masks: the evaluation reports box AP alone", val_set.path)
+    for dataset in (train_set, val_set):
+        dataset.check_readable()
     return train_set, val_set
 
 

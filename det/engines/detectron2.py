@@ -1,4 +1,5 @@
-"""The engine "detectron2": its Mask R-CNN (RPN, heads, samplers and RoIAlign as in ViTDet) over the suite's encoder.
+"""The engine "detectron2": its Mask R-CNN, or Faster R-CNN for boxes alone (RPN, heads, samplers and RoIAlign as in
+ViTDet) over the suite's encoder.
 
 `addp det train` trains it with the suite's training engine, on the same crops as the other engine;
 det/native/train_net.py trains the same model with detectron2's own trainer and data loading.
@@ -12,13 +13,12 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
-from torch.nn import functional as F
 
 from addp_core.networks.encoder import Encoder
 from det.augment import DetectionSample
 from det.config import DetectorArchitecture
 from det.masks import encode_bitmap
-from det.model import Detections, Detector
+from det.model import Detections, Detector, resize_to_longer_side
 from det.native.backbone import EncoderBackbone
 from det.native.lazy import mask_rcnn
 
@@ -44,21 +44,17 @@ class Detectron2Detector(Detector):
         self.architecture = architecture
 
     def forward(self, samples: list[DetectionSample]) -> dict[str, Tensor]:
-        """Return the losses of the RPN (two), of classes, boxes and masks: scalars to be added."""
+        """Return the losses of the RPN (two), of classes, boxes and, if it has them, masks: scalars to be added."""
         with EventStorage():  # detectron2 logs metrics of its own during training and needs a place for them
             return self.rcnn([{"image": sample.image, "instances": _to_instances(sample)} for sample in samples])
 
     @torch.no_grad()
     def detect(self, images: list[Tensor]) -> list[Detections]:
         """Detect objects on UInt8[3,H,W] RGB images of any sizes, on the model's device; requires eval mode."""
-        instances = self.rcnn.inference([{"image": self._resize(image)} for image in images], do_postprocess=False)
+        size, interpolation = self.architecture.size, self.architecture.interpolation
+        resized = [resize_to_longer_side(image.float(), size, interpolation) for image in images]
+        instances = self.rcnn.inference([{"image": image} for image in resized], do_postprocess=False)
         return [_to_detections(each, image) for each, image in zip(instances, images, strict=True)]
-
-    def _resize(self, image: Tensor) -> Tensor:
-        """UInt8[3,H,W] -> Float[3,h,w] whose longer side is the side of the training images."""
-        factor = self.architecture.size / max(image.shape[-2:])
-        hw = [max(1, round(side * factor)) for side in image.shape[-2:]]
-        return F.interpolate(image[None].float(), hw, mode="bicubic", antialias=True)[0]
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the encoder's parameters that are exempt from weight decay."""
@@ -70,12 +66,10 @@ class Detectron2Detector(Detector):
 
 
 def _to_instances(sample: DetectionSample) -> Instances:
-    return Instances(
-        sample.image.shape[-2:],
-        gt_boxes=Boxes(sample.boxes),
-        gt_classes=sample.labels,
-        gt_masks=BitMasks(sample.masks.bool()),
-    )
+    instances = Instances(sample.image.shape[-2:], gt_boxes=Boxes(sample.boxes), gt_classes=sample.labels)
+    if sample.masks is not None:
+        instances.gt_masks = BitMasks(sample.masks.bool())
+    return instances
 
 
 def _to_detections(instances: Instances, image: Tensor) -> Detections:
@@ -83,9 +77,13 @@ def _to_detections(instances: Instances, image: Tensor) -> Detections:
 
     Masks are pasted one at a time: a hundred masks of a large photograph do not fit in memory.
     """
+    hw = image.shape[-2:]
+    if not instances.has("pred_masks"):
+        restored = detector_postprocess(instances, *hw)
+        return Detections(restored.pred_boxes.tensor.float(), restored.scores.float(), restored.pred_classes, None)
     kept, masks = [], []
     for i in range(len(instances)):
-        restored = detector_postprocess(instances[i : i + 1], *image.shape[-2:])
+        restored = detector_postprocess(instances[i : i + 1], *hw)
         if len(restored):  # detectron2 drops boxes outside the image
             kept.append(restored)
             masks.append(encode_bitmap(restored.pred_masks[0]))

@@ -1,19 +1,18 @@
-"""The engine "torchvision", which a plain install has: torchvision's Mask R-CNN over the suite's encoder and feature
-pyramid, with ViTDet's heads (arXiv 2203.16527).
+"""The engine "torchvision", which a plain install has: torchvision's Mask R-CNN, or Faster R-CNN for boxes alone, over
+the suite's encoder and feature pyramid, with ViTDet's heads (arXiv 2203.16527).
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
@@ -22,18 +21,18 @@ from torchvision.ops.poolers import initLevelMapper
 from addp_core.networks.encoder import Encoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.augment import DetectionSample
-from det.config import ANCHOR_SCALE, DetectorArchitecture
+from det.config import ANCHOR_SCALE, DetectorArchitecture, Interpolation
 from det.masks import encode_bitmap
-from det.model import Detections, Detector
+from det.model import Detections, Detector, resize_to_longer_side
 from det.pyramid import ChannelNorm, FeaturePyramid
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 ENCODER_PREFIX = "backbone.net."  # of the names of the encoder's parameters
 
 
-class TorchvisionDetector(MaskRCNN, Detector):
-    """torchvision's Mask R-CNN: two convolutions in the RPN head, four and one linear layer in the box head, norms over
-    channels in box and mask head; boxes are regressed per class.
+class TorchvisionDetector(FasterRCNN, Detector):
+    """torchvision's Faster R-CNN, which a mask head turns into Mask R-CNN: two convolutions in the RPN head, four and
+    one linear layer in the box head, norms over channels in box and mask head; boxes are regressed per class.
 
     In training, `model(samples)` returns the losses by name.
     """
@@ -59,21 +58,27 @@ class TorchvisionDetector(MaskRCNN, Detector):
             box_batch_size_per_image=config.samples,
             box_score_thresh=config.score,
             box_detections_per_img=config.detections,
-            mask_roi_pool=make_pool(2 * pooled),
-            mask_head=MaskRCNNHeads(config.channels, [config.convs] * 4, 1, norm_layer=ChannelNorm),
-            mask_predictor=MaskRCNNPredictor(config.convs, config.convs, classes),
         )
-        self.transform = _SquareTransform(architecture.size, *NORMALISATION[architecture.normalisation])
+        if architecture.masks:
+            heads = cast(RoIHeads, self.roi_heads)
+            heads.mask_roi_pool = make_pool(2 * pooled)
+            heads.mask_head = MaskRCNNHeads(config.channels, [config.convs] * 4, 1, norm_layer=ChannelNorm)
+            heads.mask_predictor = MaskRCNNPredictor(config.convs, config.convs, classes)
+        normalization = NORMALISATION[architecture.normalisation]
+        self.transform = _SquareTransform(architecture.size, architecture.interpolation, *normalization)
         self.architecture = architecture
 
     def forward(self, inputs: list[Any]) -> Any:
-        """Training: `DetectionSample`s of one size -> losses by name. Evaluation: Float[3,H,W] images in [0,1] ->
-        torchvision's dictionary of detections for each.
+        """Training: `DetectionSample`s of at most the architecture's size -> losses by name. Evaluation: Float[3,H,W]
+        images in [0,1] -> torchvision's dictionary of detections for each.
         """
         if not self.training:
             return super().forward(inputs)
         samples: list[DetectionSample] = inputs
-        targets = [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in samples]
+        targets = [{"boxes": s.boxes, "labels": s.labels + 1} for s in samples]
+        for target, sample in zip(targets, samples, strict=True):
+            if sample.masks is not None:
+                target["masks"] = sample.masks
         return super().forward([s.image.float() / 255 for s in samples], targets)
 
     def no_weight_decay(self) -> set[str]:
@@ -88,7 +93,7 @@ class TorchvisionDetector(MaskRCNN, Detector):
     def detect(self, images: list[Tensor]) -> list[Detections]:
         """Detect objects on UInt8[3,H,W] RGB images of any sizes, on the model's device; requires eval mode."""
         outputs = self([image.float() / 255 for image in images])
-        return [Detections(o["boxes"].float(), o["scores"].float(), o["labels"] - 1, o["masks"]) for o in outputs]
+        return [Detections(o["boxes"].float(), o["scores"].float(), o["labels"] - 1, o.get("masks")) for o in outputs]
 
 
 class _Float32RPNHead(RPNHead):
@@ -118,21 +123,21 @@ class _RoIAlign(MultiScaleRoIAlign):
 
 
 class _SquareTransform(GeneralizedRCNNTransform):
-    """Normalizes images and pads them to squares of `size` pixels, so that positions match those of training.
+    """Normalizes images and then pads them with zeros to squares of `size` pixels, so that positions match those of
+    training. The detector knows the sizes before padding: no proposal lies in the padding.
 
     In evaluation, images are first resized to a longer side of `size`. Masks are returned in COCO's compressed code,
     pasted one at a time: a hundred masks of a large photograph do not fit in memory.
     """
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, size: int, interpolation: Interpolation, mean: Sequence[float], std: Sequence[float]):
         super().__init__(size, size, mean, std, size_divisible=size)
+        self.interpolation = interpolation
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
         if self.training:
             return image, target
-        factor = self.max_size / max(image.shape[-2:])
-        hw = [max(1, round(side * factor)) for side in image.shape[-2:]]
-        return F.interpolate(image[None], hw, mode="bicubic", antialias=True)[0], target
+        return resize_to_longer_side(image, self.max_size, self.interpolation), target
 
     def postprocess(
         self, result: list[dict[str, Any]], image_shapes: list[tuple[int, int]], original_image_sizes: list
@@ -141,6 +146,8 @@ class _SquareTransform(GeneralizedRCNNTransform):
             return result
         for output, resized_hw, hw in zip(result, image_shapes, original_image_sizes, strict=True):
             output["boxes"] = resize_boxes(output["boxes"], resized_hw, hw)
+            if "masks" not in output:
+                continue
             pairs = zip(output["masks"].float(), output["boxes"], strict=True)
             output["masks"] = [
                 encode_bitmap(paste_masks_in_image(mask[None], box[None], hw)[0, 0] > 0.5) for mask, box in pairs

@@ -47,7 +47,7 @@ def package_config(name: str) -> DictConfig:
 def mask_rcnn(
     net: Any, patch: int, size: int, classes: int, detector: DetectorConfig, normalisation: str = "imagenet"
 ) -> DictConfig:
-    """Return the config of ViTDet's Mask R-CNN.
+    """Return the config of ViTDet's Mask R-CNN, or of Faster R-CNN if `detector.masks` is false.
 
     Args:
         net: a backbone with one map, or its LazyCall.
@@ -81,6 +81,8 @@ def mask_rcnn(
     heads.box_predictor.test_score_thresh = detector.score
     heads.box_predictor.test_topk_per_image = detector.detections
     heads.mask_head.conv_dims = [detector.convs] * 5  # the last one upsamples
+    if detector.masks is False:
+        heads.mask_in_features = heads.mask_pooler = heads.mask_head = None  # Faster R-CNN
     return model
 
 
@@ -117,12 +119,13 @@ def coco_dicts(dataset: CocoDataset, masks: MaskFormat) -> list[dict[str, Any]]:
 @cache
 def _register_once(root: str, split: str, masks: MaskFormat, **files: Any) -> tuple[str, CocoDataset]:
     """Return the name that a dataset is registered under, and the dataset."""
-    dataset = open_coco(CocoFiles(root=root, **files), split)
+    dataset = open_coco(CocoFiles(root=root, **files), split, masks=True)
     name = f"{dataset.path} {dataset.folder} {masks}"
     DatasetCatalog.register(name, lambda: coco_dicts(dataset, masks))
     MetadataCatalog.get(name).set(
         thing_classes=list(dataset.classes),
         thing_dataset_id_to_contiguous_id={category.id: i for i, category in enumerate(dataset.categories)},
+        categories=dataset.categories,
     )
     return name, dataset
 

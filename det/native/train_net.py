@@ -46,7 +46,7 @@ from addp_core.networks.encoder import Encoder
 from addp_core.training.signals import StopSignals
 from addp_core.weights.files import MODEL_FILE, read_tensors
 from addp_core.weights.pretrained import check_positions
-from det.config import Category, DetectorArchitecture, DetectorConfig
+from det.config import DetectorArchitecture, DetectorConfig
 from det.model import build_detector, mismatched_tensors, save_detector
 
 log = logging.getLogger("detectron2.addp")
@@ -184,7 +184,6 @@ def architecture_of(cfg: DictConfig, encoder: Encoder) -> DetectorArchitecture:
     """Return the architecture that a config of ViTDet's Mask R-CNN describes."""
     rcnn = cfg.model
     metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
-    labels = metadata.thing_dataset_id_to_contiguous_id
     return DetectorArchitecture(
         engine="detectron2",
         encoder=encoder.config,
@@ -201,7 +200,8 @@ def architecture_of(cfg: DictConfig, encoder: Encoder) -> DetectorArchitecture:
             score=rcnn.roi_heads.box_predictor.test_score_thresh,
             detections=rcnn.roi_heads.box_predictor.test_topk_per_image,
         ),
-        categories=tuple(Category(id_, metadata.thing_classes[label]) for id_, label in labels.items()),
+        categories=metadata.categories,
+        interpolation="bilinear",  # as in detectron2's data loading
     )
 
 

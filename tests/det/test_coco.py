@@ -43,7 +43,12 @@ UNUSABLE = {
     ],
     "with a box of zero size": [{"bbox": [5, 5, 0, 4]}, {"bbox": [5, 5, 4, -1]}],
     "with a box outside the image": [{"bbox": [WIDTH, 2, 4, 4]}, {"bbox": [-9, 2, 4, 4]}],
-    "without a box of four numbers": [{"bbox": None}, {"bbox": [1, 2, float("nan"), 4]}, {"bbox": [1, 2, 3]}],
+    "without a box of four numbers": [{"bbox": "1 2 3 4"}, {"bbox": [1, 2, float("nan"), 4]}, {"bbox": [1, 2, 3]}],
+    "without a box and without a mask": [{"bbox": None, "segmentation": None}],
+    "with coordinates from 0 to 1, as if in fractions of the image; expected pixels": [
+        {"bbox": [0.25, 0.25, 0.5, 0.5]},
+        {"segmentation": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.9]]},
+    ],
     "of categories that are not listed": [{"category_id": 3}],
     "of images that are not listed": [{"image_id": 5}, {"image_id": None}],
     "with a mask of another size than the image": [
@@ -97,7 +102,8 @@ BROKEN_FILES = {
         "images": [{"id": 1, "file_name": "../x.png", "height": 1, "width": 1}],
     },
     "has no height and width": {**coco_content(), "images": [{"id": 1, "file_name": "x.png"}]},
-    "without id or file_name": {**coco_content(), "images": [{"id": "1", "file_name": "x.png"}]},
+    "without file_name": {**coco_content(), "images": [{"id": 1}]},
+    "whose id is not a whole number": {**coco_content(), "images": [{"id": "one", "file_name": "x.png"}]},
     "a category without an integer id": {**coco_content(), "categories": [{"name": "a"}]},
 }
 
@@ -138,7 +144,7 @@ def test_images_without_objects_are_kept_or_dropped(make_dataset):
 
 
 def test_files_are_found_under_the_root_or_by_their_own_keys(make_dataset, tmp_path):
-    make_dataset(coco_content())
+    make_dataset(coco_content(annotation(1, 0, 7, (5, 5, 8, 8))))
     for annotations, images in (("instances_val2017.json", "val2017"), ("instances_val.json", "images")):
         root = tmp_path / images
         (root / "annotations").mkdir(parents=True)

@@ -32,7 +32,8 @@ def test_boxes_are_recomputed_from_the_cropped_masks(make_dataset, seed):
     ]
     dataset = make_dataset(coco_content(*entries))
     sample = jittered(dataset.open_image(0)[0], seed, scale=(0.3, 3.0))
-    assert sample.image.shape == (3, 32, 32)
+    assert max(sample.image.shape[1:]) <= 32
+    assert sample.masks.shape[1:] == sample.image.shape[1:]
     assert sample.image.dtype == torch.uint8
     assert len(sample.labels) in (0, 1, 2)  # a crop may miss an object; the crowd never counts
     for box, mask in zip(sample.boxes, sample.masks, strict=True):
@@ -65,13 +66,12 @@ def test_the_image_and_its_masks_move_together(tmp_path):
     assert compared > 5
 
 
-def test_small_images_are_padded_on_the_right_and_at_the_bottom_and_flipped_half_of_the_time(make_dataset):
+def test_small_images_keep_their_size_and_are_flipped_half_of_the_time(make_dataset):
     dataset = make_dataset(coco_content(annotation(1, 0, 7, (0, 0, 10, 20))))
     lefts = []
     for seed in range(20):
         sample = jittered(dataset.open_image(0)[0], seed, scale=(0.5, 0.5))  # 16 x 11
-        assert (sample.image[:, 11:] == sample.image[:, 31:, 31:]).all()
-        assert (sample.image[:, :, 16:] == sample.image[:, 31:, 31:]).all()
+        assert sample.image.shape == (3, 11, 16)
         lefts.append(int(sample.boxes[0, 0]))
     assert set(lefts) == {0, 11} or set(lefts) == {0, 10}
     unflipped = [jittered(dataset.open_image(0)[0], seed, scale=(0.5, 0.5), flip=False) for seed in range(8)]
