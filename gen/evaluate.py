@@ -25,10 +25,17 @@ from addp_core.method.sampler import SampleConfig
 from addp_core.training.compute import Precision
 from addp_core.training.processes import process_state
 from gen import generate
-from gen.extractors import Extractor, open_extractor
-from gen.features import FeatureSet, extract_features, require_size
+from gen.extractors import Extractor, open_extractor, open_vgg16
+from gen.features import FeatureSet, Interpolation, RequireSize, ResizeAndCrop, extract_features
 from gen.image_folder import open_images
-from gen.metrics import check_image_count, frechet_distance, inception_score, kernel_distance, precision_recall
+from gen.metrics import (
+    NEIGHBORS,
+    check_image_count,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from gen.model import DecoderHeads, EncoderHeads, TokenizerSource, load_recipe_model
 from gen.reference import Reference, digest_of_images, load_reference, open_reference
 from gen.report import REPORT_FILE, format_report, write_report
@@ -48,6 +55,26 @@ class Sweep:
     top_p: tuple[Annotated[float, Interval(ge=0, le=1)], ...] = ()
     top_k: tuple[Annotated[int, Ge(0)], ...] = ()
     order: tuple[Literal["confidence", "halton"], ...] = ()
+    pairwise: Annotated[
+        bool, "the first value of each setting together, then the second ones, and so on, instead of every combination"
+    ] = False
+
+    def __post_init__(self) -> None:
+        counts = {name: len(values) for name, values in self.values().items()}
+        if self.pairwise and len(set(counts.values())) > 1:
+            listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            raise ValueError(f"pairwise: found {listed}, expected as many values of each setting")
+
+    def values(self) -> dict[str, tuple[Any, ...]]:
+        """Return the settings that have values."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pairwise"}
+        return {name: values for name, values in settings.items() if values}
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """Return the settings of each row."""
+        values = self.values()
+        rows = zip(*values.values(), strict=True) if self.pairwise and values else product(*values.values())
+        return [dict(zip(values, row, strict=True)) for row in rows]
 
 
 @dataclass
@@ -61,6 +88,9 @@ class Recipe:
         "generated images; or statistics: a folder of the cache, or an .npz file with mu and sigma",
     ]
     split: Annotated[str, "split of the reference, if it has splits"] = "val"
+    reference_resize: Annotated[
+        Interpolation, "interpolation that resizes the reference's images; published: bilinear"
+    ] = "bilinear"
     images: Annotated[str, "folder of generated images, all of one size"] = ""
     model: Annotated[
         str, "instead of `images`: a run or ADDP file, from which missing images are generated into folders in `out`"
@@ -71,6 +101,12 @@ class Recipe:
     sweep: Sweep = field(default_factory=Sweep)
     inception: Annotated[str, "file of torch-fidelity's Inception-v3 weights; empty: download it"] = ""
     extractor: Annotated[str, "instead of Inception-v3: a run of `addp finetune` on labeled images, or its file"] = ""
+    prc_features: Annotated[
+        Literal["extractor", "vgg16"],
+        "features of precision and recall: those of FID (Inception's pool3, as in ADM's evaluator), or VGG16's "
+        "(torch-fidelity's default)",
+    ] = "extractor"
+    vgg16: Annotated[str, "file of torchvision's VGG16 weights, for prc_features=vgg16; empty: download it"] = ""
     is_splits: Annotated[int, Ge(1), "parts over which the score's mean and standard deviation are taken"] = 10
     kid_subset: Annotated[int, Ge(2), "images in each of KID's 100 subsets, or all images if there are fewer"] = 1000
     cache: Annotated[str, "folder that keeps the features of references"] = "~/.cache/addp/features"
@@ -101,27 +137,44 @@ def run(recipe: Recipe) -> None:
     # Before generating, which can take hours: the reference may turn out to be unusable.
     if not isinstance(reference_source, Path):
         check_image_count(len(reference_source), name="reference")
-    cache = Path(recipe.cache).expanduser()
-    reference = load_reference(reference_source, hw, extractor, cache, recipe.workers)
+    prepare, cache = ResizeAndCrop(hw, recipe.reference_resize), Path(recipe.cache).expanduser()
+    reference = load_reference(reference_source, prepare, extractor, cache, recipe.workers)
+    prc_extractor, prc_reference = extractor, reference
+    if recipe.prc_features == "vgg16" and reference.features.features is not None:
+        prc_extractor = open_vgg16(recipe.vgg16, state.device)
+        prc_reference = load_reference(
+            reference_source, prepare, prc_extractor, cache, recipe.workers, reference.digest
+        )
 
-    report: dict[str, Any] = {"features": extractor.label, "reference": recipe.reference, "rows": []}
+    report: dict[str, Any] = {"features": extractor.label, "reference": recipe.reference}
+    if not isinstance(reference_source, Path):
+        report["reference_resize"] = recipe.reference_resize
+    if reference.features.features is not None:
+        report["precision_recall"] = {"features": prc_extractor.layer, "neighbors": NEIGHBORS}
+    report["rows"] = []
     for name, sampling in settings.items():
         if sampling is not None:
             generate.run(generate_recipe(recipe, out / name, sampling))
         images = open_images(out / name, recipe.n) if folder_images is None else folder_images
         warn_if_same_images(images, reference, recipe)
-        features = extract_features(
-            images, require_size(hw), extractor, out / f"{TEMPORARY_PREFIX}features", recipe.workers
-        )
+        folder = out / f"{TEMPORARY_PREFIX}features"
+        features = extract_features(images, RequireSize(hw), extractor, folder, recipe.workers)
+        prc_features = features
+        if prc_extractor is not extractor:
+            folder = out / f"{TEMPORARY_PREFIX}prc-features"
+            prc_features = extract_features(images, RequireSize(hw), prc_extractor, folder, recipe.workers)
         if state.is_main_process:
-            row = {"name": name, "images": len(images), **compute_metrics(features, reference, recipe, extractor)}
+            row: dict[str, Any] = {"name": name, "images": len(images)}
+            row |= compute_metrics(features, reference.features, recipe, extractor)
+            row |= compute_precision_recall(prc_features, prc_reference.features)
             report["rows"].append(row | ({} if sampling is None else {"sampling": vars(sampling)}))
             write_report(report, out)
         state.wait_for_everyone()
     if state.is_main_process:
         if len(images) < ENOUGH_IMAGES:
             log.warning("%d images are too few to compare the metrics with published ones", len(images))
-        shutil.rmtree(out / f"{TEMPORARY_PREFIX}features", ignore_errors=True)
+        for folder in out.glob(f"{TEMPORARY_PREFIX}*features"):
+            shutil.rmtree(folder, ignore_errors=True)
         sys.stdout.write(format_report(report))
 
 
@@ -130,18 +183,15 @@ def run(recipe: Recipe) -> None:
 
 def sampling_settings(recipe: Recipe) -> dict[str, SampleConfig | None]:
     """Return the name and the sampling settings of each row; the settings are None for a folder of existing images."""
-    swept = {f.name: getattr(recipe.sweep, f.name) for f in fields(Sweep)}
     if bool(recipe.images) == bool(recipe.model):
         raise UserError(
             "images, model: expected one of them, a folder of generated images or a model to generate them from"
         )
     if recipe.images:
-        if any(swept.values()):
+        if recipe.sweep.values():
             raise UserError("sweep: needs model=<run or file>, from which the images of each setting are generated")
         return {recipe.images: None}
-    swept = {key: values for key, values in swept.items() if values}
-    combinations = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
-    settings = [replace(recipe.sampling, **combination) for combination in combinations]
+    settings = [replace(recipe.sampling, **combination) for combination in recipe.sweep.combinations()]
     return {row_name(sampling): sampling for sampling in settings}
 
 
@@ -180,18 +230,25 @@ def warn_if_same_images(images: ImageSource, reference: Reference, recipe: Recip
 
 
 def compute_metrics(
-    generated: FeatureSet, reference: Reference, recipe: Recipe, extractor: Extractor
+    generated: FeatureSet, reference: FeatureSet, recipe: Recipe, extractor: Extractor
 ) -> dict[str, float]:
-    """Return all metrics by their names, which say whether the features are Inception's."""
+    """Return the metrics but precision and recall, by names that say whether the features are Inception's."""
     distance, score, kernel = ("fid", "is", "kid") if extractor.is_inception else ("fd", "cs", "kd")
     assert generated.features is not None  # as `extract_features` returned them
     assert generated.logits is not None
-    metrics = {distance: frechet_distance(generated, reference.features)}
+    metrics = {distance: frechet_distance(generated, reference)}
     metrics[f"{score}_mean"], metrics[f"{score}_std"] = inception_score(generated.logits, recipe.is_splits)
-    if reference.features.features is not None:
-        pair = generated.features, reference.features.features
-        metrics["precision"], metrics["recall"] = precision_recall(*pair, PartialState().device)
+    if reference.features is not None:
+        pair = generated.features, reference.features
         subset = min(recipe.kid_subset, *map(len, pair))
         metrics[f"{kernel}_mean"], metrics[f"{kernel}_std"] = kernel_distance(*pair, subset)
         metrics[f"{kernel}_subset"] = subset
     return metrics
+
+
+def compute_precision_recall(generated: FeatureSet, reference: FeatureSet) -> dict[str, float]:
+    """Return precision and recall; nothing if only statistics of the reference are available."""
+    if generated.features is None or reference.features is None:
+        return {}
+    precision, recall = precision_recall(generated.features, reference.features, PartialState().device)
+    return {"precision": precision, "recall": recall}

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
+from torchvision.models import VGG16_Weights
 
 from addp_core.base.errors import UserError
 from addp_core.networks.classifier import normalize
@@ -21,7 +23,12 @@ from addp_core.weights.loading import load_classifier
 
 # Names in torch-fidelity's registry of extractors.
 INCEPTION = "inception-v3-compat"
+VGG16 = "vgg16"
 CLASSIFIER = "addp-classifier"
+EXPECTED_WEIGHTS = {  # by key of the recipe: the layout, and where its file is
+    "inception": ("torch-fidelity's Inception-v3", URL_INCEPTION_V3),
+    "vgg16": ("torchvision's VGG16", VGG16_Weights.IMAGENET1K_V1.url),
+}
 
 
 class ClassifierExtractor(FeatureExtractorBase):
@@ -69,12 +76,14 @@ class Extractor:
         label: its description in reports.
         key: digest of its weights, which cached features are looked up by.
         is_inception: whether it is Inception-v3, for which FID, IS and KID are defined.
+        layer: which of its layers the features are, in words.
     """
 
     module: FeatureExtractorBase
     label: str
     key: str
     is_inception: bool
+    layer: str
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """UInt8[B,3,H,W] -> features Float[B,D] and logits Float[B,C], in float32."""
@@ -98,14 +107,28 @@ def open_extractor(inception: str, classifier: str, device: torch.device) -> Ext
     if classifier:
         module = _create(CLASSIFIER, ClassifierExtractor, classifier)
         label = f"the classifier {classifier} (not Inception: no FID, and not comparable with published numbers)"
+        layer = f"the pooled features of the classifier {classifier}"
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            # torch-fidelity unpickles whatever a file contains, so it gets a file of tensors alone.
-            path = os.path.join(folder, "inception.pth")
-            torch.save(_inception_weights(inception), path)
-            module = _create_inception(inception, path)
+        alternative = "extractor=<a run of addp finetune on labeled images> to compare that classifier's features"
+        weights = _read_or_download("inception", inception, URL_INCEPTION_V3, alternative)
+        module = _create_from_tensors("inception", inception or URL_INCEPTION_V3, weights)
         label = f"Inception-v3 ({inception or URL_INCEPTION_V3.rpartition('/')[2]})"
-    return Extractor(module.to(device), label, fingerprint(module), not classifier)
+        layer = "Inception-v3's pool3 features, as in ADM's evaluator"
+    return Extractor(module.to(device), label, fingerprint(module), not classifier, layer)
+
+
+def open_vgg16(vgg16: str, device: torch.device) -> Extractor:
+    """Load VGG16, whose features torch-fidelity takes for precision and recall unless told otherwise.
+
+    vgg16: file of torchvision's weights; empty to download it. Raises UserError if the weights cannot be read,
+    downloaded or loaded.
+    """
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    weights = _read_or_download("vgg16", vgg16, url, "prc_features=extractor")
+    module = _create_from_tensors("vgg16", vgg16 or url, weights)
+    label = f"VGG16 ({vgg16 or url.rpartition('/')[2]})"
+    layer = "VGG16's second fully connected layer after its ReLU, torch-fidelity's default"
+    return Extractor(module.to(device), label, fingerprint(module), False, layer)
 
 
 def _create(name: str, cls: type[FeatureExtractorBase], weights: str) -> FeatureExtractorBase:
@@ -114,26 +137,34 @@ def _create(name: str, cls: type[FeatureExtractorBase], weights: str) -> Feature
     return create_feature_extractor(name, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False)
 
 
-def _create_inception(inception: str, path: str) -> FeatureExtractorBase:
-    """Create Inception-v3 with the weights in `path`, which come from `inception`."""
-    try:
-        return _create(INCEPTION, FeatureExtractorInceptionV3, path)
-    except RuntimeError as error:  # load_state_dict lists every tensor that does not fit
-        detail = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(
-            f"inception: {inception or URL_INCEPTION_V3} has another layout than torch-fidelity's Inception-v3 "
-            f"({detail[0].strip()[:120]}); expected {URL_INCEPTION_V3}"
-        ) from error
+def _create_from_tensors(key: str, source: str, weights: dict[str, Tensor]) -> FeatureExtractorBase:
+    """Create the extractor of a recipe's key, "inception" or "vgg16", with weights that come from `source`."""
+    with tempfile.TemporaryDirectory() as folder:
+        # torch-fidelity unpickles whatever a file contains, so it gets a file of tensors alone.
+        path = os.path.join(folder, "weights.pth")
+        torch.save(weights, path)
+        try:
+            if key == "inception":
+                return _create(INCEPTION, FeatureExtractorInceptionV3, path)
+            layers = list(FeatureExtractorVGG16.get_provided_features_list())[::-1]  # the one after the ReLU first
+            return create_feature_extractor(
+                VGG16, layers, cuda=False, feature_extractor_weights_path=path, verbose=False
+            )
+        except RuntimeError as error:  # load_state_dict lists every tensor that does not fit
+            name, expected = EXPECTED_WEIGHTS[key]
+            detail = str(error).splitlines()[1:2] or [str(error)]
+            raise UserError(
+                f"{key}: {source} has another layout than {name} ({detail[0].strip()[:120]}); expected {expected}"
+            ) from error
 
 
-def _inception_weights(inception: str) -> dict[str, Tensor]:
-    """Read Inception-v3's weights from the file `inception`, or download them if it is empty."""
-    if inception:
-        return dict(read_tensors(inception))
+def _read_or_download(key: str, path: str, url: str, alternative: str) -> dict[str, Tensor]:
+    """Read an extractor's weights from the file `path`, or download them if it is empty."""
+    if path:
+        return dict(read_tensors(path))
     try:
-        return torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, a proxy's error page instead of the file, a full disk
         raise UserError(
-            f"inception: {URL_INCEPTION_V3} cannot be downloaded ({error}); expected inception=<that file>, or "
-            "extractor=<a run of addp finetune on labeled images> to compare that classifier's features instead"
+            f"{key}: {url} cannot be downloaded ({error}); expected {key}=<that file>, or {alternative} instead"
         ) from error

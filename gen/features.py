@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, functional
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
@@ -24,6 +26,7 @@ from gen.extractors import Extractor
 EXTRACTOR_BATCH = 32  # images
 ROWS_IN_MEMORY = 2048  # of features
 
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "box"]  # torchvision's names
 Prepare = Callable[[LazyImage], Tensor]  # an image -> UInt8[3,h,w]; may raise ImageError
 
 
@@ -114,20 +117,40 @@ class _PreparedImages(Dataset):
             return f"{self.source.name(index)}: {error}; repair or remove it"
 
 
-def center_crop_to(hw: tuple[int, int]) -> Prepare:
-    """Return a function that crops the largest central part of the aspect ratio of `hw` and resizes it bicubically."""
-    return eval_transform(hw).pixels
+@dataclass(frozen=True)
+class ResizeAndCrop:
+    """Resizes an image until it just covers `hw` and crops its center, as torchvision's Resize and CenterCrop do: the
+    published preparation of FID's reference. A class and not a closure, so that data loading processes can be sent it.
+
+    Attributes:
+        hw: height and width of the result.
+        resize: interpolation of the resize.
+    """
+
+    hw: tuple[int, int]
+    resize: Interpolation
+
+    def __call__(self, image: LazyImage) -> Tensor:
+        height, width = self.hw
+        pixels = image.decode()
+        if pixels.width * height <= pixels.height * width:  # the width is what the image covers exactly
+            size = [int(width * pixels.height / pixels.width), width]
+        else:
+            size = [height, int(height * pixels.width / pixels.height)]
+        pixels = functional.resize(pixels, size, InterpolationMode(self.resize))
+        return functional.pil_to_tensor(functional.center_crop(pixels, [height, width]))
 
 
-def require_size(hw: tuple[int, int]) -> Prepare:
-    """Return a function that leaves images of the size `hw` as they are and raises `ImageError` for others."""
+@dataclass(frozen=True)
+class RequireSize:
+    """Leaves images of the size `hw` as they are and raises `ImageError` for others."""
 
-    def prepare(image: LazyImage) -> Tensor:
-        if (image.height, image.width) != hw:
-            raise ImageError(f"{image.width} x {image.height} pixels, where others have {hw[1]} x {hw[0]}")
-        return eval_transform(hw).pixels(image)
+    hw: tuple[int, int]
 
-    return prepare
+    def __call__(self, image: LazyImage) -> Tensor:
+        if (image.height, image.width) != self.hw:
+            raise ImageError(f"{image.width} x {image.height} pixels, where others have {self.hw[1]} x {self.hw[0]}")
+        return eval_transform(self.hw).pixels(image)
 
 
 def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

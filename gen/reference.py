@@ -22,12 +22,13 @@ from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
 from addp_core.data.images import ImageError, wrap_image_errors
 from addp_core.data.sources import ImageSource, open_source
 from gen.extractors import Extractor
-from gen.features import FeatureSet, center_crop_to, extract_features
+from gen.features import FeatureSet, Interpolation, ResizeAndCrop, extract_features
 from gen.image_folder import is_generated, open_images
 
 log = logging.getLogger("addp")
 
 ABOUT = "about.json"  # in a folder of the cache: what its features were computed from
+RESIZE_BEFORE_IT_WAS_RECORDED = "bicubic"
 STALE_SECONDS = 24 * 3600  # after which an unfinished folder is abandoned; no extraction takes as long
 
 
@@ -49,13 +50,21 @@ def open_reference(reference: str, split: str) -> ImageSource | Path:
 
 
 def load_reference(
-    reference: ImageSource | Path, hw: tuple[int, int], extractor: Extractor, cache: Path, workers: int
+    reference: ImageSource | Path,
+    prepare: ResizeAndCrop,
+    extractor: Extractor,
+    cache: Path,
+    workers: int,
+    digest: str = "",
 ) -> Reference:
-    """Load what `open_reference` returned; images are center-cropped to the size `hw`, and their features cached."""
+    """Load what `open_reference` returned; the features of images that were prepared like this are cached.
+
+    digest: that of the images, if it is known.
+    """
     if isinstance(reference, Path):
-        return read_statistics(reference, extractor)
-    digest = digest_of_images(reference)
-    return Reference(cached_features(reference, digest, hw, extractor, cache, workers), digest)
+        return read_statistics(reference, extractor, prepare.resize)
+    digest = digest or digest_of_images(reference)
+    return Reference(cached_features(reference, digest, prepare, extractor, cache, workers), digest)
 
 
 def digest_of_images(source: ImageSource) -> str:
@@ -73,17 +82,16 @@ def digest_of_images(source: ImageSource) -> str:
 
 
 def cached_features(
-    source: ImageSource, digest: str, hw: tuple[int, int], extractor: Extractor, cache: Path, workers: int
+    source: ImageSource, digest: str, prepare: ResizeAndCrop, extractor: Extractor, cache: Path, workers: int
 ) -> FeatureSet:
-    """Read the features of a reference, center-cropped to `hw`, from the cache; extract them first if they are not
-    there.
+    """Read the features of a reference from the cache; extract them first if they are not there.
 
     Several runs may fill the cache at once.
 
     Args:
         source: the images.
         digest: the digest of their files.
-        hw: height and width to crop to.
+        prepare: resizes and crops an image.
         extractor: the network.
         cache: folder of all cached features.
         workers: number of data loading processes of each process.
@@ -92,7 +100,8 @@ def cached_features(
         UserError: if the cache cannot be written, or an image cannot be read.
     """
     state = PartialState()
-    key = hashlib.blake2b(f"{digest} {hw} {extractor.key}".encode(), digest_size=16).hexdigest()
+    described = f"{digest} {prepare.hw} {prepare.resize} {extractor.key}"
+    key = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
     folder = cache / key
     unfinished = [_make_unfinished_folder(folder) if state.is_main_process else None]
     broadcast_object_list(unfinished)
@@ -101,9 +110,9 @@ def cached_features(
         return FeatureSet.read(folder)
     temporary = Path(unfinished[0])
     try:
-        extract_features(source, center_crop_to(hw), extractor, temporary, workers)
+        extract_features(source, prepare, extractor, temporary, workers)
         if state.is_main_process:
-            about = {"content": digest, "images": len(source), "size": hw}
+            about = {"content": digest, "images": len(source), "size": prepare.hw, "resize": prepare.resize}
             about |= {"extractor": extractor.label, "key": extractor.key}
             write_atomically(temporary / ABOUT, json.dumps(about, indent=2).encode())
             try:
@@ -139,16 +148,25 @@ def _make_unfinished_folder(folder: Path) -> str | None:
         ) from error
 
 
-def read_statistics(path: Path, extractor: Extractor) -> Reference:
+def read_statistics(path: Path, extractor: Extractor, resize: Interpolation) -> Reference:
     """Read a folder of the cache, or an .npz file with `mu` and `sigma` (as TTUR and ADM publish them).
 
-    Raises UserError if the file cannot be read, or belongs to another extractor.
+    Warns if the folder's images were not resized by `resize`. Raises UserError if the file cannot be read, or belongs
+    to another extractor.
     """
     try:
         if path.is_dir():
             about = json.loads((path / ABOUT).read_text())
             if about["key"] != extractor.key:
                 raise UserError(f"reference: {path} holds features of {about['extractor']}, not of {extractor.label}")
+            cached_resize = about.get("resize", RESIZE_BEFORE_IT_WAS_RECORDED)
+            if cached_resize != resize:
+                log.warning(
+                    "reference: the images of %s were resized by %s, not by reference_resize=%s",
+                    path,
+                    cached_resize,
+                    resize,
+                )
             return Reference(FeatureSet.read(path), about["content"])
         with np.load(path, allow_pickle=False) as file:
             statistics = FeatureSet(*(np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma")))

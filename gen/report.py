@@ -1,6 +1,7 @@
 """The report of `addp evaluate`: evaluation.json, with one row for each setting, and the same as a table in text."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,4 +52,16 @@ def format_report(report: dict[str, Any]) -> str:
             deviation = row.get(key.replace("_mean", "_std")) if key.endswith("_mean") else None
             cells.append(text if deviation is None else f"{text} ± {deviation * scale:.3f}")
         lines.append(cells)
-    return f"features: {report['features']}\nreference: {report['reference']}\n\n{text_table(lines)}"
+    reference = report["reference"]
+    if resize := report.get("reference_resize"):
+        reference += f" (resized by {resize} interpolation)"
+    head = [f"features: {report['features']}", f"reference: {reference}"]
+    if described := describe_precision_recall(report):
+        head.append(f"precision and recall: {described}")
+    return "\n".join([*head, "", text_table(lines)])
+
+
+def describe_precision_recall(report: Mapping[str, Any]) -> str:
+    """Return what precision and recall were computed from, "" if the report does not say."""
+    about = report.get("precision_recall")
+    return f"{about['features']}, k = {about['neighbors']}" if about else ""

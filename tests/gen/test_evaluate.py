@@ -10,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_addp
+from torchvision import transforms
 
-from addp_core import load_encoder, save_model
+from addp_core import load_encoder, sample, save_model
+from addp_core.data.images import LazyImage
 from addp_core.networks.classifier import Classifier
 from addp_core.recipes.cli import main
+from gen.features import ResizeAndCrop
 
 fidelity = pytest.importorskip("torch_fidelity", reason="needs torch-fidelity: pip install 'addp[gen]'")
 HW = (24, 32)
@@ -124,6 +127,49 @@ def test_inception_metrics_equal_torch_fidelity(inputs, inception, tmp_path, cap
     output = capsys.readouterr().out
     assert "FID" in output
     assert "Inception-v3" in output
+    assert "precision and recall: Inception-v3's pool3 features, as in ADM's evaluator, k = 3" in output
+
+
+class SmallVGG16(torch.nn.Module):
+    """A network with the parts of torchvision's VGG16, whose weights would take half a gigabyte."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 7, 4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(3))
+        parts = [torch.nn.Linear(36, 16), torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Linear(16, 16)]
+        self.classifier = torch.nn.Sequential(*parts, torch.nn.ReLU(), torch.nn.Dropout(), torch.nn.Linear(16, 10))
+
+    def forward(self, images):
+        return self.classifier(self.features(images).flatten(1))
+
+
+def test_precision_and_recall_of_vgg16_equal_torch_fidelity(inputs, tmp_path, monkeypatch, capsys, expect_user_error):
+    torch.manual_seed(0)
+    weights = tmp_path / "vgg16.pth"
+    torch.save(SmallVGG16().state_dict(), weights)
+    monkeypatch.setattr("torchvision.models.vgg16", lambda **_: SmallVGG16())
+    line = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "prc_features=vgg16")
+    assert main([*line, f"vgg16={weights}"]) == 0
+    (row,) = report_rows(tmp_path / "out")
+    expected = fidelity.calculate_metrics(
+        input1=str(inputs / "a"),
+        input2=str(inputs / "b"),
+        prc=True,
+        feature_extractor_weights_path=str(weights),
+        **{"save_cpu_ram": True, "cuda": False, "cache": False, "verbose": False},
+    )
+    assert (row["precision"], row["recall"]) == pytest.approx((expected["precision"], expected["recall"]))
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())["precision_recall"]
+    assert (report["neighbors"], report["features"].startswith("VGG16")) == (3, True)
+    assert "precision and recall: VGG16's second fully connected layer" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob(".tmp*"))
+    expect_user_error(line, "vgg16: ", "no network", "prc_features=extractor")
+    torch.save({"fc.weight": torch.zeros(10, 3)}, tmp_path / "other.pth")
+    expect_user_error([*line, f"vgg16={tmp_path / 'other.pth'}"], "another layout than torchvision's VGG16")
+    # by default, the features are those of the distance
+    assert main(line[:-1]) == 0
+    about = json.loads((tmp_path / "out" / "evaluation.json").read_text())["precision_recall"]
+    assert about["features"] == f"the pooled features of the classifier {inputs / 'classifier.safetensors'}"
 
 
 def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(inputs, tmp_path, capsys):
@@ -254,6 +300,48 @@ def test_a_reference_of_other_sizes_is_cropped_to_the_size_of_the_images(inputs,
     assert about["size"] == list(HW)
 
 
+def test_the_reference_is_resized_and_cropped_as_published_and_the_cache_knows_how(inputs, tmp_path, capsys):
+    """The published script: torchvision's Resize and CenterCrop with their defaults, written as PNG."""
+    rng = np.random.default_rng(0)
+    sizes = ((60, 70), (70, 61), (33, 90), (24, 32), (25, 200), (97, 31))
+    big = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    square = transforms.Compose([transforms.Resize(24), transforms.CenterCrop(24), transforms.PILToTensor()])
+    for pixels in big:
+        ours = ResizeAndCrop((24, 24), "bilinear")(LazyImage(Image.fromarray(pixels)))
+        assert (ours == square(Image.fromarray(pixels))).all()
+    reference = write_images(tmp_path / "reference", big)
+    prepared = [ResizeAndCrop(HW, "bilinear")(LazyImage(Image.fromarray(pixels))) for pixels in big]
+    published = write_images(tmp_path / "published", [image.permute(1, 2, 0).numpy() for image in prepared])
+    distances = {}
+    for key, folder, *settings in (
+        ("default", reference),
+        ("published", published),
+        ("bicubic", reference, "reference_resize=bicubic"),
+    ):
+        out = tmp_path / key
+        assert main(evaluate_command(inputs, out, f"images={inputs / 'a'}", f"reference={folder}", *settings)) == 0
+        distances[key] = report_rows(out)[0]["fd"]
+        assert "features kept in" in capsys.readouterr().err
+    assert distances["default"] == distances["published"] != distances["bicubic"]
+    assert json.loads((tmp_path / "default" / "evaluation.json").read_text())["reference_resize"] == "bilinear"
+    abouts = [json.loads((folder / "about.json").read_text()) for folder in (tmp_path / "cache").iterdir()]
+    assert sorted(about["resize"] for about in abouts) == ["bicubic", "bilinear", "bilinear"]
+
+
+def test_cached_features_of_another_resize_are_pointed_out(inputs, tmp_path, capsys):
+    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}")) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
+    again = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={cached}")
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "were resized by" not in capsys.readouterr().err
+    about = json.loads((cached / "about.json").read_text())
+    del about["resize"]  # as in caches of an earlier version, which resized bicubically
+    (cached / "about.json").write_text(json.dumps(about))
+    assert main(again) == 0
+    assert "were resized by bicubic, not by reference_resize=bilinear" in capsys.readouterr().err
+
+
 def test_external_statistics_give_the_distance_alone(inputs, tmp_path, expect_user_error):
     assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}")) == 0
     (cached,) = (tmp_path / "cache").iterdir()
@@ -298,6 +386,32 @@ def test_a_sweep_has_one_row_for_each_combination(inputs, tmp_path, capsys):
     # a row's folder is one of `addp generate`, and evaluating it gives the same metrics
     assert main(evaluate_command(inputs, tmp_path / "again", f"images={image.parent}")) == 0
     assert report_rows(tmp_path / "again")[0]["fd"] == rows[2]["fd"]
+
+
+def test_a_pairwise_sweep_has_one_row_for_each_pair(inputs, tmp_path, expect_user_error):
+    model = f"model={inputs / 'model.safetensors'}"
+    sweep = ["sweep.steps=[1,3]", "sweep.schedule=[cosine,linear]", "sweep.pairwise=true", "n=4", "batch=2"]
+    assert main(evaluate_command(inputs, tmp_path / "out", model, *sweep)) == 0
+    assert [row["name"] for row in report_rows(tmp_path / "out")] == ["cosine-1-t6", "linear-3-t6"]
+    expect_user_error(
+        evaluate_command(inputs, tmp_path / "out", model, *sweep, "sweep.order=[halton]"),
+        "sweep.pairwise: found 2 of steps, 2 of schedule, 1 of order",
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_in_float32_are_generated_without_tf32(inputs, tmp_path, monkeypatch, precision):
+    """TF32, which GPUs use in convolutions by default, would round the products of "fp32" to ten bits of mantissa."""
+    allowed = []
+
+    def sample_and_record(*arguments, **options):
+        allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr("gen.generate.sample", sample_and_record)
+    model = f"model={inputs / 'model.safetensors'}"
+    assert main(evaluate_command(inputs, tmp_path / "out", model, "n=4", f"precision={precision}")) == 0
+    assert set(allowed) == {(precision == "bf16", False)}
 
 
 # -------------------- errors
