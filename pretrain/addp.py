@@ -14,6 +14,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import FilePath
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Batch
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
@@ -45,10 +46,10 @@ class Recipe:
 
     out: Annotated[str, "run folder"]
     data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: Annotated[str, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"] = ""
-    predictor: Annotated[str, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
+    tokenizer: Annotated[FilePath, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"] = ""
+    predictor: Annotated[FilePath, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
     stages: Annotated[
-        str,
+        FilePath,
         "how to train the tokenizer and predictor if they are not given: the name of a recipe that `addp tokenizer` "
         "and `addp predictor` both have, or a folder with tokenizer.yaml and predictor.yaml",
     ] = ""

@@ -1,5 +1,6 @@
 """What the three stages share: running a stage, the token grid of the images, and the frozen tokenizer."""
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,9 +29,10 @@ def run_stage(recipe: StageRecipe, build_stage: Callable[[ImageSource], Stage]) 
 
     build_stage: called with the images once the run folder is claimed.
     """
-    if prepare_out(recipe.out, recipe):
+    datasets = functools.cache(lambda: {"train": open_source(recipe.data)})
+    if prepare_out(recipe.out, recipe, datasets):
         return
-    source = open_source(recipe.data)
+    source = datasets()["train"]
     stage = build_stage(source)
     transform, settings = pretrain_transform(recipe.data), recipe.train
     stream = Stream(source, transform, recipe.data, seed=settings.seed, batch=settings.micro_batch)

@@ -14,6 +14,7 @@ from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addp_core.base.paths import FilePath
 from addp_core.data.config import DataConfig
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import FilePath
 from addp_core.data.config import DataConfig
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
@@ -46,7 +47,9 @@ class LossConfig:
     revive_after: Annotated[
         int | None, Ge(1), "steps until an unused code is moved to an encoder output; null: never"
     ] = 100
-    perceptual_weights: Annotated[str, "local file of torchvision's vgg16 state dict; empty: no perceptual term"] = ""
+    perceptual_weights: Annotated[
+        FilePath, "local file of torchvision's vgg16 state dict; empty: no perceptual term"
+    ] = ""
     perceptual: Annotated[float, Ge(0), "weight of the perceptual term"] = 0.1
     perceptual_depth: Annotated[int, Interval(ge=1, le=5), "VGG blocks whose features are compared"] = 5
     adversarial: Annotated[float, Ge(0), "weight of the adversarial term; 0: no discriminator"] = 0.0

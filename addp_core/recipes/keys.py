@@ -5,9 +5,10 @@ A field whose type is a dataclass is a section. Every other field is a key, and 
     size: Annotated[int, Ge(8), "pixels"] = 256
 
 A string inside `Annotated` is the help text of the key, `annotated_types` set bounds, `Literal` lists the choices,
-`X | None` allows null, and a field without a default is required. If a section has the class attribute
-`__shorthand__ = "source"`, then `data=photos` means `data.source=photos`. `__post_init__` may raise
-`ValueError("key: found ..., expected ...")` for constraints that involve several keys.
+`X | None` allows null, and a field without a default is required. A key that names something on disk is a `FilePath`, a
+`DatasetPath` or a `CachePath` of base/paths.py instead of `str`: a run may continue when that has moved. If a section
+has the class attribute `__shorthand__ = "source"`, then `data=photos` means `data.source=photos`. `__post_init__` may
+raise `ValueError("key: found ..., expected ...")` for constraints that involve several keys.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Union, cast
 
 from pydantic import TypeAdapter
+
+from addp_core.base.paths import PathKind
 
 TYPE_NAMES = {
     bool: "true or false",
@@ -53,6 +56,12 @@ class Key:
         """The dataclass that this key holds, or None if the key is not a section."""
         members = union_members(self.type)
         return next((t for t in members if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
+
+    @property
+    def path_kind(self) -> str:
+        """What the key's path leads to: "file", "dataset", "cache", or "" if it is no path."""
+        notes = [note for member in union_members(self.type) for note in getattr(member, "__metadata__", ())]
+        return next((note.kind for note in notes if isinstance(note, PathKind)), "")
 
     @property
     def adapter(self) -> TypeAdapter:

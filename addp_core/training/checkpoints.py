@@ -13,13 +13,14 @@ from typing import IO, Any, cast
 import torch
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import TEMPORARY_PREFIX, sync_to_disk
+from addp_core.base.files import TEMPORARY_PREFIX, sync_to_disk, write_atomically
 
 log = logging.getLogger("addp")
 
 CHUNK = 1 << 24  # bytes read at a time
 
 TENSORS, STATE = "training.pt", "state.json"  # the files of a checkpoint
+LAST_CHECKPOINT = "last_checkpoint.json"  # in the run folder: the step of the newest checkpoint
 
 
 class Checkpoints:
@@ -55,6 +56,7 @@ class Checkpoints:
             self._remove(step)
             os.rename(temporary, target)
             sync_to_disk(self.folder)
+            write_atomically(self.folder.parent / LAST_CHECKPOINT, json.dumps({"step": step}).encode())
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -65,7 +67,7 @@ class Checkpoints:
 
         Damaged ones are logged and renamed to `damaged-step-N`. Raises UserError if all of them are damaged.
         """
-        damaged = []
+        damaged = [path.name for path in sorted(self.folder.glob("damaged-step-*"))]  # of an earlier call
         for step in self.steps():
             reason = self._damage(step)
             if reason is None:
@@ -80,7 +82,8 @@ class Checkpoints:
             )
         if damaged:
             raise UserError(
-                f"{self.folder}: no checkpoint can be read: {', '.join(damaged)}; remove this folder to start over"
+                f"{self.folder}: no checkpoint can be read: {', '.join(damaged)}; "
+                f"choose another out, or remove {self.folder.parent} to start over"
             )
         return None
 

@@ -6,6 +6,8 @@
     <out>/checkpoints/step-N/    training.pt (tensors) and state.json (step, size and checksum of training.pt)
     <out>/models/step-N/         intermediate checkpoints: weights only, if `export_every` asks for them
     <out>/model.safetensors      the trained model; finished.json says by which recipe
+    <out>/inputs.json            what the run reads from disk, by digest
+    <out>/last_checkpoint.json   the step of the newest checkpoint, by which one notices that checkpoints were deleted
     <out>/.lock                  locked by the process that works here
 
 Everything is written under a name that begins with `.tmp-`, flushed to disk and renamed, so that a reader sees either
@@ -28,57 +30,84 @@ import yaml
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
-from addp_core.training.run_recipe import LENGTH_KEYS, RunRecipe, digest, read_values
+from addp_core.training.checkpoints import LAST_CHECKPOINT
+from addp_core.training.inputs import Inputs, OpenDatasets
+from addp_core.training.run_recipe import LENGTH_KEYS, RunRecipe, Values, digest, read_values
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
 
+FINISHED = "finished.json"
 INTERMEDIATE_MODELS = "models"  # subfolder of the intermediate checkpoints: models/step-N, weights only
 
 
-def prepare_out(out: str | Path, recipe: Any) -> Path | None:
+def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = None) -> Path | None:
     """Claim the folder `out` for the run that `recipe` describes. Call this before building anything slow.
 
     Creates the folder, locks it until `release_out` or the end of the process, checks that the folder was not started
-    with another recipe, writes recipe.yaml and removes leftovers of a killed run. Calling it again is harmless. With
-    several processes, only rank 0 touches the folder.
+    with another recipe or on other data, that the checkpoints of what it has computed are there, writes recipe.yaml and
+    removes leftovers of a killed run. Calling it again is harmless. With several processes, only rank 0 touches the
+    folder.
 
     Args:
         out: the run folder.
         recipe: an instance of the task's dataclass of keys, or its YAML.
+        datasets: opens the datasets of the run, which are compared with those that it began with. It may be called more
+            than once, unless the run has finished.
 
     Returns:
         The path of model.safetensors if this run has already finished, otherwise None.
 
     Raises:
-        UserError: if the folder cannot be written, another process works in it, or the recipe differs.
+        UserError: if the folder cannot be written, another process works in it, the recipe or the data differ, or the
+            checkpoints have been deleted.
     """
     out = Path(out)
     run_recipe = RunRecipe(recipe)
-    if int(os.environ.get("RANK", "0")) == 0:
-        try:
-            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (out / "images").mkdir(exist_ok=True)
-            lock_out(out)
-            _remove_leftovers(out)
-            _check_recipe(out, run_recipe)
-            if not _finished_model(out, run_recipe):  # the other ranks find out by the same two files
-                write_atomically(out / "recipe.yaml", run_recipe.text.encode())
-        except OSError as error:
-            raise UserError(
-                f"out={out}: cannot be written ({_reason(error)}); choose another folder or make this one writable"
-            ) from error
-    finished = _finished_model(out, run_recipe)
-    if finished and out.resolve() in _locks:
+    if int(os.environ.get("RANK", "0")):
+        return _finished_model(out, run_recipe, datasets)
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / "images").mkdir(exist_ok=True)
+        lock_out(out)
+        return _prepare(out, run_recipe, datasets)
+    except OSError as error:
+        release_out(out)
+        raise UserError(
+            f"out={out}: cannot be written ({_reason(error)}); choose another folder or make this one writable"
+        ) from error
+    except UserError:
+        release_out(out)
+        raise
+
+
+def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None) -> Path | None:
+    """Do the work of `prepare_out` in the locked folder."""
+    _remove_leftovers(out)
+    inputs, previous = Inputs(out, recipe), _previous_values(out)
+    if previous is None:
+        inputs.record = {}
+    else:
+        _check_recipe(out, recipe, inputs, previous)
+    finished = _finished_model(out, recipe, datasets)
+    if finished:  # recipe.yaml and inputs.json stay as they are: the other ranks find out by the same files
         log.info("out=%s: this run has already finished: %s", out, finished)
         release_out(out)
-    return finished
+        return finished
+    if previous is not None:
+        _check_checkpoints(out)
+        _log_new_length(recipe, previous)
+    if datasets:
+        inputs.record_files()
+        inputs.check_datasets(datasets())
+    write_atomically(out / "recipe.yaml", recipe.text.encode())
+    return None
 
 
 def mark_finished(out: Path, recipe: Any, summary: Mapping[str, Any]) -> None:
     """Write finished.json: `summary` and the digest of the recipe, by which `prepare_out` recognizes the run."""
     content = {**summary, "recipe": digest(RunRecipe(recipe).values)}
-    write_atomically(out / "finished.json", json.dumps(content).encode())
+    write_atomically(out / FINISHED, json.dumps(content).encode())
 
 
 # -------------------- the lock
@@ -134,20 +163,28 @@ def _remove_leftovers(out: Path) -> None:
 # -------------------- the recipe
 
 
-def _check_recipe(out: Path, recipe: RunRecipe) -> None:
-    """Raise UserError if the folder holds a run of another recipe."""
+def _previous_values(out: Path) -> Values | None:
+    """Return the recipe of what has been computed in the folder, or None if nothing has: it may then be corrected."""
     path = out / "recipe.yaml"
-    if not path.exists() or not (any((out / "checkpoints").iterdir()) or (out / "finished.json").exists()):
-        return  # nothing has been computed yet, so the recipe of a failed first try may be corrected
+    traces = [*(out / "checkpoints").iterdir(), out / FINISHED, out / LAST_CHECKPOINT]
+    if not path.exists() or not any(trace.exists() for trace in traces):
+        return None
     try:
-        previous = read_values(path.read_text())
+        return read_values(path.read_text())
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path}: is not a recipe; remove it or choose another out") from error
-    if changed := recipe.changed_keys(previous):
+
+
+def _check_recipe(out: Path, recipe: RunRecipe, inputs: Inputs, previous: Values) -> None:
+    """Raise UserError if the folder holds a run of another recipe."""
+    if changed := inputs.without_moved(recipe.changed_keys(previous), previous):
         raise UserError(
             f"out={out}: holds a run of another recipe: {recipe.describe_changes(changed, previous)}; "
             "put the keys back or choose another out"
         )
+
+
+def _log_new_length(recipe: RunRecipe, previous: Values) -> None:
     for key in sorted(LENGTH_KEYS):
         if previous.get(key) != recipe.values.get(key):
             log.info(
@@ -158,10 +195,25 @@ def _check_recipe(out: Path, recipe: RunRecipe) -> None:
             )
 
 
-def _finished_model(out: Path, recipe: RunRecipe) -> Path | None:
+def _check_checkpoints(out: Path) -> None:
+    """Raise UserError if the checkpoints of what has been computed in the folder are not there."""
+    if any((out / "checkpoints").glob("*step-*")):  # those that are damaged are reported later
+        return
+    state = "was stopped"
+    if (out / FINISHED).exists():
+        if "step" not in json.loads((out / FINISHED).read_text()):  # a task without checkpoints
+            return
+        state = "has finished"
+    raise UserError(
+        f"out={out}: holds a run that {state}, but its checkpoints have been deleted, and it would start again at step "
+        "0; choose another out, or remove this folder to start over"
+    )
+
+
+def _finished_model(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None) -> Path | None:
     """Return the model if finished.json is of this recipe. All processes get the same answer without communicating."""
     try:
-        finished = json.loads((out / "finished.json").read_text())["recipe"]
+        finished = json.loads((out / FINISHED).read_text())["recipe"]
     except (OSError, ValueError, KeyError):
         return None
     model = out / MODEL_FILE
@@ -169,14 +221,18 @@ def _finished_model(out: Path, recipe: RunRecipe) -> Path | None:
         return None
     if finished == digest(recipe.values):
         return model
-    # The run may have finished before some keys existed: its own recipe then has the digest, and means the same.
+    # The run's own recipe has the digest, and may mean the same: with other paths, or from before some keys existed.
     try:
         previous = read_values((out / "recipe.yaml").read_text())
     except (OSError, yaml.YAMLError, AttributeError):
         return None
     lengths = {key: recipe.values[key] for key in LENGTH_KEYS & recipe.values.keys()}
-    same = finished == digest(previous | lengths) and not recipe.changed_keys(previous)
-    return model if same else None
+    inputs, changed = Inputs(out, recipe), recipe.changed_keys(previous)
+    if finished != digest(previous | lengths) or inputs.without_moved(changed, previous):
+        return None
+    if any(recipe.paths.get(key) == "dataset" for key in changed) and not inputs.same_datasets(datasets):
+        return None
+    return model
 
 
 # -------------------- a full disk

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from addp_core.recipes.config import dump
+from addp_core.recipes.keys import all_keys
 from addp_core.recipes.tree import default_tree, plain_tree
 
 # Keys that change how a run is monitored, stored or computed, but not its result: a run may continue with other values.
@@ -24,35 +26,65 @@ Values = dict[str, Any]  # full name of a key ('train.batch') -> value
 
 
 class RunRecipe:
-    """A resolved recipe: `text` is its YAML, `values` its keys, `defaults` the values of keys that are not given.
+    """A resolved recipe: `text` is its YAML, `values` its keys.
+
+    `defaults` has the values of keys that are not given, and `paths` the kind (`Key.path_kind`) of keys that are paths.
 
     Args:
-        recipe: an instance of a recipe's dataclass, or the YAML of one, of which no defaults are known.
+        recipe: an instance of a recipe's dataclass, or the YAML of one, of which neither is known.
     """
 
     def __init__(self, recipe: Any):
         self.text = recipe if isinstance(recipe, str) else dump(recipe)
         self.values = read_values(self.text)
         cls = type(recipe)
-        self.defaults = flatten(plain_tree(cls, default_tree(cls))) if dataclasses.is_dataclass(cls) else {}
+        declared = dataclasses.is_dataclass(cls)
+        self.defaults = flatten(plain_tree(cls, default_tree(cls))) if declared else {}
+        kinds = {name: key.path_kind for name, key in all_keys(cls)} if declared else {}
+        self.paths = {name: kind for name, kind in kinds.items() if kind and name in self.values}
 
     def changed_keys(self, previous: Values) -> list[str]:
         """Return the keys that make this another run than one with the values `previous`.
 
-        A recipe that was stored before a key existed is one with this key's default.
+        A recipe that was stored before a key existed is one with this key's default, and two spellings of a path are
+        the same.
         """
         absent = object()
         before = {**self.defaults, **previous}
-        return [
-            key
-            for key in sorted(previous.keys() | self.values.keys())
-            if key not in COMPUTE_ONLY_KEYS | LENGTH_KEYS and before.get(key, absent) != self.values.get(key, absent)
-        ]
+
+        def same(key: str) -> bool:
+            old, new = before.get(key, absent), self.values.get(key, absent)
+            return old == new or (key in self.paths and _full_path(old) == _full_path(new))
+
+        keys = previous.keys() | self.values.keys()
+        return [key for key in sorted(keys) if key not in COMPUTE_ONLY_KEYS | LENGTH_KEYS and not same(key)]
+
+    def moved_with_run(self, key: str, previous: Values) -> bool:
+        """Check whether a path leads to the same place in the run folder or beside it, as when both were moved.
+
+        Earlier stages in the folder of a later one are such paths: `../tokenizer/model.safetensors`.
+        """
+        before, now = (_path_from_run(values, key) for values in (previous, self.values))
+        return before == now and before is not None
 
     def describe_changes(self, keys: list[str], previous: Values) -> str:
         """Return 'key=value (was another)' for each of the keys, separated by commas."""
         before = {**self.defaults, **previous}
         return ", ".join(f"{key}={self.values.get(key, 'absent')} (was {before.get(key, 'absent')})" for key in keys)
+
+
+def _full_path(text: Any) -> str:
+    """Return the absolute path, with links followed; "" if there is no path."""
+    return os.path.realpath(os.path.expanduser(text)) if text and isinstance(text, str) else ""
+
+
+def _path_from_run(values: Values, key: str) -> str | None:
+    """Return the path relative to the run folder, or None if it is farther than beside it."""
+    path, out = values.get(key), values.get("out")
+    if not path or not out:
+        return None
+    relative = os.path.relpath(_full_path(path), _full_path(out))
+    return None if relative.startswith(os.path.join("..", "..")) else relative
 
 
 def read_values(text: str) -> Values:

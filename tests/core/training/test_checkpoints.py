@@ -45,6 +45,8 @@ def test_a_run_without_any_intact_checkpoint_does_not_start_over(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint can be read: step-10 \(.*, step-8 \(.*start over"):
         run([f"out={tmp_path}"])
+    with pytest.raises(UserError, match=r"no checkpoint can be read: damaged-step-10, damaged-step-8"):
+        run([f"out={tmp_path}"])
 
 
 class Hostile:

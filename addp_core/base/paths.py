@@ -1,0 +1,16 @@
+"""The types of keys and fields that name something on disk."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class PathKind:
+    """Marks a text as a path, and says what it leads to."""
+
+    kind: Literal["file", "dataset", "cache"]
+
+
+FilePath = Annotated[str, PathKind("file")]  # a file to read, or a run folder with it
+DatasetPath = Annotated[str, PathKind("dataset")]
+CachePath = Annotated[str, PathKind("cache")]  # a folder of what can be computed again
