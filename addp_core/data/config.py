@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from addp_core.base.paths import DatasetPath, FilePath
+
 
 @dataclass
 class DataConfig:
@@ -12,7 +14,7 @@ class DataConfig:
 
     __shorthand__ = "source"
     source: Annotated[
-        str,
+        DatasetPath,
         "folder of images (flat or nested), ImageNet root (train/<class>/...), root with meta/<split>.txt lists, "
         ".tar file or folder of .tar files, or Hugging Face dataset hfds/<name>",
     ] = ""
@@ -27,7 +29,7 @@ class DataConfig:
         float, Ge(0), "unreadable images to tolerate: a count, or below 1 a fraction of the dataset"
     ] = 0.01
     classes: Annotated[
-        str | None, "text file with the names of class 0, 1, ..., one per line (default: the sorted folders)"
+        FilePath | None, "text file with the names of class 0, 1, ..., one per line (default: the sorted folders)"
     ] = None
     image_key: Annotated[str, "Hugging Face datasets: column of the images"] = "image"
     label_key: Annotated[str, "Hugging Face datasets: column of the labels"] = "label"
