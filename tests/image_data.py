@@ -1,6 +1,7 @@
 """Small images, sources and streams for the tests of `addp_core.data`."""
 
 import io
+import tarfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,21 @@ def save_image(path: Path, image: Image.Image | None = None) -> None:
     """Write an image (default: noise) and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (image or noise_image(10, 10)).save(path)
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file to a tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_shards(root: Path, count: int = 3) -> None:
+    """Write shards that contain the same file names, so that only the shard's name tells images apart."""
+    for shard in range(count):
+        with tarfile.open(root / f"shard-{shard}.tar", "w") as tar:
+            for i in range(4):
+                add_member(tar, f"{i}.png", encode(noise_image(12, 12, seed=10 * shard + i)))
 
 
 class MemorySource(ImageSource):

@@ -60,6 +60,8 @@ def find_split_folder(tree: Tree, split: str, where: str) -> str:
         return os.path.join(base, split)
     split_folders = _split_folders(tree, base, folders, where)
     if not split_folders:
+        if base:
+            log.info("data: %s: reading %s", where, base)
         return base
     names = SPLIT_NAMES.get(split_of(split), (split,))
     matching = [folder for folder in split_folders if folder.lower() in names]
@@ -69,9 +71,10 @@ def find_split_folder(tree: Tree, split: str, where: str) -> str:
             f"it has {', '.join(split_folders)}"
         )
     best = min(matching, key=lambda folder: (folder != split, names.index(folder.lower()), folder))
-    if best != split:
-        log.info("data: %s has no folder %r; using %r", where, split, best)
-    return os.path.join(base, best)
+    folder = os.path.join(base, best)
+    if folder != split:
+        log.info("data: %s: the split %s is %s", where, split, folder)
+    return folder
 
 
 def _find_base(tree: Tree) -> str:
@@ -99,9 +102,9 @@ def _split_folders(tree: Tree, base: str, folders: Sequence[str], where: str) ->
     beside = ", ".join(others[:3]) + more
     listed = ", ".join(named)
     if all(tree.has_own_images(os.path.join(base, folder)) for folder in named):
-        log.warning("data: %s: %s is read as a class, because %s lies beside it", where, listed, beside)
+        log.warning("data: %s: %s is read as a class, like the folders beside it (%s)", where, listed, beside)
         return []
-    log.warning("data: %s: %s is passed over, because it lies beside the splits %s", where, beside, listed)
+    log.warning("data: %s: passed over beside the splits %s: %s", where, listed, beside)
     return named
 
 

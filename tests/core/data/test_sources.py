@@ -1,16 +1,13 @@
 """Folders, lists, tar shards and Hugging Face datasets as sources of images."""
 
-import io
 import os
 import shutil
 import tarfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_data import concatenate, encode, equal_rows, make_stream, noise_image, save_image, take_batches
-from PIL import Image
+from image_data import add_member, noise_image, save_image, write_shards
 
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
@@ -104,69 +101,6 @@ def test_invalid_lists_are_rejected(tmp_path, text, message):
         open_source(str(tmp_path))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def test_tar_file_with_a_tar_inside(tmp_path):
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w") as tar:
-        add_member(tar, "k.png", encode(Image.new("RGB", (4, 4), (7, 0, 0))))
-    with tarfile.open(tmp_path / "all.tar", "w") as tar:
-        add_member(tar, "dog/10.png", encode(Image.new("RGB", (4, 4), (10, 0, 0))))
-        add_member(tar, "dog/9.png", encode(Image.new("RGB", (4, 4), (9, 0, 0))))
-        add_member(tar, "cat/1.png", encode(Image.new("RGB", (4, 4), (1, 0, 0))))
-        add_member(tar, "readme.txt", b"no image")
-        add_member(tar, "koala.tar", inner.getvalue())
-    source = open_source(str(tmp_path / "all.tar"))
-    found = [source.read(i) for i in range(len(source))]
-    assert [image.getpixel((0, 0))[0] for image, _ in found] == [1, 9, 10, 7]
-    assert [source.classes[label] for _, label in found] == ["cat", "dog", "dog", "koala"]
-    assert source.name(0) == f"{tmp_path}/all.tar/cat/1.png"
-
-
-def write_shards(root: Path, count: int = 3) -> None:
-    """Write shards that contain the same file names, so that only the shard's name tells images apart."""
-    for shard in range(count):
-        with tarfile.open(root / f"shard-{shard}.tar", "w") as tar:
-            for i in range(4):
-                add_member(tar, f"{i}.png", encode(noise_image(12, 12, seed=10 * shard + i)))
-
-
-def test_order_of_tar_shards_does_not_depend_on_the_directory_listing(tmp_path, monkeypatch):
-    write_shards(tmp_path)
-    source = open_source(str(tmp_path))
-    expected = [f"{tmp_path}/shard-{shard}.tar/{i}.png" for shard in range(3) for i in range(4)]
-    assert [source.name(i) for i in range(len(source))] == expected
-    for i in range(12):
-        assert (np.asarray(source.read(i)[0]) == np.asarray(noise_image(12, 12, seed=10 * (i // 4) + i % 4))).all()
-    scandir = os.scandir
-    monkeypatch.setattr("os.scandir", lambda path: nullcontext(sorted(scandir(path), key=str)[::-1]))
-    reopened = open_source(str(tmp_path))
-    assert [reopened.name(i) for i in range(12)] == expected
-    assert (np.asarray(reopened.read(5)[0]) == np.asarray(source.read(5)[0])).all()
-    assert not list(tmp_path.glob("*.pickle"))
-
-
-def test_tar_shards_in_forked_workers(tmp_path):
-    write_shards(tmp_path)
-    source = open_source(str(tmp_path))
-    expected = concatenate(take_batches(make_stream(source), 12))  # the parent's files are open when the workers start
-    assert equal_rows(concatenate(take_batches(make_stream(source, workers=2), 12)), expected)
-
-
-def test_truncated_tar_is_warned_about(tmp_path, caplog):
-    write_shards(tmp_path, 2)
-    open_source(str(tmp_path))
-    assert "truncated" not in caplog.text
-    path = tmp_path / "shard-1.tar"
-    path.write_bytes(path.read_bytes()[:1024])
-    assert len(open_source(str(tmp_path))) == 5
-    assert f"{path} has no end-of-archive marker" in caplog.text
 
 
 def test_hub_dataset_through_timm(tmp_path, monkeypatch):
