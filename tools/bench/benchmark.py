@@ -58,6 +58,8 @@ class Outcome:
         images: Images for the report.
         grid: The score of each run of a sweep.
         notes: Remarks of a sweep for the reader.
+        rows: Of an evaluation of several settings, the setting and the scores of each.
+        details: How it was measured: name -> description.
     """
 
     setting: Settings
@@ -67,14 +69,16 @@ class Outcome:
     images: Sequence[Path] = ()
     grid: Mapping[str, float | None] | None = None
     notes: Sequence[str] | None = None
+    rows: Sequence[Mapping[str, Any]] | None = None
+    details: Mapping[str, str] | None = None
 
     def entry(self, step: Step) -> dict[str, Any]:
         """Return it as step.json and bench.json have it, with paths relative to the bench folder."""
-        sweep_only = {"grid": self.grid, "notes": self.notes}
+        optional = {"grid": self.grid, "notes": self.notes, "rows": self.rows, "details": self.details}
         return {
             "seeds": step.seeds,
             "setting": self.setting,
-            **{key: value for key, value in sweep_only.items() if value is not None},
+            **{key: value for key, value in optional.items() if value is not None},
             "scores": self.scores,
             "chance": self.chance,
             "runs": {str(seed): str(path.relative_to(step.out)) for seed, path in self.runs.items()},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from PIL.Image import Image as PillowImage
 
+NONE = "-"  # a cell without a value
 MAX_SIDE = 1000  # of an image in the HTML, in pixels; larger ones are scaled down
 SMALL_WIDTH = 240  # narrower images are enlarged by whole numbers up to this, without smoothing
 

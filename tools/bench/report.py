@@ -18,8 +18,10 @@ from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.children import last_lines
+from tools.bench.costs import costs, provenance
 from tools.bench.curves import Panel, draw, points, read_metrics
 from tools.bench.document import (
+    NONE,
     Block,
     Cell,
     Drawings,
@@ -41,7 +43,6 @@ log = logging.getLogger("addp")
 HTML, MARKDOWN = "report.html", "report.md"
 LOG_LINES = 25  # of a failed step
 MAX_IMAGES = 24  # of a step
-NONE = "-"
 
 
 @dataclass
@@ -81,8 +82,8 @@ def _document(bench: BenchResults) -> Iterator[Block]:
     for benchmark in bench.included_benchmarks():
         yield from _benchmark_section(bench, benchmark)
     yield from _pretraining(bench)
-    yield from _costs(bench)
-    yield from _provenance(bench)
+    yield from costs(bench)
+    yield from provenance(bench)
 
 
 # -------------------- the first table
@@ -162,9 +163,7 @@ def _cell(bench: BenchResults, benchmark: str, arm: str, metric: Metric) -> Cell
     values = bench.values(benchmark, arm, metric)
     if not values:
         return Cell(NONE)
-    text = metric.format(statistics.mean(values))
-    if len(values) > 1:
-        text += f" ± {metric.format(statistics.stdev(values))}"
+    text = _mean_and_sd(values, metric)
     baseline = bench.values(benchmark, bench.random, metric) if arm != bench.random else []
     return Cell(text, *_difference(values, baseline, metric)) if baseline else Cell(text)
 
@@ -221,6 +220,8 @@ def _benchmark_section(bench: BenchResults, name: str) -> Iterator[Block]:
     yield Heading(BENCHMARKS[name].title)
     yield Text(BENCHMARKS[name].about)
     yield _benchmark_table(bench, name, metrics)
+    yield from _details(bench, name)
+    yield from _evaluated_settings(bench, name, metrics)
     for arm in bench.arms:
         for note in (bench.step(name, arm) or {}).get("notes") or []:
             yield Text(f"{arm}: {note}", "warn")
@@ -272,6 +273,39 @@ def _against_paper(bench: BenchResults, benchmark: str, arm: str) -> str:
 
 def _setting(step: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in (step.get("setting") or {}).items()) or NONE
+
+
+def _details(bench: BenchResults, benchmark: str) -> Iterator[Block]:
+    """How the arms were measured; the names of the arms are given where they differ."""
+    arms_of: dict[str, list[str]] = {}
+    for arm in bench.arms:
+        for name, description in ((bench.step(benchmark, arm) or {}).get("details") or {}).items():
+            arms_of.setdefault(f"{name}: {description}", []).append(arm)
+    measured = max(map(len, arms_of.values()), default=0)
+    for text, arms in arms_of.items():
+        yield Text(f"{text[:1].upper()}{text[1:]}." if len(arms) == measured else f"{', '.join(arms)}: {text}.")
+
+
+def _evaluated_settings(bench: BenchResults, benchmark: str, metrics: Sequence[Metric]) -> Iterator[Block]:
+    """A table with a row for each setting of each arm, if one was evaluated with several."""
+    rows = []
+    for arm in bench.arms:
+        evaluated = (bench.step(benchmark, arm) or {}).get("rows") or []
+        rows += [
+            Row([arm, _setting(row), *(_mean_and_sd(row["scores"].get(metric.key), metric) for metric in metrics)])
+            for row in evaluated
+            if len(evaluated) > 1
+        ]
+    if rows:
+        yield Heading("Every sampling", 3)
+        yield Table(["arm", "setting", *(metric.label for metric in metrics)], rows)
+
+
+def _mean_and_sd(values: Sequence[float] | None, metric: Metric) -> str:
+    if not values:
+        return NONE
+    text = metric.format(statistics.mean(values))
+    return text + (f" ± {metric.format(statistics.stdev(values))}" if len(values) > 1 else "")
 
 
 def _seeds(bench: BenchResults, benchmark: str, metrics: Sequence[Metric]) -> Iterator[Block]:
@@ -378,57 +412,3 @@ def _pretraining(bench: BenchResults) -> Iterator[Block]:
     if panels:
         yield Heading("Pretraining")
         yield _drawings(panels, list(bench.arms))
-
-
-# -------------------- time, cost, recipe
-
-
-def _costs(bench: BenchResults) -> Iterator[Block]:
-    pretrained = [name for name, arm in bench.arms.items() if _has_pretraining_time(arm)]
-    entries = [(f"pretraining of {name}", "", "", bench.arms[name]["seconds"], 1) for name in pretrained]
-    for step in bench.steps:
-        if step["state"] != "left out":
-            seconds = step.get("seconds")
-            entries.append((step["name"], step["state"], step.get("finished") or "", seconds, bench.processes))
-    head = ["step", "time", "process hours", *(["price"] if bench.price else []), "state", "finished"]
-    rows = []
-    for name, state, finished, seconds, processes in entries:
-        hours = None if seconds is None else seconds / 3600
-        process_hours = None if hours is None else hours * processes
-        rows.append(Row([name, *_time_and_price(hours, process_hours, bench), state, finished]))
-    measured = [(seconds / 3600, processes) for *_, seconds, processes in entries if seconds is not None]
-    total, process_total = sum(hours for hours, _ in measured), sum(hours * count for hours, count in measured)
-    rows.append(Row(["all", *_time_and_price(total, process_total, bench), "", ""], "sum"))
-    caption = f"Wall-clock time on {bench.hardware or 'an unknown machine'}; process hours are time x processes."
-    if bench.processes > 1 and pretrained:
-        caption += " Pretraining counts as one process: the number of its processes is not recorded."
-    if bench.price:
-        caption += f" Price at {bench.price:g} an hour of this machine."
-    yield Heading("Time and cost")
-    yield Table(head, rows, caption=caption)
-
-
-def _has_pretraining_time(arm: Mapping[str, Any]) -> bool:
-    return arm.get("init") != "random" and arm.get("seconds") is not None
-
-
-def _time_and_price(hours: float | None, process_hours: float | None, bench: BenchResults) -> list[str]:
-    """Return the cells of the columns "time", "process hours" and, if there is one, "price"."""
-    if hours is None or process_hours is None:
-        return [NONE] * (3 if bench.price else 2)
-    minutes, seconds = divmod(round(hours * 3600), 60)
-    clock = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-    return [clock, f"{process_hours:.3f}", *([f"{hours * bench.price:.2f}"] if bench.price else [])]
-
-
-def _provenance(bench: BenchResults) -> Iterator[Block]:
-    yield Heading("Recipe and versions")
-    rows = [
-        Row([name, arm.get("init") or NONE, str(arm.get("model") or NONE), str(arm.get("run") or NONE)])
-        for name, arm in bench.arms.items()
-    ]
-    yield Table(["arm", "init", "model", "run"], rows, left_aligned=True)
-    versions = [Row([name, str(version)]) for name, version in bench.versions.items()]
-    yield Table(["package", "version"], versions, left_aligned=True)
-    yield Text(f"Hardware: {bench.hardware or 'not recorded'}.")
-    yield Listing("recipe.yaml", bench.recipe_text.rstrip("\n"))

@@ -95,3 +95,14 @@ def test_named_recipes_have_keys_of_their_verbs(name):
     given = ["out=x", "model=x"]
     verb_recipe(["evaluate", *given, "reference=x", *as_arguments(recipe.section("generation").set)], "generation")
     verb_recipe(["robustness", *given, *as_arguments(recipe.section("robustness").set)], "robustness")
+
+
+@pytest.mark.parametrize("name", ["vit_b", "vit_l"])
+def test_the_published_models_generate_in_float32_with_both_samplings(name):
+    settings = as_arguments(load(bench.Recipe, find_recipe(bench, name)).section("generation").set)
+    evaluation = verb_recipe(["evaluate", "out=x", "model=x", "reference=x", *settings], "generation")
+    assert (evaluation.precision, evaluation.reference_resize, evaluation.n) == ("fp32", "bilinear", 50000)
+    assert evaluation.sweep.combinations() == [
+        {"steps": 20, "schedule": "cosine"},
+        {"steps": 256, "schedule": "linear"},
+    ]

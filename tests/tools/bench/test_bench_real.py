@@ -12,7 +12,9 @@ from tools.bench.sweep import best_run
 
 SMALL = """
 seeds: [0]
-generation: {set: {n: 6, sampling.steps: 2, extractor: "best:finetune/random", is_splits: 2, workers: 0}}
+generation:
+  set: {n: 6, sweep.steps: [2, 3], sweep.schedule: [cosine, linear], sweep.pairwise: true, is_splits: 2,
+        extractor: "best:finetune/random", workers: 0}
 finetune:
   set: {data.size: 8, data.workers: 0, train.batch: 4, train.steps: 1, augment.auto: "", train.warmup_steps: 0}
 linprobe: {recipe: tiny, set: {data.size: 8, data.workers: 0, fast.epochs: 1, fast.knn: 0, fast.held_out: 0.0}}
@@ -55,6 +57,15 @@ def test_every_benchmark_for_real(toys, tmp_path, monkeypatch, capsys):
     results = json.loads((out / "linprobe" / "addp" / "addp" / "best-seed0" / "results.json").read_text())
     assert steps["linprobe/addp"]["scores"] == {"top1": [results["best"]["top1"]]}  # of the heads that it has tried
     assert set(steps["generation/addp"]["scores"]) == {"fd", "cs", "precision", "recall"}
+    rows = steps["generation/addp"]["rows"]
+    assert [(row["setting"]["sampling.steps"], row["setting"]["sampling.schedule"]) for row in rows] == [
+        (2, "cosine"),
+        (3, "linear"),
+    ]
+    assert min(row["scores"]["fd"] for row in rows) == steps["generation/addp"]["scores"]["fd"]
+    assert steps["generation/addp"]["details"]["precision and recall"].startswith(
+        "the pooled features of the classifier"
+    )
     assert set(steps["robustness/random"]["scores"]) == {"a", "c"}
     assert set(steps["det/addp"]["scores"]) == {"box_ap", "mask_ap"}
     for name in ("generation/addp", "det/addp", "seg/random"):

@@ -126,6 +126,30 @@ def write_bench(tmp_path: Path) -> Path:
     return folder
 
 
+def test_every_sampling_and_what_was_measured_with(out):
+    """The tables above show the better sampling alone."""
+
+    def add_rows(bench):
+        for arm, features in (("small", "VGG16"), (SPECIAL, "Inception")):
+            (step,) = (step for step in bench["steps"] if step["name"] == f"generation/{arm}")
+            settings = [{"sampling.steps": 20}, {"sampling.steps": 256}]
+            scores = [{"fd": [12.34, 12.36], "cs": [3.21]}, {"fd": [15.0]}]
+            step["rows"] = [{"setting": a, "scores": b} for a, b in zip(settings, scores, strict=True)]
+            step["details"] = {"features": "a classifier", "precision and recall": f"{features}, k = 3"}
+
+    edit(out, add_rows)
+    write_report(out)
+    text = (out / "report.md").read_text()
+    section = text[text.index("### Every sampling") :]
+    assert "| small | sampling.steps=20 | 12.35 ± 0.01 | 3.21 | - | - |" in section
+    assert "| small | sampling.steps=256 | 15.00 | - | - | - |" in section
+    assert "\nFeatures: a classifier.\n" in text
+    assert "\nsmall: precision and recall: VGG16, k = 3.\n" in text
+    edit(out, lambda bench: [step.update(rows=step.get("rows", [])[:1]) for step in bench["steps"]])
+    write_report(out)
+    assert "Every sampling" not in (out / "report.md").read_text()
+
+
 def edit(out: Path, change) -> None:
     bench = json.loads((out / "bench.json").read_text())
     change(bench)

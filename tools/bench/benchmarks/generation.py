@@ -24,7 +24,9 @@ class Generation(Benchmark):
     title = "Generation"
     about = (
         "Unconditional images against validation images. FID and IS use Inception's features; FD and CS are the same "
-        "formulas over the features of a classifier of this bench, and compare with nothing outside it."
+        "formulas over the features of a classifier of this bench, and compare with nothing outside it. Of several "
+        "samplings, the tables show the one with the lowest FID or FD; the paper does not say whether its numbers are "
+        "of 20 cosine or of 256 linear steps."
     )
     task = "gen"
     packages = ("torch_fidelity",)
@@ -67,24 +69,33 @@ class Generation(Benchmark):
             step.commands.append(command)
 
     def read_outcome(self, step: Step) -> Outcome:
-        """Return the row (of several samplings) with the lowest FID or FD of the first seed."""
+        """Return the sampling with the lowest FID or FD of the first seed and, if there are several, all of them."""
         from gen.image_folder import write_grid
+        from gen.report import describe_precision_recall
 
         runs = {seed: step.folder / f"seed{seed}" for seed in step.seeds}
-        tables: list[list[dict[str, Any]]] = [
-            json.loads((run / "evaluation.json").read_text("utf-8"))["rows"] for run in runs.values()
+        reports: list[dict[str, Any]] = [
+            json.loads((run / "evaluation.json").read_text("utf-8")) for run in runs.values()
         ]
-        distances: list[float] = [row["fid"] if "fid" in row else row["fd"] for row in tables[0]]
-        best = min(range(len(distances)), key=lambda i: distances[i])
-        rows = [table[best] for table in tables]
-        images = next(iter(runs.values())) / rows[0]["name"]
-        write_grid(images, min(rows[0]["images"], GRID_IMAGES))
+        rows = list(zip(*(report["rows"] for report in reports), strict=True))  # of each sampling, one for each seed
+        settings = [{f"sampling.{key}": value for key, value in row[0]["sampling"].items()} for row in rows]
+        scores = [
+            {metric: [each[key] for each in row] for key, metric in COLUMNS.items() if key in row[0]} for row in rows
+        ]
+        best = min(range(len(rows)), key=lambda i: rows[i][0]["fid" if "fid" in rows[i][0] else "fd"])
+        images = next(iter(runs.values())) / rows[best][0]["name"]
+        write_grid(images, min(rows[best][0]["images"], GRID_IMAGES))
+        details = {"features": reports[0]["features"]}
+        if described := describe_precision_recall(reports[0]):
+            details["precision and recall"] = described
         return Outcome(
-            setting={f"sampling.{key}": value for key, value in rows[0]["sampling"].items()},
-            scores={metric: [row[key] for row in rows] for key, metric in COLUMNS.items() if key in rows[0]},
+            setting=settings[best],
+            scores=scores[best],
             chance={},
             runs=runs,
             images=[images / "grid.png", *sorted((step.folder / INPAINTED).glob("*/grid.png"))],
+            rows=[{"setting": setting, "scores": each} for setting, each in zip(settings, scores, strict=True)],
+            details=details,
         )
 
     def comparable(self, metrics: Sequence[Metric]) -> bool:
