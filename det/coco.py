@@ -4,6 +4,7 @@ Annotations that cannot be used are skipped, and a line of the log counts and na
 written differently from COCO. Crowds are not trained on; evaluation handles them as COCO's does.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -222,6 +223,13 @@ class CocoDataset(ImageSource):
         (polygons or run lengths, None without `masks`), `area`, `iscrowd`.
         """
         return json.loads(self._objects[index])
+
+    def digest(self) -> str:
+        """Return a digest of the listing of the images, and of the objects of each."""
+        digest = hashlib.blake2b(super().digest().encode(), digest_size=16)
+        for id_, objects in zip(self.ids, self._objects, strict=True):
+            digest.update(f"{id_} ".encode() + objects)
+        return digest.hexdigest()
 
     def to_coco(self) -> dict[str, Any]:
         """Return the dataset in COCO's format, without the skipped annotations.

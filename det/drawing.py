@@ -3,6 +3,7 @@
 import colorsys
 import contextlib
 import logging
+import unicodedata
 from functools import cache
 
 import torch
@@ -16,6 +17,7 @@ from det.model import Detections
 log = logging.getLogger("addp")
 
 MASK_OPACITY = 0.45
+INVISIBLE = {"Cc", "Cf", "Zs"}  # Unicode's categories of control characters, formats and spaces
 
 
 def draw_detections(
@@ -53,8 +55,9 @@ def find_font(characters: str) -> str | None:
     from matplotlib import font_manager, ft2font  # slow to import
 
     default = font_manager.findfont("DejaVu Sans")
-    needed = {ord(character) for character in characters if character.isprintable()}
-    for path in [default, *sorted({font.fname for font in font_manager.fontManager.ttflist})]:
+    needed = {ord(character) for character in characters if unicodedata.category(character) not in INVISIBLE}
+    others = {font.fname for font in font_manager.fontManager.ttflist if "LastResort" not in font.fname}
+    for path in [default, *sorted(others)]:
         with contextlib.suppress(OSError, RuntimeError):  # a broken font file
             if needed <= ft2font.FT2Font(path).get_charmap().keys():
                 return path

@@ -63,3 +63,24 @@ def test_detections_in_a_crowd_are_ignored(make_dataset):
     assert metrics["mask_AP"] == ONE
     outside = {**inside, "bbox": [2.0, 12.0, 6.0, 6.0]}
     assert coco_metrics(ground_truth, [{**hit, "score": 0.5}, outside])["box_AP"] == pytest.approx(0.5)
+
+
+def test_categories_of_one_name_have_metrics_of_their_own(make_dataset, caplog):
+    content = coco_content(annotation(1, 0, 7, (2, 2, 10, 10)), annotation(2, 10, 2, (5, 5, 8, 8)))
+    for category in content["categories"]:
+        category["name"] = "digit"
+    dataset = make_dataset(content)
+    assert dataset.classes == ("digit (id 2)", "digit (id 7)")
+    assert "several categories have one name; they are shown as digit (id 2), digit (id 7)" in caplog.text
+    ground_truth = dataset.to_coco()
+    metrics = coco_metrics(ground_truth, perfect_results(ground_truth)[:1], per_class=True)
+    assert metrics["box_AP/digit (id 7)"] == ONE
+    assert metrics["box_AP/digit (id 2)"] == 0
+
+
+def test_boxes_alone_have_box_metrics_only(make_dataset):
+    ground_truth = make_dataset(coco_content(annotation(1, 0, 7, (2, 2, 10, 10))), masks=False).to_coco()
+    result = {"image_id": 0, "category_id": 7, "bbox": [2, 2, 10, 10], "score": 1.0}
+    metrics = coco_metrics(ground_truth, [result], per_class=True, masks=False)
+    assert metrics["box_AP"] == ONE
+    assert all(name.startswith("box_") for name in metrics)

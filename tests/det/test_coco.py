@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError
 from det.average_precision import coco_metrics
-from det.coco import open_coco
+from det.coco import CocoDataset, open_coco
 from det.config import CocoConfig, CocoFiles
 from det.masks import bounding_box, to_rle
 
@@ -131,8 +131,34 @@ def test_missing_images_are_named_and_tolerated_up_to_a_limit(make_dataset, capl
 def test_an_image_whose_size_differs_from_the_annotations_raises_an_image_error(make_dataset, tmp_path):
     dataset = make_dataset(coco_content())
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
-    with pytest.raises(ImageError, match="9 x 9 pixels, but 30 x 20 in the annotations"):
+    with pytest.raises(ImageError, match=r"9 x 9 pixels, but 30 x 20 in the annotations$"):
         dataset.open_image(1)
+
+
+def test_swapped_sides_name_the_exif_orientation(make_dataset, tmp_path):
+    dataset = make_dataset(coco_content())
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "1.png", exif=exif)
+    with pytest.raises(
+        ImageError, match=r"20 x 30 pixels, but 30 x 20 in .*: were .* without the .*EXIF orientation\?"
+    ):
+        dataset.open_image(1)
+
+
+def test_more_unreadable_images_than_tolerated_are_found_before_training(make_dataset, tmp_path):
+    content = coco_content(annotation(1, 0, 7, (5, 5, 8, 8)))
+    make_dataset(content).check_readable()
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+        make_dataset_again = CocoDataset(tmp_path / "a.json", tmp_path, max_errors=1)
+        if i == 0:
+            make_dataset_again.check_readable()
+    message = (
+        r"data.max_errors: at least 2 of 2 images of .*a.json are unreadable, 1 tolerated: .*0.png \(the file is em"
+    )
+    with pytest.raises(UserError, match=message):
+        make_dataset_again.check_readable()
 
 
 def test_images_without_objects_are_kept_or_dropped(make_dataset):

@@ -87,3 +87,48 @@ def test_a_batch_gives_each_image_its_objects(make_dataset):
     split = batch.samples()
     assert [len(sample.labels) for sample in split] == [0, 2, 0]
     assert torch.equal(split[1].masks, samples[1].masks)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_without_masks_boxes_are_cropped_as_their_masks_would_be(make_dataset, seed):
+    content = coco_content(annotation(1, 0, 7, (4, 3, 12, 9)), annotation(2, 0, 2, (20, 10, 8, 8)))
+    image = make_dataset(content).open_image(0)[0]
+    with_masks = jittered(image, seed, scale=(0.5, 3.0))
+    boxes_alone = jittered(make_dataset(content).open_image(0)[0], seed, scale=(0.5, 3.0), masks=False)
+    assert boxes_alone.masks is None
+    assert torch.equal(with_masks.image, boxes_alone.image)
+    for box, label in zip(with_masks.boxes, with_masks.labels, strict=True):
+        alike = boxes_alone.boxes[boxes_alone.labels == label]
+        assert len(alike) or ((box[2:] - box[:2]) <= 2).any()  # a sliver may be below one pixel without its mask
+        assert not len(alike) or (alike[0] - box).abs().max() <= 1
+    batch = collate([boxes_alone], torch.tensor([-1]), torch.tensor([0]), [])
+    assert batch.masks is None
+    assert batch.samples()[0].masks is None
+
+
+def test_a_batch_keeps_true_sizes(make_dataset):
+    dataset = make_dataset(coco_content(annotation(1, 0, 7, (2, 2, 20, 15))))
+    samples = [jittered(dataset.open_image(0)[0], 1, scale=(s, s)) for s in (0.5, 1.0)]
+    batch = collate(samples, torch.full((2,), -1), torch.tensor([0, 0]), [])
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert batch.sizes == [(11, 16), (21, 32)]
+    for restored, sample in zip(batch.samples(), samples, strict=True):
+        assert torch.equal(restored.image, sample.image)
+        assert torch.equal(restored.masks, sample.masks)
+
+
+def test_the_interpolation_changes_pixels_and_not_boxes(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    content = coco_content(annotation(1, 0, 7, (2, 2, 20, 15)), images=1)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = CocoDataset(tmp_path / "a.json", tmp_path)
+    samples = {
+        name: jittered(dataset.open_image(0)[0], 3, scale=(0.8, 0.8), flip=False, interpolation=name)
+        for name in ("bicubic", "bilinear")
+    }
+    h, w = samples["bilinear"].image.shape[1:]
+    expected = np.array(Image.fromarray(pixels).resize((w, h), Image.Resampling.BILINEAR))
+    assert torch.equal(samples["bilinear"].image, torch.from_numpy(expected).permute(2, 0, 1))
+    assert not torch.equal(samples["bilinear"].image, samples["bicubic"].image)
+    assert torch.equal(samples["bilinear"].boxes, samples["bicubic"].boxes)

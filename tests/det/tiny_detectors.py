@@ -7,7 +7,7 @@ import torch
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from det.augment import DetectionSample
-from det.config import Category, DetectorArchitecture, DetectorConfig
+from det.config import Category, DetectorArchitecture, DetectorConfig, Interpolation
 from det.model import Detector, build_detector
 
 VITDET = AttentionConfig(window=3, global_blocks=1, relative="decomposed", class_token=False)
@@ -23,14 +23,20 @@ def tiny_encoder(attention: AttentionConfig | None = None, size: int = 32, seed:
 
 
 def tiny_detector(
-    score: float = 0.0, samples: int = 8, normalisation: Literal["imagenet", "half"] = "imagenet"
+    score: float = 0.0,
+    samples: int = 8,
+    normalisation: Literal["imagenet", "half"] = "imagenet",
+    masks: bool = True,
+    interpolation: Interpolation = "bicubic",
 ) -> Detector:
     """Return a detector of the engine torchvision for images of 32 pixels."""
     encoder = tiny_encoder(VITDET)
-    config = DetectorConfig(channels=16, scales=(2.0, 1.0), convs=8, fc=16, proposals=20, samples=samples, score=score)
-    return build_detector(
-        DetectorArchitecture("torchvision", encoder.config, VITDET, 4, 32, config, CATEGORIES, normalisation), encoder
+    options = {"channels": 16, "scales": (2.0, 1.0), "convs": 8, "fc": 16, "proposals": 20, "score": score}
+    config = DetectorConfig(masks=masks, samples=samples, **options)
+    architecture = DetectorArchitecture(
+        "torchvision", encoder.config, VITDET, 4, 32, config, CATEGORIES, normalisation, interpolation
     )
+    return build_detector(architecture, encoder)
 
 
 def tiny_detectron2_architecture(encoder: Encoder) -> DetectorArchitecture:

@@ -127,3 +127,41 @@ def test_a_detector_learns_to_locate_an_object():
     assert (detections.boxes[0] - sample.boxes[0]).abs().max() < 3
     predicted, truth = detections.mask(0), sample.masks[0].bool()
     assert (predicted & truth).sum() / (predicted | truth).sum() > 0.5
+
+
+def test_boxes_alone_train_and_are_detected_without_masks():
+    model = tiny_detector(masks=False).train()
+    assert not any("mask" in name for name in model.state_dict())
+    sample = sample_with_boxes((3, 4, 20, 25))
+    sample.masks = None
+    losses = model([sample, sample])
+    assert losses.keys() == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    (detections,) = model.eval().detect([sample.image])
+    assert len(detections.boxes) > 0
+    assert detections.masks is None
+    assert "segmentation" not in detections.to_results(5, CATEGORIES)[0]
+
+
+def test_images_are_padded_after_normalization_and_no_proposal_lies_in_the_padding():
+    model, inputs_seen, proposals = tiny_detector().train(), [], []
+    model.backbone.register_forward_hook(lambda module, inputs, output: inputs_seen.extend(inputs[0]))
+    model.rpn.register_forward_hook(lambda module, inputs, output: proposals.extend(output[0]))
+    sample = sample_with_boxes((3, 4, 14, 9))
+    sample.image, sample.masks = sample.image[:, :10, :20], sample.masks[:, :10, :20]
+    model([sample])
+    assert inputs_seen[0].shape == (3, 32, 32)
+    assert (inputs_seen[0][:, 10:] == 0).all()
+    assert (inputs_seen[0][:, :, 20:] == 0).all()
+    assert (inputs_seen[0][:, :10, :20] != 0).float().mean() > 0.9
+    assert len(proposals[0]) > 0
+    assert proposals[0][:, 2].max() <= 20
+    assert proposals[0][:, 3].max() <= 10
+
+
+def test_the_interpolation_of_the_architecture_resizes_images_in_evaluation():
+    image, seen = torch.randint(256, (3, 50, 64), dtype=torch.uint8), {}
+    for name in ("bicubic", "bilinear"):
+        model = tiny_detector(interpolation=name).eval()
+        model.backbone.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: inputs[0]}))
+        model.detect([image])
+    assert not torch.equal(seen["bicubic"], seen["bilinear"])
