@@ -30,6 +30,6 @@ def run(recipe: Recipe) -> None:
     torch.manual_seed(recipe.train.seed)
     encoder = recipe.load_encoder(recipe.data.hw)
     if recipe.norm == "pretrained" and recipe.init == "pretrained":
-        check_pretrained_norm(encoder, recipe.model)
+        check_pretrained_norm(encoder, recipe.model, recipe.weights)
     run_mode = run_fast if recipe.mode == "fast" else run_full
     run_mode(recipe, encoder, train_set, val_set)

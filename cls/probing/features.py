@@ -53,20 +53,24 @@ def spaced_blocks(depth: int, count: int | None) -> list[int]:
     return [math.ceil(depth * number / count) for number in range(1, count + 1)]
 
 
-def check_pretrained_norm(encoder: Encoder | TokenEncoder, checkpoint: str) -> None:
+def check_pretrained_norm(encoder: Encoder | TokenEncoder, checkpoint: str, weights: str = "") -> None:
     """Check that the encoder's final norm was trained with it: ADDP's and MAE's `norm`, MAGE's of its encoder.
 
-    checkpoint: the file that the encoder comes from.
+    Args:
+        encoder: as it will be probed.
+        checkpoint: the file that it comes from.
+        weights: which of the file's models it is, as in `load_encoder`.
 
-    Raises UserError if the file has no such norm, which then has its initial values, or if it is a fine-tuned
-    classifier, whose encoder was trained on without it.
+    Raises:
+        UserError: the file has no such norm, which then has its initial values, or it is a fine-tuned classifier, whose
+            encoder was trained on without it.
     """
     advice = "expected norm=layer or norm=none, or a checkpoint of pretraining"
     norm = cast(nn.LayerNorm, encoder.norm)
     if norm.weight.eq(1).all() and not norm.bias.any():
         raise UserError(f"norm=pretrained: {checkpoint} has no trained final norm; {advice}")
-    weights = read_weights(checkpoint)
-    if weights.kind == "classifier" and weights.architecture.norm == "layer":
+    file = read_weights(checkpoint, wanted=weights)
+    if file.kind == "classifier" and file.architecture.norm == "layer":
         raise UserError(f"norm=pretrained: {checkpoint} was fine-tuned without its final norm; {advice}")
 
 
