@@ -141,7 +141,9 @@ def load_classifier(
             f"{file.source}: {describe_kind(file)}; expected a classifier: a run of `addp finetune`, or a ViT "
             "with its norm and head"
         )
-    assumed = ("weights", "encoder_heads", "img_size") + (("normalisation",) if normalisation is None else ())
+    assumed = ("weights", "encoder_heads", "img_size", "pooling") + (
+        ("normalisation",) if normalisation is None else ()
+    )
     file.settle(assumed, ("encoder_heads", "img_size"))
     architecture: ClassifierArchitecture = file.architecture
     if normalisation is not None:

@@ -97,6 +97,9 @@ def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[Sta
     note = "does not store how its images were normalized; took ImageNet's mean and std"
     hints.assumptions.append(Assumption("normalisation", note, "normalisation=half takes 0.5"))
     pooling: Literal["avg", "token"] = "avg" if norm == "fc_norm" else "token"
+    if pooling == "token":  # timm's ViTs that average after `norm` have the same tensors
+        note = "does not store which tokens its head reads; took the class token after norm, as there is no fc_norm"
+        hints.assumptions.append(Assumption("pooling", note))
     return ours, ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
 
 

@@ -52,8 +52,11 @@ def test_a_linear_probe_of_mae_has_a_batch_norm_before_its_head(pooling):
     torch.testing.assert_close(load_classifier(vit.state_dict())(IMAGES), vit(IMAGES), **CLOSE)
 
 
-def test_normalization_is_chosen_as_the_file_does_not_store_it(tmp_path):
+def test_normalization_is_chosen_as_the_file_does_not_store_it(tmp_path, caplog):
     state = VisionTransformer(**SHAPE).state_dict()
+    load_classifier(state)
+    assert "took the class token after norm" in caplog.text
+    assert "took ImageNet's mean and std (normalisation=half takes 0.5)" in caplog.text
     model = load_classifier(state, normalisation="half")
     assert model.mean == IMAGENET_INCEPTION_MEAN
     save_model(model, tmp_path / "c.safetensors")
