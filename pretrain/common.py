@@ -6,7 +6,7 @@ from typing import Protocol
 
 from addp_core.base.errors import UserError
 from addp_core.data.config import DataConfig
-from addp_core.data.images import pretrain_transform
+from addp_core.data.images import Interpolation, pretrain_transform
 from addp_core.data.sources import ImageSource, open_source
 from addp_core.data.stream import Stream
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
@@ -24,17 +24,21 @@ class StageRecipe(Protocol):
     train: TrainConfig
 
 
-def run_stage(recipe: StageRecipe, build_stage: Callable[[ImageSource], Stage]) -> None:
+def run_stage(
+    recipe: StageRecipe, build_stage: Callable[[ImageSource], Stage], interpolation: Interpolation = "bicubic"
+) -> None:
     """Train a stage, or continue it; does nothing if this run has finished.
 
-    build_stage: called with the images once the run folder is claimed.
+    Args:
+        build_stage: called with the images once the run folder is claimed.
+        interpolation: how the crops are resized.
     """
     datasets = functools.cache(lambda: {"train": open_source(recipe.data)})
     if prepare_out(recipe.out, recipe, datasets):
         return
     source = datasets()["train"]
     stage = build_stage(source)
-    transform, settings = pretrain_transform(recipe.data), recipe.train
+    transform, settings = pretrain_transform(recipe.data, interpolation), recipe.train
     stream = Stream(source, transform, recipe.data, seed=settings.seed, batch=settings.micro_batch)
     train(stage, stream, settings, recipe.out, recipe)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from addp_core.base.paths import FilePath
 from addp_core.data.config import DataConfig
+from addp_core.data.images import Interpolation
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
 from addp_core.method.diffusion import map_tokens
@@ -73,12 +74,13 @@ class Recipe:
         "one mask ratio for the whole batch (the same numbers for any number of processes), "
         "or one for each process (as MAGE)",
     ] = "batch"
+    interpolation: Annotated[Interpolation, "how crops are resized; bilinear in MAGE"] = "bicubic"
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def run(recipe: Recipe) -> None:
     """Train a token predictor, or continue; ends with `<out>/model.safetensors`."""
-    run_stage(recipe, lambda source: build_stage(recipe, source))
+    run_stage(recipe, lambda source: build_stage(recipe, source), recipe.interpolation)
 
 
 def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ TRANSPOSES = {  # value of the EXIF orientation -> operation that makes the imag
 SWAPS_SIDES = {TRANSPOSES[5], TRANSPOSES[6], TRANSPOSES[7], TRANSPOSES[8]}
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Interpolation = Literal["bicubic", "bilinear"]
+RESAMPLING: dict[Interpolation, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 
 
 class ImageError(Exception):
@@ -171,8 +177,8 @@ class Crop:
     A `Stream` calls `pixels` instead: an image is decoded no further than its crop needs, and workers send bytes.
     """
 
-    def __init__(self, hw: tuple[int, int]):
-        self.hw = hw
+    def __init__(self, hw: tuple[int, int], interpolation: Interpolation = "bicubic"):
+        self.hw, self.resample = hw, RESAMPLING[interpolation]
 
     def box(self, width: int, height: int) -> Box:
         """Return the crop's (left, top, right, bottom) in an image of this size."""
@@ -185,7 +191,7 @@ class Crop:
     def pixels(self, image: LazyImage) -> Tensor:
         """Return the crop as UInt8[3,h,w]."""
         box = self.box(image.width, image.height)
-        crop = image.crop(box, self.hw[::-1], self.flip())
+        crop = image.crop(box, self.hw[::-1], self.flip(), self.resample)
         return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
 
     def __call__(self, image: Image.Image | LazyImage) -> Tensor:
@@ -207,8 +213,9 @@ class RandomCrop(Crop):
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (0.75, 4 / 3),
         flip: bool = True,
+        interpolation: Interpolation = "bicubic",
     ):
-        super().__init__(hw)
+        super().__init__(hw, interpolation)
         self.scale, self.ratio, self.may_flip = scale, ratio, flip
 
     def box(self, width: int, height: int) -> Box:
@@ -246,9 +253,9 @@ def _center_box(width: int, height: int, aspect: float, fraction: float = 1.0) -
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def pretrain_transform(config: DataConfig) -> RandomCrop:
+def pretrain_transform(config: DataConfig, interpolation: Interpolation = "bicubic") -> RandomCrop:
     """Return the random crop and flip of pretraining (App. D: area 0.2-1, bicubic) -> Float[3,h,w] in [0,1]."""
-    return RandomCrop(config.hw, config.scale, config.ratio, config.flip)
+    return RandomCrop(config.hw, config.scale, config.ratio, config.flip, interpolation)
 
 
 def eval_transform(size: int | tuple[int, int], fraction: float = 1.0) -> CenterCrop:

@@ -3,6 +3,7 @@ and the exported file holds the tokenizer alone."""
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -414,6 +415,23 @@ def test_continued_run_equals_one_that_never_stopped(folder, finished, tmp_path)
     assert {"count", "total", "idle", "tokenizer.quantize.embedding.weight"} <= set(states[0])
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "vqgan_256"])
+def test_black_images_train(folder, tmp_path, recipe):
+    """Exactly black maps have no variance, at which the derivative of a norm is 1000: no step may be skipped."""
+    shutil.copytree(folder, tmp_path / "images")
+    for number in range(2):
+        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "images" / f"black{number}.png")
+    tiny = [
+        f"data={tmp_path / 'images'}", f"out={tmp_path / 'run'}", "data.size=32", "data.workers=0", "model.width=32",
+        "train.batch=4", "train.steps=5", "train.lr=2e-3", "train.warmup_steps=1", "train.log_every=1",
+        "loss.discriminator_width=32", "loss.discriminator_layers=1", "loss.adversarial_start=3",
+    ]  # fmt: skip
+    tokenizer_stage.run(recipes.load(Recipe, recipes.recipes_of(tokenizer_stage)[recipe], tiny))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0] * 5
+    assert lines[-1]["l1"] < 0.8 * lines[0]["l1"]
 
 
 @pytest.mark.parametrize(

@@ -247,3 +247,11 @@ def test_reduced_decoding_shows_the_same_image():
     for box, size in (((0, 0, 1203, 901), (32, 24)), ((101, 77, 900, 801), (48, 40)), ((3, 5, 70, 60), (64, 64))):
         found = np.asarray(LazyImage(encoded).crop(box, size)).astype(int)
         assert np.abs(found - np.asarray(full.crop(box, size)).astype(int)).mean() < 0.5
+
+
+def test_crops_are_resized_as_asked():
+    image, whole = noise_image(40, 32), {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": False}
+    for name, resample in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        found = RandomCrop((16, 20), **whole, interpolation=name)(image)
+        expected = torch.from_numpy(np.array(image.resize((20, 16), resample))).permute(2, 0, 1) / 255
+        assert torch.equal(found, expected)
