@@ -1,6 +1,8 @@
 """Checks that several tests share."""
 
-from collections.abc import Callable
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,3 +27,15 @@ def assert_user_error(function: Callable[[], Any], *parts: str) -> str:
     for part in parts:
         assert part in message, message
     return message
+
+
+@contextlib.contextmanager
+def start_method(method: str) -> Iterator[None]:
+    """Start data workers in the block by this method of multiprocessing."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_forkserver_preload(["addp_core.training.engine", "addp_core.recipes.config"])  # as in toy_stage
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(before, force=True)

@@ -21,6 +21,7 @@ import math
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,11 +279,14 @@ class Stream:
             stop_workers()
 
     def _loader(self, dataset: _MicroBatches, start: int, workers: int) -> DataLoader:
+        # Forked workers share the memory of the cache; any other start method would send a copy to each of them.
+        fork = workers and isinstance(self.source, CachedSource) and sys.platform == "linux"
         return DataLoader(
             dataset,
             batch_size=None,
             sampler=_StepsFrom(start),
             num_workers=workers,
+            multiprocessing_context="fork" if fork else None,
             prefetch_factor=self.config.prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
