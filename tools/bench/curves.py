@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 MAX_POINTS = 400  # of a curve; longer ones are averaged in groups
-INK = "#80868c"  # of axes and text: readable on white and on black
+INK = "#787e84"  # of axes and text: readable on white and on black
 COLORS = ("#2f7fd6", "#e0751c", "#2f9e5b", "#c8508c", "#8a6fd1", "#9c8a12", "#4fa3a5", "#b5523b")
 
 Points: TypeAlias = list[tuple[float, float]]
@@ -91,7 +91,7 @@ def draw(panel: Panel, names: Sequence[str]) -> bytes:
         axes.set_xlabel(panel.x, fontsize=10)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=9)
-        axes.grid(alpha=0.25)
+        axes.grid(color=INK, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(panel.curves) + len(panel.levels) > 1:
             axes.legend(fontsize=9, frameon=False)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 NONE = "-"  # a cell without a value
+LONG_TEXT = 24  # characters of a cell, above which its column is one of texts
 MAX_SIDE = 1000  # of an image in the HTML, in pixels; larger ones are scaled down
 SMALL_WIDTH = 240  # narrower images are enlarged by whole numbers up to this, without smoothing
 
@@ -74,6 +75,12 @@ class Table:
     groups: Sequence[tuple[str, int]] = ()
     caption: str = ""
     left_aligned: bool = False
+
+    @property
+    def text_columns(self) -> set[int]:
+        """The columns after the first that hold long texts, which wrap and are aligned left."""
+        cells = ((i, cell) for row in self.rows for i, cell in enumerate(row.cells) if i)
+        return {i for i, cell in cells if len(cell.text) > LONG_TEXT}
 
 
 @dataclass(frozen=True)

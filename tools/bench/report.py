@@ -291,11 +291,13 @@ def _evaluated_settings(bench: BenchResults, benchmark: str, metrics: Sequence[M
     rows = []
     for arm in bench.arms:
         evaluated = (bench.step(benchmark, arm) or {}).get("rows") or []
-        rows += [
-            Row([arm, _setting(row), *(_mean_and_sd(row["scores"].get(metric.key), metric) for metric in metrics)])
-            for row in evaluated
-            if len(evaluated) > 1
-        ]
+        if len(evaluated) < 2:
+            continue
+        common = set.intersection(*(set(row["setting"].items()) for row in evaluated))
+        for row in evaluated:
+            differing = {key: value for key, value in row["setting"].items() if (key, value) not in common}
+            scores = (_mean_and_sd(row["scores"].get(metric.key), metric) for metric in metrics)
+            rows.append(Row([arm, _setting({"setting": differing}), *scores]))
     if rows:
         yield Heading("Every sampling", 3)
         yield Table(["arm", "setting", *(metric.label for metric in metrics)], rows)

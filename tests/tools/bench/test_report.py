@@ -132,7 +132,7 @@ def test_every_sampling_and_what_was_measured_with(out):
     def add_rows(bench):
         for arm, features in (("small", "VGG16"), (SPECIAL, "Inception")):
             (step,) = (step for step in bench["steps"] if step["name"] == f"generation/{arm}")
-            settings = [{"sampling.steps": 20}, {"sampling.steps": 256}]
+            settings = [{"sampling.steps": steps, "sampling.temperature": 6.0} for steps in (20, 256)]
             scores = [{"fd": [12.34, 12.36], "cs": [3.21]}, {"fd": [15.0]}]
             step["rows"] = [{"setting": a, "scores": b} for a, b in zip(settings, scores, strict=True)]
             step["details"] = {"features": "a classifier", "precision and recall": f"{features}, k = 3"}
