@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import warnings
 from pathlib import Path
 
 from torch import nn
 
 from addp_core.base.files import write_atomically
+from addp_core.base.fonts import find_font
 from addp_core.training.run_folder import log_write_errors
 from addp_core.weights.saving import save_model
 from cls.evaluation import Scores
@@ -57,8 +59,13 @@ def write_confusion(scores: Scores, class_names: tuple[str, ...], out: Path) -> 
     axes = figure.add_subplot(title=title, xlabel="prediction", ylabel="true class")
     figure.colorbar(axes.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="viridis"), label="fraction of the true class")
     if len(class_names) <= 40:
-        axes.set_xticks(range(len(class_names)), class_names, rotation=90, parse_math=False)
-        axes.set_yticks(range(len(class_names)), class_names, parse_math=False)  # a name may contain dollar signs
-    figure.tight_layout()
-    with log_write_errors(out / "images" / "confusion.png"):
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90)
+        axes.set_yticks(range(len(class_names)), class_names)
+        font = find_font("".join(sorted({character for name in class_names for character in name})))
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            label.set_parse_math(False)  # a name may contain dollar signs
+            label.set_font(Path(font) if font else None)
+    with log_write_errors(out / "images" / "confusion.png"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `find_font` has named them all, once
+        figure.tight_layout()
         figure.savefig(out / "images" / "confusion.png", dpi=100)

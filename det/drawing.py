@@ -1,23 +1,17 @@
 """Draws detections on images: boxes, masks, category names and scores."""
 
 import colorsys
-import contextlib
-import logging
-import unicodedata
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from addp_core.base.fonts import find_font
 from det.config import Category, distinct_names
 from det.model import Detections
 
-log = logging.getLogger("addp")
-
 MASK_OPACITY = 0.45
-INVISIBLE = {"Cc", "Cf", "Zs"}  # Unicode's categories of control characters, formats and spaces
 
 
 def draw_detections(
@@ -41,29 +35,6 @@ def draw_detections(
     font = find_font("".join(sorted({character for name in names for character in name})))
     line_width = max(1, round(max(image.shape) / 300))
     return draw_bounding_boxes(image, detections.boxes[kept].cpu(), texts, colors, width=line_width, font=font)
-
-
-@cache
-def find_font(characters: str) -> str | None:
-    """Return the file of an installed font that has these characters: DejaVu Sans, which comes with matplotlib, or
-    another one, such as a font of Chinese. None for ASCII alone, which torchvision's own font has.
-
-    If no font has all of them, DejaVu Sans is returned, and a line of the log says what it lacks.
-    """
-    if characters.isascii():
-        return None
-    from matplotlib import font_manager, ft2font  # slow to import
-
-    default = font_manager.findfont("DejaVu Sans")
-    needed = {ord(character) for character in characters if unicodedata.category(character) not in INVISIBLE}
-    others = {font.fname for font in font_manager.fontManager.ttflist if "LastResort" not in font.fname}
-    for path in [default, *sorted(others)]:
-        with contextlib.suppress(OSError, RuntimeError):  # a broken font file
-            if needed <= ft2font.FT2Font(path).get_charmap().keys():
-                return path
-    lacking = "".join(map(chr, sorted(needed - ft2font.FT2Font(default).get_charmap().keys())))
-    log.warning("no installed font has all characters of the category names; drawn as boxes: %s", lacking[:40])
-    return default
 
 
 def fit_to_square(image: Tensor, size: int) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tarfile
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,6 +259,16 @@ def test_confusion_matrix_of_class_names_that_are_no_plain_text(images, pretrain
     assert load_classifier(tmp_path / "out").class_names == ("$\\x$", "bl\udcfc", "red")
 
 
+def test_confusion_matrix_of_class_names_in_any_script(tmp_path, caplog):
+    """Each letter is drawn, where an installed font has it; matplotlib's own would draw a box, and warn."""
+    (tmp_path / "images").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls.results.write_confusion(Scores(torch.arange(4).view(2, 2)), ("\U000f0001", "\u017caba"), tmp_path)
+    assert "no installed font has all characters of these names; drawn as boxes: \U000f0001" in caplog.text
+    assert (tmp_path / "images" / "confusion.png").exists()
+
+
 def test_validation_settings_may_change_when_a_run_continues(images, pretrained, tmp_path, caplog):
     """The validation batch and the confusion matrix do not change results; a finished run writes no matrix."""
     assert main(settings(images, pretrained, tmp_path, "train.steps=2")) == 0
@@ -364,7 +375,7 @@ def test_wrong_input(images, pretrained, tmp_path, capsys, monkeypatch):
             for name in names:
                 tar.add(images / "train" / name / "0.png", f"{name}/0.png")
     message = error_of(capsys, *settings(tars, pretrained, tmp_path / "t"))
-    assert f"class 0 is green in {tars} and blue in {tars}; expected the same classes" in message
+    assert f"data.classes: {tars}/val/green is none of the 2 classes" in message
 
     odd = error_of(capsys, *settings(images, pretrained, tmp_path / "e", "train.batch=7", "augment.mixup=0.8"))
     assert odd.startswith("addp: train.batch: 7 images of a micro-step cannot be mixed in pairs")

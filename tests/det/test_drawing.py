@@ -6,8 +6,9 @@ import torch
 from pycocotools import mask as coco_mask
 from tiny_detectors import CATEGORIES
 
+from addp_core.base.fonts import find_font
 from det.config import Category
-from det.drawing import draw_detections, find_font
+from det.drawing import draw_detections
 from det.model import Detections
 
 
@@ -35,7 +36,7 @@ def test_names_beyond_ascii_are_drawn_with_a_font_that_has_their_letters(first, 
 def test_letters_that_no_font_has_are_named(caplog):
     assert find_font("a") is None
     assert find_font("\U000f0000a")  # a character for private use
-    assert "no installed font has all characters of the category names; drawn as boxes" in caplog.text
+    assert "no installed font has all characters of these names; drawn as boxes" in caplog.text
 
 
 def test_boxes_are_drawn_without_masks():
