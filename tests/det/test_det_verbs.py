@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from addp_core.networks.tokenizer import Vocabulary
 from addp_core.recipes.cli import main
 from addp_core.weights.saving import save_model
 from det import train as det_train
+from det.average_precision import METRICS
 from det.config import Category
 from det.model import load_detector
 from det.stage import DetStage
@@ -212,3 +214,111 @@ def test_a_run_keeps_its_engine_if_detectron2_is_installed_or_removed_later(trai
     recipe.write_text(recipe.read_text().replace("engine: torchvision", "engine: auto"))  # as older versions wrote it
     (tmp_path / "finished.json").unlink()
     assert main(arguments) == 0
+
+
+def write_dataset(source: Path, target: Path, change) -> Path:
+    """Copy a toy COCO dataset, with `change` applied to the content of both annotation files."""
+    shutil.copytree(source, target)
+    for path in (target / "annotations").glob("*.json"):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return target
+
+
+def remove_masks(content: dict) -> None:
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+
+
+def test_boxes_without_masks_are_trained_evaluated_and_predicted(trained, tmp_path, capsys):
+    data, run = write_dataset(trained / "toy" / "coco", tmp_path / "coco", remove_masks), tmp_path / "run"
+    assert main(train_command(trained, run, f"data={data}", "train.steps=2")) == 0
+    assert "boxes alone (Faster R-CNN)" in capsys.readouterr().err
+    assert not any("mask" in name for line in read_metrics(run) for name in line)
+    assert load_detector(run).architecture.detector.masks is False
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["detector"]["masks"] == "auto"
+    for dataset in (data, trained / "toy" / "coco"):  # whose masks are not looked at
+        assert main(["det", "eval", f"model={run}", f"data={dataset}"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].split() == ["box"]
+    out = tmp_path / "out"
+    assert main(["det", "predict", f"model={run}", f"images={data / 'images'}", f"out={out}", "score=0"]) == 0
+    results = json.loads((out / "detections.json").read_text())
+    assert results
+    assert not any("segmentation" in result for result in results)
+    assert main(train_command(trained, tmp_path / "masks", f"data={data}", "detector.masks=true")) == 2
+    assert "; detector.masks=false trains on boxes alone" in last_error_line(capsys)
+
+
+def test_a_detector_of_masks_is_evaluated_on_boxes_alone_if_there_are_no_masks(trained, tmp_path, capsys):
+    data = write_dataset(trained / "toy" / "coco", tmp_path / "coco", remove_masks)
+    assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}", "json=true"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {f"box_{n}" for n in (*METRICS, "AR")}
+
+
+def test_detectors_saved_before_the_key_existed_have_masks_and_bicubic_images(trained, tmp_path):
+    with safe_open(trained / "run" / "model.safetensors", "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    (key,) = (key for key, value in metadata.items() if "interpolation" in value)
+    description = json.loads(metadata[key])
+    del description["architecture"]["interpolation"], description["architecture"]["detector"]["masks"]
+    save_file(state, tmp_path / "old.safetensors", {**metadata, key: json.dumps(description)})
+    architecture = load_detector(tmp_path / "old.safetensors").architecture
+    assert (architecture.masks, architecture.interpolation) == (True, "bicubic")
+
+
+def test_a_run_begun_before_the_key_interpolation_existed_continues(trained, tmp_path, capsys):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    del values["data"]["interpolation"], values["detector"]["masks"]
+    recipe.write_text(yaml.safe_dump(values))
+    (tmp_path / "run" / "finished.json").unlink()
+    # as the paper's recipes, which have set it to bilinear since
+    assert main(train_command(trained, tmp_path / "run", "data.interpolation=bilinear")) == 0
+    assert "goes on with data.interpolation=bicubic, as it began" in capsys.readouterr().err
+    assert read_metrics(tmp_path / "run")[-1] == read_metrics(trained / "run")[-1]
+
+
+def empty_images(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+
+
+def test_evaluation_of_more_unreadable_images_than_tolerated_fails(trained, tmp_path, capsys):
+    data = write_dataset(trained / "toy" / "coco", tmp_path / "coco", lambda content: None)
+    empty_images(data / "images")
+    assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}"]) == 2
+    message = "images of {data}/annotations/instances_val.json are unreadable, 1 tolerated: "
+    assert message.format(data=data) in last_error_line(capsys)
+    assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}", "data.max_errors=5"]) == 0
+    assert main(train_command(trained, tmp_path / "run", f"data={data}")) == 2  # before the first step
+    assert "the file is empty" in last_error_line(capsys)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_evaluation_during_training_fails_if_images_have_become_unreadable(trained, tmp_path, capsys, monkeypatch):
+    data = write_dataset(trained / "toy" / "coco", tmp_path / "coco", lambda content: None)
+    evaluate = DetStage.evaluate
+
+    def evaluate_after_loss_of_images(self, model, step):
+        empty_images(data / "images")
+        return evaluate(self, model, step)
+
+    monkeypatch.setattr(DetStage, "evaluate", evaluate_after_loss_of_images)
+    assert main(train_command(trained, tmp_path / "run", f"data={data}")) == 2
+    assert "data.max_errors: at least 2 of 5 images of" in last_error_line(capsys)
+    assert not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_sides_that_are_swapped_name_the_exif_orientation(trained, tmp_path, capsys):
+    def set_sizes(content: dict) -> None:
+        for image in content["images"]:
+            image.update(height=50, width=40)
+
+    data = write_dataset(trained / "toy" / "coco", tmp_path / "coco", set_sizes)
+    for path in (data / "images").iterdir():
+        Image.new("RGB", (50, 40)).save(path)
+    assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}"]) == 2
+    assert "EXIF orientation" in last_error_line(capsys)

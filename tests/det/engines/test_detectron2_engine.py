@@ -95,3 +95,34 @@ def test_verbs_train_continue_evaluate_and_predict(toy_coco, encoder_file, tmp_p
     predictions = tmp_path / "predictions"
     det_predict.run(det_predict.Recipe(model=str(out), images=str(toy_coco / "images"), out=str(predictions)))
     assert len(list(predictions.glob("*.png"))) == 11
+
+
+def test_boxes_alone_train_and_are_detected_without_masks(encoder_file):
+    encoder = load_encoder(encoder_file, 32, attention=VITDET_4_BLOCKS, dynamic=True)
+    detector = dataclasses.replace(NARROW, masks=False, score=0.0)
+    architecture = dataclasses.replace(tiny_detectron2_architecture(encoder), detector=detector)
+    model = build_detector(architecture, encoder).train()
+    assert not any("mask" in name for name in model.state_dict())
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    losses = model([DetectionSample(image, torch.tensor([[8.0, 8, 24, 20]]), torch.tensor([1]), None)])
+    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    (detections,) = model.eval().detect([image])
+    assert len(detections.boxes) > 0
+    assert detections.masks is None
+
+
+def test_images_are_padded_after_normalization_and_no_proposal_lies_in_the_padding(encoder_file):
+    encoder = load_encoder(encoder_file, 32, attention=VITDET_4_BLOCKS, dynamic=True)
+    model, inputs_seen, proposals = build_detector(tiny_detectron2_architecture(encoder), encoder).train(), [], []
+    model.rcnn.backbone.register_forward_hook(lambda module, inputs, output: inputs_seen.extend(inputs[0]))
+    model.rcnn.proposal_generator.register_forward_hook(lambda module, inputs, output: proposals.extend(output[0]))
+    image, mask = torch.randint(1, 100, (3, 10, 20), dtype=torch.uint8), torch.zeros(1, 10, 20, dtype=torch.uint8)
+    mask[:, 4:9, 3:14] = 1
+    model([DetectionSample(image, torch.tensor([[3.0, 4, 14, 9]]), torch.tensor([1]), mask)])
+    assert inputs_seen[0].shape == (3, 32, 32)
+    assert (inputs_seen[0][:, 10:] == 0).all()
+    assert (inputs_seen[0][:, :10, 20:] == 0).all()
+    boxes = proposals[0].proposal_boxes.tensor
+    assert len(boxes) > 0
+    assert boxes[:, 2].max() <= 20
+    assert boxes[:, 3].max() <= 10
