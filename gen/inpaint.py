@@ -9,6 +9,7 @@ Variation i depends on the seed and on i alone.
 """
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -109,11 +110,30 @@ def open_canvas(recipe: Recipe) -> tuple[Tensor, Tensor]:
         crop = eval_transform(recipe.size)
         image = crop(original)
         bounds = crop.box(original.width, original.height)
+        check_crop_keeps_hole(recipe, np.array(hole_image) > 0, bounds)
         hole_image = hole_image.resize(crop.hw[::-1], Image.Resampling.NEAREST, box=bounds)
     left, top, right, bottom = recipe.extend
     hole = torch.from_numpy(np.array(hole_image)) > 0
     sides = (left, right, top, bottom)
     return F.pad(image, sides, value=GRAY), F.pad(hole, sides, value=True)
+
+
+def check_crop_keeps_hole(recipe: Recipe, hole: np.ndarray, bounds: tuple[float, float, float, float]) -> None:
+    """Raise UserError if `size` crops away the whole of mask and box, and warn if it crops away a part.
+
+    hole: Bool[H,W] of the original image. bounds: left, top, right, bottom of what `size` keeps.
+    """
+    left, top, right, bottom = bounds
+    kept = hole[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)].sum()
+    if recipe.outside or kept == hole.sum():  # uncropping fills what is left of the surroundings
+        return
+    part = f"the central part that size= keeps, {left:.0f} to {right:.0f} across and {top:.0f} to {bottom:.0f} down"
+    if not kept:
+        raise UserError(
+            f"mask, box: what they select lies outside {part}; expected a part to fill inside of it, or an image that "
+            "was cropped before"
+        )
+    log.warning("inpaint: %.0f %% of the hole lies outside %s, and is not filled", 100 * (1 - kept / hole.sum()), part)
 
 
 def draw_hole(recipe: Recipe, size: tuple[int, int]) -> Image.Image:

@@ -161,3 +161,17 @@ def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
     assert not out.exists()
     assert main(inpaint_command(inputs, out, "box=[0,0,2,2]", "n=1")) == 0
     expect_user_error(inpaint_command(inputs, out, "box=[0,0,2,4]"), "holds images made with box=(0, 0, 2, 2)")
+
+
+def test_a_hole_that_the_crop_drops_is_said(inputs, tmp_path, capsys, expect_user_error):
+    """size=8 keeps the central 40 pixels of 60."""
+    square = [f"image={inputs / 'large.png'}", "size=[8,8]"]
+    expect_user_error(
+        inpaint_command(inputs, tmp_path / "out", *square, "box=[52,0,60,40]"),
+        "mask, box: what they select lies outside the central part that size= keeps, 10 to 50 across and 0 to 40 down",
+    )
+    assert main(inpaint_command(inputs, tmp_path / "half", *square, "box=[40,0,60,40]")) == 0
+    assert "50 % of the hole lies outside the central part" in capsys.readouterr().err
+    uncropping = inpaint_command(inputs, tmp_path / "uncropped", *square, "box=[20,0,40,40]", "outside=true")
+    assert main(uncropping) == 0
+    assert "lies outside" not in capsys.readouterr().err
