@@ -307,19 +307,19 @@ def _labels_of_pair(pair: ScenePair, classes: int) -> set[int]:
 
 
 def check_numbering(labels: set[int], class_names: Sequence[str]) -> None:
-    """Warn if the labels seem to be numbered from 0; raises UserError if a label 255 makes this almost certain."""
+    """Warn if the labels may be numbered from 0; raises UserError if 0 beside 255 makes this almost certain."""
     last = len(class_names)
-    if 0 not in labels or last in labels:
+    if last in labels:
         return
-    if IGNORED in labels:
+    if {0, IGNORED} <= labels:
         raise UserError(
             f"data.source: the class maps hold 0 and 255 but never {last} ({class_names[-1]}): numbers from 0, with "
             "255 for other? 0 means other too; expected classes from 1: add 1 to all labels except 255, or, if 0 does "
             "mean other, write 0 for 255"
         )
     log.warning(
-        "data: none of the class maps that were read has the last label, %d (%s), while some have 0 (other), which is "
-        "not learned: if your labels begin at 0, add 1 to all of them",
+        "data: none of the class maps that were read has the last label, %d (%s): if your labels begin at 0, which is "
+        "not learned, add 1 to all of them",
         last,
         class_names[-1],
     )
