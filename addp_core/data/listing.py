@@ -92,7 +92,7 @@ def walk(root: Path, folder: str = "", passed_over: Counter[str] | None = None) 
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name, reason = os.path.join(folder, entry.name), why_passed_over(entry.name)
-                kind = _kind(entry)
+                kind = entry_kind(entry)
                 if reason or kind not in ("folder", "file"):
                     counts[reason or kind] += 1
                 elif kind == "folder":
@@ -101,7 +101,8 @@ def walk(root: Path, folder: str = "", passed_over: Counter[str] | None = None) 
                     yield name
 
 
-def _kind(entry: os.DirEntry[str]) -> str:
+def entry_kind(entry: os.DirEntry[str]) -> str:
+    """Return what an entry of a directory is: "folder", "file", or the reason why it is neither."""
     try:
         if entry.is_dir():
             return "folder"
@@ -123,12 +124,12 @@ class FolderTree:
         if not (self.root / path).is_dir():
             return []
         with os.scandir(self.root / path) as entries:
-            return sorted(e.name for e in entries if not why_passed_over(e.name) and _kind(e) == "folder")
+            return sorted(e.name for e in entries if not why_passed_over(e.name) and entry_kind(e) == "folder")
 
     def has_own_images(self, path: str) -> bool:
         """Check whether image files lie directly in `path`."""
         with os.scandir(self.root / path) as entries:
-            return any(is_image(e.name) and not why_passed_over(e.name) and _kind(e) == "file" for e in entries)
+            return any(is_image(e.name) and not why_passed_over(e.name) and entry_kind(e) == "file" for e in entries)
 
     def has_images(self, path: str) -> bool:
         """Check whether images or .tar files lie in `path` at any depth."""

@@ -77,7 +77,7 @@ def listing_digest(path: str) -> str:
     that is overwritten in place therefore goes unnoticed, and a copy of a dataset counts as the same one only if it
     keeps the times (cp -a, tar).
     """
-    from addp_core.data.images import IMAGE_EXTENSIONS
+    from addp_core.data.listing import entry_kind, is_image
 
     root, digest, visited = Path(path).expanduser(), hashlib.sha256(), set()
 
@@ -104,9 +104,9 @@ def listing_digest(path: str) -> str:
             if entry.name.startswith("."):
                 continue
             add(entry.name)
-            if entry.is_dir():
+            if entry_kind(entry) == "folder":
                 pending.append(os.path.join(folder, entry.name))
-            elif os.path.splitext(entry.name)[1].lower() not in IMAGE_EXTENSIONS:
+            elif not is_image(entry.name):
                 with suppress(OSError):
                     add(entry.stat().st_size, entry.stat().st_mtime_ns)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from tools.bench import bench
 from tools.bench.arguments import as_arguments, verb_recipe
 from tools.bench.benchmark import Transfer
 from tools.bench.benchmarks import BENCHMARKS
+from tools.bench.inputs import listing_digest
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,10 @@ def test_the_published_models_generate_in_float32_with_both_samplings(name):
         {"steps": 20, "schedule": "cosine"},
         {"steps": 256, "schedule": "linear"},
     ]
+
+
+def test_digest_of_a_dataset_with_a_link_to_itself(tmp_path):
+    (tmp_path / "a.png").touch()
+    before = listing_digest(str(tmp_path))
+    (tmp_path / "loop").symlink_to("loop")
+    assert listing_digest(str(tmp_path)) != before
