@@ -46,7 +46,7 @@ class HubDataset(ImageSource):
         except Exception as error:  # not found, offline, no such split or column: the library's message is the best
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"data.source: {source!r} (split {config.split!r}) cannot be opened: {reason}") from error
-        self._source, self._image_key = source, config.image_key
+        self._source, self._split, self._image_key = source, config.split, config.image_key
         if not len(self._reader):
             raise UserError(f"data.source: {source!r} (split {config.split!r}) holds no image")
         columns = self._reader.dataset[0]
@@ -92,8 +92,8 @@ class HubDataset(ImageSource):
             return file.read(), int(label)
 
     def name(self, index: int) -> str:
-        """Return the dataset's name and the index."""
-        return f"{self._source}[{index}]"
+        """Return the dataset's name, the split and the index."""
+        return f"{self._source}/{self._split}[{index}]"
 
 
 def open_source(

@@ -172,6 +172,7 @@ def test_hub_split_names(requested, splits, opened, monkeypatch):
         source = open_source("hfds/someone/something", requested)
         assert hub.split == opened
         assert source.labels.tolist() == [1, -1]  # the second image has no label
+        assert source.name(1) == f"hfds/someone/something/{requested}[1]"
 
 
 def test_hub_dataset_needs_a_package(monkeypatch):
