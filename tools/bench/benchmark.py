@@ -268,12 +268,17 @@ class Transfer(Benchmark):
             predict = [*self.predict.split(), *as_arguments({**fixed, **self.predict_settings})]
             step.commands.append(Command(predict))
 
+    def measured_metrics(self, step: Step, results: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
+        """Return the metrics that the runs of a step have measured, given the content of their results."""
+        return step.metrics
+
     def read_outcome(self, step: Step) -> Outcome:
         arm = step.arm.name
         summary = json.loads((step.folder / "sweep.json").read_text(encoding="utf-8"))["arms"][arm]
         runs = {seed: sweep.best_run(step.folder / arm, seed) for seed in step.seeds}
         results = [sweep.read_results(run) for run in runs.values()]
-        scores = {metric.key: [metric.read(each) for each in results] for metric in step.metrics}
+        measured = self.measured_metrics(step, results)
+        scores = {metric.key: [metric.read(each) for each in results] for metric in measured}
         return Outcome(
             setting=summary["setting"],
             grid={name.split("/")[-1]: score for name, score in summary["grid"].items()},

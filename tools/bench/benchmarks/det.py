@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tools.bench.benchmark import Benchmark, Dataset, Transfer
 from tools.bench.metric import Metric
 from tools.bench.recipe import BenchRecipe
+from tools.bench.step import Step
 
 if TYPE_CHECKING:  # `addp report` does without torch
     from addp_core.data.sources import ImageSource
@@ -48,6 +49,10 @@ class Detection(Transfer):
         "MAGE ViT-B": {"box_ap": 36.3, "mask_ap": 31.3},
         "MAGE ViT-L": {"box_ap": 31.4, "mask_ap": 27.6},
     }
+
+    def measured_metrics(self, step: Step, results: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
+        """Return the metrics of boxes, and those of masks unless the dataset has boxes alone."""
+        return [metric for metric in step.metrics if metric.key != "mask_ap" or all(metric.result in r for r in results)]
 
     def chance_level(self, results: Mapping[str, Any]) -> float:
         return 0.0
