@@ -101,10 +101,9 @@ def test_a_run_from_before_the_class_token_continues_without_it(scenes, encoder_
     assert main(test) == 0
     (out / "finished.json").unlink()
     model.unlink()
-    for _ in range(2):  # the recipe that the first continuation writes is understood in the same way
-        assert main(arguments) == 0
-        assert load_file(model).keys() == state.keys()
-        (out / "finished.json").unlink()
+    assert main(arguments) == 0
+    assert load_file(model).keys() == state.keys()
+    assert main(arguments) == 0  # the recipe that the continuation wrote means the same
     assert main([*arguments, "class_token=true"]) == 2
     assert "class_token=True (was None)" in capsys.readouterr().err
 
