@@ -64,7 +64,7 @@ def write_confusion(scores: Scores, class_names: tuple[str, ...], out: Path) -> 
         font = find_font("".join(sorted({character for name in class_names for character in name})))
         for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
             label.set_parse_math(False)  # a name may contain dollar signs
-            label.set_font(Path(font) if font else None)
+            label.set_fontproperties(Path(font) if font else None)
     with log_write_errors(out / "images" / "confusion.png"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # `find_font` has named them all, once
         figure.tight_layout()
