@@ -79,10 +79,10 @@ def _budget(run: Path, last_step: float = math.inf) -> tuple[int, float]:
     return seen, seconds
 
 
-def open_arms(models: "Mapping[str, str]", random: bool, needed: "Collection[str]") -> list[Arm]:
+def open_arms(models: "Mapping[str, str]", random: bool, needed: "Collection[str] | None" = None) -> list[Arm]:
     """Read every checkpoint once; with `random`, add the arm "random", which has the first one's architecture.
 
-    Raises UserError, with the key, if a checkpoint of an arm in `needed` cannot be read.
+    Raises UserError, with the key, if a checkpoint of an arm in `needed` (None: of any arm) cannot be read.
     """
     arms, random_digests = [], []
     for name, model in models.items():
@@ -90,7 +90,7 @@ def open_arms(models: "Mapping[str, str]", random: bool, needed: "Collection[str
             with errors_name(f"models.{name}"):
                 arm, random_digest = _open_arm(name, model)
         except UserError as error:
-            if name in needed:
+            if needed is None or name in needed:
                 raise
             arm, random_digest = Arm(name, model, "pretrained", "", None, (224, 224), False, str(error)), ""
         arms.append(arm)
