@@ -52,7 +52,9 @@ class Detection(Transfer):
 
     def measured_metrics(self, step: Step, results: Sequence[Mapping[str, Any]]) -> Sequence[Metric]:
         """Return the metrics of boxes, and those of masks unless the dataset has boxes alone."""
-        return [metric for metric in step.metrics if metric.key != "mask_ap" or all(metric.result in r for r in results)]
+        return [
+            metric for metric in step.metrics if metric.key != "mask_ap" or all(metric.result in r for r in results)
+        ]
 
     def chance_level(self, results: Mapping[str, Any]) -> float:
         return 0.0
