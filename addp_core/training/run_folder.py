@@ -199,25 +199,27 @@ def _check_checkpoints(out: Path) -> None:
     """Raise UserError if the checkpoints of what has been computed in the folder are not there."""
     if any((out / "checkpoints").glob("*step-*")):  # those that are damaged are reported later
         return
-    state = "was stopped"
-    if (out / FINISHED).exists():
-        if "step" not in json.loads((out / FINISHED).read_text()):  # a task without checkpoints
-            return
-        state = "has finished"
+    finished = _read_finished(out)
+    if finished and "step" not in finished:  # a task without checkpoints
+        return
+    state = "has finished" if finished else "was stopped"
     raise UserError(
         f"out={out}: holds a run that {state}, but its checkpoints have been deleted, and it would start again at step "
         "0; choose another out, or remove this folder to start over"
     )
 
 
+def _read_finished(out: Path) -> dict[str, Any]:
+    """Return the content of finished.json; nothing if there is none, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((out / FINISHED).read_text())
+    return {}
+
+
 def _finished_model(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None) -> Path | None:
     """Return the model if finished.json is of this recipe. All processes get the same answer without communicating."""
-    try:
-        finished = json.loads((out / FINISHED).read_text())["recipe"]
-    except (OSError, ValueError, KeyError):
-        return None
-    model = out / MODEL_FILE
-    if not model.exists():
+    finished, model = _read_finished(out).get("recipe"), out / MODEL_FILE
+    if finished is None or not model.exists():
         return None
     if finished == digest(recipe.values):
         return model

@@ -27,8 +27,8 @@ from addp_core.training.stage import MicroStep, Stage, TrainConfig
 
 def test_a_run_leaves_model_metrics_and_images(uninterrupted):
     assert {path.name for path in uninterrupted.iterdir()} == {
-        *("recipe.yaml", "metrics.jsonl", "tb", "images", "checkpoints", "finished.json", ".lock"),
-        *("model.safetensors", "model-raw.safetensors"),
+        *("recipe.yaml", "metrics.jsonl", "tb", "images", "checkpoints", "last_checkpoint.json"),
+        *("finished.json", "model.safetensors", "model-raw.safetensors", ".lock"),
     }
     assert checkpoint_names(uninterrupted) == ["step-12", "step-8"]
     assert {path.name for path in (uninterrupted / "images").iterdir()} == {"noise-6.png", "noise-12.png", "curves.png"}
