@@ -110,7 +110,7 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Map images Float[B,3,H,W] in [0,1] to codebook ids Long[B,N], row-major over the token grid.
 
-        Autocast does not apply: in bfloat16, up to a tenth of the ids would be others (docs/fidelity.md).
+        Autocast does not apply: in bfloat16, some of the ids would be others (docs/fidelity.md).
         """
         images = images.to(self.encoder.conv_in.weight.dtype)
         with torch.autocast(images.device.type, enabled=False):

@@ -1,5 +1,5 @@
-"""Switches that change how fast results are computed, but not the results beyond rounding: for training, generation and
-benchmarks.
+"""Switches that change how fast results are computed, but not the results beyond rounding, and the precision: for
+training, generation, evaluation and benchmarks.
 """
 
 import contextlib

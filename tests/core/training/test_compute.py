@@ -1,8 +1,8 @@
 """The switches for speed change results by rounding only."""
 
 import pytest
-import toy_stage
 import torch
+import toy_stage
 from tiny import random_tensor, tiny_addp
 
 from addp_core.base.rng import generator
