@@ -30,4 +30,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _remove_log_handlers() -> Iterator[None]:
     """Remove log handlers: the command line makes one for the stderr of its test, which later tests do not have."""
     yield
-    logging.getLogger("addp").handlers.clear()
+    log = logging.getLogger("addp")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)

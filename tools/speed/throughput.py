@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from addp_core.method.sampler import sample
 from addp_core.networks.decoder import DecoderConfig
 from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
-from addp_core.training.compute import accelerate_model
+from addp_core.training.compute import DTYPES, accelerate_model, autocast
 from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
 from addp_core.training.timing import PartTimer, matmul_peak, peak_memory, reset_peak_memory
@@ -45,7 +45,6 @@ log = logging.getLogger("addp")
 
 TimedStep = Callable[[], dict[str, float]]  # returns the seconds of each part, and of the `whole`
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("vq_encode", "predictor", "vq_decode", "encoder", "decoder", "denoiser", "backward", "optimizer", "other")
 
 
@@ -168,9 +167,7 @@ class OurCode:
 
     def autocast(self) -> AbstractContextManager:
         """Return the context that computes in the recipe's precision."""
-        if self.recipe.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.recipe.precision])
+        return autocast(self.recipe.precision, self.device)
 
     def train(self) -> dict[str, float]:
         """Run one training step; return the seconds of each part, and of the `whole`."""
@@ -205,7 +202,7 @@ def measure(
     ours: OurCode, theirs: published.PublishedCode | None, recipe: Recipe, flop: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """Return all metrics, as the JSON file holds them. `flop`: of each task, by part, per image."""
-    peak = matmul_peak(ours.device, DTYPES[recipe.precision])
+    peak = matmul_peak(ours.device, DTYPES.get(recipe.precision, torch.float32))
     report: dict[str, Any] = {"settings": settings(ours, recipe), "matmul_gflop_per_s": peak}
     for task, flop_of_parts in flop.items():
         reset_peak_memory(ours.device)

@@ -85,7 +85,7 @@ def test_tar_shards_in_forked_workers(tmp_path):
 def test_truncated_tar_is_warned_about(tmp_path, caplog):
     write_shards(tmp_path, 2)
     open_source(str(tmp_path))
-    assert "truncated" not in caplog.text
+    assert "probably truncated" not in caplog.text  # the folder's name, which is logged, contains the word
     path = tmp_path / "shard-1.tar"
     path.write_bytes(path.read_bytes()[:1024])
     assert len(open_source(str(tmp_path))) == 5
