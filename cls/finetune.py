@@ -34,7 +34,7 @@ from addp_core.weights.files import read_tensors
 from addp_core.weights.pretrained import NORMALISATION, EncoderKeys
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_model
-from cls.data import cache_for_evaluation, check_batch_labels, evaluation_crop, open_splits
+from cls.data import EvaluationCrop, cache_for_evaluation, check_batch_labels, evaluation_crop, open_splits
 from cls.evaluation import evaluate_classifier
 from cls.results import CONFUSION, keep_best, write_confusion
 
@@ -100,12 +100,7 @@ class Recipe(EncoderKeys):
             clip_grad=None,
         )
     )
-    eval_crop: Annotated[
-        float | None,
-        Gt(0),
-        Le(1),
-        "fraction of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
-    ] = None
+    eval_crop: EvaluationCrop = None
     eval_batch: Annotated[int, Ge(1), "images at a time on each process, in validation"] = 64
     confusion: Annotated[bool, "write confusion.csv and images/confusion.png at each validation"] = False
 

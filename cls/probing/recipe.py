@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Interval, Lt, MinLen
 
 from addp_core.base.paths import CachePath, DatasetPath
 from addp_core.data.config import DataConfig
 from addp_core.networks.classifier import FeatureNorm, Pooling
 from addp_core.training.stage import TrainConfig
 from addp_core.weights.pretrained import EncoderKeys
+from cls.data import EvaluationCrop
 
 
 @dataclass
@@ -105,12 +106,7 @@ class Recipe(EncoderKeys):
             clip_grad=None,
         )
     )
-    eval_crop: Annotated[
-        float | None,
-        Gt(0),
-        Le(1),
-        "fraction of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
-    ] = None
+    eval_crop: EvaluationCrop = None
     eval_batch: Annotated[
         int, Ge(1), "images at a time on each process, in validation and when features are computed"
     ] = 64
