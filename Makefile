@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make setup   install into $(VENV) (EXTRAS=$(EXTRAS), PYTHON=$(PYTHON))"
 	@echo "make test    make lint, then all tests, $(WORKERS) at a time (WORKERS=n)"
-	@echo "make demo    toy datasets, pretraining, every benchmark and a report, under runs/demo; 16 minutes on two cores"
+	@echo "make demo    toy datasets, pretraining, every benchmark and a report, under runs/demo; 15 minutes on two cores"
 	@echo "make lint    style, formatting, the contract of imports and types"
 	@echo "make docs    the documentation as a website in site/"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
