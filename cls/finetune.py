@@ -25,7 +25,7 @@ from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, Stream
-from addp_core.networks.classifier import Classifier
+from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.training.engine import train
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import prepare_out
@@ -73,9 +73,7 @@ class Recipe(EncoderKeys):
     val_share: Annotated[
         float, Ge(0), Lt(1), "hold out this share of the training images of each class for validation; 0: none"
     ] = 0.0
-    pooling: Annotated[
-        Literal["avg", "token"], "input of the head: the mean of the patch tokens, or the class token"
-    ] = "avg"
+    pooling: Annotated[Pooling, "input of the head: the mean of the patch tokens, or the class token"] = "avg"
     drop_path: Annotated[
         float, Interval(ge=0, lt=1), "stochastic depth rate of the last block, increasing linearly from 0"
     ] = 0.1

@@ -6,13 +6,13 @@ weights if the file has no head or one that does not fit.
 """
 
 import logging
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from addp_core.networks.classifier import Classifier
+from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import Source, strip_prefix
@@ -63,7 +63,7 @@ class TimmClassifier(Classifier):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Literal["avg", "token"] = "avg",
+        global_pool: Pooling = "avg",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,

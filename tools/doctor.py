@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import addp_core
+from addp_core.base.cpu import usable_cores
 
 PIP = f"{shlex.quote(sys.executable)} -m pip install"
 PROBE_SECONDS = 180
@@ -194,11 +195,10 @@ def examine(imports: bool = False) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return the cores this process may use, memory and free disk in GiB, and torch.compile's C++ compiler."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     free = shutil.disk_usage(Path.cwd()).free
-    return {"cores": cores, "memory_gib": _gib(memory), "free_disk_gib": _gib(free), "compiler": compiler}
+    return {"cores": usable_cores(), "memory_gib": _gib(memory), "free_disk_gib": _gib(free), "compiler": compiler}
 
 
 def installed_version(package: Package) -> str | None:

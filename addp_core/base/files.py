@@ -1,4 +1,4 @@
-"""Atomic file writes: write under a temporary name in the same folder, flush to disk, rename."""
+"""Atomic file writes (under a temporary name in the same folder, flushed, renamed), and reading of large files."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"  # every unfinished file or folder has a name that begins with this
+CHUNK_BYTES = 1 << 24  # of a large file, read at a time
 
 
 @contextlib.contextmanager
@@ -38,3 +39,10 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the content of a file in parts that fit in memory."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk

@@ -13,11 +13,9 @@ from typing import IO, Any, cast
 import torch
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import TEMPORARY_PREFIX, sync_to_disk, write_atomically
+from addp_core.base.files import TEMPORARY_PREFIX, read_chunks, sync_to_disk, write_atomically
 
 log = logging.getLogger("addp")
-
-CHUNK = 1 << 24  # bytes read at a time
 
 TENSORS, STATE = "training.pt", "state.json"  # the files of a checkpoint
 LAST_CHECKPOINT = "last_checkpoint.json"  # in the run folder: the step of the newest checkpoint
@@ -118,9 +116,8 @@ class Checkpoints:
             size, checksum = path.stat().st_size, 0
             if size != state["size"]:
                 return f"{TENSORS} has {size} of {state['size']} bytes"
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    checksum = zlib.crc32(chunk, checksum)
+            for chunk in read_chunks(path):
+                checksum = zlib.crc32(chunk, checksum)
             return None if checksum == state["crc32"] else f"{TENSORS} does not match its checksum"
         except (OSError, ValueError, KeyError) as error:
             return f"{type(error).__name__}: {error}"

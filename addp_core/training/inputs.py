@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import write_atomically
+from addp_core.base.files import read_chunks, write_atomically
 from addp_core.training.run_recipe import RunRecipe, Values
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
 
 INPUTS = "inputs.json"  # in the run folder
-CHUNK = 1 << 24  # bytes read at a time
 
 
 class Dataset(Protocol):
@@ -79,7 +78,7 @@ class Inputs:
             name: {"digest": each.digest(), "images": len(each)} for name, each in datasets.items()
         }
         recorded = self.record.get("datasets", {})
-        paths = {key: _full_path(self.recipe.values[key]) for key in self._keys("dataset")}
+        paths = {key: _place_on_disk(self.recipe.values[key]) for key in self._keys("dataset")}
         before = self.record.get("paths", {})
         moved = {
             key: paths.get(key, "none")
@@ -130,15 +129,14 @@ def file_digest(source: Any) -> str | None:
     path = path / MODEL_FILE if path.is_dir() else path
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+        for chunk in read_chunks(path):
+            digest.update(chunk)
     except OSError:  # a name instead of a path, or a wrong path, which is reported when it is read
         return None
     return digest.hexdigest()
 
 
-def _full_path(text: str) -> str:
+def _place_on_disk(text: str) -> str:
     """Return the absolute path, with links followed, of what is on disk; any other text as it is."""
     path = os.path.expanduser(text)
     return os.path.realpath(path) if os.path.exists(path) else text

@@ -18,6 +18,7 @@ from timm.data import (
 from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDPConfig, DenoiserConfig
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.classifier import FeatureNorm, Pooling
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
@@ -90,13 +91,13 @@ class ClassifierArchitecture:
 
     encoder: EncoderArchitecture | TokenEncoderArchitecture
     classes: int
-    pooling: Literal["avg", "token"]
+    pooling: Pooling
     norm: Literal["layer", "batch"]
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop: float | None = None  # share of the shorter side that validation crops, if a recipe set it
-    feature_norm: Literal["none", "layer", "pretrained"] = "none"  # of linear probing, before the batch norm
+    feature_norm: FeatureNorm = "none"  # of linear probing, before the batch norm
 
 
 ARCHITECTURES: dict[str, type] = {

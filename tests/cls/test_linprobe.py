@@ -25,7 +25,6 @@ from addp_core.networks.classifier import normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
-from addp_core.training.metrics import RunLogger
 from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
 from addp_core.weights.loading import load_classifier
@@ -37,9 +36,7 @@ HW = (8, 12)
 COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 50)}
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(RunLogger, "plot_curves", lambda self: None)  # slow, and tested elsewhere
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from addp_core.training.signals import SignalHandler
 
 log = logging.getLogger("addp")
 
@@ -51,7 +53,7 @@ def last_lines(path: Path, count: int = 1) -> str:
     return "\n".join([line for line in lines if line][-count:])
 
 
-class Children:
+class Children(SignalHandler):
     """Runs commands, in any thread. SIGTERM, SIGUSR1 and Ctrl-C reach them as SIGTERM, on which trainings write a
     checkpoint.
 
@@ -59,20 +61,10 @@ class Children:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._previous_handlers: dict[int, Any] = {}
         self._lock = threading.RLock()  # the handler may interrupt a thread that holds it
-
-    def __enter__(self) -> "Children":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._previous_handlers[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
 
     def run_addp(self, arguments: Sequence[str], output: Path, processes: int = 1) -> int:
         """Run `addp <arguments>`, append what it writes to `output` and return its exit code. Raises Stopped."""

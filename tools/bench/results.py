@@ -1,9 +1,7 @@
 """bench.json: what `addp bench` writes from its steps, and what the report reads."""
 
-import contextlib
 import json
 import platform
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -13,6 +11,7 @@ from typing import Any
 import yaml
 
 import addp_core
+from addp_core.base.cpu import cpu_name, usable_cores
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.base.tables import text_table
@@ -108,12 +107,7 @@ def hardware() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(f"{name} x{names.count(name)}" for name in dict.fromkeys(names))
-    cores = doctor.machine()["cores"]
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if name := re.search(r"model name\s*: (.*)", text):
-            return f"{name[1].strip()}, {cores} cores"
-    return f"{platform.processor() or platform.machine()}, {cores} cores"
+    return f"{cpu_name()}, {usable_cores()} cores"
 
 
 # -------------------- reading

@@ -9,12 +9,11 @@ import dataclasses
 import json
 import logging
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from annotated_types import Ge, Interval, MultipleOf
 from torch import nn
 
+from addp_core.base.cpu import cpu_name
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.base.rng import generator
@@ -270,15 +270,6 @@ def settings(ours: OurCode, recipe: Recipe) -> dict[str, Any]:
         "torch": torch.__version__,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as precisely as the system gives it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # -------------------- reporting

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
-from addp_core.networks.classifier import Classifier
+from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION, ClassifierArchitecture, EncoderArchitecture
@@ -96,7 +96,7 @@ def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[Sta
     mean, std = NORMALISATION["imagenet"]
     note = "does not store how its images were normalized; took ImageNet's mean and std"
     hints.assumptions.append(Assumption("normalisation", note, "normalisation=half takes 0.5"))
-    pooling: Literal["avg", "token"] = "avg" if norm == "fc_norm" else "token"
+    pooling: Pooling = "avg" if norm == "fc_norm" else "token"
     if pooling == "token":  # timm's ViTs that average after `norm` have the same tensors
         note = "does not store which tokens its head reads; took the class token after norm, as there is no fc_norm"
         hints.assumptions.append(Assumption("pooling", note))

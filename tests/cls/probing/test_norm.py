@@ -18,7 +18,6 @@ from addp_core.data.images import eval_transform
 from addp_core.data.sources import open_source
 from addp_core.networks.classifier import Classifier, normalize
 from addp_core.recipes.cli import main
-from addp_core.training.metrics import RunLogger
 from addp_core.weights.layouts.vit import to_timm
 from addp_core.weights.loading import load_classifier
 from cls.probing.full import LinearProbe
@@ -28,9 +27,7 @@ FULL = ("mode=full", "train.steps=6", "train.batch=12", "train.warmup_epochs=0",
 FAST = ("mode=fast", "fast.epochs=2", "fast.knn=0", "fast.blocks=[2]", "fast.store=float32")
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(RunLogger, "plot_curves", lambda self: None)  # slow, and tested elsewhere
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 @pytest.fixture(scope="module")
