@@ -44,6 +44,8 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
         raise UserError(f"train.precision={precision}: not supported on this device ({error}); try fp32") from error
     if accelerator.num_processes > 1:
         atexit.register(leave_process_group)
+        # A rank that ends over an error in its recipe would break the connections that others are still opening.
+        accelerator.wait_for_everyone()
     return accelerator
 
 
