@@ -29,7 +29,7 @@ VERBS = {  # verb: (module, one line of help)
     "report": ("tools.bench.report", "write report.html and report.md of a bench folder"),
     "throughput": ("tools.speed.throughput", "measure images/s, GFLOP, MFU and memory, part by part"),
     "toy": ("tools.toy.toy", "write small datasets in the formats of ImageNet, COCO and ADE20K"),
-    "export": ("tools.export", "write a checkpoint in another layout"),
+    "export": ("tools.export.export", "write a checkpoint in another layout"),
     "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
 }
 

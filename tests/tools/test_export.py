@@ -136,7 +136,7 @@ def test_the_differences_are_told(tmp_path, caplog):
 
 
 def test_an_export_that_differs_is_refused_and_removed(tmp_path, monkeypatch):
-    from tools import export as module
+    from tools.export import timm_folder as module
 
     original = module.to_timm
 
@@ -183,7 +183,7 @@ def test_onnx_of_any_batch(tmp_path):
 
 
 def test_onnx_names_what_it_lacks(tmp_path, capsys, monkeypatch):
-    from tools import export as module
+    from tools.export import onnx_file as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxruntime" else find_spec("json"))
     wrong(

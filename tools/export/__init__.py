@@ -1,0 +1,1 @@
+"""`addp export`: a checkpoint in another layout."""

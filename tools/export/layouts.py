@@ -1,0 +1,38 @@
+"""The layouts that `addp export` writes, one row each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from addp_core.weights.architectures import HEAD_KEYS
+from tools.export.checkpoints import export_checkpoint
+from tools.export.onnx_file import export_onnx
+from tools.export.recipe import LayoutName, Recipe
+from tools.export.timm_folder import export_timm
+
+PARTS = ("tokenizer", "predictor", *HEAD_KEYS)  # keys of what is read as a whole ADDP
+ENCODER = (
+    "img_size",
+    "tokenizer_norm",
+    "tokenizer",
+    "encoder_heads",
+)  # keys of what is read as a classifier or encoder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `addp export` can write."""
+
+    write: Callable[[Recipe, Path], None]
+    """Write the file or folder and read it back; raises ValueError if the layout cannot hold the model."""
+    suffix: str  # of the file; "" if it is a folder
+    keys: tuple[str, ...]  # of the recipe, besides model, out and layout, that it uses
+
+
+LAYOUTS: dict[LayoutName, Layout] = {
+    "addp": Layout(export_checkpoint, ".safetensors", PARTS),
+    "published": Layout(export_checkpoint, ".pth", PARTS),
+    "encoder": Layout(export_checkpoint, ".safetensors", PARTS),
+    "timm": Layout(export_timm, "", ENCODER),
+    "onnx": Layout(export_onnx, ".onnx", ENCODER),
+}

@@ -1,0 +1,40 @@
+"""The keys of `addp export`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+LayoutName = Literal["addp", "published", "encoder", "timm", "onnx"]  # the keys of `LAYOUTS` in layouts.py
+
+
+@dataclass
+class Recipe:
+    """Keys of `addp export`."""
+
+    model: Annotated[
+        str,
+        "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file; for timm and onnx "
+        "also a run of `addp finetune` or `addp linprobe`, or a ViT file",
+    ]
+    out: Annotated[
+        str, "file to write, .safetensors (addp, encoder), .pth (published) or .onnx, or the folder of layout=timm"
+    ]
+    layout: Annotated[
+        LayoutName,
+        "ours, the authors' (which their code reads), the pixel encoder alone, a folder for timm.create_model, or ONNX",
+    ] = "addp"
+    img_size: Annotated[
+        int | None, Ge(1), "timm, onnx: side of the images in pixels (default: the classifier's own; 224 for encoders)"
+    ] = None
+    tokenizer_norm: Annotated[bool, "timm, onnx: keep ADDP's norm on the patches, which transfers drop"] = False
+    tokenizer: Annotated[str, "tokenizer for a model file without one"] = ""
+    predictor: Annotated[str, "token predictor for a model file without one"] = ""
+    encoder_heads: Annotated[
+        int | None, Ge(1), "heads of a foreign file, if not those of published ViTs of its width"
+    ] = None
+    decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None
+    predictor_heads: Annotated[
+        int | None, Ge(1), "heads of a foreign file, if not those of published ViTs of its width"
+    ] = None
+    predictor_decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None

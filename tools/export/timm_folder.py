@@ -1,0 +1,65 @@
+"""layout=timm: a folder for `timm.create_model`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from addp_core.base.files import atomic_replace, write_atomically
+from addp_core.networks.encoder import VIT_SIZES
+from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.layouts.vit import to_timm
+from cls.data import classifier_crop
+from tools.export.compare import check_equal, load_exported, random_images
+from tools.export.recipe import Recipe
+
+
+def export_timm(recipe: Recipe, out: Path) -> None:
+    """Write a folder of model.safetensors and config.json.
+
+    timm loads it with `timm.create_model("local-dir:<folder>", pretrained=True)` or, from the Hugging Face Hub, with
+    "hf-hub:<owner>/<name>".
+    """
+    model = load_exported(recipe)
+    state, arguments = to_timm(model)
+    height, width = model.encoder.image_size
+    config = {
+        "architecture": f"vit_{_size_name(model.embed_dim)}_patch16_224",  # every part of which the arguments replace
+        "num_classes": model.num_classes,
+        "num_features": model.embed_dim,
+        "global_pool": model.pooling,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "tag": "addp",
+            "custom_load": False,
+            "input_size": [3, height, width],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": classifier_crop(model),
+            "crop_mode": "center",
+            "mean": list(model.mean),
+            "std": list(model.std),
+            "num_classes": model.num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    if model.class_names:
+        config["label_names"] = list(model.class_names)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_replace(out / MODEL_FILE) as temporary:
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
+    write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    again: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.inference_mode():
+        images = random_images(model, 2)
+        check_equal(out, "tokens", model.forward_features(images), again.forward_features(images))
+        check_equal(out, "logits" if model.num_classes else "pooled features", model(images), again(images))
+
+
+def _size_name(width: int) -> str:
+    return next((name for name, size in VIT_SIZES.items() if size["width"] == width), "base")
