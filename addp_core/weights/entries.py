@@ -112,6 +112,11 @@ def select_prefix(
     return prefix, (Assumption("weights", note, override),)
 
 
+def without_tensors(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a checkpoint that hold no tensors."""
+    return {key: value for key, value in content.items() if next(_paths({key: value}), None) is None}
+
+
 def _whole_models(state: State, is_model: Callable[[State], bool]) -> list[str]:
     """Return the outermost prefixes, with their last dot, below which the tensors are a whole model."""
     candidates = {key[: match.start(1)] for key in state if (match := SIGNATURES.search(key))} - {""}

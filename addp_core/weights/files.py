@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.weights.assumptions import Assumption
-from addp_core.weights.entries import State, select_entry
+from addp_core.weights.entries import State, select_entry, without_tensors
 from addp_core.weights.unpickling import HARMLESS
 
 MODEL_FILE = "model.safetensors"  # of a run folder
@@ -37,6 +37,8 @@ class FileContent:
     entries: tuple[str, ...] = ()  # of the file that hold tensors
     wanted: str = ""  # the model that the caller named, if it is not an entry of the file
     assumptions: tuple[Assumption, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The entries without tensors, such as timm's `arch` and `args` or mmengine's `meta`."""
 
 
 def read_file(source: Source, wanted: str = "") -> FileContent:
@@ -159,4 +161,4 @@ def _unwrap(source: str, content: Mapping[str, Any], wanted: str) -> FileContent
     text = content.get(METADATA_KEY)
     state, entries, wanted, assumptions = select_entry(source, content, wanted)
     description = json.loads(text) if isinstance(text, str) else None
-    return FileContent(source, state, description, entries, wanted, assumptions)
+    return FileContent(source, state, description, entries, wanted, assumptions, without_tensors(content))

@@ -1,15 +1,15 @@
 """What may lie beside the tensors of a PyTorch checkpoint: values without code, which are read as placeholders.
 
 `torch.load(weights_only=True)` refuses every class that is not on its list. Those listed here are common in training
-checkpoints and replaced by inert objects: nothing of numpy, pathlib or omegaconf runs. Every other class is refused.
+checkpoints and replaced by inert objects: nothing of numpy, pathlib, omegaconf or mmengine runs. Every other class is
+refused.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 INERT = (  # read, and forgotten
-    "argparse.Namespace",
-    "types.SimpleNamespace",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.core.multiarray._reconstruct",
@@ -29,6 +29,7 @@ INERT = (  # read, and forgotten
     "omegaconf.base.Metadata",
     "omegaconf.nodes.AnyNode",
     "typing.Any",
+    "mmengine.logging.history_buffer.HistoryBuffer",
     *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "dict", "tuple")),  # factories
 )
 MAPPINGS = (  # read as a dict
@@ -36,7 +37,9 @@ MAPPINGS = (  # read as a dict
     "lightning.pytorch.utilities.parsing.AttributeDict",
     "lightning.fabric.utilities.data.AttributeDict",
     "lightning_fabric.utilities.data.AttributeDict",
+    "mmengine.config.config.ConfigDict",
 )
+NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")  # read with their attributes: the options of a training
 
 
 class Inert:
@@ -57,8 +60,15 @@ def _empty_mapping(*_: Any) -> dict[Any, Any]:
     return {}
 
 
+def _inert_attribute(*_: Any) -> Inert:
+    """Stand for `getattr(class, name)`, by which methods are pickled (mmengine's histories), without looking it up."""
+    return Inert()
+
+
 HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [  # for torch.serialization.safe_globals
     *((Inert, name) for name in INERT),
     *((dict, name) for name in MAPPINGS),
+    *((Namespace, name) for name in NAMESPACES),
     (_empty_mapping, "collections.defaultdict"),
+    (_inert_attribute, "builtins.getattr"),
 ]
