@@ -1,6 +1,7 @@
 """One pass of a model over labeled images: its outputs, and the accuracy of a classifier."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,13 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import Crop, ImageError
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import default_workers, error_limit, ignore_signals
+from addp_core.data.stream import ReadErrors, default_workers, error_limit, ignore_signals
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import autocast
+from addp_core.training.evaluation import check_evaluation
 from addp_core.training.processes import process_state
 
 log = logging.getLogger("addp")
-
-UnreadableImages = list[tuple[str, str]]  # (name, reason)
 
 
 @dataclass
@@ -82,21 +82,28 @@ def compute_outputs(
     workers: int | None = None,
     max_errors: float = 0.01,
     title: str = "",
+    errors: ReadErrors | None = None,
 ) -> Iterator[OutputBatch]:
     """Yield the outputs of `model` for every image, each image once; the processes of a run share the images.
 
-    Unreadable images are skipped, with a warning for each.
+    Unreadable images are skipped, with a warning for each. The processes count them together after every batch, so all
+    of them must use up the iterator and not communicate otherwise meanwhile.
 
     Args:
         transform: the evaluation crop; its images are then normalized with `mean` and `std`.
         indices: the images to process; by default all.
         max_errors: as in a recipe's section `data`.
         title: of the progress bar; without one, no bar is shown.
+        errors: if given, the unreadable images of this process are appended to it, and the processes do not count them
+            together: the caller has to (`check_unreadable`).
 
     Raises:
         UserError: more than `max_errors` images are unreadable, or all of them, or a label is out of range.
+        EvaluationStopped: a signal asked the training run that evaluates to stop.
     """
     state = process_state()
+    count_together = errors is None
+    errors = [] if errors is None else errors
     selected = range(len(source)) if indices is None else indices
     own_indices = selected[state.process_index :: state.num_processes]
     batches = [list(own_indices[first : first + batch]) for first in range(0, len(own_indices), batch)]
@@ -108,25 +115,38 @@ def compute_outputs(
         pin_memory=torch.cuda.is_available(),
     )
     device = next(model.parameters()).device
-    limit, unreadable = min(error_limit(max_errors, len(selected)), len(selected) - 1), 0
+    rounds = math.ceil(math.ceil(len(selected) / state.num_processes) / batch)  # of the process with most images
     hidden = not (title and state.is_main_process)
     with tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False) as bar:
-        for images, labels, batch_indices, errors in loader:
-            for name, reason in errors:
-                unreadable += 1
+        for images, labels, batch_indices, new_errors in loader:
+            for name, reason in new_errors:
                 log.warning("skipped an unreadable image: %s (%s)", name, reason)
-                if unreadable > limit:
-                    raise UserError(
-                        f"data.max_errors: more than {limit} of {len(selected)} images are unreadable, most recently "
-                        f"{name} ({reason}); repair or remove them, or raise data.max_errors"
-                    )
+            errors += new_errors
+            if count_together:
+                check_unreadable(errors, max_errors, len(selected))
             if len(batch_indices):
                 _check_image_labels(labels, batch_indices, source)
                 pixels = normalize(images.to(device, non_blocking=True).float() / 255, mean, std)
                 with torch.inference_mode(), autocast(precision, device):
                     outputs = model(pixels)
                 yield OutputBatch(outputs.float().cpu(), labels, batch_indices)
-            bar.update(len(batch_indices) + len(errors))
+            bar.update(len(batch_indices) + len(new_errors))
+    for _ in range(rounds - len(batches) if count_together else 0):
+        check_unreadable(errors, max_errors, len(selected))
+
+
+def check_unreadable(errors: ReadErrors, max_errors: float, images: int) -> None:
+    """Raise UserError, on all processes, if they have met more unreadable images than `max_errors` allows, or all.
+
+    errors: those of this process. images: how many the processes evaluate together.
+    """
+    limit = min(error_limit(max_errors, images), images - 1)
+    if unreadable := check_evaluation(errors, limit):
+        name, reason = unreadable[-1]
+        raise UserError(
+            f"data.max_errors: more than {limit} of {images} images are unreadable, most recently {name} ({reason}); "
+            "repair or remove them, or raise data.max_errors"
+        )
 
 
 def _check_image_labels(labels: Tensor, indices: Tensor, source: ImageSource) -> None:
@@ -148,11 +168,11 @@ class _ImageBatches(Dataset):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, UnreadableImages]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor, ReadErrors]:
         images: list[Tensor] = []
         labels: list[int] = []
         indices: list[int] = []
-        errors: UnreadableImages = []
+        errors: ReadErrors = []
         for index in self.batches[number]:
             try:
                 image, label = self.source.open_image(index)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError
-from addp_core.data.stream import error_limit
+from addp_core.data.stream import ReadErrors, error_limit
+from addp_core.training.evaluation import check_evaluation
 from det.average_precision import coco_metrics
 from det.coco import CocoDataset
 from det.model import Detector
@@ -25,27 +26,29 @@ def detect_dataset(model: Detector, dataset: CocoDataset) -> list[dict[str, Any]
     """Return the detections on all images of a dataset that has the detector's categories, in COCO's results format.
 
     Under torchrun the processes share the images, and each returns all results. Unreadable images are logged and have
-    no detections. Raises UserError if there are more of them than the dataset's `max_errors` allows.
+    no detections. Raises UserError if there are more of them than the dataset's `max_errors` allows, and
+    EvaluationStopped if a signal asked the training run that evaluates to stop.
     """
     state, device = PartialState(), next(model.parameters()).device
     results: list[dict[str, Any]] = []
-    errors: list[tuple[str, str]] = []
+    errors: ReadErrors = []
     limit = error_limit(dataset.max_errors, len(dataset))
-    indices = range(state.process_index, len(dataset), state.num_processes)
-    for index in tqdm(indices, desc="detect", unit="img", disable=None if state.is_main_process else True):
-        try:
-            image = image_to_tensor(dataset.open_image(index)[0].decode())
-        except ImageError as error:
-            log.warning("%s: %s; counted as an image without detections", dataset.name(index), error)
-            errors.append((dataset.name(index), str(error)))
-            if len(errors) > limit:
-                break  # and not raised here: the other processes wait for this one's results
-            continue
-        (detections,) = model.detect([image.to(device)])
-        results += detections.to_results(dataset.ids[index], dataset.categories)
-    results, errors = map(gather_object, (results, errors))
-    dataset.check_errors(errors)
-    return results
+    rounds = range(0, len(dataset), state.num_processes)  # each process has an image in each round but the last
+    hidden = None if state.is_main_process else True
+    with tqdm(total=len(dataset), desc="detect", unit="img", disable=hidden) as bar:
+        for first in rounds:
+            if (index := first + state.process_index) < len(dataset):
+                try:
+                    image = image_to_tensor(dataset.open_image(index)[0].decode())
+                except ImageError as error:
+                    log.warning("%s: %s; counted as an image without detections", dataset.name(index), error)
+                    errors.append((dataset.name(index), str(error)))
+                else:
+                    (detections,) = model.detect([image.to(device)])
+                    results += detections.to_results(dataset.ids[index], dataset.categories)
+            dataset.check_errors(check_evaluation(errors, limit))
+            bar.update(min(state.num_processes, len(dataset) - first))
+    return gather_object(results)
 
 
 def evaluate_detector(

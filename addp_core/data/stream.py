@@ -10,8 +10,8 @@ p % batch of micro-step p // batch, it shows image `permutation(seed, p // n)[p 
 sees the same pixels.
 
 An image that cannot be read is replaced by the next readable one in the order of its epoch, named once in the log, and
-counted. The run ends with a `UserError` when more than `max_errors` images were unreadable. Each process counts the
-images that it has read itself since it was started.
+counted. The run ends with a `UserError` when more than `max_errors` images were unreadable, over all its processes and
+since they were started.
 """
 
 import atexit
@@ -213,7 +213,7 @@ class Stream:
             source = CachedSource(source, side, config.cache_gb)
         self.source, self.transform, self.config, self.seed, self.batch = source, transform, config, seed, batch
         self.collate, self.repeats = collate, repeats
-        self.errors: dict[str, str] = {}  # name -> reason of every unreadable image that this process has met
+        self.errors: dict[str, str] = {}  # name -> reason of every unreadable image that is known to this process
 
     def __len__(self) -> int:
         return len(self.source)
@@ -300,7 +300,15 @@ class Stream:
                 log.warning(
                     "unreadable image %d of %d tolerated: %s (%s)", len(self.errors), self.error_limit, name, reason
                 )
-        if len(self.errors) > self.error_limit or not len(batch):
+        self._check_errors(readable=len(batch) > 0)
+
+    def add_errors(self, errors: ReadErrors) -> None:
+        """Add the unreadable images of other processes. Raises UserError if they are now more than `max_errors`."""
+        self.errors |= dict(errors)
+        self._check_errors()
+
+    def _check_errors(self, readable: bool = True) -> None:
+        if len(self.errors) > self.error_limit or not readable:
             examples = ", ".join(f"{name} ({reason})" for name, reason in itertools.islice(self.errors.items(), 5))
             more = f" and {len(self.errors) - 5} more" if len(self.errors) > 5 else ""
             raise UserError(

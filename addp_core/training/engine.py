@@ -17,16 +17,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.compute import accelerate_model, tf32_for
+from addp_core.training.evaluation import EvaluationStopped
 from addp_core.training.metrics import RunLogger
 from addp_core.training.optimization import learning_rate, warn_if_warmup_is_too_long
 from addp_core.training.processes import full_tensor, make_accelerator, move_to_device, seed_everything
@@ -51,13 +52,13 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
     model-raw.safetensors.
 
     SIGTERM and SIGUSR1 finish the step, write a checkpoint and raise SystemExit(0); SIGINT does the same with
-    SystemExit(1). A second SIGINT interrupts at once.
+    SystemExit(1). A second SIGINT interrupts at once. An evaluation that is stopped is repeated when the run continues.
 
     Args:
         stage: what is trained.
         stream: `stream.batches(start, rank, world)` yields this process's rows of the micro-batches `start`,
-            `start` + 1, ... without end (tensors, dataclasses, lists or dicts of them); `len(stream)` is the number of
-            images.
+            `start` + 1, ... without end, each with the `errors` of images that could not be read; `len(stream)` is the
+            number of images. See `Stream`.
         config: the section `train` of the recipe.
         out: the run folder.
         recipe: an instance of the task's dataclass of keys, or its YAML.
@@ -97,6 +98,7 @@ class _Run:
             warn_if_warmup_is_too_long(self.warmup, self.total)
         self.window_seconds = 0.0  # since the last log line
         self.failed_checkpoints = 0
+        self.saved_step = 0  # of the newest checkpoint
         self.checkpoints = Checkpoints(out, config.keep)
         self.logger: RunLogger | None = None  # on rank 0
 
@@ -135,6 +137,7 @@ class _Run:
         state = TrainingState(self.stage.model, self.config, self.accelerator, payload, path)
         if step > self.total:
             raise UserError(f"out={self.out}: has already reached step {step}, but this recipe ends at {self.total}")
+        self.saved_step = step
         return state, Counters.from_state(stored)
 
     # --- the loop ---
@@ -149,10 +152,11 @@ class _Run:
         batches = iter(self.stream.batches(counters.step * config.accumulate, self.rank, self.world))
         try:
             self.state.model.train()
+            if 0 < counters.step < self.total:
+                self._make_up_for_outputs()
             while counters.step < self.total:
                 stop, interrupt = self._step(batches)
                 self._after_step(stop, interrupt)
-            # These follow the last checkpoint, so that a failure in them costs no step of training.
             self._preview()
             self._evaluate()
             if self.logger:
@@ -168,24 +172,60 @@ class _Run:
         return self.out / MODEL_FILE
 
     def _after_step(self, stop: bool, interrupt: bool) -> None:
-        """Log, preview, evaluate, export and write checkpoints where they are due; leave if a signal asked for it."""
+        """Log, write a checkpoint, export, preview and evaluate where they are due; leave if a signal asked for it.
+
+        The checkpoint comes first, so that a failure or a signal in the rest costs no step of training.
+        """
         config, step = self.config, self.counters.step
         last = step == self.total
         if step % config.log_every == 0 or last:
             self._log_metrics()
-        if not last:
-            if config.preview_every and step % config.preview_every == 0:
-                self._preview()
-            if config.evaluate_every and step % config.evaluate_every == 0:
-                self._evaluate()
-            if config.export_every and step % config.export_every == 0:
-                self._export(self.out / INTERMEDIATE_MODELS / f"step-{step}")
-        if last or stop or interrupt or (config.checkpoint_every and step % config.checkpoint_every == 0):
+        if last or stop or interrupt or self._is_due(config.checkpoint_every):
             self._checkpoint(required=last or stop or interrupt)
-        if (stop or interrupt) and not last:
-            if self.is_main:
-                log.info("stopped by a signal after step %d; the same command continues the run", step)
-            raise SystemExit(1 if interrupt else 0)
+        if last:
+            return
+        if stop or interrupt:
+            self._leave(interrupt)
+        if self._is_due(config.export_every):
+            self._export(self._intermediate_model)
+        if self._is_due(config.preview_every):
+            self._preview()
+        if self._is_due(config.evaluate_every):
+            self._evaluate()
+
+    def _is_due(self, interval: int) -> bool:
+        """Check whether something that happens every `interval` steps (0: never) happens after this step."""
+        return interval > 0 and self.counters.step % interval == 0
+
+    @property
+    def _intermediate_model(self) -> Path:
+        """The folder of this step's intermediate checkpoint."""
+        return self.out / INTERMEDIATE_MODELS / f"step-{self.counters.step}"
+
+    def _make_up_for_outputs(self) -> None:
+        """Export, preview and evaluate after the step of a continued run's checkpoint, where that is due and missing:
+        the run may have been stopped in between.
+        """
+        config, missing = self.config, [False] * 3
+        if self.logger:
+            step = self.counters.step
+            model_exists = (self._intermediate_model / MODEL_FILE).exists()
+            missing = [not model_exists, not self.logger.has_images(step), not self.logger.has_evaluation(step)]
+        if self.world > 1:
+            broadcast_object_list(missing)
+        export, preview, evaluation = missing
+        if export and self._is_due(config.export_every):
+            self._export(self._intermediate_model)
+        if preview and self._is_due(config.preview_every):
+            self._preview()
+        if evaluation and self._is_due(config.evaluate_every):
+            self._evaluate()
+
+    def _leave(self, interrupt: bool) -> NoReturn:
+        """Leave after the checkpoint that a signal asked for."""
+        if self.is_main:
+            log.info("stopped by a signal after step %d; the same command continues the run", self.counters.step)
+        raise SystemExit(1 if interrupt else 0)
 
     def _step(self, batches: Iterator[Any]) -> tuple[bool, bool]:
         """Do one optimizer step. Return whether to stop after it, and whether by an interrupt; all processes agree."""
@@ -193,13 +233,16 @@ class _Run:
         rate = learning_rate(counters.step, self.total, self.warmup, config)
         state.set_learning_rate(rate)
         state.save_buffers()
-        terms, micro_step = self._accumulate_gradient(batches)
+        terms, micro_step, unreadable = self._accumulate_gradient(batches)
 
         # One transfer and one small all-reduce for everything that the processes have to agree on.
-        flags = torch.tensor([self.signals.stop, self.signals.interrupt], dtype=torch.float32, device=self.device)
-        values = torch.stack([full_tensor(value).to(self.device) for value in terms.values()])
-        *means, stop, interrupt = self.accelerator.reduce(torch.cat([values, flags]), "mean").tolist()
+        flags = [self.signals.stop, self.signals.interrupt, unreadable > 0]
+        values = [full_tensor(value).to(self.device) for value in terms.values()]
+        values += torch.tensor(flags, dtype=torch.float32, device=self.device).unbind()
+        *means, stop, interrupt, bad_images = self.accelerator.reduce(torch.stack(values), "mean").tolist()
         metrics = dict(zip(terms, means, strict=True))
+        if bad_images and self.world > 1:
+            self.stream.add_errors(gather_object(list(self.stream.errors.items())))
 
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             counters.bad_in_a_row = 0
@@ -217,15 +260,16 @@ class _Run:
             self.logger.advance()
         return stop > 0, interrupt > 0
 
-    def _accumulate_gradient(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], MicroStep]:
+    def _accumulate_gradient(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], MicroStep, int]:
         """Compute the gradient of one step. Return the means of the loss terms over its micro-steps with the gradient's
-        norm, and the last micro-step.
+        norm, the last micro-step, and how many images this process could not read.
         """
-        config, model = self.config, self.state.model
+        config, model, unreadable = self.config, self.state.model, 0
         terms: dict[str, Tensor] = {}
         for part in range(config.accumulate):
             micro_step = self._micro_step(part)
             batch = move_to_device(next(batches), self.device)
+            unreadable += len(batch.errors)
             seed_everything(config.seed, "step", micro_step.index, self.rank)
             last = part == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
@@ -236,7 +280,7 @@ class _Run:
                 share = value.detach().float() / config.accumulate
                 terms[name] = terms[name] + share if name in terms else share
         terms["grad_norm"] = self.accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-        return terms, micro_step
+        return terms, micro_step, unreadable
 
     def _micro_step(self, part: int) -> MicroStep:
         config, share = self.config, self.config.micro_batch // self.world
@@ -299,7 +343,7 @@ class _Run:
             except OSError as caught:
                 error = caught
         if not self._on_any_process(error is not None):
-            self.failed_checkpoints = 0
+            self.failed_checkpoints, self.saved_step = 0, step
             return
         self.failed_checkpoints += 1
         reason = (error.strerror or error) if error else SEE_RANK_0
@@ -354,8 +398,13 @@ class _Run:
             self.logger.save_images(self.counters.step, images)
 
     def _evaluate(self) -> None:
-        with self._model_for_inference("evaluate") as model:
-            metrics = self.stage.evaluate(model, self.counters.step)
+        try:
+            with self._model_for_inference("evaluate") as model:
+                metrics = self.stage.evaluate(model, self.counters.step)
+        except EvaluationStopped:
+            if self.saved_step != self.counters.step:
+                self._checkpoint(required=True)
+            self._leave(self._on_any_process(self.signals.interrupt))
         if self.logger and metrics:
             self.logger.log_evaluation(self.counters.step, metrics)
 

@@ -75,6 +75,15 @@ class RunLogger:
                 batch = batch.detach().float().clamp(0, 1).cpu()
                 save_image(batch, self.out / "images" / f"{name}-{step}.png", nrow=columns)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Check whether the evaluation after this step has been logged."""
+        lines = map(json.loads, self.metrics.read_bytes().splitlines())
+        return any(line["step"] == step and not _is_training(line) for line in lines)
+
+    def has_images(self, step: int) -> bool:
+        """Check whether images of this step have been saved."""
+        return any((self.out / "images").glob(f"*-{step}.png"))
+
     def plot_curves(self) -> None:
         """Plot every metric of metrics.jsonl over the steps, the loss first, to images/curves.png."""
         from matplotlib.figure import Figure
@@ -123,6 +132,11 @@ class RunLogger:
         return log_write_errors(self.out / name)
 
 
+def _is_training(line: Mapping[str, float]) -> bool:
+    """Tell the metrics of training from those of an evaluation."""
+    return "img_s" in line
+
+
 def _lines_until(metrics: Path, step: int, total: int) -> Iterator[bytes]:
     """Yield the complete lines of metrics.jsonl that a run which continues from `step` will not write again."""
     if not metrics.exists():
@@ -130,6 +144,6 @@ def _lines_until(metrics: Path, step: int, total: int) -> Iterator[bytes]:
     for line in metrics.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):  # a line that was cut off when the process was killed
             values = json.loads(line)
-            final_evaluation = values["step"] == total and "img_s" not in values  # repeated by the continued run
+            final_evaluation = values["step"] == total and not _is_training(values)  # repeated by the continued run
             if line.endswith(b"\n") and values["step"] <= step and not final_evaluation:
                 yield line

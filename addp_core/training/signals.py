@@ -4,7 +4,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Handler = TypeVar("Handler", bound="SignalHandler")
 
@@ -34,12 +34,24 @@ class StopSignals(SignalHandler):
     """Context manager that turns signals into flags, which the training loop reads once per step.
 
     SIGTERM and SIGUSR1 set `stop`, SIGINT sets `interrupt`; a second SIGINT raises KeyboardInterrupt at once.
+    `stop_requested` tells functions that the loop calls, such as an evaluation, about the flags.
     """
+
+    active: ClassVar["StopSignals | None"] = None  # the one whose context has been entered
 
     def __init__(self) -> None:
         super().__init__()
         self.stop = False  # exit with code 0, so that a scheduler requeues the job
         self.interrupt = False  # exit with code 1
+
+    def __enter__(self) -> "StopSignals":
+        super().__enter__()
+        StopSignals.active = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        StopSignals.active = None
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -47,3 +59,9 @@ class StopSignals(SignalHandler):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         else:
             self.stop = True
+
+
+def stop_requested() -> bool:
+    """Check whether a signal has asked the training run of this process to stop; False outside of training."""
+    active = StopSignals.active
+    return active is not None and (active.stop or active.interrupt)

@@ -22,12 +22,13 @@ from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
 from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
+from addp_core.data.stream import ReadErrors
 from addp_core.networks.classifier import FeatureNorm, Pooling, pool_tokens
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.reading import read_weights
-from cls.evaluation import OutputBatch, compute_outputs
+from cls.evaluation import OutputBatch, check_unreadable, compute_outputs
 
 log = logging.getLogger("addp")
 
@@ -195,8 +196,10 @@ def compute_features(
             _create_folder(folder, model, len(indices), STORAGE_DTYPES[store].itemsize)
             log.info("%s: computing the features of %d of %d images: %s", title, len(indices), len(source), folder)
         bar = title if sys.stderr.isatty() else ""
-        batches = compute_outputs(model, source, transform, indices=indices, title=bar, **options)
+        errors: ReadErrors = []
+        batches = compute_outputs(model, source, transform, indices=indices, title=bar, errors=errors, **options)
         for number, part in zip(missing, _split_by_shard(batches, missing, shard, model), strict=True):
+            check_unreadable(errors, options["max_errors"], len(indices))
             gathered = gather_object([part])
             if state.is_main_process:
                 _write_shard(_shard_path(folder, number), gathered, model, STORAGE_DTYPES[store])
