@@ -1,0 +1,71 @@
+"""The pages for users of timm, detectron2 and mmsegmentation: their Python blocks run as they stand there.
+
+The blocks of a page run in order and share their names, as a reader would paste them into one session, in a folder with
+`runs/vit_b` (a pretraining run) and `runs/ft_b` (a fine-tuned classifier), both tiny.
+"""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import tiny_addp
+
+from addp_core import save_model
+from addp_core.networks.classifier import Classifier
+from addp_core.networks.encoder import Encoder, EncoderConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+class Page(NamedTuple):
+    """A page of docs/ whose blocks are run."""
+
+    framework: str  # the module without which the page is skipped
+    prepare: Callable[[Path], None] = lambda folder: None  # writes what else the blocks read into their folder
+
+
+PAGES = {
+    "timm.md": Page("timm"),
+    "detectron2.md": Page("detectron2"),
+    "mmseg.md": Page("mmseg"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder in which the blocks run, with the two runs that they read."""
+    torch.manual_seed(0)
+    for name, model in {
+        "vit_b": tiny_addp(image_size=(16, 16)),
+        "ft_b": Classifier(Encoder(EncoderConfig(32, 4, 2), (32, 32), 8), 3, class_names=("cat", "dog", "owl")),
+    }.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        save_model(model, tmp_path / "runs" / name / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_python_blocks(page: str) -> int:
+    """Execute the blocks of Python on a page of docs/ in order and return their number; errors name the page's line."""
+    path = ROOT / "docs" / page
+    text, names = path.read_text(encoding="utf-8"), {"__name__": "__main__"}
+    found = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    for block in found:
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], path, "exec"), names)
+    return len(found)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if (ROOT / "docs" / page).exists()])
+def test_the_blocks_of_a_page_run(page, folder):
+    framework, prepare = PAGES[page]
+    try:
+        importlib.import_module(framework)
+    except ImportError as error:
+        pytest.skip(f"{framework} is not installed ({error})")
+    prepare(folder)
+    assert run_python_blocks(page) > 0
