@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from addp_core.base import rng
 from addp_core.base.errors import UserError
 from addp_core.recipes import config as recipes
 from addp_core.training import engine
+from addp_core.training.evaluation import check_evaluation
 from addp_core.training.metrics import RunLogger
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
@@ -52,6 +54,7 @@ class Faults:
     """The faults that the loss causes, by optimizer step."""
 
     signals: dict[int, int] = field(default_factory=dict)  # step -> signal that the process sends itself
+    evaluation_signals: dict[int, int] = field(default_factory=dict)  # the same in the evaluation after a step
     only_rank: int | None = None  # only this process gets signals and NaN losses
     nan_loss: tuple[int, ...] = ()
     nan_gradient: tuple[int, ...] = ()
@@ -149,6 +152,10 @@ class ToyStage(Stage):
         return {"noise": torch.rand(5, 3, 6, 6)}
 
     def evaluate(self, model, step) -> dict[str, float]:
+        faults = self.faults
+        if step in faults.evaluation_signals and faults.only_rank in (None, PartialState().process_index):
+            os.kill(os.getpid(), faults.evaluation_signals[step])
+        check_evaluation([], 0)
         images, labels = zip(*map(ToyStream(0, 8).at, range(N)), strict=True)
         hits = model(torch.stack(images).to(model.head.weight.device)).argmax(1).cpu() == torch.stack(labels)
         return {"accuracy": hits.float().mean().item()}
