@@ -56,9 +56,10 @@ def test_a_failing_evaluation_comes_after_the_checkpoint(tmp_path, monkeypatch, 
     def fail(self, model, step):
         raise UserError("val: cannot be read")
 
-    with monkeypatch.context() as patched, pytest.raises(UserError):
+    with monkeypatch.context() as patched:
         patched.setattr(ToyStage, "evaluate", fail)
-        run(settings)
+        with pytest.raises(UserError):
+            run(settings)
     assert checkpoint_names(tmp_path) == ["step-4"]
     run(settings)
     assert metrics(tmp_path) == metrics(uninterrupted_evaluations)
@@ -70,9 +71,10 @@ def test_a_continued_run_makes_up_for_previews_and_intermediate_checkpoints(tmp_
     def die(self, model, path):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(ToyStage, "export", die)
-        run(settings)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
     assert checkpoint_names(tmp_path) == ["step-4"]
     run(settings)
     assert (tmp_path / "models/step-4/model.safetensors").exists()
