@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from addp_core.base import rng
 from addp_core.base.errors import UserError
+from addp_core.recipes import cli
 from addp_core.recipes import config as recipes
 from addp_core.training import engine
 from addp_core.training.evaluation import check_evaluation
@@ -197,6 +198,12 @@ def command(settings: list[str], faults: Faults | None = None, log: Path | None 
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(1)
+
+
+def exit_code(settings: list[str]) -> int:
+    """Run the stage as the command line runs a verb, and return the exit code."""
+    patch.object(RunLogger, "plot_curves", lambda self: None).start()  # slow, and tested elsewhere
+    return cli.exit_code(lambda: 0 if run(settings) else 1)
 
 
 def start_process(*arguments, **options) -> BaseProcess:

@@ -11,7 +11,7 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import addp_core
@@ -27,10 +27,17 @@ OPTIONS = (*HELP, "--version", PRINT_CONFIG)  # all that may begin with a dash
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (by default that of the process) and return its exit code. `SystemExit` passes through."""
+    return exit_code(lambda: run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Call a command that returns its exit code, and return that of its error if there is one, which is written to
+    stderr. `SystemExit` passes through.
+    """
     rank = os.environ.get("RANK", "0")
     set_up_logging(rank)
     try:
-        code = run(list(sys.argv[1:] if argv is None else argv))
+        code = command()
         sys.stdout.flush()
         return code
     except UserError as error:
