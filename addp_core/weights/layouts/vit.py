@@ -131,18 +131,19 @@ def _our_names(state: State) -> State:
 # -------------------- ours -> timm
 
 
-def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
-    """Return a classifier (or, with 0 classes, an encoder with a new norm) as timm's `VisionTransformer`: its tensors
-    and the arguments that build it.
+def timm_arguments(model: Classifier) -> dict[str, Any]:
+    """Return the arguments that build timm's `VisionTransformer` for a classifier, or an encoder with 0 classes.
 
     Raises ValueError if the model has parts that timm's plain ViT lacks.
     """
     encoder = model.encoder
     if isinstance(encoder, TokenEncoder):
-        raise ValueError("timm's ViTs read pixels, but this encoder reads tokens; use layout=onnx")
+        raise ValueError("timm's ViTs read pixels, but this encoder reads tokens; addp export layout=onnx holds it")
     if encoder.attention != PLAIN_ATTENTION:
-        raise ValueError("timm's plain ViT has neither windows nor relative positions; use layout=onnx")
-    config, state = encoder.config, {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        raise ValueError(
+            "timm's plain ViT has neither windows nor relative positions; addp export layout=onnx holds them"
+        )
+    config = encoder.config
     arguments = {
         "img_size": list(encoder.image_size),
         "patch_size": encoder.patch_size,
@@ -156,11 +157,23 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
     }
     if config.layer_scale:
         arguments["init_values"] = 1.0
-    if model.norm == "batch":  # a fixed scale and shift, which the head absorbs
+    if model.norm == "batch":
         arguments["final_norm"] = model.feature_norm != "none"
         arguments["fc_norm"] = model.feature_norm != "pretrained"
+    return arguments
+
+
+def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
+    """Return a classifier (or, with 0 classes, an encoder with a new norm) as timm's `VisionTransformer`: its tensors
+    and the arguments that build it.
+
+    Raises ValueError like `timm_arguments`.
+    """
+    arguments = timm_arguments(model)
+    state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    if model.norm == "batch":  # a fixed scale and shift, which the head absorbs
         if model.feature_norm == "layer":
-            state |= {"fc_norm.weight": torch.ones(config.width), "fc_norm.bias": torch.zeros(config.width)}
+            state |= {"fc_norm.weight": torch.ones(model.embed_dim), "fc_norm.bias": torch.zeros(model.embed_dim)}
         for name, value in _fold_norm(
             state["head.weight"],
             state["head.bias"],
@@ -173,7 +186,7 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
     renamed = {key.removeprefix("encoder."): value for key, value in state.items()}
     if model.feature_norm != "pretrained":
         renamed = {key: value for key, value in renamed.items() if not key.startswith("norm.")}
-    if config.tokenizer_norm:
+    if arguments["pre_norm"]:
         # timm has no bias on the patches before a norm
         renamed["pos_embed"][:, 1:] += renamed.pop("patch_embed.proj.bias")
         renamed = {re.sub(r"^tokenizer_norm\.", "norm_pre.", key): value for key, value in renamed.items()}
