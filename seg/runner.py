@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from mmengine.dist import all_reduce, all_reduce_dict, broadcast_object_list, get_dist_info, is_main_process
+from mmengine.dist import (
+    all_reduce,
+    all_reduce_dict,
+    all_reduce_params,
+    broadcast_object_list,
+    get_dist_info,
+    is_main_process,
+)
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -101,7 +108,9 @@ class AddpRunner(Runner):
 class RunFolder(Hook):
     """What all our trainings do around the training itself: metrics, checkpoints, signals and seeding.
 
-    Random numbers depend on the seed and the iteration alone. After SIGTERM or SIGUSR1, the current step is finished, a
+    Random numbers depend on the seed and the iteration alone. Where batch norms are not synchronized (on CPUs), the
+    processes average their running statistics after each iteration, so that all of them evaluate the model that is
+    saved. After SIGTERM or SIGUSR1, the current step is finished, a
     checkpoint is written and SystemExit(0) raised; after SIGINT, the same with SystemExit(1).
 
     Args:
@@ -147,6 +156,8 @@ class RunFolder(Hook):
         if is_main_process():
             total, step = runner.max_iters // self.accumulate, runner.iter // self.accumulate
             self.run_logger = RunLogger(self.checkpoints.folder.parent, "seg", step, total)
+        self.batch_statistics = [] if self.world_size == 1 else _local_batch_statistics(runner.model)
+        self._make_up_for_evaluation(runner)
         self.window_start = time.perf_counter()
 
     def before_train_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None) -> None:
@@ -156,6 +167,8 @@ class RunFolder(Hook):
     def after_train_iter(
         self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: dict[str, torch.Tensor] | None = None
     ) -> None:
+        if self.batch_statistics:
+            all_reduce_params(self.batch_statistics, op="mean")
         for name, value in (outputs or {}).items():
             value = value.detach().float().cpu() if self.world_size == 1 else value.detach().float()
             self.window[name] = self.window[name] + value if name in self.window else value
@@ -208,6 +221,14 @@ class RunFolder(Hook):
                     "are intact: free disk space and run the same command again"
                 ) from error
 
+    def _make_up_for_evaluation(self, runner: AddpRunner) -> None:
+        """Evaluate after the step of a continued run's checkpoint, if the run was stopped in that evaluation."""
+        loop, step = runner.train_loop, runner.iter // self.accumulate
+        missing = [self.run_logger is not None and not self.run_logger.has_evaluation(step)]
+        broadcast_object_list(missing)
+        if missing[0] and 0 < runner.iter < runner.max_iters and runner.iter % loop.val_interval == 0:
+            runner.val_loop.run()
+
     def _log_metrics(self, runner: AddpRunner, step: int) -> None:
         means = {name: value / self.window_iterations for name, value in self.window.items()}
         if self.world_size > 1:
@@ -238,3 +259,13 @@ class RunFolder(Hook):
     def _exit(self, step: int, interrupt: bool) -> NoReturn:
         log.info("stopped by a signal after step %d; the same command continues", step)
         raise SystemExit(1 if interrupt else 0)
+
+
+def _local_batch_statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Return the running means and variances of the batch norms whose processes compute them separately."""
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    return [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var) if statistic is not None]

@@ -18,6 +18,7 @@ from toy_segmentation import STEPS, train_command, user_error
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
 from addp_core.recipes.cli import main
+from seg.runner import RunFolder
 
 
 def exit_code_after_signal(arguments: list[str], number: int, message: str) -> Any:
@@ -48,6 +49,33 @@ def test_a_stopped_run_continues_to_the_same_weights(trained_run, scenes, encode
     assert continued.keys() == uninterrupted.keys()
     assert all(torch.equal(continued[name], uninterrupted[name]) for name in uninterrupted)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"loss"') == STEPS
+
+
+def test_an_evaluation_that_a_signal_stopped_is_repeated(scenes, encoder_file, tmp_path, monkeypatch):
+    arguments = train_command(scenes, encoder_file, tmp_path / "run", "train.evaluate_every=2")
+    uninterrupted = train_command(scenes, encoder_file, tmp_path / "uninterrupted", "train.evaluate_every=2")
+    evaluate = RunFolder.after_val_iter
+
+    def stop(hook, *given, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(hook, *given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "after_val_iter", stop)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+    assert stopped.value.code == 0
+    assert evaluations(tmp_path / "run") == {}
+    assert main(arguments) == 0
+    assert main(uninterrupted) == 0
+    assert evaluations(tmp_path / "run") == evaluations(tmp_path / "uninterrupted")
+    assert evaluations(tmp_path / "run").keys() == {2, STEPS}
+
+
+def evaluations(run: Path) -> dict[int, dict[str, float]]:
+    """Return the metrics of each evaluation of a run, by its step."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if "mIoU" in line}
 
 
 class TouchOnUnpickling:

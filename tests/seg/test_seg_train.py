@@ -109,7 +109,7 @@ def test_a_run_from_before_the_class_token_continues_without_it(scenes, encoder_
 
 
 @pytest.mark.slow
-def test_two_processes(scenes, encoder_file, tmp_path):
+def test_two_processes_evaluate_the_model_that_they_save(scenes, encoder_file, tmp_path):
     arguments = train_command(scenes, encoder_file, tmp_path / "run", "train.steps=2")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -126,7 +126,12 @@ def test_two_processes(scenes, encoder_file, tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert json.loads((tmp_path / "run" / "finished.json").read_text())["aAcc"] >= 0
+    in_training = json.loads((tmp_path / "run" / "finished.json").read_text())
+    saved = tmp_path / "test"
+    assert main(["seg", "test", f"model={tmp_path / 'run'}", f"data={scenes}", f"out={saved}", "data.workers=0"]) == 0
+    of_the_file = json.loads((saved / "results.json").read_text())
+    for metric in ("aAcc", "mIoU"):
+        assert of_the_file[metric] == pytest.approx(in_training[metric], abs=0.01), metric
 
 
 # -------------------- errors
