@@ -4,10 +4,11 @@ Pretraining feeds it normalized noisy images and keeps `tokenizer_norm` and the 
 drops both (App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
 """
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, TypedDict
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypedDict
 
 import torch
 from annotated_types import Ge, Interval
@@ -26,6 +27,8 @@ from addp_core.networks.layers import (
     transformer_blocks,
 )
 from addp_core.networks.tokenizer import to_feature_map
+
+METADATA_KEY = "addp"  # under which files and state dicts store the kind and architecture of a model as JSON
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,21 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_heads("heads", self.heads, self.width)
+
+
+@dataclass(frozen=True)
+class EncoderArchitecture:
+    """Architecture of an encoder over pixels, as files store it."""
+
+    encoder: EncoderConfig
+    image_size: tuple[int, int]
+    patch_size: int
+    attention: AttentionConfig = PLAIN_ATTENTION
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
 
 
 class ViTSize(TypedDict):
@@ -121,6 +139,9 @@ class FeatureEncoder(nn.Module):
 class Encoder(FeatureEncoder):
     """A ViT with learned positions and a class token.
 
+    Its state dict describes its architecture in the metadata that torch keeps for every module, so that the checkpoints
+    of any trainer tell what their tensors do not, such as the number of heads.
+
     Args:
         config: the architecture.
         image_size: height and width in pixels, multiples of the patch size (ValueError otherwise).
@@ -166,6 +187,12 @@ class Encoder(FeatureEncoder):
         self.norm = LayerNorm(config.width)
         init_transformer(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
+        self.register_state_dict_post_hook(_describe)
+
+    @property
+    def architecture(self) -> EncoderArchitecture:
+        """Everything that builds the encoder again."""
+        return EncoderArchitecture(self.config, self.image_size, self.patch_size, self.attention)
 
     def forward(self, images: Tensor, extra: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """Map normalized images Float[B,3,H,W] to tokens after the final norm, Float[B,1+N,W], class token first.
@@ -219,6 +246,12 @@ class Encoder(FeatureEncoder):
         start = "^" + re.escape(prefix)
         stem = rf"{start}(?:cls_token|pos_embed|patch_embed|tokenizer_norm)"
         return {"stem": stem, "blocks": start + (r"blocks" if coarse else r"blocks\.(\d+)")}
+
+
+def _describe(encoder: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
+    """Add the architecture to the metadata of a state dict."""
+    assert isinstance(encoder, Encoder)
+    metadata[METADATA_KEY] = json.dumps({"kind": "encoder", "architecture": asdict(encoder.architecture)})
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -16,10 +16,9 @@ from timm.data import (
 )
 
 from addp_core.base.errors import UserError
-from addp_core.method.addp import ADDPConfig, DenoiserConfig
-from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.method.addp import ADDPConfig
 from addp_core.networks.classifier import FeatureNorm, Pooling
-from addp_core.networks.encoder import EncoderConfig
+from addp_core.networks.encoder import EncoderArchitecture as EncoderArchitecture
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.files import first_line
@@ -48,21 +47,6 @@ class PredictorArchitecture:
     grid: tuple[int, int]
     vocabulary: Vocabulary
     trained_on: str = ""  # fingerprint of the tokenizer it was trained with; empty if unknown
-
-
-@dataclass(frozen=True)
-class EncoderArchitecture:
-    """Architecture of an encoder over pixels."""
-
-    encoder: EncoderConfig
-    image_size: tuple[int, int]
-    patch_size: int
-    attention: AttentionConfig = PLAIN_ATTENTION
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
 
 
 @dataclass(frozen=True)
@@ -131,29 +115,33 @@ def recipe_heads(recipe: Any) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in HEAD_KEYS if getattr(recipe, key, None) is not None}
 
 
-def with_heads(architecture: Any, heads: Mapping[str, int | None]) -> Any:
-    """Return the architecture with the numbers of heads in `heads` (keys of `HEAD_KEYS`, None for no change).
+def with_own_norm(architecture: EncoderArchitecture) -> EncoderArchitecture:
+    """Return the architecture of an encoder that a transfer has trained: the norm that it had then is its own."""
+    return replace(architecture, encoder=replace(architecture.encoder, pre_norm=architecture.encoder.tokenizer_norm))
 
-    Numbers for parts that the architecture lacks are ignored.
+
+def check_stored_heads(source: str, architecture: Any, given: Mapping[str, int | None]) -> None:
+    """Raise UserError if the caller gives a number of heads that differs from the one that the file stores.
+
+    given: by the keys of `HEAD_KEYS`; None and numbers for parts that the architecture lacks are ignored.
     """
-    if isinstance(architecture, ADDPConfig):
-        denoiser = DenoiserConfig(
-            _replace_set(architecture.denoiser.encoder, heads=heads.get("encoder_heads")),
-            _replace_set(architecture.denoiser.decoder, heads=heads.get("decoder_heads")),
-        )
-        architecture = replace(architecture, denoiser=denoiser)
+    for key, heads in _stored_heads(architecture).items():
+        if given.get(key) not in (None, heads):
+            raise UserError(f"{key}={given[key]}: {source} stores {heads} attention heads; leave the key out")
+
+
+def _stored_heads(architecture: Any) -> dict[str, int]:
+    """Return the numbers of heads in an architecture, by the keys of `HEAD_KEYS`."""
+    heads: dict[str, int] = {}
+    if isinstance(architecture, ClassifierArchitecture):
+        return _stored_heads(architecture.encoder)
     if isinstance(architecture, EncoderArchitecture):
-        return replace(architecture, encoder=_replace_set(architecture.encoder, heads=heads.get("encoder_heads")))
-    if getattr(architecture, "predictor", None) is None:
-        return architecture
-    predictor = _replace_set(
-        architecture.predictor,
-        heads=heads.get("predictor_heads"),
-        decoder_heads=heads.get("predictor_decoder_heads"),
-    )
-    return replace(architecture, predictor=predictor)
-
-
-def _replace_set(config: Any, **values: int | None) -> Any:
-    """Replace the fields of `config` whose new value is not None."""
-    return replace(config, **{key: value for key, value in values.items() if value is not None})
+        return {"encoder_heads": architecture.encoder.heads}
+    if isinstance(architecture, TokenEncoderArchitecture):
+        return {"encoder_heads": architecture.predictor.heads}
+    if isinstance(architecture, ADDPConfig):
+        denoiser = architecture.denoiser
+        heads = {"encoder_heads": denoiser.encoder.heads, "decoder_heads": denoiser.decoder.heads}
+    if (predictor := getattr(architecture, "predictor", None)) is not None:
+        heads |= {"predictor_heads": predictor.heads, "predictor_decoder_heads": predictor.decoder_heads}
+    return heads

@@ -15,7 +15,8 @@ from addp_core.weights.architectures import (
     EncoderArchitecture,
     PredictorArchitecture,
     TokenEncoderArchitecture,
-    with_heads,
+    check_stored_heads,
+    with_own_norm,
 )
 from addp_core.weights.files import Source, State, strip_prefix
 from addp_core.weights.fingerprint import fingerprint
@@ -85,6 +86,8 @@ def load_encoder(
         raise UserError(f"img_size={img_size}: {error}") from error
     encoder.norm.requires_grad_(False)
     if init == "pretrained":
+        if "cls_token" in encoder.state_dict() and "cls_token" not in state:
+            raise UserError(f"attention: {name} was trained without a class token; expected class_token=false")
         return fill(encoder, fit_encoder_state(state, architecture, encoder), name)
     if isinstance(encoder, TokenEncoder):
         fill(encoder.tokenizer, _without_decoder(strip_prefix(state, "tokenizer.")), name)
@@ -120,19 +123,23 @@ def _read_encoder(
         raise UserError(f"tokenizer={vqgan.source}: {weights.source} is no MAGE checkpoint; leave the key out")
     needed = ("encoder_heads", "img_size") if init == "pretrained" else ("encoder_heads",)
     weights.settle(("weights", *needed), needed)
-    architecture: AnyArchitecture
+    prefix = {"addp": "denoiser.encoder.", "classifier": "encoder."}.get(weights.kind, "")
+    return weights.source, weights.part(prefix), encoder_architecture(weights)
+
+
+def encoder_architecture(weights: Weights) -> AnyArchitecture:
+    """Return the architecture of the encoder in a file.
+
+    Raises UserError if it has none, or is a MAGE file, whose encoder needs a VQGAN.
+    """
     if weights.kind == "addp":
         config: ADDPConfig = weights.architecture
-        architecture = EncoderArchitecture(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
-        return weights.source, weights.part("denoiser.encoder."), architecture
+        return EncoderArchitecture(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
     if weights.kind == "classifier":
-        architecture = weights.architecture.encoder
-        if isinstance(architecture, EncoderArchitecture):  # the norm that a classifier was trained with is now its own
-            encoder = replace(architecture.encoder, pre_norm=architecture.encoder.tokenizer_norm)
-            architecture = replace(architecture, encoder=encoder)
-        return weights.source, weights.part("encoder."), architecture
+        architecture: AnyArchitecture = weights.architecture.encoder
+        return with_own_norm(architecture) if isinstance(architecture, EncoderArchitecture) else architecture
     if weights.kind in ("encoder", "token_encoder"):
-        return weights.source, weights.state, weights.architecture
+        return weights.architecture
     raise UserError(
         f"{weights.source}: {describe_kind(weights)}; expected a checkpoint with an encoder (ADDP, MAE, BEiT, MAGE or "
         "ViT with a pixel encoder)"
@@ -150,8 +157,13 @@ def _read_mage_encoder(
     with renaming_keys({"predictor_heads": "encoder_heads"}):
         assumed = ("weights",) if heads is not None else ("weights", "predictor_heads")
         weights.settle(assumed, assumed)
-    with as_user_error(weights.source):
-        mage: PredictorArchitecture = with_heads(weights.architecture, {"predictor_heads": heads})
+    mage: PredictorArchitecture = weights.architecture
+    if heads is not None and weights.stored:
+        with renaming_keys({"predictor_heads": "encoder_heads"}):
+            check_stored_heads(weights.source, mage, {"predictor_heads": heads})
+    elif heads is not None:
+        with as_user_error(weights.source):
+            mage = replace(mage, predictor=replace(mage.predictor, heads=heads))
     codes: TokenizerConfig = vqgan.architecture.tokenizer
     check_codebook(vqgan, mage.vocabulary.codebook)
     if mage.trained_on not in ("", fingerprint(fill(Tokenizer(codes), vqgan.state, vqgan.source))):

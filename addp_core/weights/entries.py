@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from addp_core.base.errors import UserError
+from addp_core.networks.encoder import METADATA_KEY
 from addp_core.weights.assumptions import Assumption
 
 State = dict[str, Tensor]
@@ -24,6 +25,7 @@ ENTRIES = (  # under which checkpoints keep a model; the first that a file has i
 )
 PREFIXES = ("model", "base_encoder", "encoder_q", "teacher", "encoder")  # of several models, the first is read
 AVERAGE = re.compile(r"(^|_)(ema|teacher|momentum|encoder_k|target)(_|$)")  # names of averages of weights
+EMA_HOOK_RAW = "ema_state_dict"  # mmengine's EMAHook stores the average in state_dict, and here the weights without it
 WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 SIGNATURES = re.compile(  # one tensor of each kind of model
     r"(?:^|\.)(patch_embed\.proj\.weight|token_emb\.word_embeddings\.weight|quantize\.embedding\.weight"
@@ -31,9 +33,17 @@ SIGNATURES = re.compile(  # one tensor of each kind of model
 )
 
 
-def select_entry(
-    source: str, content: Mapping[str, Any], wanted: str
-) -> tuple[State, tuple[str, ...], str, tuple[Assumption, ...]]:
+class Entry(NamedTuple):
+    """The state dict of a checkpoint."""
+
+    state: State  # without the prefixes of DDP, FSDP and torch.compile
+    descriptions: dict[str, str]  # of modules that describe themselves, by the prefix of their tensors; JSON
+    entries: tuple[str, ...]  # of the checkpoint that hold tensors
+    wanted: str  # the model that the caller named, if it is no entry (it may be a prefix)
+    assumptions: tuple[Assumption, ...]
+
+
+def select_entry(source: str, content: Mapping[str, Any], wanted: str) -> Entry:
     """Find the state dict in a checkpoint: one of its entries, or the checkpoint itself.
 
     Args:
@@ -41,19 +51,18 @@ def select_entry(
         content: the checkpoint.
         wanted: the name of an entry, "ema" for the average whatever its name, or "" for the first of `ENTRIES`.
 
-    Returns:
-        The tensors without the prefixes of DDP, FSDP and torch.compile; the entries that hold tensors; `wanted` if it
-        is no entry (it may be a prefix), otherwise ""; and what was assumed.
-
     Raises:
         UserError: if there is no state dict, or several among which only the caller can choose.
     """
     entries = {key: value for key, value in content.items() if _has_tensors(value)}
+    swapped = EMA_HOOK_RAW in entries and "message_hub" in content
+    wanted = "state_dict" if swapped and wanted == "ema" else wanted
     name = _match(wanted, entries) if wanted else next((key for key in ENTRIES if key in entries), None)
     assumptions: tuple[Assumption, ...] = ()
     others = [key for key in entries if key != name and (key in ENTRIES or AVERAGE.search(key))]
     if name is not None and not wanted and others:
         note = f"holds {name} and {', '.join(others)}; took {name}"
+        note += ", the average" if swapped else ""
         assumptions = (Assumption("weights", note, f"weights={others[0]} takes the other"),)
     if name is None and wanted:
         name = next((key for key in ENTRIES if key in entries), None)
@@ -64,11 +73,26 @@ def select_entry(
         assumptions = (Assumption("weights", f"took its entry {name}"),)
     inner = content if name is None else entries[name]
     state = {WRAPPERS.sub("", key): value for key, value in inner.items() if isinstance(value, Tensor)}
-    return state, tuple(entries), wanted, assumptions
+    return Entry(state, _descriptions(inner), tuple(entries), wanted, assumptions)
+
+
+def _descriptions(state: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the modules of a state dict say about themselves in its metadata, by the prefix of their tensors."""
+    modules = getattr(state, "_metadata", {})
+    return {
+        WRAPPERS.sub("", f"{name}." if name else ""): text
+        for name, metadata in modules.items()
+        if isinstance(metadata, Mapping) and isinstance(text := metadata.get(METADATA_KEY), str)
+    }
 
 
 def select_prefix(
-    source: str, state: State, wanted: str, is_model: Callable[[State], bool], entries: Iterable[str] = ()
+    source: str,
+    state: State,
+    wanted: str,
+    is_model: Callable[[State], bool],
+    entries: Iterable[str] = (),
+    within: str = "",
 ) -> tuple[str, tuple[Assumption, ...]]:
     """Find the prefix below which the tensors are one whole model; "" if they are one without it, or none is.
 
@@ -78,13 +102,14 @@ def select_prefix(
         wanted: a part of the prefix, "ema" for the average whatever its name, or "" for the first of `PREFIXES`.
         is_model: recognizes the tensors of a model.
         entries: of the file, which could be wanted instead.
+        within: with which the prefix begins.
 
     Raises:
         UserError: if there are several, among which only the caller can choose, or none under `wanted`.
     """
-    if not wanted and is_model(state):
+    if not wanted and not within and is_model(state):
         return "", ()
-    prefixes = _whole_models(state, is_model)
+    prefixes = [prefix for prefix in _whole_models(state, is_model) if prefix.startswith(within)]
     if wanted:
         found = [prefix for prefix in prefixes if _match(wanted, prefix.split("."))]
         if len(found) != 1:

@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.networks.encoder import METADATA_KEY
 from addp_core.weights.assumptions import Assumption
 from addp_core.weights.entries import State, select_entry, without_tensors
 from addp_core.weights.unpickling import HARMLESS
 
 MODEL_FILE = "model.safetensors"  # of a run folder
-METADATA_KEY = "addp"  # under which our files store their kind and architecture
 ZOO = Path(__file__).parent / "zoo"  # models that come with the package, as zoo:<name>
 
 Source = str | os.PathLike | Mapping[str, Any]
@@ -39,6 +39,8 @@ class FileContent:
     assumptions: tuple[Assumption, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The entries without tensors, such as timm's `arch` and `args` or mmengine's `meta`."""
+    descriptions: Mapping[str, Any] = field(default_factory=dict)
+    """Of the modules that describe themselves, as in `description`, by the prefix of their tensors."""
 
 
 def read_file(source: Source, wanted: str = "") -> FileContent:
@@ -159,6 +161,14 @@ def _download(source: str) -> Path:
 def _unwrap(source: str, content: Mapping[str, Any], wanted: str) -> FileContent:
     """Find the state dict and our description in a checkpoint."""
     text = content.get(METADATA_KEY)
-    state, entries, wanted, assumptions = select_entry(source, content, wanted)
-    description = json.loads(text) if isinstance(text, str) else None
-    return FileContent(source, state, description, entries, wanted, assumptions, without_tensors(content))
+    entry = select_entry(source, content, wanted)
+    return FileContent(
+        source,
+        entry.state,
+        json.loads(text) if isinstance(text, str) else None,
+        entry.entries,
+        entry.wanted,
+        entry.assumptions,
+        without_tensors(content),
+        {prefix: json.loads(description) for prefix, description in entry.descriptions.items()},
+    )

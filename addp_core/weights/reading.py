@@ -10,8 +10,9 @@ from addp_core.method.addp import ADDPConfig
 from addp_core.weights.architectures import (
     PredictorArchitecture,
     TokenizerArchitecture,
+    check_stored_heads,
     parse_architecture,
-    with_heads,
+    with_own_norm,
 )
 from addp_core.weights.assumptions import Assumption, Hints, settle
 from addp_core.weights.entries import select_prefix
@@ -74,14 +75,18 @@ def read_weights(
         state = content.state
         if kind == "addp" and is_published_addp(state):
             state = from_published(state)
-        with as_user_error(content.source):
-            architecture = with_heads(architecture, heads)
+        check_stored_heads(content.source, architecture, heads)
         return Weights(content.source, kind, state, architecture, True, content.assumptions)
-    state, prefix = content.state, ""
-    left_out: tuple[Assumption, ...] = ()
-    if not is_other_method(state):
-        prefix, left_out = select_prefix(content.source, state, content.wanted, is_model, content.entries)
+    state = content.state
+    within = "backbone." if is_other_method(state) else ""
+    prefix, left_out = select_prefix(content.source, state, content.wanted, is_model, content.entries, within)
+    if prefix or not within:
         state = strip_prefix(state, prefix)
+    if (description := content.descriptions.get(prefix)) is not None:
+        kind, architecture = parse_architecture(content.source, description)
+        check_stored_heads(content.source, architecture, heads)
+        architecture = with_own_norm(architecture) if prefix else architecture  # trained inside of another model
+        return Weights(content.source, kind, state, architecture, True, (*content.assumptions, *left_out))
     hints = Hints(heads, image_size, prefix, [*content.assumptions, *left_out])
     for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):
         if layout.matches(state):

@@ -14,18 +14,17 @@ from torch import nn
 from addp_core.base.files import atomic_replace
 from addp_core.method.addp import ADDP
 from addp_core.networks.classifier import Classifier
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import METADATA_KEY, Encoder
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.architectures import (
     ClassifierArchitecture,
-    EncoderArchitecture,
     PredictorArchitecture,
     TokenEncoderArchitecture,
     TokenizerArchitecture,
 )
-from addp_core.weights.files import METADATA_KEY, State
+from addp_core.weights.files import State
 from addp_core.weights.layouts.published import to_published
 
 
@@ -82,7 +81,7 @@ def _describe_module(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
             raise TypeError("save_model: missing grid=(rows, columns), which a TokenPredictor does not store")
         return "predictor", PredictorArchitecture(module.config, grid, module.vocabulary, module.trained_on)
     if isinstance(module, Encoder):
-        return "encoder", EncoderArchitecture(module.config, module.image_size, module.patch_size, module.attention)
+        return "encoder", module.architecture
     if isinstance(module, TokenEncoder):
         tokenizer = module.tokenizer.config
         architecture = TokenEncoderArchitecture(

@@ -140,9 +140,8 @@ def timm_arguments(model: Classifier) -> dict[str, Any]:
     if isinstance(encoder, TokenEncoder):
         raise ValueError("timm's ViTs read pixels, but this encoder reads tokens; addp export layout=onnx holds it")
     if encoder.attention != PLAIN_ATTENTION:
-        raise ValueError(
-            "timm's plain ViT has neither windows nor relative positions; addp export layout=onnx holds them"
-        )
+        found = "windows or relative positions"
+        raise ValueError(f"timm's plain ViT lacks the {found} of this encoder; addp export layout=onnx holds them")
     config = encoder.config
     arguments = {
         "img_size": list(encoder.image_size),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from golden_weights import HEADS
 from tiny import tiny_addp
 
 from addp_core import load_addp, load_encoder, load_predictor, load_tokenizer, sample, save_model
+from addp_core.networks.classifier import Classifier
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.layouts.published import to_published
+from addp_core.weights.loading import load_classifier
 from addp_core.weights.reading import read_weights
 
 
@@ -71,12 +74,32 @@ def test_heads_of_unknown_widths_are_demanded(golden, caplog):
     assert not caplog.text
 
 
-def test_heads_in_arguments_replace_stored_ones():
-    content = published_content(tiny_addp())
-    model = load_addp(content, encoder_heads=4, predictor_decoder_heads=8)
-    assert (model.config.denoiser.encoder.heads, model.config.predictor.decoder_heads) == (4, 8)
-    assert load_encoder(content, (8, 12), encoder_heads=8).config.heads == 8
-    assert_user_error(lambda: load_addp(content, encoder_heads=5), "heads: found 5", "width 16")
+@pytest.mark.parametrize("key", HEADS)
+def test_heads_that_contradict_the_stored_ones_of_addp_are_refused(tmp_path, key):
+    """Taken without a word they would change all outputs."""
+    model = tiny_addp()
+    save_model(model, tmp_path / "m.safetensors")
+    for source in (published_content(model), tmp_path / "m.safetensors"):
+        assert load_addp(source, **{key: 2}).config == model.config
+        wrong = partial(load_addp, source, **{key: 4})
+        assert_user_error(wrong, f"{key}=4", "stores 2 attention heads; leave the key out")
+
+
+def test_heads_that_contradict_the_stored_ones_of_a_part_are_refused(tmp_path):
+    model = tiny_addp()
+    encoder, classifier, predictor = (tmp_path / f"{name}.safetensors" for name in "ecp")
+    save_model(model.denoiser.encoder, encoder)
+    save_model(Classifier(model.denoiser.encoder, 3), classifier)
+    save_model(model.predictor, predictor, (4, 6))
+    for load, source, key in (
+        (partial(load_encoder, img_size=(8, 12)), encoder, "encoder_heads"),
+        (partial(load_encoder, img_size=(8, 12)), classifier, "encoder_heads"),
+        (partial(load_encoder, img_size=(8, 12), init="random"), encoder, "encoder_heads"),
+        (load_classifier, classifier, "encoder_heads"),
+        (load_predictor, predictor, "predictor_heads"),
+        (partial(load_encoder, img_size=(8, 12), tokenizer=published_content(model)), predictor, "encoder_heads"),
+    ):
+        assert_user_error(partial(load, source, **{key: 8}), f"{key}=8", "stores 2 attention heads")
 
 
 def test_positions_are_resampled_to_other_sizes(golden):
