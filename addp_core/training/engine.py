@@ -1,5 +1,5 @@
 """The training loop of every task, on accelerate: one process, torchrun or several machines; fp32, bf16 or fp16; DDP
-or FSDP.
+or fully sharded (`train.parallel`).
 
 A task brings a `Stage` (what is trained, and its loss) and a stream of batches; `train` does the rest: schedule,
 gradient accumulation and clipping, the guard against non-finite steps, the moving average, checkpoints, signals and
@@ -14,13 +14,14 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
@@ -30,7 +31,8 @@ from addp_core.training.compute import accelerate_model, tf32_for
 from addp_core.training.evaluation import EvaluationStopped
 from addp_core.training.metrics import RunLogger
 from addp_core.training.optimization import learning_rate, warn_if_warmup_is_too_long
-from addp_core.training.processes import full_tensor, make_accelerator, move_to_device, seed_everything
+from addp_core.training.parallel import full_tensor
+from addp_core.training.processes import make_accelerator, move_to_device, seed_everything
 from addp_core.training.run_folder import INTERMEDIATE_MODELS, mark_finished, prepare_out, release_out
 from addp_core.training.signals import StopSignals
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
@@ -109,15 +111,13 @@ class _Run:
         self.state, self.counters = self._build_state()
 
     def _check_processes(self) -> None:
-        """Raise UserError if the recipe does not fit the number and kind of processes."""
+        """Raise UserError if the recipe does not fit the number of processes."""
         config = self.config
         if config.micro_batch % self.world:
             raise UserError(
                 f"train.batch={config.batch}: found {config.accumulate} micro-steps x {self.world} processes, "
                 f"expected their product to divide it; take a multiple of {config.accumulate * self.world}"
             )
-        if self.accelerator.distributed_type == DistributedType.FSDP and config.ema:
-            raise UserError("train.ema: is not available with FSDP; leave it out or use DDP")
 
     def _build_state(self) -> tuple[TrainingState, Counters]:
         """Build the model and the optimizer, and load the newest complete checkpoint if there is one."""
@@ -336,12 +336,11 @@ class _Run:
             if self.is_main:
                 log.warning(message)
             return
-        payload, error = self.state.payload(), None
-        if self.is_main:
-            try:
-                self.checkpoints.write(step, payload, {**asdict(self.counters), "frozen": self.frozen})
-            except OSError as caught:
-                error = caught
+        payload, counters, error = self.state.payload(), {**asdict(self.counters), "frozen": self.frozen}, None
+        if self.state.sharded:
+            error = _os_error(partial(self.checkpoints.write_sharded, step, payload, counters))
+        elif self.is_main:
+            error = _os_error(partial(self.checkpoints.write, step, payload, counters))
         if not self._on_any_process(error is not None):
             self.failed_checkpoints, self.saved_step = 0, step
             return
@@ -385,10 +384,8 @@ class _Run:
     def _model_for_inference(self, purpose: str) -> Iterator[nn.Module]:
         """Yield the averaged model, or the trained one if there is no average, in eval mode without gradients."""
         seed_everything(self.config.seed, purpose, self.counters.step, self.rank)
-        model = self.state.ema.module if self.state.ema else self.state.full_model()
-        model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            yield model
+        with self.state.full_model(averaged=True) as model, torch.no_grad(), self.accelerator.autocast():
+            yield model.eval()
         self.state.model.train()
 
     def _preview(self) -> None:
@@ -412,22 +409,18 @@ class _Run:
         """Write the model into `folder`, which other commands then read like a run folder; with `train.ema`, also the
         other of the averaged and the last weights.
         """
-        models, error = {MODEL_FILE: self.state.full_model()}, None
+        models, error = {MODEL_FILE: False}, None  # file -> whether its weights are averaged
         if self.state.ema and type(self.stage).evaluate is not Stage.evaluate:
-            models = {MODEL_FILE: self.state.ema.module, "model-raw.safetensors": self.state.full_model()}
+            models = {MODEL_FILE: True, "model-raw.safetensors": False}
         elif self.state.ema:
-            models["model-ema.safetensors"] = self.state.ema.module
-        if self.is_main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                for name, model in models.items():
-                    with atomic_replace(folder / name) as path:
-                        self.stage.export(model.eval(), path)
-                if folder == self.out:
-                    summary = {"step": self.counters.step, "skipped": self.counters.skipped}
-                    mark_finished(self.out, self.recipe, summary)
-            except OSError as caught:
-                error = caught
+            models["model-ema.safetensors"] = True
+        for name, averaged in models.items():
+            with self.state.full_model(averaged) as model:
+                if self.is_main and not error:
+                    error = _os_error(partial(self._write_model, model, folder / name))
+        if self.is_main and not error and folder == self.out:
+            summary = {"step": self.counters.step, "skipped": self.counters.skipped}
+            error = _os_error(partial(mark_finished, self.out, self.recipe, summary))
         if self._on_any_process(error is not None):  # and no process continues before the files are there
             reason = (error.strerror or error) if error else SEE_RANK_0
             raise UserError(
@@ -435,3 +428,17 @@ class _Run:
                 "the last checkpoint is intact: free some space and start the same command again"
             ) from error
         self.state.model.train()
+
+    def _write_model(self, model: nn.Module, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_replace(path) as temporary:
+            self.stage.export(model.eval(), temporary)
+
+
+def _os_error(work: Callable[[], Any]) -> OSError | None:
+    """Do some work and return the OSError that it raises, if any."""
+    try:
+        work()
+    except OSError as error:
+        return error
+    return None

@@ -1,4 +1,4 @@
-"""The processes of a run: the accelerator, devices, seeds, and tensors that FSDP has sharded."""
+"""The processes of a run: the accelerator, devices and seeds."""
 
 import atexit
 import dataclasses
@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
-from torch import Tensor
 
 from addp_core.base import rng
 from addp_core.base.errors import UserError
@@ -83,13 +82,3 @@ def move_to_device(batch: Any, device: torch.device) -> Any:
         return send_to_device(batch, device, non_blocking=True)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return dataclasses.replace(batch, **send_to_device(fields, device, non_blocking=True))
-
-
-def local_shard(value: Tensor) -> Tensor:
-    """Return this process's part of a tensor that FSDP may have sharded."""
-    return value.to_local() if hasattr(value, "to_local") else value
-
-
-def full_tensor(value: Tensor) -> Tensor:
-    """Return the full tensor, gathered from all processes if FSDP has sharded it."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value

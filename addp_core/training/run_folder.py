@@ -3,7 +3,8 @@
     <out>/recipe.yaml            the resolved recipe
     <out>/metrics.jsonl          a line of metrics every `log_every` steps; `tb/` holds the same for TensorBoard
     <out>/images/                previews and, at the end, the curves of all metrics
-    <out>/checkpoints/step-N/    training.pt (tensors) and state.json (step, size and checksum of training.pt)
+    <out>/checkpoints/step-N/    training.pt (tensors) and state.json (step, size and checksum of training.pt); with
+                                 train.parallel=fsdp, each process has a training-<rank>.pt
     <out>/models/step-N/         intermediate checkpoints: weights only, if `export_every` asks for them
     <out>/model.safetensors      the trained model; finished.json says by which recipe
     <out>/inputs.json            what the run reads from disk, by digest
@@ -31,6 +32,7 @@ import yaml
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
 from addp_core.training.checkpoints import LAST_CHECKPOINT
+from addp_core.training.environment import check_environment
 from addp_core.training.inputs import Inputs, OpenDatasets
 from addp_core.training.run_recipe import LENGTH_KEYS, RunRecipe, Values, digest, read_values
 from addp_core.weights.files import MODEL_FILE
@@ -59,11 +61,12 @@ def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = No
         The path of model.safetensors if this run has already finished, otherwise None.
 
     Raises:
-        UserError: if the folder cannot be written, another process works in it, the recipe or the data differ, or the
-            checkpoints have been deleted.
+        UserError: if the environment contradicts the recipe, the folder cannot be written, another process works in it,
+            the recipe or the data differ, or the checkpoints have been deleted.
     """
     out = Path(out)
     run_recipe = RunRecipe(recipe)
+    check_environment(run_recipe.values)
     if int(os.environ.get("RANK", "0")):
         return _finished_model(out, run_recipe, datasets)
     try:

@@ -16,7 +16,7 @@ from addp_core.recipes.tree import default_tree, plain_tree
 # Keys that change how a run is monitored, stored or computed, but not its result: a run may continue with other values.
 COMPUTE_ONLY_KEYS = frozenset(
     {"out", "checkpointing", "eval_batch", "confusion", "data.workers", "data.prefetch", "data.max_errors"}
-    | {f"train.{key}" for key in ("compile", "channels_last", "log_every", "checkpoint_every", "keep")}
+    | {f"train.{key}" for key in ("compile", "channels_last", "parallel", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
 )
 # Keys that set a run's length: a run may be extended, and then counts as unfinished until it reaches the new end.

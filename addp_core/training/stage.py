@@ -49,6 +49,11 @@ class TrainConfig:
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products; weights stay in float32"] = "fp32"
     compile: Annotated[bool, "torch.compile (compute only)"] = False
     channels_last: Annotated[bool, "memory format of convolutions (compute only)"] = False
+    parallel: Annotated[
+        Literal["ddp", "fsdp"],
+        "what several processes hold: ddp: each of them all weights; fsdp: each of them a part of the weights, "
+        "gradients, optimizer and moving average (compute only)",
+    ] = "ddp"
 
     log_every: Annotated[int, Ge(1), "steps between lines of metrics"] = 50
     preview_every: Annotated[int, Ge(0), "steps between preview images; 0: at the end only"] = 0

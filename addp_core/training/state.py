@@ -1,27 +1,21 @@
 """The state of a run: model, optimizer, moving average and counters, as checkpoints store and restore them."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from addp_core.base.errors import UserError
+from addp_core.training import parallel
 from addp_core.training.compute import accelerate_model
 from addp_core.training.optimization import make_optimizer
-from addp_core.training.processes import local_shard
 from addp_core.training.stage import TrainConfig
 
 
@@ -60,7 +54,8 @@ class Counters:
 class TrainingState:
     """The model of a run with its optimizer and moving average, newly built or as a checkpoint holds them.
 
-    `model` is what the loss calls, wrapped by DDP or FSDP; `unwrapped` is the stage's own module.
+    `model` is what the loss calls, wrapped by DDP or sharded; `unwrapped` is the stage's own module. If the state is
+    `sharded`, each process holds a part of the weights, and works on a full copy in previews, evaluation and export.
     """
 
     def __init__(
@@ -76,35 +71,45 @@ class TrainingState:
         Raises UserError if the checkpoint is of another model.
         """
         self.accelerator = accelerator
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         model = model.to(accelerator.device)
         self.names = list(model.state_dict())
-        self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.ema = None
+        if config.ema:  # foreach takes no mixture of sharded weights and whole buffers
+            self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True, foreach=not self.sharded)
         if payload:
             _fill(model, payload["model"], self.names, source)
             if self.ema:
                 _fill(self.ema.module, payload["ema"], self.names, source)
-        # FSDP splits the model; previews, evaluation and export then work on a full copy, which is filled when needed.
-        self.full_copy = deepcopy(model) if self.sharded else None
-        accelerate_model(model, config.compile, config.channels_last)
-        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
+        self.full_copy = deepcopy(model).cpu() if self.sharded else None
+        if self.sharded:
+            for module in (model, self.ema.module) if self.ema else (model,):
+                parallel.shard(module, accelerator.device)
+        accelerate_model(model, config.compile, config.channels_last and not self.sharded)
+        optimizer = make_optimizer(model, config)
+        if self.sharded:
+            self.model, self.optimizer = model, accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.unwrapped = accelerator.unwrap_model(self.model)
         self.buffers = list(self.unwrapped.buffers())
         self.saved_buffers = [buffer.clone() for buffer in self.buffers]
         if payload:
-            self._load_optimizer(payload["optimizer"])
+            optimizer.load_state_dict(parallel.optimizer_state_for(optimizer, payload["optimizer"]))
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(payload["scaler"])
 
     def payload(self) -> dict[str, Any]:
-        """Return what a checkpoint stores. Under FSDP, all processes must call this."""
-        if self.sharded:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(self.model, options=options)
-            optimizer = get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
-        else:
-            weights, optimizer = self.unwrapped.state_dict(), self.optimizer.optimizer.state_dict()
-        payload = {"model": {name: weights[name] for name in self.names if name in weights}, "optimizer": optimizer}
+        """Return what a checkpoint stores, as trees of dicts with tensors, which may be sharded.
+
+        All processes must call this if the state is sharded.
+        """
+        self._share_buffers()
+        weights = self.unwrapped.state_dict()
+        payload = {
+            "model": {name: weights[name] for name in self.names},
+            "optimizer": self.optimizer.optimizer.state_dict(),
+        }
         if self.ema:
             average = self.ema.module.state_dict()
             payload["ema"] = {name: average[name] for name in self.names}
@@ -112,13 +117,27 @@ class TrainingState:
             payload["scaler"] = self.accelerator.scaler.state_dict()
         return payload
 
-    def full_model(self) -> nn.Module:
-        """Return the trained model with all its weights. Under FSDP, all processes must call this."""
+    @contextlib.contextmanager
+    def full_model(self, averaged: bool = False) -> Iterator[nn.Module]:
+        """Yield the trained model, or the one with averaged weights, with all its weights on this process.
+
+        All processes must enter this if the state is sharded.
+        """
+        module = self.ema.module if averaged and self.ema else self.unwrapped
         if self.full_copy is None:
-            return self.unwrapped
-        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
-        self.full_copy.load_state_dict(weights)
-        return self.full_copy
+            yield module
+            return
+        self._share_buffers()
+        weights = module.state_dict()
+        self.full_copy.load_state_dict({name: parallel.full_tensor(weights[name]) for name in self.names})
+        yield self.full_copy.to(self.accelerator.device)
+        self.full_copy.cpu()  # the device keeps no full copy while the run trains
+
+    def _share_buffers(self) -> None:
+        """Give all processes rank 0's buffers, such as batch statistics; DDP does this at each step."""
+        if self.sharded:
+            for module in (self.unwrapped, self.ema.module) if self.ema else (self.unwrapped,):
+                parallel.broadcast_tensors(module.buffers())
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of every parameter group, scaled by the group's `lr_scale`."""
@@ -137,15 +156,7 @@ class TrainingState:
 
     def local_weights_finite(self) -> bool:
         """Check whether all weights on this process are finite."""
-        return all(bool(local_shard(weight).isfinite().all()) for weight in self.unwrapped.parameters())
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        optimizer = self.optimizer.optimizer
-        if self.sharded:
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.model, optimizer, state, options=options)
-        else:
-            optimizer.load_state_dict(state)
+        return all(bool(parallel.local_shard(weight).isfinite().all()) for weight in self.unwrapped.parameters())
 
 
 def _fill(module: nn.Module, weights: dict[str, Tensor], expected: Iterable[str], source: Path | None) -> None:
