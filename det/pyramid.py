@@ -58,7 +58,7 @@ class FeaturePyramid(nn.Module):
         self.strides = [*map(int, strides), int(2 * strides[-1])]
         self.levels = [f"simfp_{int(math.log2(stride))}" for stride in strides]
         for level, scale in zip(self.levels, scales, strict=True):
-            self.add_module(level, _make_level(encoder.config.width, channels, scale))
+            self.add_module(level, make_level(encoder.config.width, channels, scale))
         encoder.norm.requires_grad_(False)
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
@@ -72,15 +72,18 @@ class FeaturePyramid(nn.Module):
         return OrderedDict((str(i), map_) for i, map_ in enumerate(maps))
 
 
-def _make_level(width: int, channels: int, scale: float) -> nn.Sequential:
-    """Return the layers that turn Float[B,W,h,w] into Float[B,C,h*scale,w*scale]."""
-    if scale == 4.0:
-        half, quarter = width // 2, width // 4
-        first = nn.ConvTranspose2d(width, half, 2, 2)
-        resize: list[nn.Module] = [first, ChannelNorm(half), nn.GELU(), nn.ConvTranspose2d(half, quarter, 2, 2)]
-        inner = quarter
-    elif scale == 2.0:
-        resize, inner = [nn.ConvTranspose2d(width, width // 2, 2, 2)], width // 2
-    else:
-        resize, inner = [] if scale == 1.0 else [nn.MaxPool2d(2, 2)], width
-    return nn.Sequential(*resize, ConvNorm(inner, channels, 1), ConvNorm(channels, channels, 3))
+def make_level(width: int, channels: int, scale: float) -> nn.Sequential:
+    """Return the layers that turn Float[B,W,h,w] into Float[B,C,h*scale,w*scale]; `scale` is a power of two.
+
+    Each doubling is a transposed convolution to half the channels, with norm and GELU between two of them; a smaller
+    map is pooled. For 4, 2, 1 and 0.5 these are ViTDet's layers.
+    """
+    doublings = int(math.log2(scale))
+    resize: list[nn.Module] = []
+    for i in range(doublings):
+        if i:
+            resize += [ChannelNorm(width), nn.GELU()]
+        resize.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
+        width //= 2
+    resize += [nn.MaxPool2d(2, 2) for _ in range(-doublings)]
+    return nn.Sequential(*resize, ConvNorm(width, channels, 1), ConvNorm(channels, channels, 3))

@@ -1,1 +1,9 @@
-"""ViTDet in detectron2's own way: the encoder as a registered backbone, LazyConfigs and a training program."""
+"""ViTDet in detectron2's own way: the encoder as registered backbones, LazyConfigs and a training program.
+
+Importing anything of this package registers the backbones.
+"""
+
+from det.native.backbone import EncoderBackbone
+from det.native.pyramid import EncoderPyramid
+
+__all__ = ["EncoderBackbone", "EncoderPyramid"]

@@ -1,0 +1,121 @@
+"""The keys of the encoder in detectron2's yacs configs: the node MODEL.ENCODER, its defaults, and the encoder it
+describes.
+"""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from addp_core.base.errors import UserError, did_you_mean, renaming_keys
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
+from addp_core.weights.pretrained import NORMALISATION
+from det.config import vitdet_attention
+
+NODE = "MODEL.ENCODER"
+DEFAULT_SIZE = 1024  # pixels, as in ViTDet
+IMAGE_FORMAT = "RGB"  # in which all encoders were pretrained
+LEVELS = ("p2", "p3", "p4", "p5", "p6")  # of the pyramid, as the heads of detectron2's FPN configs read them
+
+DEFAULTS: dict[str, Any] = {
+    "source": "",  # a run, a file, hf://owner/repository/file; with init=random also a size (tiny, small, base, large)
+    "init": "pretrained",  # or random: only the architecture comes from `source`
+    "arch": {},  # in place of `source`: the keys of EncoderConfig (width, depth, heads, ...), with random weights
+    "img_size": None,  # pixels (a side, or height and width) for which positions are stored; images may have any size
+    "patch_size": None,  # pixels, if `source` is a size or `arch` is given
+    "encoder_heads": None,  # attention heads, if the file does not tell and its width has no usual number
+    "weights": "",  # the model to read, if a checkpoint holds several
+    "dropout": 0.0,
+    "drop_path": 0.1,
+    "tokenizer_norm": False,  # keep ADDP's norm after the patches
+    "dynamic": True,  # take images of any size
+    "attention": asdict(vitdet_attention()),  # the keys of AttentionConfig
+    "checkpointing": False,  # recompute activations: less memory, more computation
+    "out_feature": "last_feat",  # EncoderBackbone: name of its map
+    "stride": None,  # EncoderBackbone: stride of its map in pixels (default: the patch size)
+    "levels": (),  # EncoderPyramid: p2 to p6, or those that RetinaNet reads
+    "square_pad": 0,  # EncoderPyramid: pad images to squares of this side, as ViTDet does; 0: do not
+}
+NODES = {"arch": EncoderConfig, "attention": AttentionConfig}  # the keys that are nodes themselves
+NO_ARGUMENTS_OF_LOADING = ("arch", "checkpointing", "out_feature", "stride", "levels", "square_pad")
+
+
+def add_encoder_config(cfg: CfgNode) -> None:
+    """Add the keys of `EncoderBackbone` and `EncoderPyramid` to a config, as the node MODEL.ENCODER (see `DEFAULTS`).
+
+    Also sets INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD to what the encoder was pretrained with, because
+    detectron2's defaults are those of Caffe's ResNets. Call it before `cfg.merge_from_file`.
+    """
+    cfg.MODEL.ENCODER = CfgNode(DEFAULTS, new_allowed=True)  # unknown keys are refused by `encoder_options`
+    for name in NODES:
+        cfg.MODEL.ENCODER[name].set_new_allowed(True)
+    cfg.INPUT.FORMAT = IMAGE_FORMAT
+    mean, std = NORMALISATION["imagenet"]
+    cfg.MODEL.PIXEL_MEAN = [255 * value for value in mean]
+    cfg.MODEL.PIXEL_STD = [255 * value for value in std]
+
+
+def encoder_options(cfg: CfgNode) -> dict[str, Any]:
+    """Return the values of MODEL.ENCODER, with defaults for keys that are missing.
+
+    Raises UserError if the node is missing or has an unknown key.
+    """
+    if "ENCODER" not in cfg.MODEL:
+        raise UserError(f"{NODE}: missing; call det.add_encoder_config(cfg) before cfg.merge_from_file")
+    given = dict(cfg.MODEL.ENCODER)
+    _refuse_unknown(given, DEFAULTS, NODE)
+    for name, node_class in NODES.items():
+        _refuse_unknown(given.get(name, {}), [field.name for field in fields(node_class)], f"{NODE}.{name}")
+    if "attention" not in given:  # a node that was written without `add_encoder_config`
+        given["attention"] = {}
+    return {**DEFAULTS, **given}
+
+
+def _refuse_unknown(found: Any, known: Any, node: str) -> None:
+    for key in found:
+        if key not in known:
+            raise UserError(f"{node}.{key}: no such key{did_you_mean(key, known)}; the keys are {', '.join(known)}")
+
+
+def build_encoder(options: dict[str, Any]) -> Encoder:
+    """Build the encoder that MODEL.ENCODER describes.
+
+    Raises UserError as `load_encoder` does, or if there is no encoder of pixels.
+    """
+    attention = _attention(options["attention"])
+    size = DEFAULT_SIZE if options["img_size"] is None else options["img_size"]
+    if options["arch"]:
+        return _build_from_architecture(options, size, attention)
+    if not options["source"]:
+        raise UserError(
+            f"{NODE}.source: missing; expected a checkpoint, a run folder or hf://owner/repository/file; with "
+            f"{NODE}.init=random also a size (tiny, small, base, large)"
+        )
+    arguments = {key: value for key, value in options.items() if key not in NO_ARGUMENTS_OF_LOADING}
+    with renaming_keys({"img_size": f"{NODE}.img_size", "encoder_heads": f"{NODE}.encoder_heads"}):
+        encoder = load_encoder(**{**arguments, "img_size": size, "attention": attention})
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"{NODE}.source={options['source']}: reads token ids; expected an encoder of pixels")
+    return encoder
+
+
+def _attention(values: Any) -> AttentionConfig:
+    """Return the attention of a node; windows need not say that there is no class token in them."""
+    try:
+        return AttentionConfig(**{"class_token": not values.get("window"), **values})
+    except ValueError as error:
+        raise UserError(f"{NODE}.attention.{error}") from error
+
+
+def _build_from_architecture(options: dict[str, Any], size: Any, attention: AttentionConfig) -> Encoder:
+    if options["source"]:
+        raise UserError(f"{NODE}.arch: {NODE}.source={options['source']} has its own; leave one of the two out")
+    rates = {name: options[name] for name in ("dropout", "drop_path", "tokenizer_norm")}
+    hw = (size, size) if isinstance(size, int) else (size[0], size[1])
+    try:
+        config = EncoderConfig(**{**rates, **options["arch"]})
+        return Encoder(config, hw, options["patch_size"] or DEFAULT_PATCH_SIZE, attention, options["dynamic"])
+    except ValueError as error:
+        raise UserError(f"{NODE}.arch: {error}") from error
