@@ -1,6 +1,7 @@
 """The suite's encoder as a detectron2 backbone: registered there, and the `net` of its SimpleFeaturePyramid."""
 
-from typing import Any
+import logging
+from typing import Any, cast
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
 from det.native.config import build_encoder, encoder_options
-from det.native.consumers import check_images, check_levels
+from det.native.consumers import check_images, missing_levels
+
+log = logging.getLogger("detectron2.addp")
 
 ENCODER_MARK = "blocks.0.attn.qkv.weight"  # the end of a name that every file of a pretrained ViT has
 
@@ -59,8 +62,9 @@ class EncoderBackbone(Backbone):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         options = encoder_options(cfg)
         check_images(cfg)
-        if cfg.MODEL.BACKBONE.NAME == cls.__name__:
-            check_levels(cfg, [options["out_feature"]])
+        problem = missing_levels(cfg, [options["out_feature"]])
+        if problem and cfg.MODEL.BACKBONE.NAME == "EncoderBackbone":  # and not as the net of a pyramid
+            log.warning(problem)  # no error: heads of other projects may leave these keys as they are
         names = ("checkpointing", "out_feature", "stride", "dynamic")
         return {"encoder": build_encoder(options), **{name: options[name] for name in names}}
 
@@ -109,7 +113,7 @@ def _refuse_other_checkpoints(
             )
         return
     if f"{ours}pos_embed" not in state:  # detectron2 drops tensors of other shapes
-        size = " x ".join(map(str, module.encoder.image_size))
+        size = " x ".join(map(str, cast(EncoderBackbone, module).encoder.image_size))
         raise UserError(
             f"{ours}pos_embed: the checkpoint has none for images of {size} pixels; expected MODEL.ENCODER.img_size "
             "(yacs) or encoder.img_size (LazyConfig) to be that of the checkpoint"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 
-from addp_core.base.errors import UserError
 from addp_core.weights.pretrained import NORMALISATION
 from det.native.config import IMAGE_FORMAT, LEVELS
 
@@ -34,15 +33,16 @@ def levels_of(cfg: CfgNode) -> tuple[str, ...]:
     )
 
 
-def check_levels(cfg: CfgNode, levels: Sequence[str]) -> None:
-    """Raise UserError if a head reads a map that the backbone does not have."""
+def missing_levels(cfg: CfgNode, levels: Sequence[str]) -> str:
+    """Return one line about the first head that reads a map which the backbone does not have; "" if there is none."""
     for key, names in levels_read(cfg).items():
         missing = [name for name in names if name not in levels]
         if missing:
-            raise UserError(
+            return (
                 f"{key}: reads {', '.join(missing)}, but MODEL.BACKBONE.NAME={cfg.MODEL.BACKBONE.NAME} has "
                 f"{', '.join(levels)}; expected one of these, or the config of a detector with FPN and EncoderPyramid"
             )
+    return ""
 
 
 def check_images(cfg: CfgNode) -> None:

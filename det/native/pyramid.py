@@ -13,7 +13,7 @@ from torch import Tensor
 from addp_core.base.errors import UserError
 from det.native.backbone import EncoderBackbone
 from det.native.config import LEVELS, encoder_options
-from det.native.consumers import check_levels, levels_of
+from det.native.consumers import levels_of, missing_levels
 from det.pyramid import make_level
 
 LAST_STAGE = 5  # p5, of stride 32: further levels are pooled (p6), or two convolutions (p6 and p7), as in FPN
@@ -70,7 +70,8 @@ class EncoderPyramid(Backbone):
         options = encoder_options(cfg)
         levels = tuple(options["levels"]) or levels_of(cfg)
         _numbers(levels)
-        check_levels(cfg, levels)
+        if problem := missing_levels(cfg, levels):
+            raise UserError(problem)
         return {
             "net": EncoderBackbone(cfg, input_shape),
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
@@ -87,7 +88,7 @@ class EncoderPyramid(Backbone):
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalized Float[B,3,H,W] with sides divisible by `size_divisibility` -> maps Float[B,C,H/stride,W/stride]."""
+        """Normalized Float[B,3,H,W], sides divisible by `size_divisibility` -> maps Float[B,C,H/stride,W/stride]."""
         tokens = self.net(images)[self.net.out_feature]
         maps = [getattr(self, f"simfp_{n}")(tokens) for n in self.stages]
         if self.top_block is not None:
