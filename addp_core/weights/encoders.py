@@ -31,7 +31,7 @@ AnyArchitecture = EncoderArchitecture | TokenEncoderArchitecture
 
 def load_encoder(
     source: Source,
-    img_size: int | tuple[int, int] = 224,
+    img_size: int | tuple[int, int] | None = 224,
     *,
     encoder_heads: int | None = None,
     weights: str = "",
@@ -50,7 +50,7 @@ def load_encoder(
         source: any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style ViT; with `tokenizer` (or if the
             file contains one) also a MAGE file, whose encoder reads token ids. With init="random" also a size: tiny,
             small, base or large.
-        img_size: pixels, a side or (height, width); positions are resampled bicubically.
+        img_size: pixels, a side or (height, width); positions are resampled bicubically. None for the file's own size.
         encoder_heads: number of attention heads, which foreign files do not store. The default is that of published
             ViTs of the same width; other widths demand it.
         weights: the name of the model to read, if a checkpoint holds several: an entry (model, model_ema, teacher) or
@@ -67,12 +67,14 @@ def load_encoder(
     Raises:
         UserError: if the file has no encoder, or the arguments do not fit it.
     """
-    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     vqgan = None if tokenizer is None else read_part(tokenizer, "tokenizer")
     if isinstance(source, str) and source in VIT_SIZES and not Path(source).exists():
         if init != "random":
             raise UserError(f"{source}: a size, which has no weights; expected init=random with it, or a checkpoint")
         name = source
+        if size is None:
+            raise UserError(f"img_size: found none, and the size {source} has no images; expected pixels")
         state, architecture = _architecture_of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
     else:
         name, state, architecture = _read_encoder(source, size, encoder_heads, weights, vqgan, init)
@@ -81,6 +83,7 @@ def load_encoder(
     if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
         raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
     try:
+        size = architecture.image_size if size is None else (size[0], size[1])
         encoder = _build_encoder(architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic)
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
@@ -109,7 +112,7 @@ def _architecture_of_size(
 
 
 def _read_encoder(
-    source: Source, size: tuple[int, int], heads: int | None, wanted: str, vqgan: Weights | None, init: str
+    source: Source, size: tuple[int, int] | None, heads: int | None, wanted: str, vqgan: Weights | None, init: str
 ) -> tuple[str, State, AnyArchitecture]:
     """Return (name for errors, tensors, architecture) of the encoder in any file that has one.
 

@@ -19,6 +19,7 @@ from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
+from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.loading import load_classifier
 
 NAMES = ("ant", "bee", "cat")
@@ -126,6 +127,35 @@ def test_timm_alone_reads_an_encoder_and_tunes_it(tmp_path):
         torch.testing.assert_close(tokens[name], encoder.forward_features(images), **CLOSE)
 
 
+def test_an_encoder_is_exported_at_its_own_image_size(tmp_path, caplog):
+    """A run of 64 px is no model of 224 px."""
+    model = tiny_addp(image_size=(64, 48))
+    save_model(model, tmp_path / "run.safetensors")
+    with caplog.at_level(logging.INFO, "addp"):
+        assert export(tmp_path / "run.safetensors", tmp_path / "timm", layout="timm") == 0
+    assert "an encoder for images of 64 x 48 px, its own size (img_size sets another)" in caplog.text
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 48]
+    positions = load_file(tmp_path / "timm" / MODEL_FILE)["pos_embed"]
+    assert torch.equal(positions, model.denoiser.encoder.pos_embed)
+    assert export(tmp_path / "run.safetensors", tmp_path / "half", layout="timm", normalisation="half") == 0
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["pretrained_cfg"]["mean"] == [0.5] * 3
+
+
+def test_a_foreign_classifier_keeps_its_head_and_a_checkpoint_of_several_tells_which(tmp_path):
+    first, second = (VisionTransformer(32, 8, embed_dim=192, depth=1, num_heads=3, num_classes=3) for _ in range(2))
+    torch.save({"model": first.state_dict(), "model_ema": second.state_dict()}, tmp_path / "v.pth")
+    for weights, vit in (("model", first), ("ema", second)):
+        assert export(tmp_path / "v.pth", tmp_path / weights, layout="timm", weights=weights) == 0
+        again = timm.create_model(f"local-dir:{tmp_path / weights}", pretrained=True).eval()
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(again(images), vit.eval()(images), **CLOSE)
+        out = tmp_path / f"{weights}.safetensors"
+        assert export(tmp_path / "v.pth", out, layout="encoder", weights=weights) == 0
+        tokens = vit.norm(load_encoder(out, 32).forward_features(images))
+        torch.testing.assert_close(tokens, vit.forward_features(images), **CLOSE)
+
+
 def test_the_differences_are_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "addp"):
         export(classifier(tmp_path / "c.safetensors"), tmp_path / "timm", layout="timm")
@@ -161,6 +191,8 @@ def test_what_timm_cannot_hold(tmp_path, capsys):
         capsys, source, tmp_path / "timm", "tokenizer_norm", "leave the key out", layout="timm", tokenizer_norm="true"
     )
     wrong(capsys, source, tmp_path / "m.safetensors", "img_size", "layout=timm or onnx", img_size=32)
+    wrong(capsys, source, tmp_path / "timm", "predictor", "layout=addp or published", layout="timm", predictor="p.pth")
+    wrong(capsys, source, tmp_path / "timm", "encoder_heads=4", "stores 2", layout="timm", encoder_heads=4)
     wrong(capsys, source, tmp_path / "m.safetensors", "this is the checkpoint of a fine-tuned classifier")
     assert not (tmp_path / "timm").exists()
 

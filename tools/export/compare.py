@@ -9,6 +9,7 @@ from torch import Tensor
 from addp_core.base.errors import UserError
 from addp_core.base.rng import generator
 from addp_core.networks.classifier import Classifier
+from addp_core.weights.architectures import NORMALISATION
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.loading import load_classifier
@@ -21,21 +22,40 @@ TOLERANCE = 1e-4  # for the largest difference of two outputs, relative to the l
 
 
 def load_exported(recipe: Recipe) -> Classifier:
-    """Load the classifier in the file, or the encoder as a classifier without a head (`num_classes` 0)."""
-    if read_weights(recipe.model).kind == "classifier":
-        if recipe.tokenizer_norm:
-            raise UserError(
-                f"tokenizer_norm: {recipe.model} is a classifier with a fixed architecture; leave the key out"
-            )
-        return load_classifier(recipe.model, recipe.img_size)
+    """Load the classifier in the file, or the encoder as a classifier without a head (`num_classes` 0).
+
+    Images have the size that the recipe sets, otherwise the file's own.
+    """
+    if read_weights(recipe.model, "classifier", given_heads(recipe), wanted=recipe.weights).kind == "classifier":
+        for key in ("tokenizer_norm", "tokenizer"):
+            if getattr(recipe, key):
+                raise UserError(f"{key}: {recipe.model} is a classifier with a fixed architecture; leave the key out")
+        return load_classifier(
+            recipe.model,
+            recipe.img_size,
+            encoder_heads=recipe.encoder_heads,
+            normalisation=recipe.normalisation,
+            weights=recipe.weights,
+        )
     encoder = load_encoder(
         recipe.model,
-        recipe.img_size or 224,
+        recipe.img_size,
         encoder_heads=recipe.encoder_heads,
+        weights=recipe.weights,
         tokenizer_norm=recipe.tokenizer_norm,
         tokenizer=recipe.tokenizer or None,
     )
-    return Classifier(encoder, 0).eval()
+    mean, std = NORMALISATION[recipe.normalisation or "imagenet"]
+    log.info(
+        "%s: an encoder for images of %d x %d px%s",
+        *(recipe.model, *encoder.image_size, "" if recipe.img_size else ", its own size (img_size sets another)"),
+    )
+    return Classifier(encoder, 0, mean=mean, std=std).eval()
+
+
+def given_heads(recipe: Recipe) -> dict[str, int]:
+    """Return the heads of the encoder, if the recipe sets them, as `read_weights` takes them."""
+    return {} if recipe.encoder_heads is None else {"encoder_heads": recipe.encoder_heads}
 
 
 def random_images(model: Classifier, batch: int) -> Tensor:

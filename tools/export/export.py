@@ -8,10 +8,13 @@ import logging
 from pathlib import Path
 
 from addp_core.base.errors import UserError
+from addp_core.recipes.keys import keys_of
 from tools.export.layouts import LAYOUTS
 from tools.export.recipe import Recipe as Recipe
 
 log = logging.getLogger("addp")
+
+ALWAYS = ("model", "out", "layout")  # keys of every layout
 
 
 def run(recipe: Recipe) -> None:
@@ -27,10 +30,10 @@ def run(recipe: Recipe) -> None:
         raise UserError(
             f"out: found {out.name}, expected a name that ends in {layout.suffix} for layout={recipe.layout}"
         )
-    for key in ("img_size", "tokenizer_norm"):
-        if key not in layout.keys and getattr(recipe, key):
+    for key in keys_of(Recipe):
+        if key not in (*ALWAYS, *layout.keys) and getattr(recipe, key) not in (None, False, ""):
             others = " or ".join(name for name, other in LAYOUTS.items() if key in other.keys)
-            raise UserError(f"{key}: layout={recipe.layout} keeps the model as it is; expected layout={others}")
+            raise UserError(f"{key}: layout={recipe.layout} does not use it; expected layout={others}, or no {key}")
     try:
         layout.write(recipe, out)
     except ValueError as error:

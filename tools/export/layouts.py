@@ -5,18 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from addp_core.weights.architectures import HEAD_KEYS
-from tools.export.checkpoints import export_checkpoint
+from tools.export.checkpoints import export_checkpoint, export_encoder
 from tools.export.onnx_file import export_onnx
 from tools.export.recipe import LayoutName, Recipe
 from tools.export.timm_folder import export_timm
 
 PARTS = ("tokenizer", "predictor", *HEAD_KEYS)  # keys of what is read as a whole ADDP
-ENCODER = (
-    "img_size",
-    "tokenizer_norm",
-    "tokenizer",
-    "encoder_heads",
-)  # keys of what is read as a classifier or encoder
+CLASSIFIER = ("img_size", "normalisation", "weights", "tokenizer_norm", "tokenizer", "encoder_heads")  # or encoder
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Layout:
 LAYOUTS: dict[LayoutName, Layout] = {
     "addp": Layout(export_checkpoint, ".safetensors", PARTS),
     "published": Layout(export_checkpoint, ".pth", PARTS),
-    "encoder": Layout(export_checkpoint, ".safetensors", PARTS),
-    "timm": Layout(export_timm, "", ENCODER),
-    "onnx": Layout(export_onnx, ".onnx", ENCODER),
+    "encoder": Layout(export_encoder, ".safetensors", ("weights", *PARTS)),
+    "timm": Layout(export_timm, "", CLASSIFIER),
+    "onnx": Layout(export_onnx, ".onnx", CLASSIFIER),
 }
