@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,16 @@ import torch
 from annotated_types import Gt
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.launch import world_size
 from addp_core.data.stream import default_workers
+from addp_core.weights.encoders import DEFAULT_PATCH_SIZE
 from addp_core.weights.pretrained import NORMALISATION
+from seg.mmseg_checkpoint import MmsegSegmentor
 from seg.segmentor import Segmentor
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 BASE_CONFIG = CONFIG_FOLDER / "_base_" / "upernet_addp_ade20k.py"
+MMSEG_CONFIG = CONFIG_FOLDER / "_base_" / "upernet_addp_mmseg.py"
 
 
 @dataclass
@@ -63,6 +66,11 @@ def read_base_config() -> Any:
     return _read_file(BASE_CONFIG)
 
 
+def read_mmseg_config() -> Any:
+    """Read the config for mmseg's own tools, as an mmengine Config."""
+    return _read_file(MMSEG_CONFIG)
+
+
 def _read_file(path: Path) -> Any:
     import_mmseg()
     from mmengine.config import Config
@@ -83,8 +91,11 @@ def import_mmseg() -> None:
 # -------------------- filling configs
 
 
-def fill_model(cfg: Any, segmentor: Segmentor) -> None:
-    """Write a segmentor's architecture and sizes into a config."""
+def fill_model(cfg: Any, segmentor: Segmentor | MmsegSegmentor) -> None:
+    """Write a segmentor's architecture and sizes into a config. Raises UserError if mmseg lacks one of its parts."""
+    if isinstance(segmentor, MmsegSegmentor):
+        fill_mmseg_model(cfg, segmentor)
+        return
     s, model = segmentor, cfg.model
     crop = (s.crop, s.crop)
     mean, std = ([255 * value for value in channels] for channels in NORMALISATION[s.normalisation])
@@ -105,13 +116,45 @@ def fill_model(cfg: Any, segmentor: Segmentor) -> None:
     model.decode_head.update(in_channels=[s.width] * 4, channels=s.channels, num_classes=classes, norm_cfg=norm)
     model.auxiliary_head.update(in_channels=s.width, channels=s.aux_channels, num_classes=classes, norm_cfg=norm)
     model.test_cfg.update(crop_size=crop, stride=(s.crop * 2 // 3,) * 2)
-    longest_and_shorter = s.scale[::-1]
+    fill_sizes(cfg, crop, s.scale)
+
+
+def fill_sizes(cfg: Any, crop: tuple[int, int], scale: tuple[int, int]) -> None:
+    """Write the size of crops, and the shorter and longest side of resized images, into the pipelines of a config."""
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         for transform in loader.dataset.pipeline:
             if transform.type in ("Resize", "RandomResize"):
-                transform.scale = longest_and_shorter
+                transform.scale = scale[::-1]
             elif transform.type == "RandomCrop":
                 transform.crop_size = crop
+
+
+def fill_mmseg_model(cfg: Any, segmentor: MmsegSegmentor) -> None:
+    """Write the model of a checkpoint of mmengine's Runner, and the sizes of its images, into a config."""
+    from mmengine.config import ConfigDict
+    from mmseg.registry import MODELS
+
+    model, crop = ConfigDict(segmentor.model), (segmentor.crop, segmentor.crop)
+    for part in ("type", "backbone", "neck", "decode_head", "auxiliary_head"):
+        parts = model.get(part) or []
+        for name in (
+            each if isinstance(each, str) else each.type for each in (parts if isinstance(parts, list) else [parts])
+        ):
+            if MODELS.get(name) is None:
+                raise UserError(
+                    f"model: its {part} is {name!r}, which mmseg does not have; expected one of its own parts"
+                )
+    model.pop("pretrained", None)
+    model.backbone.init_cfg = None
+    model.backbone.pop("pretrained", None)
+    model.data_preprocessor.setdefault(
+        "test_cfg", {"size_divisor": model.backbone.get("patch_size", DEFAULT_PATCH_SIZE)}
+    )
+    test_cfg = model.setdefault("test_cfg", ConfigDict(mode="slide"))
+    if tuple(test_cfg.get("crop_size") or ()) != crop:
+        test_cfg.update(crop_size=crop, stride=(segmentor.crop * 2 // 3,) * 2)
+    cfg.model = model
+    fill_sizes(cfg, crop, segmentor.scale or cfg.scale[::-1])
 
 
 def fill_inference(cfg: Any, inference: AugmentedInferenceConfig) -> None:
@@ -147,13 +190,3 @@ def fill_runtime(cfg: Any, out: Path, workers: int | None, source: str = "", cla
                 "device_ids": None,
                 "broadcast_buffers": False,
             }
-
-
-def process_rank() -> int:
-    """Return the rank of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun or another launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

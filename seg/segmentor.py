@@ -8,9 +8,10 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.weights.architectures import ARCHITECTURES
-from addp_core.weights.reading import read_weights
+from addp_core.weights.architectures import ARCHITECTURES, parse_architecture
+from addp_core.weights.files import read_file
 from addp_core.weights.saving import save_state
+from seg.mmseg_checkpoint import MmsegSegmentor, is_runner_checkpoint, read_runner_checkpoint
 
 SEGMENTOR_KIND = "segmentor"  # in the metadata of its file
 
@@ -54,7 +55,7 @@ class Segmentor:
             )
 
 
-ARCHITECTURES[SEGMENTOR_KIND] = Segmentor  # lets `read_weights` read a segmentor's file
+ARCHITECTURES[SEGMENTOR_KIND] = Segmentor  # lets `parse_architecture` read a segmentor's file
 
 
 def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -> None:
@@ -62,15 +63,23 @@ def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -
     save_state(state, path, SEGMENTOR_KIND, segmentor)
 
 
-def load_segmentor(source: str | Path) -> tuple[Segmentor, dict[str, Tensor]]:
-    """Return the description and the tensors of a run of `addp seg train`, or of its file.
+def load_segmentor(source: str | Path) -> tuple[Segmentor | MmsegSegmentor, dict[str, Tensor]]:
+    """Return the description and the tensors of a run of `addp seg train`, or of its file or mmengine's checkpoint.
 
     Raises UserError if it is not a segmentor.
     """
-    weights = read_weights(source)
-    if weights.kind != SEGMENTOR_KIND:
-        raise UserError(f"model: {weights.source} is not a segmentor; expected a run of `addp seg train` or its file")
-    return weights.architecture, weights.state
+    content = read_file(source)
+    if is_runner_checkpoint(content):
+        return read_runner_checkpoint(content)
+    kind, architecture = (
+        ("", None) if content.description is None else parse_architecture(content.source, content.description)
+    )
+    if kind != SEGMENTOR_KIND:
+        raise UserError(
+            f"model: {content.source} is not a segmentor; expected a run of `addp seg train`, its file, or a checkpoint "
+            "of mmengine's Runner"
+        )
+    return architecture, content.state
 
 
 def load_tensors(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

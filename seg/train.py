@@ -1,8 +1,9 @@
 """`addp seg train`: train UperNet over a pretrained encoder on ADE20K, or on a dataset in its layout.
 
 Training runs in MMSegmentation, with mmengine's Runner. Keys that a recipe leaves at null have the config's values. The
-run ends with `<out>/model.safetensors`, which `addp seg test` and `addp seg predict` read, and with mIoU, aAcc and mAcc
-on the validation split. The same command continues a stopped run.
+run ends with `<out>/model.safetensors`, which `addp seg test` and `addp seg predict` read, with the same weights for
+mmseg's own tools (`config.py`, `model.pth`), and with mIoU, aAcc and mAcc on the validation split. The same command
+continues a stopped run.
 """
 
 import logging
@@ -14,6 +15,7 @@ import yaml
 from annotated_types import Ge, Gt, Interval, Le
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.launch import rank, world_size
 from addp_core.base.paths import FilePath
 from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.training.optimization import warn_if_warmup_is_too_long
@@ -21,7 +23,7 @@ from addp_core.training.run_folder import mark_finished, prepare_out, release_ou
 from addp_core.training.run_recipe import read_values
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
-from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, process_rank, read_config, world_size
+from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, read_config
 from seg.scenes import SceneConfig, SceneListing, check_numbering, check_pairs, find_pairs, read_class_names
 from seg.segmentor import Segmentor, save_segmentor
 
@@ -103,7 +105,7 @@ def run(recipe: Recipe) -> None:
         return
     try:
         classes = read_class_names(recipe.data.source, recipe.data.classes)
-        if process_rank() == 0:
+        if rank() == 0:
             check_scenes(recipe.data, classes)
         segmentor = describe_segmentor(recipe, cfg, classes)
         fill_config(cfg, recipe, segmentor)
@@ -169,7 +171,7 @@ def check_settings(recipe: Recipe) -> None:
             f"train.batch={batch}: found {train.accumulate} parts x {world_size()} processes, expected a multiple of "
             f"{parts}, at least {2 * parts}"
         )
-    if process_rank() == 0:
+    if rank() == 0:
         warn_if_warmup_is_too_long(resolved(train.warmup_steps), resolved(train.steps))
     if train.precision != "fp32" and not torch.cuda.is_available():
         raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use fp32")
@@ -283,6 +285,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
     from mmengine.dist import barrier
 
     from seg.launch import data_workers, start_runner
+    from seg.mmseg_export import write_segmentor
 
     runner = start_runner(cfg)
     run_folder = runner.run_folder
@@ -294,7 +297,9 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
         if runner.rank == 0:
             if run_folder.run_logger:
                 run_folder.run_logger.plot_curves()
-            save_segmentor(segmentor, runner.unwrapped_model.state_dict(), out / MODEL_FILE)
+            state = runner.unwrapped_model.state_dict()
+            save_segmentor(segmentor, state, out / MODEL_FILE)
+            write_segmentor(segmentor, state, out, recipe.data.source, recipe.data.classes)
             mark_finished(out, recipe, {"step": runner.iter // run_folder.accumulate, **run_folder.metrics})
             log.info("seg: finished: %s", out / MODEL_FILE)
         barrier()  # no process may end before the file has been written

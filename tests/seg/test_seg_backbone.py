@@ -7,14 +7,26 @@ from timm.models.beit import Beit
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
 from addp_core.base.errors import UserError
+from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.weights.encoders import load_encoder
+from addp_core.weights.saving import save_model
 from seg.backbone import AddpViT, LayerDecay, MapPyramid, default_out_indices
+
+
+ARCH = {"width": 16, "depth": 4, "heads": 2}  # of the file `encoder_file`
+
+
+def load_backbone(path, arch=ARCH, **options):
+    """Build a backbone and load its pretrained file, as mmengine does."""
+    init_cfg = {"type": "Pretrained", "checkpoint": str(path)}
+    backbone = AddpViT(arch, **({"patch_size": 8} | options), init_cfg=init_cfg)
+    backbone.init_weights()
+    return backbone.eval()
 
 
 def test_feature_maps_without_relative_positions_equal_the_encoders_tokens(encoder_file):
     indices, images = (0, 2, 3), torch.randn(2, 3, 48, 32)
-    init_cfg = {"type": "Pretrained", "checkpoint": str(encoder_file)}
-    backbone = AddpViT(img_size=(48, 32), out_indices=indices, relative="none", init_cfg=init_cfg).eval()
+    backbone = load_backbone(encoder_file, img_size=(48, 32), out_indices=indices, relative="none")
     encoder = load_encoder(str(encoder_file), (48, 32))
     tokens_by_block = encoder.forward_tokens(images, indices)
     assert torch.allclose(tokens_by_block[-1], encoder.forward_features(images), atol=1e-6)
@@ -25,8 +37,8 @@ def test_feature_maps_without_relative_positions_equal_the_encoders_tokens(encod
 
 
 def test_relative_position_tables_are_initialized_to_zero_and_used(encoder_file):
-    images, init_cfg = torch.randn(1, 3, 40, 48), {"type": "Pretrained", "checkpoint": str(encoder_file)}
-    backbone = AddpViT(img_size=32, init_cfg=init_cfg).eval()  # of another size than the images
+    images = torch.randn(1, 3, 40, 48)
+    backbone = load_backbone(encoder_file, img_size=32)  # of another size than the images
     tables = [value for name, value in backbone.named_parameters() if name.endswith("bias_table")]
     assert len(tables) == 4
     with torch.no_grad():
@@ -44,10 +56,11 @@ def test_a_beit_checkpoint_needs_its_relative_position_tables(tmp_path):
     for block in beit.blocks:
         torch.nn.init.normal_(block.attn.relative_position_bias_table)
     torch.save({"model": beit.state_dict()}, tmp_path / "beit.pth")
-    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "beit.pth")}
-    assert AddpViT(img_size=32, init_cfg=init_cfg).encoder.blocks[0].relative.relative_position_bias_table.any()
+    arch = ARCH | {"layer_scale": "gamma_1" in "".join(beit.state_dict())}
+    backbone = load_backbone(tmp_path / "beit.pth", arch, img_size=32)
+    assert backbone.encoder.blocks[0].relative.relative_position_bias_table.any()
     with pytest.raises(UserError, match=r"^relative=none: .*beit.pth has .*; expected relative=table$"):
-        AddpViT(img_size=32, relative="none", init_cfg=init_cfg)
+        load_backbone(tmp_path / "beit.pth", arch, img_size=32, relative="none")
 
 
 def test_feature_maps_equal_beits_with_its_class_token(tmp_path):
@@ -57,12 +70,13 @@ def test_feature_maps_equal_beits_with_its_class_token(tmp_path):
     for parameter in beit.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     torch.save({"model": beit.state_dict()}, tmp_path / "beit.pth")
-    init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / "beit.pth")}
     images, blocks = torch.randn(2, 3, 24, 32), [0, 1, 2, 3]
-    options = {"img_size": (24, 32), "out_indices": blocks, "init_cfg": init_cfg}
+    options = {"img_size": (24, 32), "out_indices": blocks}
     with torch.no_grad():
         expected = beit.forward_intermediates(images, indices=blocks, norm=False, intermediates_only=True)
-        maps, without_class_token = (AddpViT(**options, class_token=keep).eval()(images) for keep in (True, False))
+        maps, without_class_token = (
+            load_backbone(tmp_path / "beit.pth", **options, class_token=keep)(images) for keep in (True, False)
+        )
     for ours, theirs in zip(maps, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(without_class_token[-1], expected[-1], atol=0.01)
@@ -90,8 +104,8 @@ def test_the_learning_rate_falls_from_block_to_block():
     assert groups.keys() == {id(p) for p in trained.values()}
     rates = {name: groups[id(p)]["lr"] for name, p in trained.items()}
     assert rates["decode_head.weight"] == 1
-    assert [rates[f"backbone.encoder.blocks.{i}.mlp.fc1.weight"] for i in range(4)] == [0.5**k for k in (4, 3, 2, 1)]
-    assert rates["backbone.encoder.patch_embed.proj.weight"] == rates["backbone.encoder.pos_embed"] == 0.5**5
+    assert [rates[f"backbone.layers.{i}.mlp.fc1.weight"] for i in range(4)] == [0.5**k for k in (4, 3, 2, 1)]
+    assert rates["backbone.patch_embed.proj.weight"] == rates["backbone.pos_embed"] == 0.5**5
     without_decay = {name for name, p in trained.items() if groups[id(p)]["weight_decay"] == 0}
     assert without_decay == {
         name for name, p in trained.items() if p.ndim == 1 or name.endswith(("pos_embed", "cls_token"))

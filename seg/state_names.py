@@ -1,0 +1,100 @@
+"""The names of the backbone's tensors in state dicts, and whether a state dict is of the same architecture.
+
+The module's parameters have the names of mmseg's BEiT (`layers.0...`); state dicts have those of an `Encoder` below the
+prefix `encoder.`, as the files of every version do.
+"""
+
+import json
+import math
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import nn
+
+from addp_core.base.errors import UserError
+from addp_core.networks.encoder import METADATA_KEY, Encoder
+
+PREFIX = "encoder."
+_MODULE, _STORED = "layers.", "blocks."
+
+
+def to_stored_names(_: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    """Rename the tensors of a backbone that `state_dict` collects: a hook for `register_state_dict_post_hook`."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        name = _STORED + name.removeprefix(_MODULE) if name.startswith(_MODULE) else name
+        state[prefix + PREFIX + name] = state.pop(key)
+    state._metadata[prefix + PREFIX.rstrip(".")] = metadata
+
+
+def from_stored_names(state: MutableMapping[str, Any], prefix: str) -> None:
+    """Rename the tensors of a state dict, in place, to those of the module."""
+    start = prefix + PREFIX
+    for key in [key for key in state if key.startswith(start)]:
+        name = key.removeprefix(start)
+        name = _MODULE + name.removeprefix(_STORED) if name.startswith(_STORED) else name
+        state[prefix + name] = state.pop(key)
+
+
+def check_state(backbone: Encoder, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    """Raise UserError if a state dict has another backbone than the config; says in what they differ.
+
+    mmengine loads what fits and logs the rest as a warning, after which a model without its layer scales, say, predicts
+    something else.
+
+    Args:
+        state: with the names of the module; without any of the backbone's tensors, it is not checked.
+        prefix: of the backbone's tensors.
+        metadata: what the state dict says about the backbone.
+    """
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    expected = backbone.state_dict()
+    from_stored_names(expected, "")
+    if not found:
+        return
+    mine, theirs = describe(expected, backbone.config.heads), describe(found, stored_heads(metadata))
+    differences = [
+        f"{key}={theirs[key]} (the config: {mine[key]})"
+        for key in mine
+        if theirs[key] is not None and theirs[key] != mine[key]
+    ]
+    unfit = sorted(key for key in expected.keys() | found.keys() if shape(expected.get(key)) != shape(found.get(key)))
+    if differences or unfit:
+        reason = ", ".join(differences) or f"other tensors: {', '.join(unfit[:3])}"
+        raise UserError(
+            f"backbone: the checkpoint has {reason}; expected the arch, patch_size, img_size, relative, class_token and "
+            "tokenizer_norm of its training"
+        )
+
+
+def shape(tensor: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, or None."""
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def stored_heads(metadata: Mapping[str, Any]) -> int | None:
+    """Return the number of attention heads that a state dict's metadata tells, or None."""
+    text = metadata.get(METADATA_KEY)
+    return json.loads(text)["architecture"]["encoder"]["heads"] if isinstance(text, str) else None
+
+
+def describe(state: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
+    """Return the arguments of the backbone that its tensors tell; None for those that they do not."""
+    tables = [value for name, value in state.items() if name.endswith("relative_position_bias_table")]
+    positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    layers = [int(name.split(".")[1]) for name in state if name.startswith(_MODULE)]
+    patch_size = None if patches is None else patches.shape[-1]
+    described = {
+        "width": None if positions is None else positions.shape[-1],
+        "depth": max(layers, default=-1) + 1 or None,
+        "heads": tables[0].shape[-1] if tables else heads,
+        "layer_scale": any(".ls1." in name for name in state),
+        "patch_size": patch_size,
+        "relative": "table" if tables else "none",
+        "class_token": "cls_token" in state,
+        "tokenizer_norm": "tokenizer_norm.weight" in state,
+    }
+    if positions is not None and patch_size is not None:
+        patches_per_side = math.sqrt(positions.shape[1] - 1)
+        described["img_size"] = f"{patches_per_side * patch_size:g}"  # of square images, as everyone trains on
+    return described
