@@ -287,8 +287,8 @@ def draw_ratios(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
         step_axis.bar(steps, probabilities, width=0.9, alpha=0.6, label=name)
     ratio_axis.set(xlabel="mask ratio (share of unreliable tokens)", ylabel="probability per bar")
     step_axis.set(xlabel=f"step t (of {process.timesteps})", ylabel="probability")
-    ratio_axis.legend(fontsize=8)
-    step_axis.legend(fontsize=8)
+    for axis in (ratio_axis, step_axis):  # above the bars, of which one may be anywhere
+        axis.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     distribution = (
         f"always {process.ratio_mean:g}"
         if process.ratios == "fixed"

@@ -1,4 +1,4 @@
-"""Tables of text, for terminals and Markdown."""
+"""Tables of text, for terminals, Markdown and LaTeX."""
 
 from collections.abc import Sequence
 
@@ -22,6 +22,11 @@ def text_table(rows: Rows, left_columns: int = 1) -> str:
 def markdown_table(rows: Rows) -> str:
     """Return a Markdown table whose first row is its head: the first column to the left, the others to the right."""
     return tabulate(rows[1:], rows[0], tablefmt="pipe", colalign=_alignment(rows, 1), **KEEP_TEXT)
+
+
+def latex_table(rows: Rows) -> str:
+    """Return a LaTeX table for the package booktabs whose first row is its head, aligned like `markdown_table`."""
+    return tabulate(rows[1:], rows[0], tablefmt="latex_booktabs", colalign=_alignment(rows, 1), **KEEP_TEXT)
 
 
 def _alignment(rows: Rows, left_columns: int) -> list[str]:

@@ -82,6 +82,14 @@ class Table:
         cells = ((i, cell) for row in self.rows for i, cell in enumerate(row.cells) if i)
         return {i for i, cell in cells if len(cell.text) > LONG_TEXT}
 
+    def text_rows(self, notes: bool = True) -> list[list[str]]:
+        """Return the cells of each line, the head first, with the groups' names; with `notes`, these in parentheses."""
+        names = [name for name, columns in self.groups for _ in range(columns)] or [""] * len(self.head)
+        rows = [[" ".join(filter(None, pair)) for pair in zip(names, self.head, strict=True)]]
+        for row in self.rows:
+            rows.append([f"{cell.text} ({cell.note})" if notes and cell.note else cell.text for cell in row.cells])
+        return rows
+
 
 @dataclass(frozen=True)
 class Images:
@@ -215,13 +223,10 @@ def _markdown_image(path: Path, caption: str, folder: Path) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    names = [name for name, columns in table.groups for _ in range(columns)] or [""] * len(table.head)
-    head = [" ".join(filter(None, pair)) for pair in zip(names, table.head, strict=True)]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in table.rows:
-        texts = [f"{cell.text} ({cell.note})" if cell.note else cell.text for cell in row.cells]
+    head, *rows = table.text_rows()
+    lines = [[_escape(name) for name in head], ["---", *["---:"] * (len(head) - 1)]]
+    for row, texts in zip(table.rows, rows, strict=True):
         lines.append([f"*{_escape(text)}*" if row.kind == "paper" and text else _escape(text) for text in texts])
-    lines[0] = [_escape(name) for name in head]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{text}\n\n{_escape(table.caption)}" if table.caption else text
 

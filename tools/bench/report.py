@@ -1,4 +1,4 @@
-"""`addp report`: report.html and report.md of an `addp bench` folder, finished or not, from its bench.json.
+"""`addp report`: report.html, report.md and tables/ of an `addp bench` folder, finished or not, from its bench.json.
 
 An arm is one checkpoint or baseline under comparison. The first table has a row for each arm, the chance level and, set
 apart, the paper's numbers. A section for each benchmark follows, with its seeds, curves and images, and then what
@@ -37,6 +37,8 @@ from tools.bench.document import (
 from tools.bench.metric import Metric
 from tools.bench.paper import ENCODER_PARAMETERS, SOURCE
 from tools.bench.results import BenchResults, read_results
+from tools.bench.tables import FOLDER as TABLES
+from tools.bench.tables import write_tables
 
 log = logging.getLogger("addp")
 
@@ -49,7 +51,7 @@ MAX_IMAGES = 24  # of a step
 class Recipe:
     """Keys of `addp report`."""
 
-    out: Annotated[str, "folder of `addp bench`; report.html and report.md are written into it"]
+    out: Annotated[str, "folder of `addp bench`; report.html, report.md and tables/ are written into it"]
     price_per_hour: Annotated[
         float | None, Ge(0), "price of an hour of the machine, in any currency; null: the bench's own"
     ] = None
@@ -61,7 +63,7 @@ def run(recipe: Recipe) -> None:
 
 
 def write_report(out: Path, price_per_hour: float | None = None) -> Path:
-    """Write report.html and report.md into the folder of a bench; return the path of report.html.
+    """Write report.html, report.md and the folder tables into the folder of a bench; return the path of report.html.
 
     Raises UserError if there is no bench.json, if it cannot be read, or if the folder cannot be written.
     """
@@ -70,6 +72,7 @@ def write_report(out: Path, price_per_hour: float | None = None) -> Path:
     try:
         write_atomically(out / MARKDOWN, to_markdown(title, blocks, out).encode())
         write_atomically(out / HTML, to_html(title, blocks).encode())
+        write_tables(blocks, out / TABLES)
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror})") from error
     return out / HTML

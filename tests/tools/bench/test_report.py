@@ -1,5 +1,6 @@
 """`addp report`: what it writes for a bench that is finished, half finished, or has special characters in its names."""
 
+import csv
 import html.parser
 import json
 import re
@@ -392,3 +393,22 @@ def test_the_paper_adds_up():
     assert {"finetune", "linprobe", "det", "seg", "generation"} <= {
         name for name, benchmark in BENCHMARKS.items() if "ADDP ViT-L" in benchmark.published
     }
+
+
+def test_tables_are_written_as_csv_and_latex(out):
+    (out / "tables").mkdir()
+    (out / "tables/of-an-earlier-report.csv").write_text("a\n")
+    write_report(out)
+    assert not (out / "tables/of-an-earlier-report.csv").exists()
+    head, *rows = csv.reader((out / "tables/all-benchmarks.csv").read_text().splitlines())
+    column = head.index("Fine-tuning top-1 ↑")
+    assert {row[0]: row[column] for row in rows if row[0] in SCORES["finetune"]} == {
+        "small": "52.0 ± 2.0",
+        SPECIAL: "61.0 ± 1.4",
+        "random": "45.3 ± 0.6",
+    }
+    latex = (out / "tables/all-benchmarks.tex").read_text()
+    assert r"Fine-tuning top-1 $\uparrow$" in latex
+    assert r"52.0 $\pm$ 2.0 (+6.7)" in latex
+    assert "\\midrule" in latex
+    assert (out / "tables/fine-tuning-each-seed.csv").read_text().startswith("arm,seed,top-1 ↑\nsmall,0,50.0\n")
