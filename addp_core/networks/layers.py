@@ -71,7 +71,7 @@ def transformer_blocks(
 class Block(vision_transformer.Block):
     """timm's pre-norm block (its modules and parameter names) with optional windows and relative positions."""
 
-    attn: vision_transformer.Attention
+    attn: "SelfAttention"  # type: ignore[assignment]  # with timm's layers in it
     mlp: Mlp
     window = 0  # side of the attention windows in patches; 0: global attention
 
@@ -87,7 +87,7 @@ class Block(vision_transformer.Block):
             norm_layer=LayerNorm,  # type: ignore[arg-type]  # timm calls it and needs no class
         )
         self.relative: nn.Module | None = None  # a class attribute would hide the submodule that is set later
-        self.attn.attn_drop, self.attn.proj_drop = Dropout(dropout), Dropout(dropout)
+        self.attn = SelfAttention(cast(vision_transformer.Attention, self.attn), dropout)
         self.mlp.drop1, self.mlp.drop2 = Dropout(dropout), Dropout(dropout)
 
     def forward(  # type: ignore[override]  # timm's third argument, is_causal, has no use here
@@ -110,36 +110,59 @@ class Block(vision_transformer.Block):
         if self.window:
             assert grid is not None, "windows need the grid"
             h = to_windows(h, grid, self.window)
-            h = from_windows(self.attend(h, None, None, (self.window, self.window)), grid, self.window)
+            h = self.attn(h, relative=self.relative, grid=(self.window, self.window))
+            h = from_windows(h, grid, self.window)
         else:
-            h = self.attend(h, attn_mask, queries, grid)
+            h = self.attn(h, attn_mask, queries, self.relative, grid)
         x = x + self.drop_path1(self.ls1(h))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def attend(
-        self, h: Tensor, mask: Tensor | None, queries: Tensor | None, grid: tuple[int, int] | None = None
+
+class SelfAttention(nn.Module):
+    """The layers of timm's attention, under their names, with optional relative positions and queries."""
+
+    def __init__(self, layers: vision_transformer.Attention, dropout: float):
+        super().__init__()
+        self.num_heads, self.scale = layers.num_heads, layers.scale
+        self.qkv, self.attn_drop = layers.qkv, Dropout(dropout)
+        self.proj, self.proj_drop = layers.proj, Dropout(dropout)
+
+    def forward(
+        self,
+        h: Tensor,
+        attn_mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        relative: nn.Module | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Apply self-attention, Float[B,L,W] -> Float[B,L,W], or Float[B,Q,W] for the positions `queries` only."""
-        attn, width = self.attn, h.shape[-1]
-        attn_drop = cast(Dropout, attn.attn_drop)
+        """Map Float[B,L,W] to Float[B,L,W], or to Float[B,Q,W] for the positions `queries` only.
+
+        Args:
+            h: normalized tokens.
+            attn_mask: Bool, broadcast to [B,heads,L,L]; True where a key may be attended to.
+            queries: Long[B,Q], the positions to compute.
+            relative: maps queries Float[B,heads,L,D] and `grid` to a bias, which takes the place of `attn_mask`.
+            grid: rows and columns of the patches.
+        """
+        width, mask = h.shape[-1], attn_mask
         if queries is None:
-            q, k, v = attn.qkv(h).chunk(3, -1)
+            q, k, v = self.qkv(h).chunk(3, -1)
         else:
-            (w_q, w_kv), (b_q, b_kv) = (p.split((width, 2 * width)) for p in (attn.qkv.weight, attn.qkv.bias))
+            (w_q, w_kv), (b_q, b_kv) = (p.split((width, 2 * width)) for p in (self.qkv.weight, self.qkv.bias))
             q = F.linear(gather_tokens(h, queries), w_q, b_q)
             k, v = F.linear(h, w_kv, b_kv).chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if self.relative is not None:
-            mask = self.relative(q, grid).to(q.dtype)
-        if h.device.type == "cpu" and attn_drop.is_active:
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if relative is not None:
+            mask = relative(q, grid).to(q.dtype)
+        if h.device.type == "cpu" and self.attn_drop.is_active:
             # On the CPU torch has no fused attention with dropout, and its dropout is slow.
-            scores = (q * attn.scale) @ k.transpose(-2, -1)
+            scores = (q * self.scale) @ k.transpose(-2, -1)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-            x = attn_drop(scores.softmax(-1)) @ v
+            x = self.attn_drop(scores.softmax(-1)) @ v
         else:
-            x = F.scaled_dot_product_attention(q, k, v, mask, attn_drop.p if attn_drop.is_active else 0.0)
-        return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
+            x = F.scaled_dot_product_attention(q, k, v, mask, self.attn_drop.p if self.attn_drop.is_active else 0.0)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class Dropout(nn.Dropout):

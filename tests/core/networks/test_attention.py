@@ -123,7 +123,7 @@ def test_attention_with_a_bias_table_matches_beit():
         block.relative.relative_position_bias_table.copy_(beit.relative_position_bias_table)
     block.attn.proj.load_state_dict(beit.proj.state_dict())
     x = torch.randn(2, 13, 16)
-    torch.testing.assert_close(block.attend(x, None, None, (3, 4)), beit(x), **CLOSE)
+    torch.testing.assert_close(block.attn(x, relative=block.relative, grid=(3, 4)), beit(x), **CLOSE)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])

@@ -95,3 +95,14 @@ def test_parameters_without_weight_decay():
     """Positions and class token do not decay; relative positions do, as in ViTDet's and BEiT's recipes."""
     for kind in ("table", "decomposed"):
         assert tiny_encoder(AttentionConfig(relative=kind)).no_weight_decay() == {"pos_embed", "cls_token"}
+
+
+@pytest.mark.parametrize("attention", [AttentionConfig(), WINDOWED])
+def test_hooks_on_the_attention_of_each_block_fire(attention):
+    """Attention maps and probes of timm's users hang on `blocks[i].attn`."""
+    model, shapes = tiny_encoder(attention), []
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda module, inputs, output: shapes.append((inputs[0].shape, output.shape)))
+    model.forward_features(torch.randn(2, 3, 32, 40))
+    assert len(shapes) == len(model.blocks)
+    assert all(found == expected for found, expected in shapes)
