@@ -22,6 +22,7 @@ from addp_core.networks.encoder import EncoderArchitecture as EncoderArchitectur
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.files import first_line
+from addp_core.weights.stated import STATED_KIND, Stated
 
 NORMALISATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     # values of the key `normalisation`: mean and std of images in [0,1]
@@ -91,6 +92,7 @@ ARCHITECTURES: dict[str, type] = {
     "encoder": EncoderArchitecture,
     "token_encoder": TokenEncoderArchitecture,
     "classifier": ClassifierArchitecture,
+    STATED_KIND: Stated,
 }
 
 

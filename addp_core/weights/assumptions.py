@@ -4,8 +4,10 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from addp_core.base.errors import UserError
+from addp_core.weights.stated import Stated
 
 log = logging.getLogger("addp")
 
@@ -51,11 +53,16 @@ class Hints:
     image_size: tuple[int, int] | None = None  # asked for: (height, width)
     prefix: str = ""  # below which the tensors were found
     assumptions: list[Assumption] = field(default_factory=list)
+    stated: Stated = field(default_factory=Stated)  # by the file, beside its tensors
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """Architectures of modules that describe themselves, by the prefix of their tensors."""
 
     def heads_for(self, key: str, width: int) -> int:
-        """Return the number of attention heads: the caller's, or that of published ViTs of this width."""
+        """Return the number of attention heads: the caller's, the file's, or that of published ViTs of this width."""
         if key in self.heads:
             return self.heads[key]
+        if key == "encoder_heads" and self.stated.heads is not None:
+            return self.stated.heads
         known = KNOWN_HEADS.get(width, ())
         if width == 384 and any(name in self.prefix.split(".") for name in MOCO_V3):
             known = known[::-1]

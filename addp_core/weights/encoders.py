@@ -18,9 +18,11 @@ from addp_core.weights.architectures import (
     check_stored_heads,
     with_own_norm,
 )
+from addp_core.weights.assumptions import settle
 from addp_core.weights.files import Source, State, strip_prefix
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.fitting import fill, fit_encoder_state
+from addp_core.weights.layouts.vit import trained_on
 from addp_core.weights.loading import check_codebook
 from addp_core.weights.reading import Weights, as_user_error, describe_kind, read_part, read_weights
 
@@ -125,7 +127,9 @@ def _read_encoder(
     if vqgan is not None:
         raise UserError(f"tokenizer={vqgan.source}: {weights.source} is no MAGE checkpoint; leave the key out")
     needed = ("encoder_heads", "img_size") if init == "pretrained" else ("encoder_heads",)
-    weights.settle(("weights", *needed), needed)
+    weights.settle(("weights", "images", *needed), needed)
+    if weights.kind == "classifier":
+        settle(weights.source, trained_on(weights.architecture.mean, weights.architecture.std), ("images",))
     prefix = {"addp": "denoiser.encoder.", "classifier": "encoder."}.get(weights.kind, "")
     return weights.source, weights.part(prefix), encoder_architecture(weights)
 

@@ -127,8 +127,8 @@ def load_classifier(
         img_size: pixels, a side or (height, width), if other than in training; positions are resampled bicubically.
         encoder_heads: number of attention heads of a foreign file, if it is not the usual one of its width.
         weights: the name of the model to read, if a checkpoint holds several, as in `load_encoder`.
-        normalisation: mean and std of the images, which foreign files do not store: ImageNet's (the default, as MAE,
-            BEiT's fine-tuning and DeiT) or 0.5 ("half": most ViTs of timm).
+        normalisation: mean and std of the images, which most foreign files do not store (timm's `train.py` does):
+            ImageNet's (the default, as MAE, BEiT's fine-tuning and DeiT) or 0.5 ("half": most ViTs of timm).
 
     Raises:
         UserError: if the file has no head, or the arguments do not fit it.
@@ -147,7 +147,7 @@ def load_classifier(
     file.settle(assumed, ("encoder_heads", "img_size"))
     architecture: ClassifierArchitecture = file.architecture
     if normalisation is not None:
-        if file.stored:
+        if file.stored or not any(assumption.key == "normalisation" for assumption in file.assumptions):
             raise UserError(f"normalisation: {file.source} stores its mean and std; leave the key out")
         mean, std = NORMALISATION[normalisation]
         architecture = replace(architecture, mean=mean, std=std)

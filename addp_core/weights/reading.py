@@ -19,6 +19,7 @@ from addp_core.weights.entries import select_prefix
 from addp_core.weights.files import Source, State, read_file, strip_prefix
 from addp_core.weights.layouts.published import from_published, is_published_addp
 from addp_core.weights.layouts.registry import LAYOUTS, describe_tensors, is_model, is_other_method
+from addp_core.weights.stated import STATED_KIND, stated_by_training
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,20 @@ def read_weights(
     prefix, left_out = select_prefix(content.source, state, content.wanted, is_model, content.entries, within)
     if prefix or not within:
         state = strip_prefix(state, prefix)
-    if (description := content.descriptions.get(prefix)) is not None:
-        kind, architecture = parse_architecture(content.source, description)
+    described = {
+        name.removeprefix(prefix): parse_architecture(content.source, description)
+        for name, description in content.descriptions.items()
+        if name.startswith(prefix)
+    }
+    kind, architecture = described.get("", ("", None))
+    if kind and kind != STATED_KIND:
         check_stored_heads(content.source, architecture, heads)
         architecture = with_own_norm(architecture) if prefix else architecture  # trained inside of another model
         return Weights(content.source, kind, state, architecture, True, (*content.assumptions, *left_out))
-    hints = Hints(heads, image_size, prefix, [*content.assumptions, *left_out])
+    stated = stated_by_training(content.metadata, state, architecture)
+    stated.check_heads(content.source, heads.get("encoder_heads"))
+    modules = {name: module for name, (kind, module) in described.items() if kind == "encoder"}
+    hints = Hints(heads, image_size, prefix, [*content.assumptions, *left_out], stated, modules)
     for layout in sorted(LAYOUTS, key=lambda layout: layout.kind != preferred_kind):
         if layout.matches(state):
             with as_user_error(content.source):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from addp_core.weights.assumptions import Hints
 from addp_core.weights.files import State
-from addp_core.weights.layouts.ours import convert_our_addp, is_our_addp
+from addp_core.weights.layouts.ours import convert_our_addp, convert_our_classifier, is_our_addp, is_our_classifier
 from addp_core.weights.layouts.published import (
     convert_addp,
     convert_mage,
@@ -33,6 +33,7 @@ LAYOUTS = (
     Layout("predictor", is_mage, convert_mage),
     Layout("tokenizer", is_vqgan, convert_vqgan),
     Layout("encoder", is_vit, convert_vit),
+    Layout("classifier", is_our_classifier, convert_our_classifier),
     Layout("classifier", is_vit_classifier, convert_vit_classifier),  # if a classifier is asked for
 )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
-from addp_core.networks.classifier import Classifier, Pooling
+from addp_core.networks.classifier import RGB, Classifier, Pooling
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION, ClassifierArchitecture, EncoderArchitecture
@@ -38,6 +38,21 @@ def is_vit_classifier(state: Mapping[str, Any]) -> bool:
 
 def convert_vit(source: str, state: State, hints: Hints) -> tuple[State, EncoderArchitecture]:
     """Convert a ViT of MAE, BEiT or timm; decoders, heads and pooling norms are dropped."""
+    hints.assumptions.extend(trained_on(hints.stated.mean, hints.stated.std))
+    return convert_vit_encoder(source, state, hints)
+
+
+def trained_on(mean: RGB | None, std: RGB | None) -> tuple[Assumption, ...]:
+    """Say how images were normalized, if known and not as transfers do by default."""
+    if mean is None or std is None or (mean, std) == NORMALISATION["imagenet"]:
+        return ()
+    name = next((name for name, values in NORMALISATION.items() if values == (mean, std)), "")
+    note = f"was trained on images with mean {mean} and std {std}"
+    return (Assumption("images", note, f"as with normalisation={name}" if name else ""),)
+
+
+def convert_vit_encoder(source: str, state: State, hints: Hints) -> tuple[State, EncoderArchitecture]:
+    """Convert the encoder of a ViT; see `convert_vit`."""
     renamed = _our_names(state)
     ours = {key: value for key, value in renamed.items() if key.startswith(ENCODER_PREFIXES)}
     unsupported = [key for key in renamed if key not in ours and not key.startswith(NOT_ENCODER)]
@@ -46,8 +61,13 @@ def convert_vit(source: str, state: State, hints: Hints) -> tuple[State, Encoder
     require_tensors(source, ours, ("cls_token", "patch_embed.proj.weight"))
     width, patch = ours["cls_token"].shape[-1], ours["patch_embed.proj.weight"].shape[-1]
     table = ours.get(f"blocks.0.{RELATIVE_TABLE}")
-    asked = None if hints.image_size is None else (hints.image_size[0] // patch, hints.image_size[1] // patch)
-    if ours.get("pos_embed") is not None:
+    asked, stated = (
+        None if size is None else (size[0] // patch, size[1] // patch)
+        for size in (hints.image_size, hints.stated.image_size)
+    )
+    if stated is not None and "pos_embed" in ours and ours["pos_embed"].shape[1] == 1 + stated[0] * stated[1]:
+        grid = stated
+    elif ours.get("pos_embed") is not None:
         scaled = "blocks.0.ls1.gamma" in ours
         grid, ours["pos_embed"], assumptions = fit_positions(ours["pos_embed"], asked, layer_scale=scaled)
         hints.assumptions.extend(assumptions)
@@ -75,10 +95,9 @@ def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[Sta
     """Convert a ViT of MAE, BEiT or timm with its head.
 
     After the average of the patch tokens comes `fc_norm`; `norm` belongs to the class token. A file has one of the two.
-    A linear probe's batch norm is folded into the head. As the file does not say how its images were normalized, the
-    architecture has ImageNet's mean and std.
+    A linear probe's batch norm is folded into the head.
     """
-    encoder_state, encoder = convert_vit(source, state, hints)
+    encoder_state, encoder = convert_vit_encoder(source, state, hints)
     if "fc_norm.weight" in state and "norm.weight" in state:
         raise UserError(f"{source}: a classifier with two norms before its head; expected norm (timm) or fc_norm (MAE)")
     norm = next((name for name in ("fc_norm", "norm") if f"{name}.weight" in state), None)
@@ -93,14 +112,44 @@ def convert_vit_classifier(source: str, state: State, hints: Hints) -> tuple[Sta
     ours |= {f"fc_norm.{name}": state[f"{norm}.{name}"] for name in ("weight", "bias")}
     classes = len(head["weight"])
     ours |= {"head.weight": head["weight"], "head.bias": head.get("bias", torch.zeros(classes))}
+    return ours, classifier_architecture(source, encoder, classes, hints, "token" if norm == "norm" else "avg", norm)
+
+
+def classifier_architecture(
+    source: str, encoder: EncoderArchitecture, classes: int, hints: Hints, pooling: Pooling, norm: str
+) -> ClassifierArchitecture:
+    """Return the architecture of a foreign classifier: what its file states, otherwise what is assumed.
+
+    Args:
+        source: names the file in errors.
+        encoder: the classifier's.
+        classes: number of outputs of the head.
+        hints: get the assumptions: ImageNet's mean and std, and `pooling` after a norm that does not tell it.
+        pooling: if the file does not state it.
+        norm: the name of the norm before the head. After `fc_norm` is the average in all published files.
+
+    Raises:
+        UserError: if it states a pooling that our classifier lacks.
+    """
+    stated = hints.stated
+    if stated.pooling == "avg" and norm == "norm":
+        raise UserError(
+            f"{source}: its head reads the average of normalized tokens ({stated.by}), which our classifier does not "
+            "compute; expected fc_norm, or timm's own model (`addp robustness model=timm:<name> checkpoint=<file>`)"
+        )
+    if stated.pooling not in ("", "avg", "token"):
+        raise UserError(f"{source}: its head reads global_pool={stated.pooling} ({stated.by}); expected avg or token")
+    if stated.pooling:
+        pooling = cast(Pooling, stated.pooling)
+    elif norm == "norm":  # timm's ViTs that average after `norm` have the same tensors
+        note = "does not store which tokens its head reads; took the class token after norm, as there is no fc_norm"
+        hints.assumptions.append(Assumption("pooling", note))
+    if stated.mean is not None and stated.std is not None:
+        return ClassifierArchitecture(encoder, classes, pooling, "layer", (), stated.mean, stated.std, crop=stated.crop)
     mean, std = NORMALISATION["imagenet"]
     note = "does not store how its images were normalized; took ImageNet's mean and std"
     hints.assumptions.append(Assumption("normalisation", note, "normalisation=half takes 0.5"))
-    pooling: Pooling = "avg" if norm == "fc_norm" else "token"
-    if pooling == "token":  # timm's ViTs that average after `norm` have the same tensors
-        note = "does not store which tokens its head reads; took the class token after norm, as there is no fc_norm"
-        hints.assumptions.append(Assumption("pooling", note))
-    return ours, ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
+    return ClassifierArchitecture(encoder, classes, pooling, "layer", (), mean, std)
 
 
 def _our_names(state: State) -> State:

@@ -2,16 +2,22 @@
 
 import argparse
 import types
+from functools import partial
 
 import pytest
+import timm
 import torch
 from checks import assert_user_error
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 from addp_core import load_encoder
 from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.weights.files import read_file
+from addp_core.weights.loading import load_classifier
 
 
 def encoder(seed=0, heads=4, tokenizer_norm=False, **options):
@@ -95,6 +101,105 @@ def test_a_runners_checkpoint_is_read_with_its_meta(runner_file):
     assert "backbone.encoder.cls_token" in content.state
     assert content.metadata["meta"]["dataset_meta"]["classes"] == ("ground", "digit")
     assert "optimizer" not in content.metadata
+
+
+# -------------------- timm's train.py
+
+
+SHAPE = {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8}
+
+
+def trained_by_timm(folder, model, name, model_kwargs, **options):
+    """Save a model and its average as timm's `train.py` does."""
+    defaults = dict.fromkeys(("gp", "mean", "std", "crop_pct", "input_size", "img_size"))
+    args = argparse.Namespace(model=name, model_kwargs=model_kwargs, opt="adamw", **defaults | options)
+    average = ModelEmaV3(model)
+    with torch.no_grad():
+        for value in (*model.parameters(), *average.module.parameters()):
+            value.add_(0.1 * torch.randn_like(value))
+    optimizer = torch.optim.AdamW(model.parameters())
+    saver = CheckpointSaver(model, optimizer, args, average, checkpoint_dir=str(folder), recovery_dir=str(folder))
+    saver.save_checkpoint(0, metric=1.0)
+    assert {"last.pth.tar", "model_best.pth.tar", "checkpoint-0.pth.tar"} <= {path.name for path in folder.iterdir()}
+    return model.eval(), average.module.eval(), folder / "last.pth.tar"
+
+
+def vit_for_timm(**options):
+    """What the registered name builds: timm's ViT with the norm after its pooling."""
+    return VisionTransformer(num_classes=3, **{"global_pool": "avg", "fc_norm": True} | SHAPE | options)
+
+
+def assert_same_outputs(read, model, size):
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(read(images), model(images), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "token"])
+def test_a_model_that_timm_trained_under_our_name(tmp_path, caplog, pooling):
+    model = vit_for_timm(img_size=32, global_pool=pooling)
+    model, average, path = trained_by_timm(
+        tmp_path, model, "addp_vit_tiny_patch16", SHAPE, gp=pooling, mean=[0.5], std=[0.25], crop_pct=0.9, img_size=32
+    )
+    read = load_classifier(path)
+    assert (read.encoder.config.heads, read.mean, read.std, read.crop) == (4, (0.5,) * 3, (0.25,) * 3, 0.9)
+    assert_same_outputs(read, model, (32, 32))
+    assert_same_outputs(load_classifier(path, weights="ema"), average, (32, 32))
+    assert "took state_dict (weights=state_dict_ema takes the other)" in caplog.text
+    assert "heads" not in caplog.text
+    assert "normalized" not in caplog.text
+    caplog.clear()
+    assert load_encoder(path, 32, weights="state_dict").config.heads == 4
+    assert f"was trained on images with mean {(0.5,) * 3}" in caplog.text
+    wrong = "encoder_heads=8", "was trained with 4 attention heads (arch addp_vit_tiny_patch16 num_heads=4)"
+    for load in (load_encoder, load_classifier):
+        assert_user_error(partial(load, path, 32, encoder_heads=8), *wrong)
+    assert_user_error(lambda: load_classifier(path, normalisation="half"), "normalisation", "leave the key out")
+
+
+def test_timms_own_vit_with_options(tmp_path, caplog):
+    options = {"img_size": (32, 64), "num_heads": 6, "depth": 1, "patch_size": 16}
+    name = "vit_tiny_patch16_224"
+    model, _, path = trained_by_timm(tmp_path, timm.create_model(name, num_classes=3, **options), name, options)
+    read = load_classifier(path, weights="state_dict")
+    assert (read.encoder.config.heads, read.encoder.grid, read.pooling) == (6, (2, 4), "token")
+    assert (read.mean, read.crop) == ((0.5,) * 3, 0.9)  # timm's configuration of the name
+    assert not caplog.text
+    assert_same_outputs(read, model, (32, 64))
+
+
+def test_a_model_that_timm_trained_as_our_classifier(tmp_path, caplog):
+    """Under the same name, before it was timm's own ViT."""
+    model = Classifier(encoder(), 3, "token")
+    model, _, path = trained_by_timm(tmp_path, model, "addp_vit_tiny_patch16", {"embed_dim": 32, "num_heads": 4})
+    content = torch.load(path, weights_only=False)
+    content["state_dict"] = dict(content["state_dict"])  # without metadata
+    torch.save(content, tmp_path / "old.pth.tar")
+    for name in ("last.pth.tar", "old.pth.tar"):
+        read = load_encoder(tmp_path / name, 32, weights="state_dict")
+        assert read.config.heads == 4
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(read.forward_features(images), model.encoder.forward_features(images))
+        assert "head" not in caplog.text
+        assert load_classifier(tmp_path / name, weights="state_dict").num_classes == 3
+
+
+def test_a_pooling_that_we_lack_is_refused(tmp_path):
+    for pooling, words in (("avg", "the average of normalized tokens"), ("max", "global_pool=max")):
+        vit = vit_for_timm(img_size=32, global_pool=pooling, fc_norm=pooling == "max")
+        folder = tmp_path / pooling
+        folder.mkdir()
+        _, _, path = trained_by_timm(folder, vit, "addp_vit_tiny_patch16", SHAPE, gp=pooling)
+        assert_user_error(partial(load_classifier, path), words, "addp_vit_tiny_patch16")
+        assert load_encoder(path, 32).config.heads == 4
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "addp_vit_tiny_patch16", "vit_tiny_patch16_224", "of_another_program"])
+def test_options_that_do_not_fit_the_tensors_state_nothing(tmp_path, caplog, arch):
+    vit = vit_for_timm(img_size=32, embed_dim=192)
+    args = argparse.Namespace(model_kwargs={"embed_dim": 32}, mean="unknown")
+    torch.save({"state_dict": vit.state_dict(), "arch": arch, "args": args}, tmp_path / "f.pth")
+    assert load_classifier(tmp_path / "f.pth").encoder.config.heads == 3
+    assert "took ImageNet's mean and std" in caplog.text
 
 
 # -------------------- mmengine and detectron2
