@@ -59,8 +59,8 @@ MODULES = {  # distribution: import name, where it is not the distribution's wit
 }
 ALTERNATIVES = {"mmseg": ("mmsegmentation",), "mmcv": ("mmcv",), "mmengine": ("mmengine",)}  # OpenMMLab's own
 DEVELOPMENT = ("test", "docs")  # extras that no task needs
-DETECTRON2 = (  # there is no release of it on the index
-    f"{PIP} 'omegaconf<2.4' hydra-core shapely && "
+DETECTRON2 = (  # there is no release of it on the index; its model_zoo needs pkg_resources, which setuptools 81 removed
+    f"{PIP} 'omegaconf<2.4' hydra-core shapely 'setuptools<81' && "
     f"{PIP} --no-build-isolation --no-deps 'git+https://github.com/facebookresearch/detectron2' (builds for minutes)"
 )
 

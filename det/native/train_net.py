@@ -4,15 +4,19 @@
         [key=value]
 
 --config-file takes the name of a LazyConfig in det/native/configs/, or a file. `model.backbone.net.encoder.source` is
-the checkpoint of the encoder; `train.init_checkpoint` is the checkpoint of a complete detector (for --eval-only).
+the checkpoint of the encoder; `train.init_checkpoint` is that of a detector (for --eval-only), or of an encoder too.
 
 This program is for those who work with detectron2. `addp det train` reads the same COCO files, is configured by YAML
 recipes and continues an interrupted run bit for bit.
 """
 
 import argparse
+import contextlib
 import logging
+import multiprocessing
+import signal
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -39,9 +43,11 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
+from torch.utils.data import get_worker_info
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
+from addp_core.data.stream import ignore_signals
 from addp_core.networks.encoder import Encoder
 from addp_core.training.signals import StopSignals
 from addp_core.weights.files import MODEL_FILE, read_tensors
@@ -76,6 +82,24 @@ class StopOnSignal(HookBase):
             self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
             log.info("stopped by a signal after iteration %d; continue with --resume", self.trainer.iter)
             raise SystemExit(1 if any(interrupt for _, interrupt in requests) else 0)
+
+
+class SignalProofMapper:
+    """A dataset mapper whose loader's workers ignore signals: the group of processes receives what `timeout`, a
+    terminal or Slurm sends, and only the training process handles it, which needs its workers to finish its step.
+
+    detectron2's loaders have no argument for the initialization of workers, so the first image does it.
+    """
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
+        self.mapper, self.initialized = mapper, False
+
+    def __call__(self, record: dict[str, Any]) -> Any:
+        worker = get_worker_info()
+        if worker is not None and not self.initialized:
+            ignore_signals(worker.id)
+            self.initialized = True
+        return self.mapper(record)
 
 
 def train(cfg: DictConfig, resume: bool) -> None:
@@ -130,6 +154,7 @@ def train_loader(cfg: DictConfig, start: int) -> Any:
     """
     options = dict(cfg.dataloader.train)
     dataset = options["dataset"] = instantiate(options["dataset"])
+    options["mapper"] = SignalProofMapper(instantiate(options["mapper"]))
     options["sampler"] = TrainingSampler(len(dataset), seed=seed_for(cfg.train.seed, "sampler", start))
     seed_all_rng(seed_for(cfg.train.seed, "continue", start, comm.get_rank()) % 2**31)
     return instantiate(options)
@@ -137,7 +162,9 @@ def train_loader(cfg: DictConfig, start: int) -> Any:
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """Print and return detectron2's metrics, in percent."""
-    metrics = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    options = dict(cfg.dataloader.test)
+    options["mapper"] = SignalProofMapper(instantiate(options["mapper"]))
+    metrics = inference_on_dataset(model, instantiate(options), instantiate(cfg.dataloader.evaluator))
     print_csv_format(metrics)
     return metrics
 
@@ -149,6 +176,15 @@ def evaluate_only(cfg: DictConfig) -> None:
     model = instantiate(cfg.model).to(cfg.train.device)
     load_weights(model, cfg.train.init_checkpoint)
     evaluate(cfg, create_ddp_model(model, **cfg.train.ddp))
+
+
+def move_encoder(cfg: DictConfig) -> None:
+    """Make `train.init_checkpoint` the source of the encoder if it is a pretrained encoder and no detector."""
+    source, net = cfg.train.init_checkpoint, cfg.model.backbone.net
+    if not source or any(name.removeprefix(MODEL_PREFIX).startswith("backbone.") for name in read_tensors(source)):
+        return
+    log.info("train.init_checkpoint=%s: no detector; read as model.backbone.net.encoder.source", source)
+    net.encoder.source, cfg.train.init_checkpoint = source, ""
 
 
 def load_weights(model: nn.Module, source: str) -> None:
@@ -216,11 +252,25 @@ def main(args: argparse.Namespace) -> None:
         if args.eval_only:
             evaluate_only(cfg)
         else:
+            move_encoder(cfg)
             train(cfg, args.resume)
     except UserError as error:
         if comm.is_main_process():
             sys.stderr.write(f"addp: {error}\n")
         raise SystemExit(2) from error
+    finally:
+        end_workers()
+
+
+def end_workers() -> None:
+    """End the workers of loaders that are still referenced: Python's exit would wait for them forever, because they
+    ignore its signal.
+    """
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports workers that were killed
+    for worker in workers:
+        worker.kill()
 
 
 def find_config(name: str) -> Path:
@@ -237,7 +287,8 @@ def run(argv: list[str] | None = None) -> None:
     machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank, "dist_url": args.dist_url}
     try:
         args.config_file = str(find_config(args.config_file))
-        launch(main, args.num_gpus, **machines, args=(args,))
+        with StopSignals() if args.num_gpus * args.num_machines > 1 else contextlib.nullcontext():
+            launch(main, args.num_gpus, **machines, args=(args,))  # several processes stop by themselves
     except UserError as error:
         sys.stderr.write(f"addp: {error}\n")
         raise SystemExit(2) from error

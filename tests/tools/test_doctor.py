@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_nothing_installed(nothing_installed, capsys):
     assert any(command.endswith("-m pip install 'addp[det]'") for command in report["tasks"]["det"]["commands"])
     assert any("-m pip install 'timm<" in command for command in report["tasks"]["pretrain"]["commands"])
     assert any(
-        all(word in command for word in ("omegaconf<2.4", "--no-build-isolation", "detectron2"))
+        all(word in command for word in ("omegaconf<2.4", "setuptools<81", "--no-build-isolation", "detectron2"))
         for command in report["tasks"]["det"]["commands"]
     )
     assert main(["doctor"]) == 0
@@ -95,3 +96,9 @@ def test_versions_outside_the_tested_range(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "installed_version", lambda package: "0.1" if package.module == "timm" else None)
     report = examined(capsys)
     assert any(problem.startswith("timm 0.1 is outside the tested range") for problem in report["problems"])
+
+
+def test_the_pages_install_detectron2_as_doctor_says():
+    page = (Path(doctor.__file__).parents[1] / "docs" / "detection.md").read_text()
+    for command in doctor.DETECTRON2.removesuffix(" (builds for minutes)").split(" && "):
+        assert command.replace(doctor.PIP, "pip install") in page

@@ -4,7 +4,11 @@
 
 import json
 import logging
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +87,29 @@ def test_train_net_stops_continues_evaluates_and_exports(arguments, tmp_path, mo
     results.unlink()
     train_net.run(["--eval-only", *arguments, f"train.init_checkpoint={out}"])
     assert results.read_text() == before
+
+
+def test_a_signal_to_the_group_of_processes_leaves_a_checkpoint(arguments, encoder_file, tmp_path):
+    """As `timeout`, a terminal and Slurm stop a job; the encoder comes from train.init_checkpoint."""
+    settings = [a for a in arguments if not a.startswith("model.backbone.net.encoder.source")]
+    settings += ["dataloader.train.num_workers=2", "train.max_iter=5000", f"train.init_checkpoint={encoder_file}"]
+    command = [sys.executable, "-W", "ignore", "-m", "det.native.train_net", *settings]
+    root, out = Path(train_net.__file__).parents[2], tmp_path / "out"
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.json").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        process.kill()
+    text = (tmp_path / "log").read_text()
+    assert "no detector; read as model.backbone.net.encoder.source" in text
+    assert "stopped by a signal after iteration" in text
+    assert "DataLoader worker" not in text
+    assert (out / (out / "last_checkpoint").read_text()).exists()
 
 
 class CodeOnUnpickling:
