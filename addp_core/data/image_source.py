@@ -83,9 +83,10 @@ class PackedStrings:
     """
 
     def __init__(self, strings: Sequence[str]):
-        encoded = [os.fsencode(string) for string in strings]
+        text = "".join(strings)
+        encoded = strings if text.isascii() else [os.fsencode(string) for string in strings]
         self._ends = np.cumsum([0, *map(len, encoded)])
-        self._text = b"".join(encoded)
+        self._text = os.fsencode(text)
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -188,9 +188,10 @@ def _open_folder(root: Path, split: str, classes: Sequence[str] | None) -> Image
     dropped = listing.passed_over + listing.others + Counter({".tar": len(listing.tars)})
     if dropped:
         log.info("data: %s: passed over: %s", root, count_text(dropped))
-    if not all(os.sep in name for name in names):
+    ends = [name.find(os.sep) for name in names]
+    if min(ends) < 0:
         return ImageFiles(root, names)
-    folders = [name.split(os.sep, 1)[0] for name in names]
+    folders = [name[:end] for name, end in zip(names, ends, strict=True)]
     # A class without images keeps its label.
     class_names = sorted(set(folders) | set(FolderTree(root).folders())) if classes is None else classes
     if all(map(split_of, class_names)):
