@@ -1,39 +1,44 @@
 """The encoder as timm models: `timm.create_model("addp_vit_base_patch16", ...)`, also tiny, small and large.
 
-`checkpoint_path` accepts every file of safetensors or plain tensors that `load_encoder` reads, and `pretrained=True`
-loads the published weights of ViT-B and ViT-L; both work with `features_only=True` too. The new head keeps its initial
-weights if the file has no head or one that does not fit.
+They are timm's own `VisionTransformer` with the pooling and initialization of App. D.2. `checkpoint_path` takes files
+in every layout that `load_encoder` reads; `pretrained=True` loads the published weights of ViT-B and ViT-L, or with
+`pretrained_cfg_overlay={"file": ...}` any file or run folder. `addp_vit` takes its whole architecture from such a file.
 """
 
-import logging
+import inspect
+import os
+from collections.abc import Mapping
 from typing import Any, cast
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from addp_core.networks.classifier import Classifier, Pooling
-from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
-from addp_core.weights.encoders import load_encoder
-from addp_core.weights.files import Source, strip_prefix
-from addp_core.weights.layouts.published import encoder_tensors
-
-log = logging.getLogger("addp")
+from addp_core.base.errors import UserError, renaming_keys
+from addp_core.networks.classifier import init_head
+from addp_core.networks.encoder import METADATA_KEY, VIT_SIZES
+from addp_core.networks.layers import INIT_STD, init_transformer
+from addp_core.weights.files import MODEL_FILE
+from cls.timm_weights import TimmFile, as_vit, convert_weights, describe_file
 
 HUB_REPOSITORY = "Changyao/ADDP"  # of the authors
+ANY_SIZE = "addp_vit"  # the name whose architecture is that of its file
 
 
 def _cfg(**options: Any) -> dict[str, Any]:
     """Return timm's description of a pretrained model."""
     return {
         "input_size": (3, 224, 224),
+        "fixed_input_size": True,
         "num_classes": 0,  # the published files have no head
         "pool_size": None,
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "encoder.patch_embed.proj",
+        "first_conv": "patch_embed.proj",
         "classifier": "head",
         "paper_ids": "arXiv:2306.05423",
         **options,
@@ -46,6 +51,7 @@ def _published_cfg(filename: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
+        ANY_SIZE: _cfg(),
         "addp_vit_tiny_patch16": _cfg(),
         "addp_vit_small_patch16": _cfg(),
         "addp_vit_base_patch16": _published_cfg("addp-vit-base-16.pth"),
@@ -54,127 +60,159 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-class TimmClassifier(Classifier):
-    """A `Classifier` with the constructor that timm expects, which loads state dicts in any layout."""
+class EncoderForTimm(VisionTransformer):
+    """timm's ViT with average pooling before its norm, our initialization, and state dicts in any layout."""
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: Pooling = "avg",
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        drop_path_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        pre_norm: bool = False,
-        dynamic_img_size: bool = False,
-        drop_rate: float = 0.0,
-    ):
-        """Build the model from timm's names for the arguments of `Encoder` and `Classifier`.
+    def __init__(self, global_pool: Any = "avg", fc_norm: bool | None = True, depth: int = 12, **options: Any):
+        """Build the model; `options` are further arguments of timm's `VisionTransformer`."""
+        super().__init__(global_pool=global_pool, fc_norm=fc_norm, depth=depth, **options)
+        self.depth = depth  # before timm prunes blocks
+        self.file: TimmFile | None = None  # whose tensors timm loads next, without its metadata
 
-        `pre_norm` is ADDP's `tokenizer_norm`; `drop_rate` is a dropout before the head. Raises ValueError unless there
-        are three channels.
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialize as `Encoder` and `Classifier` do, or as timm does if the caller chose a `weight_init`."""
+        if mode or getattr(self, "weight_init_mode", ""):
+            super().init_weights(mode)
+            return
+        for module in self.modules() if needs_reset else ():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        init_transformer(self)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
+        for token in (self.pos_embed, self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=INIT_STD)
+        if isinstance(self.head, nn.Linear):
+            init_head(self.head)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one with small random weights; with 0 classes, by none."""
+        super().reset_classifier(num_classes, global_pool)
+        if isinstance(self.head, nn.Linear):
+            init_head(self.head)
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """Load a file in any layout, or a run folder, for timm. Raises UserError like `convert_weights`."""
+        super().load_state_dict(convert_weights(self, self.depth, checkpoint_path))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict, converted if it is one of another layout, image size or number of classes.
+
+        Raises UserError like `convert_weights`.
         """
-        if in_chans != 3:
-            raise ValueError(f"in_chans: found {in_chans}, expected 3")
-        config = EncoderConfig(embed_dim, depth, num_heads, proj_drop_rate, drop_path_rate, pre_norm, proj_drop_rate)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        encoder = Encoder(config, (height, width), patch_size, dynamic=dynamic_img_size)
-        super().__init__(encoder, num_classes, global_pool)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.register_load_state_dict_pre_hook(_convert_state)
+        return super().load_state_dict(self.convert(state_dict), strict, assign)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens Float[B,1+N,W] -> logits Float[B,classes], or with `pre_logits` the input of the head, Float[B,W]."""
-        x = self.head_drop(super().forward_head(x, pre_logits=True))
-        return x if pre_logits else self.head(x)
-
-    def load_pretrained(self, path: str) -> None:
-        """Load the encoder from a file in any layout, for timm; the head is unchanged.
-
-        Raises UserError like `load_encoder`.
-        """
-        self.encoder.load_state_dict(_load_same_encoder(self, path).state_dict())
-
-
-def _load_same_encoder(model: TimmClassifier, source: Source) -> nn.Module:
-    """Return the encoder of a file or state dict, with the size and options of the model's encoder."""
-    config = model.encoder.config
-    return load_encoder(
-        source, model.encoder.image_size, encoder_heads=config.heads, tokenizer_norm=config.tokenizer_norm
-    )
-
-
-def _convert_state(model: TimmClassifier, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Convert a state dict of another layout or image size, in place, before the model loads it.
-
-    A head that does not fit is dropped with a warning, and the model's own head is kept.
-    """
-    if prefix:
-        return
-    own_state = model.state_dict()
-    loaded = {key: value for key, value in state.items() if not key.startswith("encoder.")}
-    has_our_names = len(loaded) < len(state)
-    head = {key: value for key, value in own_state.items() if not key.startswith("encoder.")}
-    if has_our_names and all(key in loaded and loaded[key].shape == value.shape for key, value in head.items()):
-        head = loaded
-    elif "head.weight" in loaded:
-        log.warning("dropping the checkpoint's head for %d classes", len(loaded["head.weight"]))
-    if has_our_names and state["encoder.pos_embed"].shape == own_state["encoder.pos_embed"].shape:
-        encoder = {key: value for key, value in state.items() if key.startswith("encoder.")}
-    else:
-        tensors = strip_prefix(state, "encoder.") if has_our_names else encoder_tensors(state)
-        converted = _load_same_encoder(model, tensors).state_dict()
-        encoder = {f"encoder.{key}": value for key, value in converted.items()}
-    state.clear()
-    state.update(head, **encoder)
+    def convert(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the tensors of a state dict in any layout under this model's names, of its shapes."""
+        file, self.file = self.file, None
+        own = self.state_dict()
+        if all(key in own and own[key].shape == value.shape for key, value in state.items()):
+            return state
+        if file is None:
+            return convert_weights(self, self.depth, as_vit(state))
+        if file.metadata:
+            state = {**state, METADATA_KEY: file.metadata}
+        with renaming_keys({"state dict": file.source}):
+            return convert_weights(self, self.depth, state, file.source)
 
 
 def _convert_features_state(wrapper: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Convert a state dict as `_convert_state` does, for `features_only`.
+    """Convert a state dict in place, as `EncoderForTimm` does, for the wrapper of timm's `features_only`.
 
-    timm then holds the model, without its later parts, as `wrapper.model`.
+    The wrapper holds the model, without its later parts, as `wrapper.model`.
     """
     if prefix or any(key.startswith("model.") for key in state):
         return
-    _convert_state(cast(TimmClassifier, wrapper.model), state, "")
-    converted = {f"model.{key}": value for key, value in state.items()}
+    converted = cast(EncoderForTimm, wrapper.model).convert(state)
     state.clear()
-    state.update({key: converted[key] for key in wrapper.state_dict() if key in converted})
+    state.update({f"model.{key}": value for key, value in converted.items()})
 
 
-def _build(name: str, size: str, pretrained: bool, **options: Any) -> nn.Module:
-    config = VIT_SIZES[size]
-    shape = {"embed_dim": config["width"], "depth": config["depth"], "num_heads": config["heads"]}
+def _checkpoint_path() -> str:
+    """Return the `checkpoint_path` of the running `timm.create_model`, or "".
+
+    timm loads that file after it has built the model and tells a model's function nothing of it, so the only place that
+    has it in time for the architecture is the frame of the caller.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not timm.create_model.__code__:
+        frame = frame.f_back
+    return "" if frame is None else os.fspath(frame.f_locals["checkpoint_path"] or "")
+
+
+def _pretrained_file(cfg: Any, overlay: Mapping[str, Any]) -> str:
+    """Return the file with which the caller replaces timm's pretrained weights, or ""."""
+    entries = cfg if isinstance(cfg, Mapping) else getattr(cfg, "__dict__", {})
+    if entries.get("source"):  # a folder or repository that timm wrote, with all arguments
+        return ""
+    return os.fspath(overlay.get("file") or entries.get("file") or "")
+
+
+def _build(name: str, shape: Mapping[str, Any], pretrained: bool, **options: Any) -> nn.Module:
+    """Build a model with the arguments of its name, of the caller and, for what they leave open, of its file."""
     features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
-    model = build_model_with_cfg(TimmClassifier, name, pretrained, feature_cfg=features, **{**shape, **options})
-    if options.get("features_only"):
+    overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
+    path, arguments, described = _checkpoint_path(), dict(shape), None
+    file = path or (pretrained and _pretrained_file(options.get("pretrained_cfg"), overlay))
+    if file:
+        described = describe_file(file, name, {**shape, **options})
+        arguments = {**described.arguments, **shape}
+        cfg = described.cfg if name == ANY_SIZE else {k: v for k, v in described.cfg.items() if k != "input_size"}
+        overlay = {**cfg, **overlay}
+    if path and not os.path.isfile(path):
+        raise UserError(
+            f"checkpoint_path: found {path}, but timm reads files only; expected {path}/{MODEL_FILE}, or "
+            f"pretrained=True, pretrained_cfg_overlay={{'file': '{path}'}} in its place"
+        )
+    if file and not path:
+        overlay["custom_load"] = True  # by `load_pretrained`, which reads more than timm
+    model = build_model_with_cfg(
+        EncoderForTimm,
+        name,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=features,
+        **{**arguments, **options},
+    )
+    inner = getattr(model, "model", model)  # timm's `features_only` wraps the model
+    inner.file = described if path else None
+    if inner is not model:
         model.register_load_state_dict_pre_hook(_convert_features_state)
+    model._model_args = arguments  # type: ignore[assignment]  # which timm stores when it saves the model
     return model
+
+
+def _shape(size: str) -> dict[str, int]:
+    """Return timm's arguments for a size."""
+    config = VIT_SIZES[size]
+    return {"patch_size": 16, "embed_dim": config["width"], "depth": config["depth"], "num_heads": config["heads"]}
+
+
+@register_model
+def addp_vit(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ADDP's encoder as its file describes it; ViT-B without a file."""
+    return _build(ANY_SIZE, {}, pretrained, **kwargs)
 
 
 @register_model
 def addp_vit_tiny_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ADDP's encoder, 192 wide, 12 blocks."""
-    return _build("addp_vit_tiny_patch16", "tiny", pretrained, **kwargs)
+    return _build("addp_vit_tiny_patch16", _shape("tiny"), pretrained, **kwargs)
 
 
 @register_model
 def addp_vit_small_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ADDP's encoder, 384 wide, 12 blocks."""
-    return _build("addp_vit_small_patch16", "small", pretrained, **kwargs)
+    return _build("addp_vit_small_patch16", _shape("small"), pretrained, **kwargs)
 
 
 @register_model
 def addp_vit_base_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ADDP's ViT-B: 768 wide, 12 blocks."""
-    return _build("addp_vit_base_patch16", "base", pretrained, **kwargs)
+    return _build("addp_vit_base_patch16", _shape("base"), pretrained, **kwargs)
 
 
 @register_model
 def addp_vit_large_patch16(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ADDP's ViT-L: 1024 wide, 24 blocks."""
-    return _build("addp_vit_large_patch16", "large", pretrained, **kwargs)
+    return _build("addp_vit_large_patch16", _shape("large"), pretrained, **kwargs)

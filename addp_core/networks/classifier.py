@@ -1,21 +1,20 @@
 """A classifier on the shared encoder: average-pooled patch tokens or the class token, a norm, a linear head (App. D.2).
 
-It has the interface of timm's own ViTs, so timm's tools can use it.
+In timm, `cls/registry.py` builds the same model from timm's own ViT.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.layers import LayerNorm
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.networks.tokenizer import to_feature_map
 
 NORM_EPS = 1e-6  # of the norms before the head
 HEAD_STD = 2e-5  # standard deviation of a new head's weights, as in the published fine-tuning
@@ -41,8 +40,6 @@ class Classifier(nn.Module):
             (MAE's with the average, and MAGE's: a new norm that is never trained), or "none".
     """
 
-    num_prefix_tokens = 1
-
     def __init__(
         self,
         encoder: Encoder | TokenEncoder,
@@ -65,15 +62,18 @@ class Classifier(nn.Module):
         self.std: RGB = (std[0], std[1], std[2])
         if isinstance(encoder, TokenEncoder):
             encoder.mean, encoder.std = self.mean, self.std  # the tokenizer needs the normalization undone
-        self.num_features = self.head_hidden_size = self.embed_dim = width = encoder.config.width
+        self.embed_dim = width = encoder.config.width
         self.fc_norm: nn.Module = (
             LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=NORM_EPS)
         )
-        self.feature_info = [
-            {"module": f"encoder.blocks.{i}", "num_chs": width, "reduction": encoder.patch_size}
-            for i in range(len(encoder.blocks))
-        ]
-        self.reset_classifier(classes, pooling)
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling: found {pooling!r}, expected 'avg' or 'token'")
+        check_pooling(encoder, pooling)
+        self.pooling: Pooling = pooling
+        self.num_classes = classes
+        self.head: nn.Module = nn.Identity()
+        if classes:
+            self.head = init_head(nn.Linear(width, classes, device=next(encoder.parameters()).device))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images normalized by `mean` and `std`, Float[B,3,H,W], to logits Float[B,classes]."""
@@ -91,76 +91,7 @@ class Classifier(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool tokens, Float[B,1+N,W] -> Float[B,W]."""
-        return pool_tokens(x, self.pooling, self.feature_norm)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """Return the tokens after the last block and the features after some blocks, through timm's interface.
-
-        Args:
-            x: images, Float[B,3,H,W].
-            indices: the last n blocks, the blocks of a list, or all (None).
-            return_prefix_tokens: pair each feature with its class token.
-            norm: apply the encoder's final norm to the features.
-            stop_early: skip the blocks after the last of `indices`.
-            output_fmt: feature maps Float[B,W,h,w] ("NCHW") or patch tokens Float[B,N,W] ("NLC").
-            intermediates_only: return the list of features only.
-            output_dict: return a dict with timm's names instead.
-        """
-        block_indices, last = feature_take_indices(len(self.encoder.blocks), indices)
-        depth = last + 1 if stop_early or intermediates_only else len(self.encoder.blocks)
-        outputs = self.encoder.forward_tokens(x, range(depth))
-        selected = [self.encoder.norm(outputs[i]) if norm else outputs[i] for i in sorted(block_indices)]
-        grid = self.encoder.grid_of(x)
-        features = [to_feature_map(y[:, 1:], grid) if output_fmt == "NCHW" else y[:, 1:] for y in selected]
-        class_tokens = [y[:, :1] for y in selected]
-        if output_dict:
-            output: dict[str, Any] = {"image_intermediates": features}
-            if return_prefix_tokens:
-                output["image_intermediates_prefix"] = class_tokens
-            return output if intermediates_only else {**output, "image_features": outputs[-1]}
-        intermediates = list(zip(features, class_tokens, strict=True)) if return_prefix_tokens else features
-        return intermediates if intermediates_only else (outputs[-1], intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the blocks after the last of `indices`, optionally norm and head; return the indices (timm's API)."""
-        block_indices, last = feature_take_indices(len(self.encoder.blocks), indices)
-        self.encoder.blocks = self.encoder.blocks[: last + 1]
-        if prune_norm:
-            self.encoder.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0)
-        return block_indices
-
-    def get_classifier(self) -> nn.Module:
-        """Return the head."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pooling | None = None) -> None:
-        """Replace the head by a new one with small random weights; with 0 classes, by none."""
-        if global_pool is not None:
-            if global_pool not in ("avg", "token"):
-                raise ValueError(f"global_pool: found {global_pool!r}, expected 'avg' or 'token'")
-            self.pooling = self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head: nn.Module = nn.Identity()
-        if num_classes:
-            device = next(self.encoder.parameters()).device
-            self.head = nn.Linear(self.num_features, num_classes, device=device)
-            nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
-            nn.init.zeros_(self.head.bias)
+        return pool_tokens(x, self.pooling, self.feature_norm, self.encoder.num_prefix_tokens)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of storing them."""
@@ -175,18 +106,30 @@ class Classifier(nn.Module):
         return self.encoder.group_matcher(coarse, prefix="encoder.")
 
 
-def pool_tokens(x: Tensor, pooling: Pooling, feature_norm: FeatureNorm) -> Tensor:
+def init_head(head: nn.Linear) -> nn.Linear:
+    """Give a new head small random weights and no bias, in place (App. D.2)."""
+    nn.init.trunc_normal_(head.weight, std=HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def check_pooling(encoder: Encoder | TokenEncoder, pooling: Pooling) -> None:
+    """Raise UserError if the encoder lacks the class token to read, as one that a detector trained."""
+    if pooling == "token" and not encoder.num_prefix_tokens:
+        raise UserError("pooling=token: this encoder was trained without a class token; expected avg")
+
+
+def pool_tokens(x: Tensor, pooling: Pooling, feature_norm: FeatureNorm, prefix_tokens: int = 1) -> Tensor:
     """Pool tokens Float[B,1+N,W], class token first, to the feature of an image, Float[B,W].
 
     feature_norm: "layer" normalizes the result; other values of `Classifier` change nothing here.
+    prefix_tokens: 0 if there is no class token, only Float[B,N,W].
     """
-    x = x[:, 1:].mean(1) if pooling == "avg" else x[:, 0]
+    x = x[:, prefix_tokens:].mean(1) if pooling == "avg" else x[:, 0]
     return layer_norm(x, x.shape[-1:], eps=NORM_EPS) if feature_norm == "layer" else x
 
 
 def normalize(images: Tensor, mean: RGB, std: RGB) -> Tensor:
     """Subtract `mean` from images Float[B,3,H,W] in [0,1] and divide by `std`, per channel."""
-    shape = (3, 1, 1)
-    return (images - torch.tensor(mean, device=images.device).view(shape)) / torch.tensor(
-        std, device=images.device
-    ).view(shape)
+    shift, scale = (torch.tensor(each).view(3, 1, 1).to(images.device, non_blocking=True) for each in (mean, std))
+    return (images - shift) / scale
