@@ -1,4 +1,4 @@
-"""The architecture of a backbone as a config of mmseg states it: reading it, and comparing it with a pretrained file."""
+"""The architecture of a backbone as a config of mmseg states it, compared with that of its pretrained file."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +25,7 @@ def read_arch(arch: Any) -> EncoderConfig:
         return EncoderConfig(**VIT_SIZES[arch])
     if not isinstance(arch, Mapping):
         raise UserError(f"arch: found {arch!r}, {EXPECTED}")
-    values = {ARCH_SYNONYMS.get(key, key): value for key, value in arch.items()}
+    values: dict[str, Any] = {ARCH_SYNONYMS.get(str(key), str(key)): value for key, value in arch.items()}
     for key in values:
         if key not in ARCH_KEYS:
             raise UserError(f"arch: unknown key {key!r}{did_you_mean(key, (*ARCH_KEYS, *ARCH_SYNONYMS))}; {EXPECTED}")

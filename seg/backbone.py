@@ -64,6 +64,8 @@ class AddpViT(Encoder, BaseModule):
             state dict, if the file is of another architecture.
     """
 
+    _is_init: bool  # of mmengine: whether `init_weights` has been called
+
     def __init__(
         self,
         arch: str | dict[str, Any] | None = None,
@@ -82,7 +84,8 @@ class AddpViT(Encoder, BaseModule):
         frozen_stages: int = -1,
         **mmseg_keywords: Any,
     ):
-        options = {"arch": arch, "class_token": class_token, "drop_path": drop_path, "checkpointing": checkpointing}
+        options: dict[str, Any] = {"arch": arch, "class_token": class_token, "drop_path": drop_path}
+        options["checkpointing"] = checkpointing
         options = translate_keywords(
             mmseg_keywords, options | {"init_cfg": init_cfg}, inspect.signature(AddpViT).parameters
         )

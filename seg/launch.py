@@ -1,6 +1,5 @@
 """From a filled config to a runner or a model: starting processes, registering our parts, reporting data errors."""
 
-import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from addp_core.training.compute import autocast
-from addp_core.training.processes import leave_process_group, process_state
+from addp_core.training.processes import process_state
 from seg import backbone, dataset, evaluation  # noqa: F401 (importing them registers their parts)
-from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, read_base_config, world_size
+from seg.mmseg_checkpoint import MmsegSegmentor
+from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, read_base_config
 from seg.runner import AddpRunner
 from seg.segmentor import Segmentor, load_tensors
 
@@ -25,8 +25,6 @@ from seg.segmentor import Segmentor, load_tensors
 def start_runner(cfg: Any) -> AddpRunner:
     """Create a runner on all processes of the launcher, on GPUs if there are any."""
     process_state()  # mmengine alone would not detect processes on CPUs
-    if world_size() > 1:
-        atexit.register(leave_process_group)
     return AddpRunner.from_cfg(cfg)
 
 
@@ -52,8 +50,13 @@ def data_workers(runner: AddpRunner) -> Iterator[None]:
 
 def build_model(cfg: Any) -> BaseModel:
     """Build the model of a filled config, without a runner."""
+    return build_part(cfg.model)
+
+
+def build_part(cfg: Any) -> Any:
+    """Build a model, or a part of one such as its backbone, from its config."""
     init_default_scope("mmseg")
-    return MODELS.build(cfg.model)
+    return MODELS.build(cfg)
 
 
 class ClassMapPredictor:
@@ -69,7 +72,7 @@ class ClassMapPredictor:
 
     def __init__(
         self,
-        segmentor: Segmentor,
+        segmentor: Segmentor | MmsegSegmentor,
         state: dict[str, Tensor],
         source: str,
         inference: AugmentedInferenceConfig,

@@ -5,6 +5,7 @@ is executed, unlike by `mmengine.Config`.
 """
 
 import ast
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from addp_core.weights.files import FileContent
+
+log = logging.getLogger("addp")
 
 BACKBONE = "AddpViT"
 HINT = "expected a checkpoint that mmengine's Runner wrote"
@@ -25,7 +28,7 @@ class MmsegSegmentor:
     model: dict[str, Any]
     classes: tuple[str, ...]
     crop: int  # side in pixels
-    scale: tuple[int, int] | None  # shorter and longest side of a resized image; None if its config has no such size
+    scale: tuple[int, int]  # shorter and longest side of a resized image
 
 
 def is_runner_checkpoint(content: FileContent) -> bool:
@@ -55,17 +58,21 @@ def read_runner_checkpoint(content: FileContent) -> tuple[MmsegSegmentor, dict[s
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise UserError(f"{source}: its img_size is {size}; expected square crops")
-    segmentor = MmsegSegmentor(model, tuple(map(str, classes)), sides.pop(), scale_of(cfg))
-    return segmentor, dict(content.state)
+    crop = sides.pop()
+    scale = scale_of(cfg)
+    if scale is None:
+        scale = (crop, 4 * crop)
+        log.warning("%s: its test pipeline has no Resize to a scale with keep_ratio; took %d to %d px", source, *scale)
+    return MmsegSegmentor(model, tuple(map(str, classes)), crop, scale), dict(content.state)
 
 
 def scale_of(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the shorter and longest side of resized test images; None if the config does not resize to such a size."""
     pipeline = ((cfg.get("test_dataloader") or {}).get("dataset") or {}).get("pipeline") or cfg.get("test_pipeline")
-    scales = [step["scale"] for step in pipeline or () if step.get("type") == "Resize" and "scale" in step]
-    if not scales or isinstance(scales[0], int):
+    resize: dict[str, Any] = next((step for step in pipeline or () if step.get("type") == "Resize"), {})
+    if not resize.get("keep_ratio") or not isinstance(resize.get("scale"), tuple):
         return None
-    return min(scales[0]), max(scales[0])
+    return min(resize["scale"]), max(resize["scale"])
 
 
 def read_config_text(source: str, text: str) -> dict[str, Any]:

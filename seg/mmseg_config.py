@@ -154,7 +154,7 @@ def fill_mmseg_model(cfg: Any, segmentor: MmsegSegmentor) -> None:
     if tuple(test_cfg.get("crop_size") or ()) != crop:
         test_cfg.update(crop_size=crop, stride=(segmentor.crop * 2 // 3,) * 2)
     cfg.model = model
-    fill_sizes(cfg, crop, segmentor.scale or cfg.scale[::-1])
+    fill_sizes(cfg, crop, segmentor.scale)
 
 
 def fill_inference(cfg: Any, inference: AugmentedInferenceConfig) -> None:

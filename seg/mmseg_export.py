@@ -4,22 +4,25 @@
 `addp seg test` and `addp seg predict` read the checkpoint too.
 """
 
+import contextlib
 import copy
+import io
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from addp_core.base.files import atomic_replace, write_atomically
-from addp_core.networks.encoder import METADATA_KEY
-from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, read_mmseg_config
+from addp_core.networks.encoder import METADATA_KEY, Encoder
+from addp_core.weights.encoders import load_encoder
+from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, import_mmseg, read_mmseg_config
 from seg.scenes import class_colors
-from seg.segmentor import SEGMENTOR_KIND, Segmentor
+from seg.segmentor import SEGMENTOR_KIND, Segmentor, load_tensors
 
 CONFIG_FILE = "config.py"
 CHECKPOINT_FILE = "model.pth"
@@ -78,3 +81,95 @@ def config_for(segmentor: Segmentor) -> Any:
     cfg.tta_pipeline = augmented.test_dataloader.dataset.pipeline
     cfg.norm_cfg = cfg.model.decode_head.norm_cfg
     return cfg
+
+
+def compare_segmentor(
+    segmentor: Segmentor, state: dict[str, Tensor], folder: Path, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the logits Float[B,classes,H,W] of a segmentor for images Float[B,3,H,W], and those of mmseg's own reading
+    of the folder.
+    """
+    from mmseg.apis import init_model
+
+    from seg.launch import build_model
+
+    cfg = read_mmseg_config()
+    fill_model(cfg, segmentor)
+    ours: Any = build_model(cfg).eval()
+    load_tensors(ours, state, str(folder))
+    with contextlib.redirect_stdout(io.StringIO()):  # mmengine says there what it loads
+        theirs: Any = init_model(str(folder / CONFIG_FILE), str(folder / CHECKPOINT_FILE), device="cpu")
+    metas = [{"img_shape": images.shape[2:], "ori_shape": images.shape[2:]}] * len(images)
+    with torch.inference_mode():
+        return ours.encode_decode(images, metas), theirs.encode_decode(images, metas)
+
+
+# -------------------- pretrained encoders
+
+
+def write_encoder(
+    encoder: Encoder, folder: Path, crop: int, tokenizer_norm: bool, normalisation: Literal["imagenet", "half"]
+) -> None:
+    """Write a pretrained encoder, and a config that trains UperNet over it on ADE20K with mmseg's `tools/train.py`.
+
+    Args:
+        encoder: with all its parts.
+        folder: an existing folder.
+        crop: side of the training crops in pixels.
+        tokenizer_norm: keep ADDP's norm in the segmentor.
+        normalisation: of the images.
+
+    Raises:
+        UserError: if the crop is no multiple of the patch size.
+        OSError: if the files cannot be written.
+    """
+    import_mmseg()
+    from mmseg.datasets import ADE20KDataset
+
+    from seg.backbone import default_out_indices
+
+    config = encoder.config
+    segmentor = Segmentor(
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        layer_scale=config.layer_scale,
+        patch_size=encoder.patch_size,
+        tokenizer_norm=tokenizer_norm or config.pre_norm,
+        relative="table",
+        out_indices=default_out_indices(config.depth),
+        channels=config.width,
+        aux_channels=256,
+        classes=tuple(ADE20KDataset.METAINFO["classes"]),
+        crop=crop,
+        scale=(crop, 4 * crop),
+        normalisation=normalisation,
+        class_token=True,
+    )
+    cfg = config_for(segmentor)
+    cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": f"{{{{ fileDirname }}}}/{CHECKPOINT_FILE}"}
+    write_atomically(folder / CONFIG_FILE, cfg.pretty_text.encode())
+    description = {"kind": "encoder", "architecture": asdict(encoder.architecture)}
+    write_checkpoint(folder / CHECKPOINT_FILE, encoder.state_dict(), {}, description)
+
+
+def compare_encoder(
+    source: str, folder: Path, images: Tensor, tokenizer_norm: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the last feature map, Float[B,W,h,w], of an encoder for images Float[B,3,H,W], and that of the backbone
+    that the folder's config builds.
+
+    options: of `load_encoder`, for the file that was exported.
+    """
+    from mmengine.config import Config
+
+    from seg.launch import build_part
+
+    backbone: Any = build_part(Config.fromfile(folder / CONFIG_FILE).model.backbone).eval()
+    backbone.init_weights()
+    ours = load_encoder(
+        source, images.shape[-1], tokenizer_norm=tokenizer_norm, attention=backbone.attention, dynamic=True, **options
+    )
+    assert isinstance(ours, Encoder)  # as it was exported
+    with torch.inference_mode():
+        return ours.forward_maps(images, backbone.out_indices[-1:])[0], backbone(images)[-1]

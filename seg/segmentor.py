@@ -71,15 +71,14 @@ def load_segmentor(source: str | Path) -> tuple[Segmentor | MmsegSegmentor, dict
     content = read_file(source)
     if is_runner_checkpoint(content):
         return read_runner_checkpoint(content)
-    kind, architecture = (
-        ("", None) if content.description is None else parse_architecture(content.source, content.description)
+    if content.description is not None:
+        kind, architecture = parse_architecture(content.source, content.description)
+        if kind == SEGMENTOR_KIND:
+            return architecture, content.state
+    raise UserError(
+        f"model: {content.source} is not a segmentor; expected a run of `addp seg train`, its file, or a checkpoint of "
+        "mmengine's Runner"
     )
-    if kind != SEGMENTOR_KIND:
-        raise UserError(
-            f"model: {content.source} is not a segmentor; expected a run of `addp seg train`, its file, or a checkpoint "
-            "of mmengine's Runner"
-        )
-    return architecture, content.state
 
 
 def load_tensors(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

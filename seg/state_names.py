@@ -62,8 +62,8 @@ def check_state(backbone: Encoder, state: Mapping[str, Any], prefix: str, metada
     if differences or unfit:
         reason = ", ".join(differences) or f"other tensors: {', '.join(unfit[:3])}"
         raise UserError(
-            f"backbone: the checkpoint has {reason}; expected the arch, patch_size, img_size, relative, class_token and "
-            "tokenizer_norm of its training"
+            f"backbone: the checkpoint has {reason}; expected the arch, patch_size, img_size, relative, "
+            "class_token and tokenizer_norm of its training"
         )
 
 

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.launch import rank
 from addp_core.base.tables import text_table
 from seg.mmseg_config import (
     AugmentedInferenceConfig,
     fill_inference,
     fill_model,
     fill_runtime,
-    process_rank,
     read_base_config,
 )
 from seg.scenes import SceneConfig, check_pairs, class_map_folder, find_pairs, read_class_names
@@ -57,8 +57,8 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"precision={recipe.precision}: needs a GPU, but none is available; use fp32")
     data, out = recipe.data, Path(recipe.out)
     classes = read_class_names(data.source, data.classes)
-    pairs = find_pairs(data.source, "val", log_dropped=process_rank() == 0)
-    if process_rank() == 0:
+    pairs = find_pairs(data.source, "val", log_dropped=rank() == 0)
+    if rank() == 0:
         check_pairs(pairs, classes, data.check)
     cfg, state = read_base_config(), None
     if recipe.model:

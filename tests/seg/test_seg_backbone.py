@@ -7,11 +7,8 @@ from timm.models.beit import Beit
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.weights.encoders import load_encoder
-from addp_core.weights.saving import save_model
 from seg.backbone import AddpViT, LayerDecay, MapPyramid, default_out_indices
-
 
 ARCH = {"width": 16, "depth": 4, "heads": 2}  # of the file `encoder_file`
 

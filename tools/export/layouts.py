@@ -6,6 +6,7 @@ from pathlib import Path
 
 from addp_core.weights.architectures import HEAD_KEYS
 from tools.export.checkpoints import export_checkpoint, export_encoder
+from tools.export.mmseg_folder import export_mmseg
 from tools.export.onnx_file import export_onnx
 from tools.export.recipe import LayoutName, Recipe
 from tools.export.timm_folder import export_timm
@@ -30,4 +31,5 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "encoder": Layout(export_encoder, ".safetensors", ("weights", *PARTS)),
     "timm": Layout(export_timm, "", CLASSIFIER),
     "onnx": Layout(export_onnx, ".onnx", CLASSIFIER),
+    "mmseg": Layout(export_mmseg, "", tuple(key for key in CLASSIFIER if key != "tokenizer")),
 }
