@@ -148,6 +148,7 @@ MISTAKES = {
     ("train", "data.scale=[2,1]"): "data.scale: [2.0, 1.0], expected 0 < low <= high",
     ("train", "data.sizes=3"): "unknown key 'data.sizes'; did you mean 'data.size'?",
     ("train", "tokenizer_norm=true"): "tokenizer_norm: ",
+    ("train", "train.compile=true"): "train.compile: found true, expected false: a detector breaks into dozens of small",
     ("eval", "model={root}/encoder.safetensors"): "is not a detector; expected a run of `addp det train`",
     ("eval", "model={root}/other.safetensors"): "1 tensors do not match its stored architecture: extra",
     ("eval", "data.val_annotations={root}/renamed.json"): "(only in the file: 1 zero; only in the detector: 1 0)",
@@ -163,7 +164,7 @@ MISTAKES = {
 def test_det_mistakes_end_in_one_line(trained, tmp_path, capsys, action, setting):
     (trained / "photos" / "val").mkdir(parents=True, exist_ok=True)
     if "renamed" in setting:
-        annotations = json.loads((trained / "toy" / "coco" / "annotations" / "instances_val.json").read_text())
+        annotations = json.loads((trained / "toy" / "coco" / "annotations" / "instances_val2017.json").read_text())
         annotations["categories"][0]["name"] = "zero"
         (trained / "renamed.json").write_text(json.dumps(annotations))
     if "tokens" in setting:
@@ -177,7 +178,7 @@ def test_det_mistakes_end_in_one_line(trained, tmp_path, capsys, action, setting
     arguments = {
         "train": train_command(trained, tmp_path / "run"),
         "eval": ["det", "eval", model, data],
-        "predict": ["det", "predict", model, f"images={trained / 'toy' / 'coco' / 'images'}", f"out={tmp_path}"],
+        "predict": ["det", "predict", model, f"images={trained / 'toy' / 'coco' / 'val2017'}", f"out={tmp_path}"],
     }[action]
     message, setting = (text.format(root=trained, run=trained / "run") for text in (MISTAKES[action, setting], setting))
     arguments = [a for a in arguments if a.partition("=")[0] != setting.partition("=")[0]]
@@ -186,7 +187,7 @@ def test_det_mistakes_end_in_one_line(trained, tmp_path, capsys, action, setting
 
 
 def test_both_splits_must_have_the_same_categories(trained, tmp_path, capsys):
-    source = trained / "toy" / "coco" / "annotations" / "instances_val.json"
+    source = trained / "toy" / "coco" / "annotations" / "instances_val2017.json"
     content = json.loads(source.read_text())
     content["categories"].append({"id": 90, "name": "more"})
     (tmp_path / "val.json").write_text(json.dumps(content))
@@ -242,7 +243,7 @@ def test_boxes_without_masks_are_trained_evaluated_and_predicted(trained, tmp_pa
         assert main(["det", "eval", f"model={run}", f"data={dataset}"]) == 0
         assert capsys.readouterr().out.splitlines()[0].split() == ["box"]
     out = tmp_path / "out"
-    assert main(["det", "predict", f"model={run}", f"images={data / 'images'}", f"out={out}", "score=0"]) == 0
+    assert main(["det", "predict", f"model={run}", f"images={data / 'val2017'}", f"out={out}", "score=0"]) == 0
     results = json.loads((out / "detections.json").read_text())
     assert results
     assert not any("segmentation" in result for result in results)
@@ -288,9 +289,9 @@ def empty_images(folder: Path) -> None:
 
 def test_evaluation_of_more_unreadable_images_than_tolerated_fails(trained, tmp_path, capsys):
     data = write_dataset(trained / "toy" / "coco", tmp_path / "coco", lambda content: None)
-    empty_images(data / "images")
+    empty_images(data / "val2017")
     assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}"]) == 2
-    message = "images of {data}/annotations/instances_val.json are unreadable, 1 tolerated: "
+    message = "images of {data}/annotations/instances_val2017.json are unreadable, 1 tolerated: "
     assert message.format(data=data) in last_error_line(capsys)
     assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}", "data.max_errors=5"]) == 0
     assert main(train_command(trained, tmp_path / "run", f"data={data}")) == 2  # before the first step
@@ -303,7 +304,7 @@ def test_evaluation_during_training_fails_if_images_have_become_unreadable(train
     evaluate = DetStage.evaluate
 
     def evaluate_after_loss_of_images(self, model, step):
-        empty_images(data / "images")
+        empty_images(data / "val2017")
         return evaluate(self, model, step)
 
     monkeypatch.setattr(DetStage, "evaluate", evaluate_after_loss_of_images)
@@ -318,7 +319,7 @@ def test_sides_that_are_swapped_name_the_exif_orientation(trained, tmp_path, cap
             image.update(height=50, width=40)
 
     data = write_dataset(trained / "toy" / "coco", tmp_path / "coco", set_sizes)
-    for path in (data / "images").iterdir():
+    for path in (data / "val2017").iterdir():
         Image.new("RGB", (50, 40)).save(path)
     assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}"]) == 2
     assert "EXIF orientation" in last_error_line(capsys)

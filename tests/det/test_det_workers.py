@@ -30,7 +30,7 @@ def test_the_digest_of_a_dataset_follows_its_objects_and_not_its_place(toy_coco,
     config = CocoConfig(root=str(root))
     digest = open_coco(config, "train").digest()
     assert digest == open_coco(CocoConfig(root=str(toy_coco)), "train").digest()
-    path = root / "annotations/instances_train.json"
+    path = root / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))

@@ -157,13 +157,13 @@ def test_imagenet_c_has_the_same_images_75_times(made):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_coco_file_is_consistent(made, split):
-    content = json.loads((made / "coco" / "annotations" / f"instances_{split}.json").read_text())
+    content = json.loads((made / "coco" / "annotations" / f"instances_{split}2017.json").read_text())
     assert [category["id"] for category in content["categories"]] == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     assert [category["name"] for category in content["categories"]] == list("0123456789")
     sizes = {}
     for image in content["images"]:
         sizes[image["id"]] = (image["width"], image["height"])
-        assert Image.open(made / "coco" / "images" / image["file_name"]).size == sizes[image["id"]]
+        assert Image.open(made / "coco" / f"{split}2017" / image["file_name"]).size == sizes[image["id"]]
     kinds = {"polygon": 0, "coded": 0, "crowd": 0}
     for thing in content["annotations"]:
         width, height = sizes[thing["image_id"]]
@@ -191,12 +191,31 @@ def test_coco_file_is_consistent(made, split):
     assert {image["id"] for image in content["images"]} - {thing["image_id"] for thing in content["annotations"]}
 
 
+def test_coco_can_have_the_categories_of_coco(tmp_path):
+    keys = ["only=[coco]", "coco_train=2", "coco_val=2", "scene=48"]
+    for name, more in (("digits", []), ("coco", ["coco_names=true"])):
+        assert main(["toy", f"out={tmp_path / name}", *keys, *more]) == 0
+    digits, coco = (
+        json.loads((tmp_path / name / "coco" / "annotations" / "instances_train2017.json").read_text())
+        for name in ("digits", "coco")
+    )
+    assert digits["annotations"] == coco["annotations"]
+    assert len(coco["categories"]) == 80
+    assert {entry["id"]: entry["name"] for entry in coco["categories"]} | {1: "person", 90: "toothbrush"} == {
+        entry["id"]: entry["name"] for entry in coco["categories"]
+    }
+    made_before = tmp_path / "digits" / "coco" / "toy.json"  # by a version without the key
+    made_before.write_text(json.dumps({k: v for k, v in json.loads(made_before.read_text()).items() if "name" not in k}))
+    assert main(["toy", f"out={tmp_path / 'digits'}", *keys]) == 0
+    assert main(["toy", f"out={tmp_path / 'digits'}", *keys, "coco_names=true"]) == 2
+
+
 def test_coco_ids_are_never_used_twice(made):
     for key in ("images", "annotations"):
         ids = [
             entry["id"]
             for split in ("train", "val")
-            for entry in json.loads((made / "coco" / "annotations" / f"instances_{split}.json").read_text())[key]
+            for entry in json.loads((made / "coco" / "annotations" / f"instances_{split}2017.json").read_text())[key]
         ]
         assert len(set(ids)) == len(ids)
 
@@ -204,7 +223,7 @@ def test_coco_ids_are_never_used_twice(made):
 def test_coco_file_in_pycocotools(made):
     coco = pytest.importorskip("pycocotools.coco")
     mask_of = pytest.importorskip("pycocotools.mask")
-    loaded = coco.COCO(made / "coco" / "annotations" / "instances_val.json")
+    loaded = coco.COCO(made / "coco" / "annotations" / "instances_val2017.json")
     for thing in loaded.loadAnns(loaded.getAnnIds()):
         mask = loaded.annToMask(thing)
         assert mask.sum() == pytest.approx(thing["area"], rel=0.12, abs=6)

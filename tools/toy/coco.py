@@ -128,18 +128,35 @@ def annotation(item: SceneObject, use_rle: bool) -> dict[str, Any]:
     }
 
 
+def categories_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the categories: the ten digits, or COCO's 80, among which the digits keep their ids."""
+    if not recipe.coco_names:
+        return [{"id": CATEGORY_IDS[digit], "name": str(digit), "supercategory": "digit"} for digit in DIGITS]
+    # Imported late: it loads torchvision, and only this key needs COCO's names.
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [{"id": i, "name": name} for i, name in enumerate(names) if name not in ("__background__", "N/A")]
+
+
+def split_files(folder: Path, split: str) -> tuple[Path, Path]:
+    """Return (annotation file, image folder) of a split, named as in COCO."""
+    return folder / "annotations" / f"instances_{split}2017.json", folder / f"{split}2017"
+
+
 def write_coco(folder: Path, recipe: Recipe, scans: DigitScans) -> None:
-    """Write images/*.jpg and annotations/instances_{train,val}.json."""
-    categories = [{"id": CATEGORY_IDS[digit], "name": str(digit), "supercategory": "digit"} for digit in DIGITS]
+    """Write {train,val}2017/*.jpg and annotations/instances_{train,val}2017.json."""
+    categories = categories_of(recipe)
     image_ids, annotation_ids = itertools.count(1), itertools.count(1)  # unique over both files
     for split, count in (("train", recipe.coco_train), ("val", recipe.coco_val)):
         images, annotations = [], []
+        path, image_folder = split_files(folder, split)
         for i in range(count):
             rng = rng_for(recipe, "coco", split, i)
             image, objects = draw_scene(rng, recipe, scans, split, i)
             image_id = next(image_ids)
             name = f"{image_id:012d}.jpg"
-            save_image(image, folder / "images" / name)
+            save_image(image, image_folder / name)
             images.append({"id": image_id, "file_name": name, "height": image.shape[0], "width": image.shape[1]})
             for item in objects:
                 use_rle = item.is_crowd or rng.random() < recipe.coco_rle
@@ -152,16 +169,17 @@ def write_coco(folder: Path, recipe: Recipe, scans: DigitScans) -> None:
             "annotations": annotations,
             "categories": categories,
         }
-        (folder / "annotations").mkdir(exist_ok=True)
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
 
 
 def box_sheet(folder: Path) -> Image.Image:
     """Return validation scenes with boxes, labels and outlines: red for polygons, cyan for RLE, orange for crowds."""
-    content = json.loads((folder / "annotations" / "instances_val.json").read_text())
+    path, image_folder = split_files(folder, "val")
+    content = json.loads(path.read_text())
     images = []
     for entry in content["images"][:20]:
-        image = Image.open(folder / "images" / entry["file_name"]).convert("RGB")
+        image = Image.open(image_folder / entry["file_name"]).convert("RGB")
         for item in (item for item in content["annotations"] if item["image_id"] == entry["id"]):
             mask = Image.new("L", image.size)
             if isinstance(item["segmentation"], dict):

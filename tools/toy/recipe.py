@@ -27,6 +27,11 @@ class Recipe:
     coco_rle: Annotated[
         float, Interval(ge=0, le=1), "share of single objects whose mask is run-length encoded instead of polygons"
     ] = 0.1
+    coco_names: Annotated[
+        bool,
+        "name the categories of coco as COCO's 80 (0 is a person, 5 a train), because detectron2's registered names of "
+        "COCO accept no others",
+    ] = False
     ade_train: Annotated[int, Ge(1), "training scenes in ade20k"] = 400
     ade_val: Annotated[int, Ge(1), "validation scenes in ade20k"] = 100
     variants: Annotated[int, Ge(6), "images in each of imagenet-a, imagenet-r and sketch"] = 200

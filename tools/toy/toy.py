@@ -5,8 +5,8 @@ colored backgrounds. A scan is used either for training or for validation. Every
 dataset and its number.
 
     imagenet/         train/<class>/*.JPEG, val/<class>/*.JPEG; classes "0" to "9"
-    coco/             images/*.jpg, annotations/instances_{train,val}.json; polygons, some run-length masks and crowds;
-                      category ids 1-5 and 7-11, with a gap as in COCO
+    coco/             {train,val}2017/*.jpg, annotations/instances_{train,val}2017.json; polygons, some run-length
+                      masks and crowds; category ids 1-5 and 7-11, with a gap as in COCO
     ade20k/           images/{training,validation}/*.jpg, annotations/.../*.png: 0 other, 1-10 digits, 11-13
                       backgrounds; objectInfo.txt names them
     imagenet-a/       hard images of six classes: rotated, small, faint, cluttered, partly covered
@@ -50,7 +50,7 @@ DATASETS: dict[DatasetName, ToyDataset] = {
         classification.write_imagenet, classification.class_sheet, ("size", "imagenet_train", "imagenet_val")
     ),
     "coco": ToyDataset(
-        coco.write_coco, coco.box_sheet, ("scene", "coco_train", "coco_val", "coco_rle"), coco.FORMAT_VERSION
+        coco.write_coco, coco.box_sheet, ("scene", "coco_train", "coco_val", "coco_rle", "coco_names"), coco.FORMAT_VERSION
     ),
     "ade20k": ToyDataset(ade20k.write_ade20k, ade20k.class_map_sheet, ("scene", "ade_train", "ade_val")),
     "imagenet-a": ToyDataset(classification.write_imagenet_a, classification.class_sheet, ("size", "variants")),
@@ -105,6 +105,7 @@ def check_same_settings(folder: Path, settings: dict[str, Any]) -> None:
         found = json.loads((folder / "toy.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"out: {folder} exists and was not made by addp toy; choose another folder") from error
+    found = {"coco_names": False, **found}  # the one key that sets of older versions lack
     for key, value in settings.items():
         if found.get(key) != value:
             raise UserError(
