@@ -120,7 +120,7 @@ def open_source(
             "data.source: missing; expected a folder of images, a .tar file or a dataset hfds/<name>, as in data=photos"
         )
     if classes is None and config.classes:
-        classes = [line for line in _read_lines(Path(config.classes), "data.classes") if line]
+        classes = [line for line in read_lines(Path(config.classes), "data.classes") if line]
     path = Path(config.source).expanduser()
     kind, _, rest = config.source.partition("/")
     if rest and not path.exists():
@@ -207,7 +207,8 @@ def _open_folder(root: Path, split: str, classes: Sequence[str] | None) -> Image
     return ImageFiles(root, names, [labels[folder] for folder in folders], tuple(labels))
 
 
-def _read_lines(path: Path, key: str) -> list[str]:
+def read_lines(path: Path, key: str) -> list[str]:
+    """Return the lines of a text file, stripped. Raises UserError with the recipe's key if it cannot be read."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -217,7 +218,7 @@ def _read_lines(path: Path, key: str) -> list[str]:
 def _open_list(root: Path, split: str, list_file: Path, classes: Sequence[str] | None) -> ImageFiles:
     """Open a published list: `root/meta/<split>.txt` has a line "path label" for each image `root/<split>/path`."""
     names, labels = [], []
-    for number, line in enumerate(_read_lines(list_file, "data.source"), 1):
+    for number, line in enumerate(read_lines(list_file, "data.source"), 1):
         if not line:
             continue
         name, _, digits = line.rpartition(" ")

@@ -23,7 +23,7 @@ from addp_core.base.files import atomic_replace
 from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import ReadErrors
-from addp_core.networks.classifier import FeatureNorm, Pooling, pool_tokens
+from addp_core.networks.classifier import FeatureNorm, Pooling, check_pooling, pool_tokens
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.fingerprint import fingerprint
@@ -102,6 +102,8 @@ class PooledFeatures(nn.Module):
         norm: FeatureNorm = "none",
     ):
         super().__init__()
+        for pooling in poolings:
+            check_pooling(encoder, pooling)
         self.encoder, self.blocks, self.poolings = encoder, tuple(blocks), tuple(poolings)
         self.mirrored, self.norm = mirrored, norm
 
@@ -124,7 +126,8 @@ class PooledFeatures(nn.Module):
 
     def _pool(self, x: Tensor) -> Tensor:
         """Tokens Float[B,1+N,W] -> Float[B,P,W]."""
-        return torch.stack([pool_tokens(x, name, self.norm) for name in self.poolings], 1)
+        prefix = self.encoder.num_prefix_tokens
+        return torch.stack([pool_tokens(x, name, self.norm, prefix) for name in self.poolings], 1)
 
 
 class FeatureBank:

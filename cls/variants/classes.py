@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 from timm.data import ImageNetInfo
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.data.sources import read_lines
 from cls.variants.datasets import DATASETS
 
 log = logging.getLogger("addp")
@@ -25,6 +27,21 @@ def logit_names(class_names: tuple[str, ...], classes: int) -> tuple[str, ...]:
         return class_names
     imagenet = tuple(ImageNetInfo().label_names())
     return imagenet if len(numbers) == len(imagenet) else numbers
+
+
+def named_classes(path: str, class_names: tuple[str, ...], classes: int) -> tuple[str, ...]:
+    """Return the names in a file for a model with this many classes.
+
+    Raises UserError if the model has names of its own, or another number of classes.
+    """
+    if class_names:
+        raise UserError(f"classes: the model has class names, such as {class_names[0]!r}; leave the key out")
+    names = tuple(line for line in read_lines(Path(path), "classes") if line)
+    if len(names) != classes or len(set(names)) != classes:
+        raise UserError(
+            f"classes: {path} has {len(set(names))} different names, expected {classes}, one for each class"
+        )
+    return names
 
 
 def published_classes(key: str) -> list[str]:
@@ -58,13 +75,22 @@ def match_classes(
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(
             f"{key}: class {unknown[0]!r}{more} of {location} is not among the model's {len(names)} classes, such as "
-            f"{names[0]!r}{did_you_mean(unknown[0], names)}"
+            f"{names[0]!r}{did_you_mean(unknown[0], names) or _hint(names)}"
         )
     if len(classes) > len(names):
         raise UserError(
             f"{key}: {location} has label {len(classes) - 1}, expected 0 to {len(names) - 1}, the classes of the model"
         )
     return list(range(len(classes)))
+
+
+def _hint(names: Sequence[str]) -> str:
+    """Return how to name the classes of a model that has only numbers."""
+    if list(names) != list(map(str, range(len(names)))):
+        return ""
+    return (
+        "; expected classes=<text file with the model's class names, one per line: the sorted folders of its training>"
+    )
 
 
 def competing_logits(key: str, location: str, classes: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -21,7 +21,7 @@ from addp_core.training.processes import process_state
 from addp_core.weights.fingerprint import fingerprint
 from cls.data import CROP_FRACTION
 from cls.evaluation import Scores, compute_outputs
-from cls.variants.classes import competing_logits, logit_names, match_classes
+from cls.variants.classes import competing_logits, logit_names, match_classes, named_classes
 from cls.variants.classifiers import EvaluatedClassifier
 from cls.variants.datasets import DatasetPart, find_imagenet_c
 from cls.variants.generated import CorruptedImages
@@ -57,7 +57,10 @@ class Evaluator:
 
     def __init__(self, recipe: Recipe, classifier: EvaluatedClassifier):
         self.recipe, self.classifier = recipe, classifier
-        self.names = logit_names(classifier.class_names, classifier.classes)
+        names = classifier.class_names
+        if recipe.classes:
+            names = named_classes(recipe.classes, names, classifier.classes)
+        self.names = logit_names(names, classifier.classes)
         self.hw, self.crop = classifier.hw, classifier.crop
         interface = (*classifier.interface[:2], self.names, classifier.mean, classifier.std, *classifier.interface[2:])
         content = f"{fingerprint(classifier.model)} {interface}"

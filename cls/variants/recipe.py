@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
+from addp_core.base.paths import FilePath
 from addp_core.training.compute import Precision
 
 
@@ -33,6 +34,9 @@ class Recipe:
         Literal["imagenet", "half"] | None,
         "mean and std of the images: ImageNet's, or 0.5 (default: the model's own, for files of ViTs ImageNet's)",
     ] = None
+    classes: Annotated[
+        FilePath, "text file with the names of the model's classes 0, 1, ..., one per line, if its file has none"
+    ] = ""
     val: Annotated[
         str, "clean validation images, for comparison: ImageNet root, class folders, .tar file or Hugging Face dataset"
     ] = ""

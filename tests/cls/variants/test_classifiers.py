@@ -157,3 +157,25 @@ def test_a_file_without_its_head_is_refused(files, tmp_path, capsys):
     torch.save(headless(torch.load(files / "mae.pth")["model"]), tmp_path / "encoder.pth")
     keys = {"model": f"timm:{VIT}", "checkpoint": tmp_path / "encoder.pth", "size": 32}
     assert_refused(capsys, command(files, tmp_path / "out", **keys), "encoder.pth", "no head (head.weight)")
+
+
+def test_what_timms_script_trained_is_read_with_its_options(files, tmp_path, capsys):
+    """timm stores no class names, and everything else in its arguments."""
+    model = timm_model(VIT, 3, img_size=32, num_heads=6, patch_size=8)
+    args = Namespace(model=VIT, model_kwargs={"img_size": 32, "num_heads": 6, "patch_size": 8}, gp=None, crop_pct=1.0)
+    torch.save({"state_dict": model.state_dict(), "arch": VIT, "args": args}, tmp_path / "last.pth.tar")
+    arguments = command(files, tmp_path / "out", model=tmp_path / "last.pth.tar")
+    assert main(arguments) == 0  # its folders are named like its logits
+    expected = expected_top1(files, model, 32, 1.0, (0.5,) * 3, (0.5,) * 3)
+    assert top1(tmp_path / "out") == pytest.approx(expected)
+    write_color_images(tmp_path / "named", dict(zip("abc", COLORS.values(), strict=True)), (32, 32), train=1, val=2)
+    renamed = [*arguments, f"val={tmp_path / 'named'}"]
+    assert main(renamed) == 2
+    assert "expected classes=<text file" in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert main([*renamed, f"classes={tmp_path / 'classes.txt'}"]) == 0
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert main([*renamed, f"classes={tmp_path / 'classes.txt'}"]) == 2
+    assert "has 2 different names, expected 3" in capsys.readouterr().err
+    assert main([*arguments, "encoder_heads=3"]) == 2
+    assert "encoder_heads=3: " in capsys.readouterr().err
