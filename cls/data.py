@@ -4,6 +4,8 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Annotated, TypeAlias
@@ -17,7 +19,7 @@ from addp_core.data.config import DataConfig
 from addp_core.data.image_source import ImageSource, Subset
 from addp_core.data.sources import explain_missing_classes, open_source
 from addp_core.data.splits import MissingSplitError
-from addp_core.data.stream import Batch
+from addp_core.data.stream import Batch, Stream
 from addp_core.networks.classifier import Classifier
 
 log = logging.getLogger("addp")
@@ -145,14 +147,19 @@ def check_labels(source: ImageSource, name: str) -> None:
         )
 
 
-def check_batch_labels(batch: Batch, classes: int) -> None:
-    """Check the labels of one batch, for datasets whose labels are known only once their images are read.
+class LabeledStream(Stream):
+    """A stream whose labels are those of its source's classes, also if they are known only once an image is read."""
 
-    Raises UserError if a label is out of range.
-    """
-    invalid = batch.labels[(batch.labels < 0) | (batch.labels >= classes)]
-    if len(invalid):
-        raise UserError(f"data.source: found label {int(invalid[0])}, expected 0 to {classes - 1}")
+    def batches(self, start: int = 0, rank: int = 0, world: int = 1) -> Generator[Batch, None, None]:
+        """Yield batches as `Stream` does. Raises UserError if a label is out of range."""
+        classes = len(self.source.classes)
+        with closing(super().batches(start, rank, world)) as batches:
+            for batch in batches:
+                # here rather than in the step, where the host would have to wait for the GPU
+                invalid = batch.labels[(batch.labels < 0) | (batch.labels >= classes)]
+                if len(invalid):
+                    raise UserError(f"data.source: found label {int(invalid[0])}, expected 0 to {classes - 1}")
+                yield batch
 
 
 def evaluation_crop(size: tuple[int, int], fraction: float | None) -> float:

@@ -24,7 +24,7 @@ from addp_core.base.paths import DatasetPath
 from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import Batch, Stream
+from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.training.engine import train
 from addp_core.training.processes import process_state
@@ -34,7 +34,7 @@ from addp_core.weights.files import read_tensors
 from addp_core.weights.pretrained import NORMALISATION, EncoderKeys
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_model
-from cls.data import EvaluationCrop, cache_for_evaluation, check_batch_labels, evaluation_crop, open_splits
+from cls.data import EvaluationCrop, LabeledStream, cache_for_evaluation, evaluation_crop, open_splits
 from cls.evaluation import evaluate_classifier
 from cls.results import CONFUSION, keep_best, write_confusion
 
@@ -120,7 +120,7 @@ def run(recipe: Recipe) -> None:
     )
     crop = evaluation_crop(recipe.data.hw, recipe.eval_crop)
     stage = FinetuneStage(model, recipe, cache_for_evaluation(val_set, recipe.data, crop), crop)
-    stream = Stream(
+    stream = LabeledStream(
         train_set,
         train_transform(recipe),
         recipe.data,
@@ -251,7 +251,6 @@ class FinetuneStage(Stage):
             self.criterion = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(smoothing)
 
     def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
-        check_batch_labels(batch, self.model.num_classes)
         images, targets = self.mixup(batch.images, batch.labels) if self.mixup else (batch.images, batch.labels)
         logits = model(images)
         return {"loss": self.criterion(logits.float(), targets)}

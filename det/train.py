@@ -61,6 +61,10 @@ class Recipe(EncoderKeys):
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        if self.train.compile:  # proposals, matching and sampling depend on the data: dozens of graphs, and no gain
+            raise ValueError("train.compile: found true, expected false: a detector breaks into dozens of small graphs")
+
 
 def run(recipe: Recipe) -> None:
     """Train, or continue a run; the result is `<out>/model.safetensors`, which `addp det eval` and `predict` read."""

@@ -119,15 +119,14 @@ class PretrainStage(Stage):
 
     def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Compute the loss of one training step (Sec. 3.3). `model` is the denoiser as the engine wrapped it."""
-        addp, device, shared = self.addp, batch.images.device, self.one_ratio_per_batch
+        addp, shared = self.addp, self.one_ratio_per_batch
         mask_rows = micro_step.batch if shared else len(batch.images)
         rows = micro_step.rows if shared else slice(None)
         generator = micro_step.generator("mask", shared=shared)
         masks = draw_masks(addp.config.process, mask_rows, addp.config.tokens, generator)
-        mask, next_mask = (m[rows].to(device) for m in masks)
-        ids = addp.encode_images(batch.images)
-        corrupted = addp.corrupt(ids, mask, next_mask)
-        return {"loss": model(corrupted.images, ids, mask, corrupted.target), "mask_ratio": mask.float().mean()}
+        mask, next_mask = (m[rows] for m in masks)
+        loss = addp.training_loss(model, batch.images, mask, next_mask)
+        return {"loss": loss, "mask_ratio": mask.float().mean()}
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Generate images with the paper's sampler, always from the same seed."""

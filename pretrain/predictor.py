@@ -20,6 +20,7 @@ from addp_core.data.images import Interpolation
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
 from addp_core.method.diffusion import map_tokens
+from addp_core.networks.layers import MaskPositions, count_visible, gather_tokens
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
@@ -98,6 +99,7 @@ class PredictorStage(Stage):
     """Trains the token predictor with MAGE's loss on the ids of a frozen tokenizer."""
 
     name = "predictor"
+    model: "MaskedTokenModel"
 
     def __init__(
         self,
@@ -122,9 +124,11 @@ class PredictorStage(Stage):
         mask_rows = micro_step.batch if shared else len(ids)
         rows = micro_step.rows if shared else slice(None)
         generator = micro_step.generator("mask", shared=shared)
-        masks = draw_mage_masks(self.masking, mask_rows, ids.shape[1], generator)
-        mask, dropped = (m[rows].to(ids.device) for m in masks)
-        return model(ids, mask, dropped)
+        masks = [m[rows] for m in draw_mage_masks(self.masking, mask_rows, ids.shape[1], generator)]
+        counts = [count_visible(m) for m in masks]  # on the host
+        mask, dropped = (m.to(ids.device, non_blocking=True) for m in masks)
+        positions = MaskPositions.from_mask(mask, counts[0], self.model.predictor.compiled)
+        return model(ids, mask, dropped, positions, MaskPositions.from_mask(dropped, counts[1]).visible)
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Show each image, its reconstruction from its ids, and what the predictor makes of it with half of the ids
@@ -156,23 +160,36 @@ class MaskedTokenModel(nn.Module):
         self.predictor, self.label_smoothing = predictor, label_smoothing
         self.vocabulary = predictor.vocabulary.codebook if codebook_only else predictor.vocabulary.size
 
-    def forward(self, ids: Tensor, mask: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        dropped: Tensor,
+        positions: MaskPositions | None = None,
+        kept: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return the scalars "loss", "accuracy" and "context" of the masked ids.
 
         Args:
             ids: Long[B,N].
             mask: Bool[B,N], True where ids are masked.
             dropped: Bool[B,N], the masked positions that the encoder does not see at all.
+            positions: those of the mask, if the caller has computed them.
+            kept: Long[B,N'], the positions that the encoder sees, if the caller has computed them.
 
         "context" is how many nats the loss is below the loss of predicting the frequencies of ids in this batch, which
         is the best prediction without the image. As long as it is not clearly positive, ADDP has nothing to learn from
         the predictor. The frequencies are those of the masked ids themselves, so context starts below zero, by about
         codes / 2 / masked ids.
         """
-        logits = self.predictor.logits(ids, mask, dropped, self.vocabulary)[mask].float()
-        targets = ids[mask]
+        positions = positions or MaskPositions.from_mask(mask)
+        logits = self.predictor.logits(ids, mask, dropped, self.vocabulary, kept)
+        logits = positions.unpad_masked(gather_tokens(logits, positions.masked)).float()
+        targets = positions.unpad_masked(ids.gather(1, positions.masked))
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        frequencies = torch.bincount(targets, minlength=self.vocabulary) / max(len(targets), 1)
+        # not `bincount`, for whose length the host has to wait
+        counts = torch.zeros(self.vocabulary, dtype=torch.long, device=ids.device)
+        frequencies = counts.index_add(0, targets, torch.ones_like(targets)) / max(len(targets), 1)
         smoothed = (1 - self.label_smoothing) * frequencies + self.label_smoothing / self.vocabulary
         accuracy = (logits.argmax(-1) == targets).float().mean()
         return {"loss": loss, "accuracy": accuracy, "context": torch.special.entr(smoothed).sum() - loss.detach()}

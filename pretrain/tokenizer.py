@@ -151,7 +151,7 @@ class TokenizerStage(Stage):
         if self.model.discriminator is not None:
             loss = loss + out["discriminator"]
         if adversarial:
-            weight = torch.as_tensor(config.adversarial, device=loss.device)
+            weight = torch.full((), config.adversarial, device=loss.device)
             if config.adversarial_balance == "adaptive":
                 weight = weight * self._gradient_ratio(reconstruction, out["adversarial"])
             loss = loss + weight * out["adversarial"]
@@ -275,7 +275,7 @@ class TokenizerTraining(nn.Module):
         dead = self.idle >= (NEVER_USED if revive_after is None else revive_after)
         codes.copy_(torch.where(dead[:, None], candidates, codes))
         for average in (self.count, self.total, self.idle):
-            average[dead] = 0
+            average.masked_fill_(dead if average.ndim == 1 else dead[:, None], 0)
         share = counts / counts.sum()
         perplexity = torch.special.entr(share).sum().exp()
         metrics = {"usage": used.float().mean(), "perplexity": perplexity, "revived": dead.float().sum()}

@@ -5,6 +5,7 @@ them; decode the mixture of ids and guesses into a noisy image; from this image 
 distribution of the unreliable ids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from addp_core.method.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
 from addp_core.networks.decoder import DecoderConfig, TokenDecoder
 from addp_core.networks.encoder import Encoder, EncoderConfig
-from addp_core.networks.layers import MaskPositions, check_heads, gather_tokens, normal_parameter
+from addp_core.networks.layers import MaskPositions, check_heads, count_visible, gather_tokens, normal_parameter
 from addp_core.networks.predictor import PredictorConfig, TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_feature_map
 
@@ -65,6 +66,7 @@ class Denoiser(nn.Module):
 
     mean: Tensor
     std: Tensor
+    compiled = False  # compute only: whether torch.compile has compiled this module
 
     def __init__(self, config: ADDPConfig):
         super().__init__()
@@ -87,6 +89,7 @@ class Denoiser(nn.Module):
         target: Tensor | None = None,
         vocabulary: int | None = None,
         masked_only: bool = False,
+        positions: MaskPositions | None = None,
     ) -> Tensor:
         """Return the logits of all positions, Float[B,N,V'], or the scalar loss if there is a target.
 
@@ -97,8 +100,9 @@ class Denoiser(nn.Module):
             target: Float[B,N,K]; the loss is computed at the unreliable positions only.
             vocabulary: compute the logits of the first `vocabulary` ids only (default: all).
             masked_only: return the logits of the unreliable positions only, Float[R,V'] in row-major order.
+            positions: those of the mask, if the caller has computed them.
         """
-        positions = MaskPositions.from_mask(mask)
+        positions = positions or MaskPositions.from_mask(mask)
         features = self.encode(images, ids, mask, positions, visible_only=True)
         masked_only = masked_only or target is not None
         logits = self.decoder(features, ids, mask, masked_only, vocabulary, positions)
@@ -169,11 +173,23 @@ class ADDP(nn.Module):
         generator: on the CPU (default: one seeded from torch's global state).
         """
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        mask, next_mask = draw_masks(self.config.process, len(images), self.config.tokens, generator)
-        mask, next_mask = mask.to(images.device), next_mask.to(images.device)
+        masks = draw_masks(self.config.process, len(images), self.config.tokens, generator)
+        return {"loss": self.training_loss(self.denoiser, images, *masks)}
+
+    def training_loss(self, denoiser: nn.Module, images: Tensor, mask: Tensor, next_mask: Tensor) -> Tensor:
+        """Return the loss of one step (Sec. 3.3), a scalar.
+
+        Args:
+            denoiser: the model's own, as it may be wrapped for training.
+            images: Float[B,3,H,W] in [0,1].
+            mask, next_mask: Bool[B,N] on the CPU, True = unreliable at t and at the later step.
+        """
+        counts, next_counts = count_visible(mask), count_visible(next_mask)
+        mask, next_mask = (each.to(images.device, non_blocking=True) for each in (mask, next_mask))
         ids = self.encode_images(images)
-        corrupted = self.corrupt(ids, mask, next_mask)
-        return {"loss": self.denoiser(corrupted.images, ids, mask, corrupted.target)}
+        corrupted = self.corrupt(ids, mask, next_mask, (counts, next_counts))
+        positions = MaskPositions.from_mask(mask, counts, self.denoiser.compiled)
+        return denoiser(corrupted.images, ids, mask, corrupted.target, positions=positions)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -181,10 +197,17 @@ class ADDP(nn.Module):
         return self.tokenizer.encode(images)
 
     @torch.no_grad()
-    def corrupt(self, ids: Tensor, mask: Tensor, next_mask: Tensor) -> CorruptedBatch:
+    def corrupt(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        next_mask: Tensor,
+        counts: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> CorruptedBatch:
         """Return the noisy images x_t and their targets (Eq. 4-6).
 
-        ids: Long[B,N]. mask, next_mask: Bool[B,N], True = unreliable at t and at the later step. Raises ValueError if
+        ids: Long[B,N]. mask, next_mask: Bool[B,N], True = unreliable at t and at the later step. counts: the number of
+        reliable ids in each row of both masks, if the host knows them (`MaskPositions.from_mask`). Raises ValueError if
         the model was loaded without a token predictor.
         """
         if self.predictor is None:
@@ -193,10 +216,12 @@ class ADDP(nn.Module):
                 "load it with predictor=<file>"
             )
         process, codebook = self.config.process, self.tokenizer.quantize.embedding.weight
-        if process.condition == "z_t+1":
-            guess, posterior = self.predictor(torch.cat([ids, ids]), torch.cat([next_mask, mask])).chunk(2)
-        else:
-            guess = posterior = self.predictor(ids, mask)
+        both = process.condition == "z_t+1"
+        all_ids, masks = (torch.cat([ids, ids]), torch.cat([next_mask, mask])) if both else (ids, mask)
+        known = counts and ([*counts[1], *counts[0]] if both else counts[0])
+        positions = MaskPositions.from_mask(masks, known, self.predictor.compiled)
+        probabilities = self.predictor(all_ids, masks, positions.visible)
+        guess, posterior = probabilities.chunk(2) if both else (probabilities, probabilities)
         images = self.render(map_tokens(guess, codebook, process.mapping), ids, mask)
         return CorruptedBatch(images, training_target(posterior, ids, process.target))
 

@@ -10,7 +10,7 @@ are drawn together lie far apart.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from addp_core.base.rng import generator
 from addp_core.method.addp import ADDP
 from addp_core.method.diffusion import SCHEDULES, map_tokens
+from addp_core.networks.layers import MaskPositions
 
 Schedule = Literal["cosine", "linear"]
 Order = Literal["confidence", "halton"]
@@ -63,12 +64,14 @@ class SampleConfig:
 class SamplerState:
     """The state after a step.
 
-    image: Float[B,3,H,W], unclamped. ids: Long[B,N]. mask: Bool[B,N], True where the id is still unreliable.
+    image: Float[B,3,H,W], unclamped. ids: Long[B,N]. mask: Bool[B,N], True where the id is still unreliable. masked:
+    how many ids of each image are, so that the host need not ask the device.
     """
 
     image: Tensor
     ids: Tensor
     mask: Tensor
+    masked: Sequence[int]
 
 
 OnStep = Callable[[int, SamplerState], None]
@@ -103,7 +106,7 @@ def sample(
     images = torch.empty(n, 3, height, width, device=device)
     for start in range(0, n, batch):
         rows = range(first + start, first + min(start + batch, n))
-        noise = sampling_noise(config.steps, model.config.tokens, seed, rows).to(device)
+        noise = sampling_noise(config.steps, model.config.tokens, seed, rows).to(device, non_blocking=True)
         images[start : start + len(rows)] = _final_state(denoise(model, noise, config), on_step).image.clamp(0, 1)
     return images
 
@@ -150,10 +153,12 @@ def inpaint(
     mask = F.max_pool2d(hole.unsqueeze(1).to(images.dtype), model.config.tokenizer.stride).flatten(1) > 0
 
     result = images.clone()
-    for first_step, rows in _rows_by_first_step(mask, config):
-        numbers = [first + int(i) for i in rows]
-        noise = sampling_noise(config.steps, model.config.tokens, seed, numbers).to(images.device)
-        state = SamplerState(prefilled[rows], ids[rows], mask[rows])
+    masked = mask.sum(1).tolist()
+    for first_step, numbers in _rows_by_first_step(masked, model.config.tokens, config):
+        rows = torch.tensor(numbers).to(images.device, non_blocking=True)
+        noise = sampling_noise(config.steps, model.config.tokens, seed, [first + i for i in numbers])
+        noise = noise.to(images.device, non_blocking=True)
+        state = SamplerState(prefilled[rows], ids[rows], mask[rows], [masked[i] for i in numbers])
         generated = _final_state(denoise(model, noise, config, state, first_step), on_step, first_step).image
         result[rows] = composite(images[rows], generated.clamp(0, 1), hole[rows], blend)
     return result
@@ -172,7 +177,8 @@ def denoise(
     codebook = model.tokenizer.quantize.embedding.weight
     if state is None:
         no_ids = torch.zeros(batch, tokens, dtype=torch.long, device=noise.device)
-        state = SamplerState(torch.empty(0, device=noise.device), no_ids, torch.ones_like(no_ids, dtype=torch.bool))
+        all_masked = torch.ones_like(no_ids, dtype=torch.bool)
+        state = SamplerState(torch.empty(0, device=noise.device), no_ids, all_masked, [tokens] * batch)
     ranks = halton_ranks(model.config.grid, noise) if config.order == "halton" else None
     for step in range(first_step, config.steps):
         probabilities = _step_logits(model, state).float().softmax(-1)
@@ -189,21 +195,25 @@ def denoise(
         still_masked = min(max(math.ceil(tokens * SCHEDULES[config.schedule](progress)), 1), tokens)
         rank = confidence.masked_fill(~state.mask, math.inf).argsort(1).argsort(1)
         mask = (rank < still_masked) & state.mask
-        state = SamplerState(model.render(map_tokens(probabilities, codebook, "weighted"), ids, mask), ids, mask)
+        image = model.render(map_tokens(probabilities, codebook, "weighted"), ids, mask)
+        state = SamplerState(image, ids, mask, [min(count, still_masked) for count in state.masked])
         yield state
 
 
 def _step_logits(model: ADDP, state: SamplerState) -> Tensor:
     """Return the logits over the codebook, Float[B,N,K]; those at reliable positions are not to be read."""
     (batch, tokens), codes = state.mask.shape, model.config.tokenizer.codebook
-    if bool(state.mask.all()):
+    if min(state.masked) == tokens:
         # If nothing is known, the decoder ignores the encoder's output, and all images get the same distribution.
-        logits = model.denoiser.decoder(None, state.ids[:1], state.mask[:1], vocabulary=codes)
+        positions = MaskPositions.from_mask(state.mask[:1], [0])
+        logits = model.denoiser.decoder(None, state.ids[:1], state.mask[:1], vocabulary=codes, positions=positions)
         return logits.expand(batch, -1, -1)
-    masked_logits = model.denoiser(state.image, state.ids, state.mask, vocabulary=codes, masked_only=True)
-    logits = masked_logits.new_zeros(batch, tokens, codes)
-    logits[state.mask] = masked_logits
-    return logits
+    visible = [tokens - count for count in state.masked]
+    positions = MaskPositions.from_mask(state.mask, visible, model.denoiser.compiled)
+    masked_logits = model.denoiser(
+        state.image, state.ids, state.mask, vocabulary=codes, masked_only=True, positions=positions
+    )
+    return positions.scatter_masked(masked_logits, tokens)
 
 
 def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float, top_k: int = 0) -> Tensor:
@@ -240,9 +250,12 @@ def halton_ranks(grid: tuple[int, int], noise: Tensor) -> Tensor:
 
     Each image shifts the order cyclically by an offset of its own, drawn from `noise` Float[B,S,2,N].
     """
-    ranks = torch.tensor(halton_order(grid), dtype=torch.float).argsort().view(grid)
-    offsets = (noise[:, 0, 1, [0, -1]].cpu() * torch.tensor(grid)).long().tolist()
-    return torch.stack([ranks.roll(offset, (0, 1)).flatten() for offset in offsets]).to(noise)
+    (rows, columns), device = grid, noise.device
+    ranks = torch.tensor(halton_order(grid), dtype=torch.float).argsort().to(device, non_blocking=True)
+    down, right = ((noise[:, 0, 1, i] * size).long()[:, None] for i, size in ((0, rows), (-1, columns)))
+    row = (torch.arange(rows, device=device) - down) % rows
+    column = (torch.arange(columns, device=device) - right) % columns
+    return ranks[row[:, :, None] * columns + column[:, None]].flatten(1).to(noise.dtype)
 
 
 @functools.cache
@@ -284,15 +297,17 @@ def composite(images: Tensor, generated: Tensor, hole: Tensor, blend: int) -> Te
     return torch.where(hole.unsqueeze(1), generated + offset * weight, images).clamp(0, 1)
 
 
-def _rows_by_first_step(mask: Tensor, config: SampleConfig) -> list[tuple[int, Tensor]]:
-    """Group rows by their first step: the last one at which the schedule masks at least as many tokens as the row."""
-    tokens = mask.shape[1]
+def _rows_by_first_step(counts: Sequence[int], tokens: int, config: SampleConfig) -> list[tuple[int, list[int]]]:
+    """Group rows by their first step: the last one at which the schedule masks at least as many tokens as the row.
+
+    counts: masked tokens of each row; rows without any are in no group.
+    """
     masked_at = [tokens * SCHEDULES[config.schedule](s / config.steps) for s in range(config.steps)]
     groups: dict[int, list[int]] = {}
-    for row, masked in enumerate(mask.sum(1).tolist()):
+    for row, masked in enumerate(counts):
         if masked:
             groups.setdefault(max(s for s, count in enumerate(masked_at) if count >= masked), []).append(row)
-    return [(first_step, torch.tensor(rows, device=mask.device)) for first_step, rows in sorted(groups.items())]
+    return sorted(groups.items())
 
 
 def _final_state(states: Iterator[SamplerState], on_step: OnStep | None, first_step: int = 0) -> SamplerState:

@@ -5,6 +5,7 @@ The blocks are timm's modules with a forward pass of our own that can compute so
 (arXiv 2010.11929), MAE (2111.06377), MAGE (2211.09117).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -13,6 +14,7 @@ import torch
 from timm.layers import Mlp
 from timm.models import vision_transformer
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 from torch.nn import functional as F
 
 from addp_core.networks.attention import (
@@ -25,6 +27,7 @@ from addp_core.networks.attention import (
 )
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+MIN_DYNAMIC_SIZE = 2  # of a dimension whose size may vary within a graph of torch.compile
 INIT_STD = 0.02  # of position embeddings, mask token, class token and token embeddings
 
 
@@ -179,8 +182,8 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """Float[...] -> Float[...]."""
         dropped = round(self.p * 2**16)  # how many of the 65536 values of a 16-bit integer drop an element
-        if not self.is_active or x.device.type != "cpu" or not 0 < dropped < 2**16:
-            return super().forward(x)
+        if not self.is_active or x.device.type != "cpu" or not 0 < dropped < 2**16 or torch.compiler.is_compiling():
+            return super().forward(x)  # torch.compile cannot trace `random_`, and fuses its own dropout
         size, last = x.numel(), dropped - 2**15 - 1  # the largest of the integers that drop
         bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:size]
         keep = bits.clamp_(last, last + 1).to(x.dtype).sub_(last)  # 0 or 1
@@ -202,9 +205,9 @@ def scatter_tokens(x: Tensor, index: Tensor, length: int) -> Tensor:
 class MaskPositions:
     """The positions at which a mask is False (visible) and True (masked), in ascending order.
 
-    visible: Long[B,E] and masked: Long[B,M], where E and M are the largest numbers in any row. If the rows differ in
-    number, shorter rows are padded with positions of the other kind, and visible_valid: Bool[B,E] and masked_valid:
-    Bool[B,M] are False at the padding. Otherwise these two are None.
+    visible: Long[B,E] and masked: Long[B,M], where E and M are the largest numbers in any row. Shorter rows are padded
+    with positions of the other kind; then visible_valid: Bool[B,E] is False at the padding, and masked_valid: Long[R]
+    are the places in `masked`, flattened, that are no padding. Without padding, these two are None.
     """
 
     visible: Tensor
@@ -213,20 +216,51 @@ class MaskPositions:
     masked_valid: Tensor | None
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> "MaskPositions":
-        """Return the positions of Bool[B,N]."""
-        counts = (~mask).sum(1)
-        fewest, most = torch.stack(counts.aminmax()).tolist()
+    def from_mask(
+        cls, mask: Tensor, counts: Sequence[int] | None = None, for_compiled: bool = False
+    ) -> "MaskPositions":
+        """Return the positions of Bool[B,N].
+
+        Args:
+            counts: the number of visible positions of each row (`count_visible`), if the host knows them. Asking the
+                device for them makes the host wait, and ends a graph of torch.compile.
+            for_compiled: for a module that torch.compile has compiled: let one graph serve all sizes E and M. Such a
+                graph takes no size below 2, so `visible` has two columns at least, with padding.
+        """
+        counts = count_visible(mask) if counts is None else counts
+        fewest, most = min(counts), max(counts)
+        columns = max(most, MIN_DYNAMIC_SIZE) if for_compiled else most
         order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-        if fewest == most:
-            return cls(order[:, :most], None, order[:, most:], None)
+        visible, masked = order[:, :columns].contiguous(), order[:, fewest:].contiguous()
+        if for_compiled:
+            for positions in (visible, masked):
+                maybe_mark_dynamic(positions, 1)
         rank = torch.arange(mask.shape[1], device=mask.device)
-        is_visible = rank < counts[:, None]
-        return cls(order[:, :most], is_visible[:, :most], order[:, fewest:], ~is_visible[:, fewest:])
+        is_visible = rank < (~mask).sum(1, keepdim=True)
+        visible_valid = is_visible[:, :columns] if fewest < columns else None
+        if fewest == most:
+            return cls(visible, visible_valid, masked, None)
+        padding_last = is_visible[:, fewest:].flatten().to(torch.uint8).argsort(stable=True)
+        return cls(visible, visible_valid, masked, padding_last[: mask.numel() - sum(counts)])
 
     def unpad_masked(self, x: Tensor) -> Tensor:
         """Concatenate the tokens of the masked positions without padding, row by row: Float[B,M,W] -> Float[R,W]."""
-        return x.flatten(0, 1) if self.masked_valid is None else x[self.masked_valid]
+        return x.flatten(0, 1) if self.masked_valid is None else x.flatten(0, 1)[self.masked_valid]
+
+    def scatter_masked(self, x: Tensor, length: int) -> Tensor:
+        """Put the tokens of the masked positions, as `unpad_masked` orders them, into sequences of zeros.
+
+        Float[R,W] -> Float[B,L,W].
+        """
+        if self.masked_valid is not None:
+            padded = x.new_zeros(self.masked.numel(), x.shape[-1]).index_copy(0, self.masked_valid, x)
+            x = padded  # zeros at the padding, which are visible positions
+        return scatter_tokens(x.unflatten(0, self.masked.shape), self.masked, length)
+
+
+def count_visible(mask: Tensor) -> list[int]:
+    """Return how many positions of each row of Bool[B,N] are False; a mask on a GPU makes the host wait for it."""
+    return (~mask).sum(1).tolist()
 
 
 class TokenHead(nn.Module):

@@ -18,6 +18,7 @@ from addp_core.networks.layers import (
     MaskPositions,
     TokenHead,
     check_heads,
+    gather_tokens,
     init_transformer,
     normal_parameter,
     scatter_tokens,
@@ -45,6 +46,8 @@ class PredictorConfig:
 class TokenPredictor(nn.Module):
     """MAGE over `tokens` positions of ids from `vocabulary`."""
 
+    compiled = False  # compute only: whether torch.compile has compiled this module or one around it
+
     def __init__(self, config: PredictorConfig, tokens: int, vocabulary: Vocabulary):
         super().__init__()
         self.config, self.tokens, self.vocabulary = config, tokens, vocabulary
@@ -61,26 +64,35 @@ class TokenPredictor(nn.Module):
         self.mlm_layer = TokenHead(width, vocabulary.size)
         init_transformer(self)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return q(z | reliable ids), Float[B,N,K], from ids Long[B,N] and mask Bool[B,N] (True = unreliable)."""
-        return self.logits(ids, mask, vocabulary=self.vocabulary.codebook).softmax(-1)
+    def forward(self, ids: Tensor, mask: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return q(z | reliable ids), Float[B,N,K], from ids Long[B,N] and mask Bool[B,N] (True = unreliable).
 
-    def logits(self, ids: Tensor, mask: Tensor, dropped: Tensor | None = None, vocabulary: int | None = None) -> Tensor:
+        visible: `MaskPositions.visible` of the mask, if the caller has computed it.
+        """
+        return self.logits(ids, mask, vocabulary=self.vocabulary.codebook, visible=visible).softmax(-1)
+
+    def logits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        dropped: Tensor | None = None,
+        vocabulary: int | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """Return the logits of all positions: Long[B,N] ids, Bool[B,N] mask -> Float[B,N,V'].
 
         Args:
             dropped: Bool[B,N], the part of the mask that the encoder skips in training; the same number in every row.
             vocabulary: compute the logits of the first `vocabulary` ids only (default: all).
+            visible: `MaskPositions.visible` of `dropped`, or else of the mask, if the caller has computed it.
         """
         hidden = ids.masked_fill(mask, self.vocabulary.mask_id)
+        if visible is None:
+            visible = MaskPositions.from_mask(mask if dropped is None else dropped).visible
+        encoded = self.encode(hidden, queries=visible) if dropped is None else self.encode(hidden, kept=visible)
+        x = self.decoder_embed(encoded)
         # MAGE pads unreliable positions with the class token's features rather than with a mask token.
-        if dropped is None:
-            visible = MaskPositions.from_mask(mask).visible
-            x = self.decoder_embed(self.encode(hidden, queries=visible))
-            class_token, patches = x[:, :1], scatter_tokens(x[:, 1:], visible, ids.shape[1])
-        else:
-            x = self.decoder_embed(self.encode(hidden, dropped))
-            class_token, patches = x[:, :1], _scatter_kept(x[:, 1:], dropped)
+        class_token, patches = x[:, :1], scatter_tokens(x[:, 1:], visible, ids.shape[1])
         patches = torch.where(mask.unsqueeze(-1), class_token, patches)
         x = torch.cat([class_token, patches], 1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
@@ -88,17 +100,16 @@ class TokenPredictor(nn.Module):
         embeddings = self.token_emb.word_embeddings.weight[:vocabulary]
         return self.mlm_layer(self.decoder_norm(x[:, 1:]), embeddings)
 
-    def encode(self, ids: Tensor, dropped: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+    def encode(self, ids: Tensor, kept: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """Encode Long[B,N] ids (mask ids included) as Float[B,1+N',W], class slot first.
 
         Args:
-            dropped: Bool[B,N], positions that the sequence leaves out; N' counts the others.
+            kept: Long[B,N'], the only positions that are in the sequence.
             queries: Long[B,N'], the only positions whose features are wanted.
         """
         x = self.token_emb(torch.cat([ids.new_full((len(ids), 1), self.vocabulary.class_id), ids], 1))
-        if dropped is not None:
-            kept = torch.cat([dropped.new_ones(len(ids), 1), ~dropped], 1)
-            x = x[kept].view(len(ids), -1, x.shape[-1])
+        if kept is not None:
+            x = gather_tokens(x, F.pad(1 + kept, (1, 0)))
         for block in self.blocks[:-1]:
             x = block(x)
         return self.norm(self.blocks[-1](x, queries=None if queries is None else F.pad(1 + queries, (1, 0))))
@@ -119,10 +130,3 @@ class TokenEmbeddings(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids, Long[B,L] -> Float[B,L,W]."""
         return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
-
-
-def _scatter_kept(x: Tensor, dropped: Tensor) -> Tensor:
-    """Spread the features of the kept positions over all: Float[B,N',W] -> Float[B,N,W], zeros where dropped."""
-    full = x.new_zeros(*dropped.shape, x.shape[-1])
-    full[~dropped] = x.flatten(0, 1)
-    return full

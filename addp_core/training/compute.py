@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
+from addp_core.method.addp import Denoiser
 from addp_core.networks.kernels import HAS_WINOGRAD, Conv3x3
+from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
 
 Precision = Annotated[Literal["fp32", "bf16", "fp16"], "precision of the networks' matrix products"]
@@ -34,6 +36,9 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
         # a tokenizer is called by its methods, so the modules that they call are compiled
         for part in (model.encoder, model.decoder) if isinstance(model, Tokenizer) else (model,):
             part.compile()
+        for module in model.modules():
+            if isinstance(module, (Denoiser, TokenPredictor)):
+                module.compiled = True
     if next(model.parameters()).device.type != "cpu":
         return
     keep_freed_memory()

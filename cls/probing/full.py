@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from addp_core.base.errors import UserError
 from addp_core.data.images import eval_transform, pretrain_transform
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import Batch, Stream
+from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
@@ -22,7 +22,7 @@ from addp_core.training.engine import train
 from addp_core.training.stage import MicroStep, Stage
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
-from cls.data import cache_for_evaluation, check_batch_labels, evaluation_crop
+from cls.data import LabeledStream, cache_for_evaluation, evaluation_crop
 from cls.evaluation import evaluate_classifier
 from cls.probing.features import PooledFeatures, resolve_block, truncate
 from cls.probing.recipe import Recipe
@@ -40,7 +40,7 @@ def run_full(recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSo
     crop = evaluation_crop(recipe.data.hw, recipe.eval_crop)
     stage = LinearProbeStage(classifier, recipe, cache_for_evaluation(val_set, recipe.data, crop), crop)
     transform = pretrain_transform(recipe.data)
-    stream = Stream(train_set, transform, recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch)
+    stream = LabeledStream(train_set, transform, recipe.data, seed=recipe.train.seed, batch=recipe.train.micro_batch)
     train(stage, stream, recipe.train, recipe.out, recipe)
     print_results(Path(recipe.out), recipe.mode)
 
@@ -123,7 +123,6 @@ class LinearProbeStage(Stage):
 
         It is multiplied by the number of micro-steps, because the engine averages over them.
         """
-        check_batch_labels(batch, self.classifier.num_classes)
         images = normalize(batch.images, self.classifier.mean, self.classifier.std)
         self.accumulated.append((self.features(images)[:, 0, 0, 0], batch.labels))
         micro_steps = self.recipe.train.accumulate

@@ -145,8 +145,8 @@ class OurCode:
     def __init__(self, model: ADDP, recipe: Recipe, device: torch.device):
         self.model, self.recipe, self.device = model, recipe, device
         images = torch.rand(recipe.batch, 3, *model.config.image_size, generator=generator(0, "images"))
-        masks = fixed_masks(recipe.batch, model.config.tokens, recipe.mask_ratio)
-        self.images, self.mask, self.next_mask = (x.to(device) for x in (images, *masks))
+        self.images = images.to(device)
+        self.masks = fixed_masks(recipe.batch, model.config.tokens, recipe.mask_ratio)
         if recipe.accelerate:
             for part in (model.tokenizer, model.predictor, model.denoiser):
                 if part is not None:
@@ -174,9 +174,7 @@ class OurCode:
         self.model.train()
         with self.parts("whole"):
             with self.autocast():
-                ids = self.model.encode_images(self.images)
-                corrupted = self.model.corrupt(ids, self.mask, self.next_mask)
-                loss = self.model.denoiser(corrupted.images, ids, self.mask, corrupted.target)
+                loss = self.model.training_loss(self.model.denoiser, self.images, *self.masks)
             with self.parts("backward"):
                 self.scaler.scale(loss).backward()
             with self.parts("optimizer"):

@@ -4,13 +4,22 @@ import math
 
 import pytest
 import torch
+from fake_cuda import fake_cuda, on_fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_addp
+from tiny import TOKENS, nested_masks, tiny_addp
 
 from addp_core import inpaint, sample
 from addp_core.base.rng import generator
-from addp_core.method.sampler import SampleConfig, composite, denoise, draw_ids, halton_order, sampling_noise
+from addp_core.method.sampler import (
+    SampleConfig,
+    SamplerState,
+    composite,
+    denoise,
+    draw_ids,
+    halton_order,
+    sampling_noise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +217,17 @@ def test_seam_fades_into_the_hole():
     row = composite(images, generated, hole, blend=3)[0, 0, 0]
     torch.testing.assert_close(row, torch.tensor([0.8] * 4 + [0.7, 0.6, 0.5] + [0.4] * 5))
     assert torch.equal(composite(images, generated, hole, blend=0)[0, 0, 0, 4:], generated[0, 0, 0, 4:])
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_the_host_waits_for_no_step(order):
+    with fake_cuda():
+        model = on_fake_cuda(tiny_addp())
+        assert sample(model, 3, steps=4, batch=2, order=order, top_p=0.9, top_k=5).device.type == "cuda"
+        noise = sampling_noise(4, TOKENS, 0, range(2)).to("cuda", non_blocking=True)
+        ids, mask = torch.zeros(2, TOKENS, dtype=torch.long), nested_masks(2)[0]
+        mask[0, :] = True
+        rows = (each.to("cuda", non_blocking=True) for each in (torch.rand(2, 3, 8, 12), ids, mask))
+        state = SamplerState(*rows, mask.sum(1).tolist())
+        states = denoise(model, noise, SampleConfig(4, order=order), state, 1)
+        assert [len(each.masked) for each in states] == [2, 2, 2]

@@ -68,7 +68,7 @@ def test_mask_positions_with_rows_of_different_length():
     mask = torch.tensor([[True, False, True, False], [True, True, True, False]])
     positions = MaskPositions.from_mask(mask)
     assert positions.visible[positions.visible_valid].tolist() == [1, 3, 3]
-    assert positions.masked[positions.masked_valid].tolist() == [0, 2, 0, 1, 2]
+    assert positions.masked.flatten()[positions.masked_valid].tolist() == [0, 2, 0, 1, 2]
     x = random_tensor(2, 4, 3)
     torch.testing.assert_close(positions.unpad_masked(gather_tokens(x, positions.masked)), x[mask])
     single_row = MaskPositions.from_mask(mask[:1])
