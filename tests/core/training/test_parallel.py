@@ -1,0 +1,92 @@
+"""`train.parallel=fsdp`: sharded processes give the results of one, and continue on any number of processes."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Fault, run_ranks
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from toy_stage import ROUNDING_ONLY, Faults, checkpoint_names, metrics, run
+
+from addp_core.training.checkpoints import Checkpoints
+from addp_core.training.optimization import make_optimizer
+from addp_core.training.parallel import optimizer_state_for
+from addp_core.training.stage import TrainConfig
+
+SHARDED = "train.parallel=fsdp"
+
+
+def toy(out: Path, *settings: str, n: int, fault: Fault | tuple[()] = ()) -> str:
+    """Run the toy stage in `out` on `n` processes and return what they printed."""
+    log = out.parent / f"{out.name}-{n}-{len(list(out.parent.iterdir()))}"
+    ended = run_ranks(["toy", f"out={out}", *settings], log, n=n, fault=fault)
+    assert ended.codes == [0] * n, ended.text
+    return ended.text
+
+
+def assert_equal_to_rounding(out: Path, expected: Path) -> None:
+    for ours, theirs in zip(metrics(out), metrics(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for name in ("model.safetensors", "model-raw.safetensors"):  # averaged, and last weights
+        ours, theirs = load_file(out / name), load_file(expected / name)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.allclose(ours[key], value, rtol=1e-4, atol=1e-6), (name, key)
+
+
+def test_two_four_and_one_process_continue_a_run_of_one(tmp_path):
+    """A run that begins without shards goes on with two and four of them, and ends on one process."""
+    settings = [*ROUNDING_ONLY, "train.accumulate=2", "train.clip_grad=0.2"]
+    run([f"out={tmp_path / 'one'}", *settings])
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        run([f"out={out}", *settings, SHARDED], Faults(signals={3: signal.SIGTERM}))  # one process shards nothing
+    assert files(out, 4) == ["state.json", "training.pt"]
+    toy(out, *settings, SHARDED, n=2, fault=Fault("SIGTERM", "step", count=4))
+    assert files(out, 8) == ["state.json", "training-0.pt", "training-1.pt"]
+    toy(out, *settings, SHARDED, n=4, fault=Fault("SIGTERM", "step", rank=3, count=5))
+    assert files(out, 13) == ["state.json", *(f"training-{rank}.pt" for rank in range(4))]
+    run([f"out={out}", *settings])
+    assert_equal_to_rounding(out, tmp_path / "one")
+
+
+def files(out: Path, step: int) -> list[str]:
+    return sorted(path.name for path in (out / f"checkpoints/step-{step}").iterdir())
+
+
+def test_a_sharded_run_continues_exactly(tmp_path):
+    """With dropout, batch statistics, a moving average and a full disk on one process."""
+    settings = [SHARDED, "train.log_every=1"]
+    printed = toy(tmp_path / "whole", *settings, n=2, fault=Fault("disk full", "saving", rank=1))
+    assert "step-4: not written (No space left on device)" in printed
+    assert checkpoint_names(tmp_path / "whole") == ["step-12", "step-8"]
+    toy(tmp_path / "run", *settings, n=2, fault=Fault("SIGTERM", "step", count=6))
+    toy(tmp_path / "run", *settings, n=2)
+    ours, theirs = (Checkpoints(tmp_path / name, 2).read(12) for name in ("run", "whole"))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_damaged_part_is_noticed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.folder.mkdir()
+    for step in (1, 2):
+        checkpoints.write_sharded(step, {"x": torch.arange(step)}, {})
+    (tmp_path / "checkpoints/step-2/training-0.pt").write_bytes(b"")
+    assert checkpoints.newest() == 1
+    assert checkpoint_names(tmp_path) == ["damaged-step-2", "step-1"]
+    assert torch.equal(checkpoints.read(1)[0]["x"], torch.arange(1))
+
+
+def test_the_optimizer_of_a_run_under_accelerates_fsdp_is_read():
+    """Its checkpoints have the names of parameters where those of other runs have their positions."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = make_optimizer(model, TrainConfig())
+    model(torch.ones(2, 3)).square().mean().backward()
+    optimizer.step()
+    by_name = get_optimizer_state_dict(model, optimizer)
+    assert set(by_name["state"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert optimizer_state_for(optimizer, by_name) == optimizer.state_dict()
