@@ -21,6 +21,7 @@ from addp_core.networks.classifier import init_head
 from addp_core.networks.encoder import METADATA_KEY, VIT_SIZES
 from addp_core.networks.layers import INIT_STD, init_transformer
 from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.stated import describe_vit
 from cls.timm_weights import TimmFile, as_vit, convert_weights, describe_file
 
 HUB_REPOSITORY = "Changyao/ADDP"  # of the authors
@@ -68,6 +69,7 @@ class EncoderForTimm(VisionTransformer):
         super().__init__(global_pool=global_pool, fc_norm=fc_norm, depth=depth, **options)
         self.depth = depth  # before timm prunes blocks
         self.file: TimmFile | None = None  # whose tensors timm loads next, without its metadata
+        self.register_state_dict_post_hook(describe_vit)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialize as `Encoder` and `Classifier` do, or as timm does if the caller chose a `weight_init`."""

@@ -214,10 +214,10 @@ def as_vit(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _load(weights: Weights, source: Source, size: tuple[int, int], wanted: Mapping[str, Any]) -> Classifier:
     """Load the classifier or encoder of a file for this image size; heads that it does not store are timm's."""
     heads = None if weights.stored else wanted["num_heads"]
-    if weights.kind == "classifier":
-        normalisation: Any = None if weights.stored else "imagenet"
-        return load_classifier(source, size, encoder_heads=heads, normalisation=normalisation)
-    with renaming_keys({"tokenizer_norm": "pre_norm"}):
+    with renaming_keys({"tokenizer_norm": "pre_norm", "encoder_heads": "num_heads"}):
+        if weights.kind == "classifier":
+            normalisation: Any = "imagenet" if weights.assumes("normalisation") else None
+            return load_classifier(source, size, encoder_heads=heads, normalisation=normalisation)
         return Classifier(load_encoder(source, size, encoder_heads=heads, tokenizer_norm=wanted["pre_norm"]), 0)
 
 

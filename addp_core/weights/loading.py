@@ -147,7 +147,7 @@ def load_classifier(
     file.settle(assumed, ("encoder_heads", "img_size"))
     architecture: ClassifierArchitecture = file.architecture
     if normalisation is not None:
-        if file.stored or not any(assumption.key == "normalisation" for assumption in file.assumptions):
+        if not file.assumes("normalisation"):
             raise UserError(f"normalisation: {file.source} stores its mean and std; leave the key out")
         mean, std = NORMALISATION[normalisation]
         architecture = replace(architecture, mean=mean, std=std)

@@ -40,6 +40,10 @@ class Weights:
         """
         settle(self.source, self.assumptions, used, demanded, fixed)
 
+    def assumes(self, key: str) -> bool:
+        """Check whether the fact of this key was assumed, because the file does not tell it."""
+        return any(assumption.key == key for assumption in self.assumptions)
+
     def part(self, prefix: str) -> State:
         """Return the tensors whose names begin with `prefix`, without it."""
         return strip_prefix(self.state, prefix)

@@ -65,7 +65,7 @@ def stated_by_training(metadata: Mapping[str, Any], state: Mapping[str, Tensor],
             images = _images(options, {"mean": described.mean, "std": described.std, "crop_pct": described.crop})
             return replace(described, **images)
         stated = _stated_by_name(name, options)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, UserError, ValueError):
         return described or Stated()  # options of another version of timm, or of another program
     widths = {len(value) for key, value in state.items() if key.endswith("patch_embed.proj.weight")}
     return stated if widths == {stated.width} else Stated()
@@ -92,9 +92,8 @@ def _stated_by_name(name: str, options: Mapping[str, Any]) -> Stated:
 def _stated_by(model: Any, by: str, options: Mapping[str, Any]) -> Stated:
     """Return the facts about a ViT of timm: its attributes and configuration, and the options of its training."""
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    height, width = model.patch_embed.img_size
     heads, pooling = model.blocks[0].attn.num_heads, model.global_pool
-    return Stated(by, model.embed_dim, heads, (height, width), pooling, **_images(options, cfg))
+    return Stated(by, model.embed_dim, heads, model.patch_embed.img_size, pooling, **_images(options, cfg))
 
 
 def _images(options: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from addp_core import load_encoder, save_model, save_published
 from addp_core.base.errors import UserError
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.weights.loading import load_classifier
 
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -255,3 +256,21 @@ def test_files_that_timm_cannot_hold_or_read(run, tmp_path):
     }.items():
         with pytest.raises(UserError, match=message):
             timm.create_model("addp_vit", checkpoint_path=path)
+
+
+# -------------------- and back
+
+
+def test_what_timm_trains_tells_its_architecture(run, tmp_path):
+    """Also under the name `addp_vit`, which says nothing about it."""
+    folder, expected = run
+    model = timm.create_model("addp_vit", pretrained=True, num_classes=3, pretrained_cfg_overlay={"file": str(folder)})
+    torch.save({"state_dict": model.state_dict(), "arch": "addp_vit"}, tmp_path / "last.pth.tar")
+    again = load_classifier(tmp_path / "last.pth.tar")
+    assert (again.encoder.config.heads, again.pooling, again.crop) == (4, "avg", 0.9)
+    assert torch.equal(again(images()), expected(images()))
+    with pytest.raises(UserError, match="was trained with 4 attention heads"):
+        load_encoder(tmp_path / "last.pth.tar", encoder_heads=8)
+    overlay = {"file": str(tmp_path / "last.pth.tar")}
+    with pytest.raises(UserError, match="num_heads=8"):
+        timm.create_model("addp_vit", pretrained=True, num_heads=8, pretrained_cfg_overlay=overlay)
