@@ -17,7 +17,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from tools.bench.plan import Plan, recipe_class
 from tools.bench.recipe import BenchRecipe
 from tools.bench.report import write_report
 from tools.bench.results import BENCH, bench_content, mean_and_sd, summary_table, write_record
-from tools.bench.slurm import printed_commands, submit
+from tools.bench.slurm import check_sbatch_options, jobs_in_queue, printed_commands, submit
 from tools.bench.step import LOG, STEP, Step, prepare_folder
 
 log = logging.getLogger("addp")
@@ -47,6 +47,7 @@ def run(recipe: BenchRecipe) -> None:
     """Check everything, then do what is missing. Exits with 1 if a step failed or a signal stopped the bench."""
     if recipe.bench.launch == "slurm" and shutil.which("sbatch") is None:
         raise UserError("bench.launch=slurm: no sbatch on the PATH; expected a machine of a Slurm cluster, or local")
+    check_sbatch_options(recipe.bench.sbatch)
     if recipe.replaced_models:
         log.info(
             "model: %s replaces the models of the recipe: %s",
@@ -72,6 +73,8 @@ def run(recipe: BenchRecipe) -> None:
         if recipe.bench.launch == "local":
             Runner(plan).run(pending)
             return
+        queued = jobs_in_queue(out) if recipe.bench.launch == "slurm" else {}
+        pending = _without_queued(pending, queued)
         for step in pending:
             _prepare(step)
     finally:
@@ -79,7 +82,18 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.bench.launch == "print":
         sys.stdout.write(printed_commands(pending))
     else:
-        submit(recipe, pending)
+        submit(recipe, pending, queued)
+
+
+def _without_queued(pending: Sequence[Step], queued: Mapping[str, str]) -> list[Step]:
+    """Return the steps that no job in the queue is for; name the others."""
+    for step in pending:
+        if step.name not in queued:
+            continue
+        changed = step.record().get("fingerprint") != step.fingerprint
+        advice = "; if it runs, it has begun with other settings than these: submit again when it has ended"
+        log.info("%s: job %s is in the queue%s", step.name, queued[step.name], advice if changed else "")
+    return [step for step in pending if step.name not in queued]
 
 
 class Runner:
