@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LIMIT = 30.0  # seconds in which all processes of a job are gone after a fault
-FOLDER, FAULT = "TEST_RANKS_FOLDER", "TEST_RANKS_FAULT"  # environment variables of the ranks
+FOLDER, FAULTS = "TEST_RANKS_FOLDER", "TEST_RANKS_FAULTS"  # environment variables of the ranks
 
 POINTS = {  # point: "module:name" of what is called there
     "start": "addp_core.training.engine:make_accelerator",
@@ -40,11 +41,12 @@ class Fault:
 
     Attributes:
         what: "error" (RuntimeError), "user error", "disk full", "delay" of `seconds`, or the name of a signal that the
-            rank sends to itself, or to the process that started it if `to_launcher` is set.
+            rank sends to itself, `seconds` later.
         at: a name of `POINTS`, or "module:name" of a function.
         rank: the rank that gets it.
         count: the call of that function in which it happens, from 1.
-        seconds: length of a delay.
+        seconds: length of a delay, or until a signal.
+        to_launcher: send the signal to the process that started the rank instead.
     """
 
     what: str
@@ -100,7 +102,7 @@ def run_ranks(
     folder: Path,
     n: int = 2,
     launcher: Literal["plain", "torchrun"] = "plain",
-    fault: Fault | None = None,
+    fault: Fault | Sequence[Fault] = (),
     environment: Mapping[str, str | None] | Callable[[int], Mapping[str, str | None]] | None = None,
     before: Callable[[], None] | None = None,
     limit: float = 120.0,
@@ -112,12 +114,13 @@ def run_ranks(
         folder: where the outputs of the ranks go; a new one for each job.
         n: number of processes.
         launcher: "torchrun", or "plain" for processes that have their place in the environment.
-        fault: what happens to one of them.
+        fault: what happens to one of them, or to several.
         environment: further variables, of all ranks or by rank; None removes one.
         before: called in each plain process before the command.
-        limit: seconds until processes that still run are killed and AssertionError is raised.
+        limit: seconds after the fault, or after the start, until processes that still run are killed and
+            AssertionError is raised.
     """
-    job = Job(folder, n, launcher, fault)
+    job = Job(folder, n, launcher, [fault] if isinstance(fault, Fault) else list(fault))
     try:
         job.start(list(arguments), environment or {}, before)
         return job.wait(limit)
@@ -141,7 +144,7 @@ class Job:
     folder: Path
     n: int
     launcher: str
-    fault: Fault | None
+    faults: list[Fault]
     processes: list[BaseProcess] = field(default_factory=list)
     torchrun: subprocess.Popen | None = None
     begin: float = field(default_factory=time.time)
@@ -150,8 +153,7 @@ class Job:
         """Start the processes."""
         self.folder.mkdir(parents=True)
         common = {FOLDER: str(self.folder), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
-        if self.fault:
-            common[FAULT] = json.dumps(asdict(self.fault))
+        common[FAULTS] = json.dumps([asdict(fault) for fault in self.faults])
         by_rank = environment if callable(environment) else lambda _: environment
         port = free_port()
         if self.launcher == "torchrun":
@@ -173,17 +175,22 @@ class Job:
 
     def wait(self, limit: float) -> Ended:
         """Wait until all processes are gone."""
-        deadline = time.time() + limit
         while self.alive():
-            assert time.time() < deadline, f"still running after {limit} s\n{self.ended().text}"
+            assert time.time() < self._begin() + limit, f"still running after {limit} s\n{self.ended().text}"
             time.sleep(0.02)
         return self.ended()
 
     def ended(self) -> Ended:
-        codes = [self.torchrun.wait()] if self.torchrun else [process.exitcode or 0 for process in self.processes]
+        """Return how the job has ended so far."""
+        codes = [process.exitcode or 0 for process in self.processes]
+        if self.torchrun:
+            codes = [self.torchrun.poll() or 0]
         outputs = [self._read(f"rank-{rank}.log") for rank in range(self.n)]
-        fault = self._read("fault")
-        return Ended(codes, outputs, self._read("launcher.log"), time.time() - float(fault or self.begin))
+        return Ended(codes, outputs, self._read("launcher.log"), time.time() - self._begin())
+
+    def _begin(self) -> float:
+        """Return when the fault happened, or when the job began."""
+        return float(self._read("fault") or self.begin)
 
     def alive(self) -> bool:
         """Check whether a process of the job still runs, its data workers included."""
@@ -246,10 +253,9 @@ def run_rank(
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if FAULT in os.environ:
-        fault = Fault(**json.loads(os.environ[FAULT]))
-        if fault.rank == rank:
-            inject(fault, folder)
+    for fields in json.loads(os.environ[FAULTS]):
+        if fields["rank"] == rank:
+            inject(Fault(**fields), folder)
     if before:
         before()
     sys.exit(run_command(arguments))
@@ -299,7 +305,11 @@ def happen(fault: Fault) -> None:
     if fault.what == "delay":
         time.sleep(fault.seconds)
     else:
-        os.kill(os.getppid() if fault.to_launcher else os.getpid(), signal.Signals[fault.what])
+        process = os.getppid() if fault.to_launcher else os.getpid()
+        send = threading.Timer(fault.seconds, os.kill, (process, signal.Signals[fault.what]))
+        send.start()
+        if not fault.seconds:
+            send.join()
 
 
 if __name__ == "__main__":

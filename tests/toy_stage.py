@@ -20,7 +20,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from addp_core.base import rng
+from addp_core.base import job, rng
 from addp_core.base.errors import UserError
 from addp_core.recipes import cli
 from addp_core.recipes import config as recipes
@@ -203,7 +203,13 @@ def command(settings: list[str], faults: Faults | None = None, log: Path | None 
 def exit_code(settings: list[str]) -> int:
     """Run the stage as the command line runs a verb, and return the exit code."""
     patch.object(RunLogger, "plot_curves", lambda self: None).start()  # slow, and tested elsewhere
-    return cli.exit_code(lambda: 0 if run(settings) else 1)
+
+    def join_and_run() -> int:
+        job.join()
+        run(settings)
+        return 0
+
+    return cli.exit_code(join_and_run)
 
 
 def start_process(*arguments, **options) -> BaseProcess:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import addp_core
+from addp_core.base import job
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.launch import rank
 from addp_core.recipes.config import load_recipe, show_recipe
 from addp_core.recipes.help import group_help, overview, verb_help
-from addp_core.recipes.verbs import VERBS, verb_groups
+from addp_core.recipes.verbs import ONE_PROCESS, VERBS, verb_groups
 
 HELP = ("-h", "--help")
 PRINT_CONFIG = "--print-config"
@@ -34,26 +36,29 @@ def exit_code(command: Callable[[], int]) -> int:
     """Call a command that returns its exit code, and return that of its error if there is one, which is written to
     stderr. `SystemExit` passes through.
     """
-    rank = os.environ.get("RANK", "0")
-    set_up_logging(rank)
+    set_up_logging(rank())
     try:
         code = command()
         sys.stdout.flush()
         return code
     except UserError as error:
-        program = "addp" if rank == "0" else f"addp (rank {rank})"
-        sys.stderr.write(f"{program}: {' '.join(str(error).splitlines())}\n")
+        line = " ".join(str(error).splitlines())
+        job.fail(2, line)
+        program = "addp" if rank() == 0 else f"addp (rank {rank()})"
+        sys.stderr.write(f"{program}: {line}\n")
         return 2
     except KeyboardInterrupt:
+        job.fail(1, "interrupted")
         sys.stderr.write("\naddp: interrupted\n")
         return 1
-    except BrokenPipeError:
-        if not _discard_output_without_reader():
-            traceback.print_exc()
+    except Exception as error:
+        without_reader = isinstance(error, BrokenPipeError) and _discard_output_without_reader()
+        details = "" if without_reader else traceback.format_exc()
+        job.fail(1, f"{type(error).__name__}: {error}; {job.CONTINUE}" if details else "", details)
+        sys.stderr.write(details)
         return 1
-    except Exception:
-        traceback.print_exc()
-        return 1
+    finally:
+        job.leave()
 
 
 def run(argv: list[str]) -> int:
@@ -76,6 +81,8 @@ def run(argv: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UserError(_unknown_verb(verb))
+    if verb not in ONE_PROCESS and not wants_help and PRINT_CONFIG not in arguments:
+        job.join()
     with _naming_missing_packages(verb):
         module = importlib.import_module(VERBS[verb][0])
         if wants_help:
@@ -126,13 +133,13 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return recipe, settings
 
 
-def set_up_logging(rank: str) -> None:
+def set_up_logging(rank: int) -> None:
     """Log to stderr: everything from rank 0, warnings from the other ranks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("addp")
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,9 @@ VERBS = {  # verb: (module, one line of help)
     "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
 }
 
+# Verbs that run as one process, whatever the environment says; `bench` and `sweep` start the processes of others.
+ONE_PROCESS = {"app", "det cost", "seg cost", "bench", "sweep", "report", "throughput", "toy", "export", "doctor"}
+
 
 def verb_groups() -> dict[str, list[str]]:
     """Return the verbs of two words by their first word: {'det': ['det train', ...], ...}."""

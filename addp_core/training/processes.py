@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import datetime
 import random
 from typing import Any
 
@@ -13,7 +14,12 @@ from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 
 from addp_core.base import rng
 from addp_core.base.errors import UserError
+from addp_core.base.launch import world_size
 from addp_core.training.compute import turn_off_tf32
+from addp_core.training.environment import check_environment
+
+# How long ranks wait for another, such as for rank 0 while it decodes or evaluates; dead ones are noticed by `job`.
+GROUP_TIMEOUT = datetime.timedelta(hours=2)
 
 
 def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
@@ -31,6 +37,7 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
     mixed_precision = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; a bench may train with two
+    _join_group()
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -41,10 +48,6 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
         if precision == "fp32":
             raise
         raise UserError(f"train.precision={precision}: not supported on this device ({error}); try fp32") from error
-    if accelerator.num_processes > 1:
-        atexit.register(leave_process_group)
-        # A rank that ends over an error in its recipe would break the connections that others are still opening.
-        accelerator.wait_for_everyone()
     return accelerator
 
 
@@ -54,11 +57,30 @@ def process_state() -> PartialState:
     The first call turns TF32 off; training and `compute.autocast` allow it again for the precisions that may use it.
     """
     turn_off_tf32()
-    return PartialState(cpu=_use_cpu())
+    return _join_group()
 
 
-def leave_process_group() -> None:
-    """Leave torch's process group, if this process is in one."""
+def _join_group() -> PartialState:
+    """Join torch's process group, if there are several processes, and leave it when this one ends.
+
+    Raises UserError if the group is not that of the environment, or the environment says against the recipe what
+    accelerate would do.
+    """
+    joins = not PartialState._shared_state
+    if joins:
+        check_environment({})
+    state = PartialState(cpu=_use_cpu(), timeout=GROUP_TIMEOUT)
+    if state.num_processes != world_size():
+        raise UserError(
+            f"WORLD_SIZE={world_size()}: found {state.num_processes} processes in the group, expected {world_size()}; "
+            "give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun does"
+        )
+    if joins and state.num_processes > 1:
+        atexit.register(_leave_group)
+    return state
+
+
+def _leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

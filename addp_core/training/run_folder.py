@@ -31,6 +31,7 @@ import yaml
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
+from addp_core.base.launch import check_launch, rank
 from addp_core.training.checkpoints import LAST_CHECKPOINT
 from addp_core.training.environment import check_environment
 from addp_core.training.inputs import Inputs, OpenDatasets
@@ -67,7 +68,8 @@ def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = No
     out = Path(out)
     run_recipe = RunRecipe(recipe)
     check_environment(run_recipe.values)
-    if int(os.environ.get("RANK", "0")):
+    check_launch()  # a process that wrongly takes itself for another rank would not see the lock
+    if rank():
         return _finished_model(out, run_recipe, datasets)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
+from addp_core.base.job import handled_signal
+
 Handler = TypeVar("Handler", bound="SignalHandler")
 
 
@@ -18,12 +20,16 @@ class SignalHandler(ABC):
     def __enter__(self: Handler) -> Handler:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                self._previous_handlers[number] = signal.signal(number, self._receive)
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        handled_signal()
+        self._receive(number, frame)
 
     @abstractmethod
     def _receive(self, number: int, _frame: FrameType | None) -> None:

@@ -1,12 +1,12 @@
 """What the reader assumes about a file where its tensors do not tell, and the heads of published ViTs."""
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from addp_core.base.errors import UserError
+from addp_core.base.launch import rank
 from addp_core.weights.stated import Stated
 
 log = logging.getLogger("addp")
@@ -110,7 +110,7 @@ def settle(
     for assumption in relevant:
         if assumption.demand and assumption.key in demanded:
             raise UserError(f"{source}: {assumption.demand}")
-    if os.environ.get("RANK", "0") == "0":
+    if rank() == 0:
         for assumption in relevant:
             choice = f" ({assumption.override})" if assumption.override and assumption.key not in fixed else ""
             log.warning("%s: %s%s", source, assumption.note, choice)

@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from addp_core.base.files import write_atomically
+from addp_core.base.launch import rank
 from addp_core.base.tables import text_table
 from cls.probing.recipe import FastConfig
 from cls.results import RESULTS
@@ -81,7 +81,7 @@ def plot_by_block(rows: list[dict[str, Any]], path: Path) -> None:
 
 def print_results(out: Path, mode: str) -> None:
     """Print the results of a finished run to stdout, on rank 0: a table in the fast mode, else results.json."""
-    if os.environ.get("RANK", "0") != "0" or not (out / RESULTS).exists():
+    if rank() != 0 or not (out / RESULTS).exists():
         return
     results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
     sys.stdout.write(results_table(results) if mode == "fast" else json.dumps(results, indent=1) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+from ranks import group_environment
 
 from addp_core.base.errors import UserError
 from addp_core.base.paths import CachePath, DatasetPath, FilePath
@@ -117,10 +118,11 @@ def test_a_finished_run_stays_finished_when_its_data_move(monkeypatch):
     finish(Recipe("run"))
     model = Path("run/model.safetensors")
     shutil.move("photos", "scratch")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+    for rank in (0, 1):
+        for name, value in group_environment(rank, 2, port=1).items():
+            monkeypatch.setenv(name, value)
         assert prepare(Recipe("run", "scratch")) == model
-        assert prepare(Recipe("run", "scratch", note="other")) is None if rank == "1" else True
+        assert prepare(Recipe("run", "scratch", note="other")) is None if rank == 1 else True
     monkeypatch.setenv("RANK", "0")
     (Path("scratch") / "new.png").touch()
     with pytest.raises(UserError, match="run on other data"):
