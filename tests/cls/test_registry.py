@@ -125,9 +125,17 @@ def test_hooks_on_the_attention_fire():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_torchscript_and_fx():
+def test_torchscript():
     model, x = build(), images()
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_fx():
+    model, x = build(), images()
+    try:
+        create_feature_extractor(timm.create_model("vit_tiny_patch16_224", depth=1), ["head"])
+    except TypeError as error:
+        pytest.skip(f"torch {torch.__version__} does not trace timm's own ViT either: {error}")
     extractor = create_feature_extractor(model, ["blocks.1.attn.proj", "head"])
     torch.testing.assert_close(extractor(x)["head"], model(x))
 
@@ -136,7 +144,7 @@ def test_export_with_free_batch_height_and_width():
     model = build(dynamic_img_size=True)
     rows, columns = Dim("rows", min=2, max=16), Dim("columns", min=2, max=16)
     shapes = {"x": {0: Dim("batch", min=1, max=8), 2: 8 * rows, 3: 8 * columns}}
-    program = torch.export.export(model, (images(40, 48),), dynamic_shapes=shapes)
+    program = torch.export.export(model, (images(40, 48),), dynamic_shapes=shapes, strict=False)
     torch.testing.assert_close(program.module()(images(64, 24)[:1]), model(images(64, 24)[:1]))
 
 

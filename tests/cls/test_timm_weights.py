@@ -1,5 +1,6 @@
 """`timm.create_model` with files of ours, published and foreign: the architecture comes from the file."""
 
+import json
 import re
 
 import pytest
@@ -148,6 +149,8 @@ def test_channels_other_than_three(run, caplog):
 def test_a_model_that_timm_saves_keeps_the_architecture(run, tmp_path):
     model = timm.create_model("addp_vit", checkpoint_path=run[0] / "model.safetensors")
     save_for_hf(model, tmp_path / "saved")
+    if "model_args" not in json.loads((tmp_path / "saved/config.json").read_text()):
+        pytest.skip(f"timm {timm.__version__} saves no arguments of a model (1.0.31 does)")
     again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
     torch.testing.assert_close(again(images()), run[1](images()), **CLOSE)
 
