@@ -21,6 +21,7 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import SIZES_HELP
 from addp_core.training.compute import accelerate_model, autocast
 from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
@@ -38,7 +39,7 @@ COCO_CLASSES = 80
 class Recipe:
     """Keys of `addp det cost`."""
 
-    model: Annotated[str, "tiny, small, base, large, or a checkpoint whose architecture is used"] = "base"
+    model: Annotated[str, f"{SIZES_HELP}, or a checkpoint whose architecture is used"] = "base"
     engine: Annotated[EngineChoice, "as in `addp det train`"] = "torchvision"
     size: Annotated[int, Ge(16), "side of the square training image in pixels"] = 1024
     batch: Annotated[int, Ge(1), "images per step"] = 1

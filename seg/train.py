@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.launch import rank, world_size
 from addp_core.base.paths import FilePath
-from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
+from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.training.run_recipe import read_values
@@ -70,7 +70,7 @@ class Recipe(EncoderKeys):
     model: Annotated[
         FilePath,
         "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, timm ViT) or hf://owner/repository/file; with "
-        "init=random also a size (tiny, small, base, large) or empty for the config's size",
+        f"init=random also a size, {SIZES_HELP}, or empty for the config's size",
     ] = ""
     patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size or empty (default: the config's)"] = None
     relative: Annotated[

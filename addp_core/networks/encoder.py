@@ -84,6 +84,7 @@ VIT_SIZES: dict[str, ViTSize] = {
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
 }
+SIZES_HELP = ", ".join(f"{name} ({size['width']} wide)" for name, size in VIT_SIZES.items())
 
 
 class FeatureEncoder(nn.Module):

@@ -73,7 +73,11 @@ def load_encoder(
     vqgan = None if tokenizer is None else read_part(tokenizer, "tokenizer")
     if isinstance(source, str) and source in VIT_SIZES and not Path(source).exists():
         if init != "random":
-            raise UserError(f"{source}: a size, which has no weights; expected init=random with it, or a checkpoint")
+            width = VIT_SIZES[source]["width"]
+            raise UserError(
+                f"{source}: a size, which has no weights ({width} wide); expected init=random with it, or a checkpoint "
+                "(what a recipe of this name has trained is in its run folder)"
+            )
         name = source
         if size is None:
             raise UserError(f"img_size: found none, and the size {source} has no images; expected pixels")

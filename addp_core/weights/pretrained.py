@@ -7,7 +7,7 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.paths import FilePath
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import SIZES_HELP, Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION as NORMALISATION
 from addp_core.weights.encoders import load_encoder
@@ -19,8 +19,9 @@ class EncoderKeys:
 
     model: Annotated[
         FilePath,
-        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT) or "
-        "hf://owner/repository/file; with init=random also a size (tiny, small, base, large)",
+        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT, or what timm's train.py, "
+        "mmengine or detectron2 wrote) or "
+        f"hf://owner/repository/file; with init=random also a size: {SIZES_HELP}",
     ]
     init: Annotated[
         Literal["pretrained", "random"],

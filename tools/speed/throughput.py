@@ -31,7 +31,7 @@ from addp_core.base.tables import text_table
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.method.sampler import sample
 from addp_core.networks.decoder import DecoderConfig
-from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
+from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.training.compute import DTYPES, accelerate_model, autocast
 from addp_core.training.optimization import make_optimizer
@@ -52,7 +52,7 @@ PARTS = ("vq_encode", "predictor", "vq_decode", "encoder", "decoder", "denoiser"
 class Recipe:
     """Keys of `addp throughput`."""
 
-    model: Annotated[str, f"{', '.join(VIT_SIZES)} (random weights), or a run or file of `addp pretrain`"] = "base"
+    model: Annotated[str, f"{SIZES_HELP}, with random weights, or a run or file of `addp pretrain`"] = "base"
     batch: Annotated[int, Ge(1), "images per step"] = 4
     size: Annotated[int | None, Ge(16), MultipleOf(16), "side of the images in pixels; null: the file's, or 256"] = None
     precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products, through autocast"] = "fp32"

@@ -12,10 +12,14 @@ from tiny import tiny_addp
 
 from addp_core import load_addp, load_encoder, load_predictor, load_tokenizer, sample, save_model
 from addp_core.networks.classifier import Classifier
+from addp_core.recipes.config import load_recipe
+from addp_core.recipes.keys import keys_of
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.layouts.published import to_published
 from addp_core.weights.loading import load_classifier
+from addp_core.weights.pretrained import EncoderKeys
 from addp_core.weights.reading import read_weights
+from pretrain import addp as pretraining
 
 
 def published_content(model):
@@ -173,3 +177,12 @@ def test_parts_with_another_codebook_are_refused(golden):
 def test_misspelled_arguments_name_the_nearest(golden):
     with pytest.raises(TypeError, match="encoder_head'; did you mean 'encoder_heads'"):
         load_addp({"model": golden}, encoder_head=4)
+
+
+def test_the_size_tiny_is_not_the_recipe_tiny():
+    """`addp pretrain tiny` trains another encoder than the ViT of this name; errors and help tell their widths."""
+    recipe = load_recipe(pretraining, "tiny", ["data=photos", "out=run"])
+    assert recipe.model.encoder.width == 128
+    assert load_encoder("tiny", init="random").config.width == 192
+    assert_user_error(lambda: load_encoder("tiny"), "192 wide", "init=random", "recipe of this name", "run folder")
+    assert "tiny (192 wide)" in keys_of(EncoderKeys)["model"].help
