@@ -204,7 +204,7 @@ def test_every_dotted_key_exists(page):
             prefixes = [".".join(parts[:i]) for i in range(1, len(parts))]
             is_entry = any(keys.get(prefix) for prefix in prefixes)
             is_example = EXAMPLE_KEYS & set(parts) or key.startswith(DETECTRON2_KEYS)
-            is_file = Path(key).suffix in (".csv", ".json", ".jsonl", ".md", ".safetensors", ".txt", ".yaml")
+            is_file = Path(key).suffix in (".csv", ".json", ".jsonl", ".md", ".py", ".safetensors", ".txt", ".yaml")
             is_module = (ROOT / f"{key.replace('.', '/')}.py").exists()
             if key not in keys and not (is_entry or is_example or is_file or is_module):
                 unknown.append(key)

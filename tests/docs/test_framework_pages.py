@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_addp
 
 from addp_core import save_model
@@ -28,8 +29,16 @@ class Page(NamedTuple):
     prepare: Callable[[Path], None] = lambda folder: None  # writes what else the blocks read into their folder
 
 
+def write_image_folders(folder: Path) -> None:
+    """Write two small images of each of three classes to data/train."""
+    for name in ("cat", "dog", "owl"):
+        (folder / "data" / "train" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (24, 20), (60 * i, 100, 200)).save(folder / "data" / "train" / name / f"{name}{i}.png")
+
+
 PAGES = {
-    "timm.md": Page("timm"),
+    "timm.md": Page("timm", write_image_folders),
     "detectron2.md": Page("detectron2"),
     "mmseg.md": Page("mmseg"),
 }
