@@ -1,6 +1,7 @@
 """Runs a detector over a COCO dataset, and evaluates it there."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,15 @@ def evaluate_detector(
 
 
 def check_categories(model: Detector, dataset: CocoDataset) -> None:
-    """Raise UserError if the categories of the detector and of the dataset differ."""
+    """Raise UserError if the categories of the detector and of the dataset differ.
+
+    A detector of detectron2 that does not tell its categories takes the dataset's, if it has as many.
+    """
+    if getattr(model, "names_assumed", False) and len(model.architecture.categories) == len(dataset.categories):
+        log.info(
+            "model: its config does not tell its %d categories; took those of the dataset", len(dataset.categories)
+        )
+        model.architecture = replace(model.architecture, categories=dataset.categories)
     ours, theirs = set(model.architecture.categories), set(dataset.categories)
     if ours != theirs:
         added, removed = (

@@ -1,8 +1,10 @@
 """Trained detectors of either engine: their common interface, their file, and their detections."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from torch.nn import functional as F
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
 from addp_core.weights.architectures import ARCHITECTURES
-from addp_core.weights.files import Source
+from addp_core.weights.files import MODEL_FILE, Source
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_state
 from det.config import Category, DetectorArchitecture, Interpolation
 
 KIND = "detector"
+DETECTRON2_CONFIG, DETECTRON2_WEIGHTS = "config.yaml", "model_final.pth"  # which its trainers write into their folder
 ARCHITECTURES[KIND] = DetectorArchitecture  # lets read_weights load detectors
 ENGINES = {  # engine -> the module and the class that implement it
     "torchvision": ("det.engines.torchvision", "TorchvisionDetector"),
@@ -78,15 +81,19 @@ def build_detector(architecture: DetectorArchitecture, encoder: Encoder) -> Dete
     Raises UserError if the architecture needs detectron2 and it is not installed.
     """
     module, name = ENGINES[architecture.engine]
+    return getattr(_import_detectron2(module), name)(architecture, encoder)
+
+
+def _import_detectron2(module: str) -> Any:
+    """Import a module that may need detectron2. Raises UserError if that is not installed."""
     try:
-        detector_class = getattr(import_module(module), name)
+        return import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "detectron2":
             raise
         raise UserError(
             "model: was trained with detectron2, which is not installed; `addp doctor` shows the command to install it"
         ) from error
-    return detector_class(architecture, encoder)
 
 
 def resize_to_longer_side(image: Tensor, size: int, interpolation: Interpolation) -> Tensor:
@@ -107,8 +114,11 @@ def save_detector(model: Detector, path: str | os.PathLike) -> None:
 def load_detector(source: Source) -> Detector:
     """Load the detector from a run of `addp det train` or its file, in eval mode, float32, on the CPU.
 
+    The source can also be the folder of detectron2's own trainers with our backbone, or a checkpoint in it.
     Raises UserError if the source is not a detector or its tensors do not match its architecture.
     """
+    if (path := _find_detectron2_checkpoint(source)) is not None:
+        return _import_detectron2("det.native.trained").load_trained(path)
     weights = read_weights(source)
     if weights.kind != KIND:
         raise UserError(f"model: {weights.source} is not a detector; expected a run of `addp det train` or its file")
@@ -122,6 +132,19 @@ def load_detector(source: Source) -> Detector:
         raise UserError(f"{weights.source}: {len(mismatched)} tensors do not match its stored architecture: {names}")
     model.load_state_dict(weights.state)
     return model.eval()
+
+
+def _find_detectron2_checkpoint(source: Source) -> Path | None:
+    """Return the checkpoint if the source is the folder of detectron2's trainer or a checkpoint in it, and not ours."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source)
+    if path.is_dir() and not (path / MODEL_FILE).exists():
+        with contextlib.suppress(OSError):
+            path /= (path / "last_checkpoint").read_text(encoding="utf-8").strip()
+        path = path / DETECTRON2_WEIGHTS if path.is_dir() else path
+    is_theirs = path.suffix == ".pth" and path.is_file() and (path.parent / DETECTRON2_CONFIG).is_file()
+    return path if is_theirs else None
 
 
 def mismatched_tensors(model: nn.Module, state: dict[str, Tensor]) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from addp_core.weights.architectures import HEAD_KEYS
 from tools.export.checkpoints import export_checkpoint, export_encoder
+from tools.export.detectron2_folder import export_detectron2
 from tools.export.mmseg_folder import export_mmseg
 from tools.export.onnx_file import export_onnx
 from tools.export.recipe import LayoutName, Recipe
@@ -31,5 +32,6 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "encoder": Layout(export_encoder, ".safetensors", ("weights", *PARTS)),
     "timm": Layout(export_timm, "", CLASSIFIER),
     "onnx": Layout(export_onnx, ".onnx", CLASSIFIER),
+    "detectron2": Layout(export_detectron2, "", tuple(key for key in CLASSIFIER if key != "tokenizer")),
     "mmseg": Layout(export_mmseg, "", tuple(key for key in CLASSIFIER if key != "tokenizer")),
 }

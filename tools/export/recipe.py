@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-LayoutName = Literal["addp", "published", "encoder", "timm", "onnx", "mmseg"]  # the keys of `LAYOUTS` in layouts.py
+LayoutName = Literal["addp", "published", "encoder", "timm", "onnx", "detectron2", "mmseg"]  # the keys of `LAYOUTS`
 
 
 @dataclass

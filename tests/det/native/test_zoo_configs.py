@@ -3,7 +3,6 @@
 # ruff: noqa: E402 (modules that need detectron2 are imported after the check that it is installed)
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,73 +11,19 @@ from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.weights.saving import save_model
 
-detectron2 = pytest.importorskip(
-    "detectron2", reason="detectron2 is not installed; `addp doctor` shows the command to install it"
-)
-pytestmark = pytest.mark.filterwarnings("ignore")  # detectron2 uses deprecated names of torch
+pytest.importorskip("detectron2", reason="detectron2 is not installed; `addp doctor` shows the command to install it")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("toy_sets")]  # deprecated names of torch
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
-from detectron2.engine import DefaultPredictor, DefaultTrainer
-from detectron2.evaluation import COCOEvaluator
+from detectron2.engine import DefaultPredictor
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN, build_backbone, build_model
 from detectron2.utils.logger import setup_logger
+from zoo import CASCADE, FASTER, MASK, RETINANET, ZOO, Trainer, zoo_config
 
 import det
-from det.coco import locate_coco
-from det.config import CocoFiles
 from det.native.backbone import EncoderBackbone
-
-ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
-FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
-RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _toy_sets(toy_coco):
-    for split in ("train", "val"):
-        annotations, images = locate_coco(CocoFiles(root=str(toy_coco)), split)
-        register_coco_instances(f"zoo_{split}", {}, str(annotations), str(images))
-    yield
-    for split in ("train", "val"):
-        DatasetCatalog.remove(f"zoo_{split}")
-        MetadataCatalog.remove(f"zoo_{split}")
-
-
-def zoo_config(name: str, source: Path | str, out: Path | str = "", **encoder) -> CfgNode:
-    """Return a config of the zoo over the encoder `source`, with what makes it quick on a CPU."""
-    cfg = get_cfg()
-    det.add_encoder_config(cfg)
-    cfg.merge_from_file(str(ZOO / name))
-    cfg.MODEL.BACKBONE.NAME = "EncoderPyramid"
-    cfg.MODEL.ENCODER.merge_from_other_cfg(CfgNode({"source": str(source), "img_size": 64, **encoder}))
-    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = "cpu", str(out), ""
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 10
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
-    cfg.TEST.DETECTIONS_PER_IMAGE = 5
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("zoo_train",), ("zoo_val",)
-    cfg.INPUT.MASK_FORMAT = "bitmask"  # some toy masks are run-length encoded
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = (60, 68), 60, 90
-    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 2
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.TEST.EVAL_PERIOD = 2, 1e-3, 0
-    return cfg
-
-
-class Trainer(DefaultTrainer):
-    """detectron2's trainer with its own COCO evaluation."""
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
 
 @pytest.mark.parametrize("name", [FASTER, MASK, CASCADE, RETINANET])

@@ -1,0 +1,132 @@
+"""Writing what detectron2's own scripts load: model_final.pth, and the config.yaml that builds its model."""
+
+from collections import OrderedDict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
+from torch import Tensor, nn
+
+from addp_core.base.errors import UserError
+from addp_core.base.files import atomic_replace, write_atomically
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
+from addp_core.weights.pretrained import NORMALISATION
+from det.config import DetectorArchitecture
+from det.engines.detectron2 import Detectron2Detector
+from det.model import DETECTRON2_CONFIG, DETECTRON2_WEIGHTS, Detector
+from det.native.backbone import EncoderBackbone
+from det.native.config import IMAGE_FORMAT, add_encoder_config, build_encoder, encoder_options
+from det.native.lazy import mask_rcnn
+from det.native.train_net import find_config
+
+
+def write_detector(detector: Detector, out: Path) -> tuple[Tensor, Tensor]:
+    """Write a detector of the engine detectron2 into a folder, with a LazyConfig like those of det/native/configs/.
+
+    Returns the features of the written model and those of the detector, for comparison. Raises UserError for the engine
+    torchvision.
+    """
+    if not isinstance(detector, Detectron2Detector):
+        raise UserError(
+            "model: a detector of engine=torchvision, whose anchors and RoIAlign detectron2 does not have; expected "
+            "one that was trained with engine=detectron2"
+        )
+    architecture, encoder = detector.architecture, detector.rcnn.backbone.net.encoder
+    cfg = LazyConfig.load(str(find_config("mask_rcnn_vitdet_b_100ep")))
+    cfg.model = lazy_model(architecture, encoder.architecture)
+    cfg.categories = [asdict(category) for category in architecture.categories]
+    for mapper in (cfg.dataloader.train.mapper, cfg.dataloader.test.mapper):
+        mapper.use_instance_mask = architecture.masks
+    _, scale, crop = cfg.dataloader.train.mapper.augmentations
+    resize = cfg.dataloader.test.mapper.augmentations[0]
+    size = architecture.size
+    scale.target_height = scale.target_width = resize.short_edge_length = resize.max_size = size
+    crop.crop_size = (size, size)
+    cfg.train.init_checkpoint = str((out / DETECTRON2_WEIGHTS).resolve())
+    _save(detector.rcnn, out)
+    LazyConfig.save(cfg, str(out / DETECTRON2_CONFIG))
+    again = instantiate(LazyConfig.load(str(out / DETECTRON2_CONFIG)).model).eval()
+    return _compare(again, detector.rcnn.eval(), out, (size, size))
+
+
+def lazy_model(architecture: DetectorArchitecture, encoder: EncoderArchitecture) -> Any:
+    """Return the LazyConfig of a detector around an encoder that is built from its architecture, without a file."""
+    net = LazyCall(EncoderBackbone)(
+        encoder=LazyCall(Encoder)(
+            config=LazyCall(EncoderConfig)(**asdict(encoder.encoder)),
+            image_size=list(encoder.image_size),
+            patch_size=encoder.patch_size,
+            attention=LazyCall(AttentionConfig)(**asdict(encoder.attention)),
+            dynamic=True,
+        ),
+        checkpointing=False,
+    )
+    classes = len(architecture.categories)
+    return mask_rcnn(
+        net, encoder.patch_size, architecture.size, classes, architecture.detector, architecture.normalisation
+    )
+
+
+def write_encoder(encoder: Encoder, normalisation: str, out: Path) -> tuple[Tensor, Tensor]:
+    """Write a pretrained encoder as the weights of a detector, with a yacs config that is merged into one of the zoo's.
+
+    Returns the maps of the written encoder and its own, for comparison.
+    """
+    mean, std = ([255 * value for value in part] for part in NORMALISATION[normalisation])
+    about = encoder.architecture
+    node = {
+        "arch": asdict(about.encoder),
+        "patch_size": about.patch_size,
+        "img_size": list(about.image_size),
+        "attention": asdict(about.attention),
+        "drop_path": about.encoder.drop_path,
+    }
+    config = {
+        "MODEL": {
+            "BACKBONE": {"NAME": "EncoderPyramid"},
+            "WEIGHTS": str((out / DETECTRON2_WEIGHTS).resolve()),
+            "PIXEL_MEAN": mean,
+            "PIXEL_STD": std,
+            "ENCODER": node,
+        },
+        "INPUT": {"FORMAT": IMAGE_FORMAT},
+    }
+    model = _as_in_a_detector(encoder)
+    _save(model, out)
+    write_atomically(out / DETECTRON2_CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+
+    cfg = get_cfg()
+    add_encoder_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode(config))
+    again = _as_in_a_detector(build_encoder(encoder_options(cfg)))
+    return _compare(again, model, out, about.image_size)
+
+
+def _as_in_a_detector(encoder: Encoder) -> nn.Module:
+    """Return a module whose tensors have the names that they have in a detector with a pyramid."""
+    model = nn.Module()
+    model.backbone = nn.Sequential(OrderedDict(net=EncoderBackbone(encoder=encoder)))
+    return model
+
+
+def _save(model: nn.Module, out: Path) -> None:
+    with atomic_replace(out / DETECTRON2_WEIGHTS) as temporary, open(temporary, "wb") as file:
+        torch.save({"model": model.state_dict(), "__author__": "addp"}, file)
+
+
+def _compare(again: Any, model: Any, out: Path, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Load what was written into `again`; return all maps of both models on a random image."""
+    again.load_state_dict(torch.load(out / DETECTRON2_WEIGHTS, weights_only=True)["model"])
+    return _maps(again.backbone, size), _maps(model.backbone, size)
+
+
+@torch.inference_mode()
+def _maps(backbone: Any, size: tuple[int, int]) -> Tensor:
+    """Return all maps of a random image of this size, one after the other."""
+    backbone.eval()
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    return torch.cat([map_.flatten() for map_ in backbone(images).values()])

@@ -1,0 +1,107 @@
+"""Reading LazyConfigs that were saved as YAML without running code that they name.
+
+A LazyConfig calls whatever its `_target_` keys name. Here only classes and functions that build detectors are called:
+those of detectron2's models, layers and transforms, torch's modules, and ours.
+"""
+
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import yaml
+from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from addp_core.base.errors import UserError
+from addp_core.weights.files import first_line
+
+ALLOWED = (  # the modules that define what may be called
+    "detectron2.modeling.",
+    "detectron2.layers.",
+    "detectron2.data.transforms.",
+    "torch.nn.modules.",
+    "fvcore.transforms.",
+    "addp_core.networks.",
+    "det.native.",
+)
+LOADING = "addp_core.weights.encoders.load_encoder"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without objects, but with the tuples and shapes that detectron2 writes."""
+
+
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/object:detectron2.layers.shape_spec.ShapeSpec",
+    lambda loader, node: ShapeSpec(**loader.construct_mapping(node, deep=True)),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config that detectron2 wrote. Raises UserError if it is missing, no mapping, or holds objects."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); expected the config that detectron2 wrote"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a config of plain values ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found a {type(values).__name__}, expected a config of detectron2")
+    return values
+
+
+def replace_encoder(node: Any, encoder: dict[str, Any]) -> Any:
+    """Return the config of a model in which the encoder is built from its architecture, and not read from a file.
+
+    encoder: the keys of MODEL.ENCODER that give the architecture.
+    """
+    if isinstance(node, dict):
+        if node.get("_target_") in (LOADING, "addp_core.networks.encoder.Encoder"):
+            return lazy_encoder(encoder)
+        return {key: replace_encoder(value, encoder) for key, value in node.items()}
+    return [replace_encoder(value, encoder) for value in node] if isinstance(node, list) else node
+
+
+def lazy_encoder(encoder: dict[str, Any]) -> dict[str, Any]:
+    """Return the LazyConfig of an encoder, given the keys of MODEL.ENCODER that give its architecture."""
+    return {
+        "_target_": "addp_core.networks.encoder.Encoder",
+        "config": {"_target_": "addp_core.networks.encoder.EncoderConfig", **encoder["arch"]},
+        "image_size": list(encoder["img_size"]),
+        "patch_size": encoder["patch_size"],
+        "attention": {"_target_": "addp_core.networks.attention.AttentionConfig", **encoder["attention"]},
+        "dynamic": True,
+    }
+
+
+def build_lazy(path: Path, values: dict[str, Any], key: str) -> Any:
+    """Build what a config has under `key`. Raises UserError if it calls anything but the parts of a detector."""
+    root = OmegaConf.create(values)
+    node = OmegaConf.select(root, key)
+    try:
+        plain = OmegaConf.to_container(node, resolve=True)
+        _check_targets(path, plain)
+        return instantiate(node)
+    except (OmegaConfBaseException, TypeError, ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"{path}: {key} cannot be built ({first_line(error)})") from error
+
+
+def _check_targets(path: Path, node: Any) -> None:
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        _check_targets(path, value)
+    if not isinstance(node, dict) or "_target_" not in node:
+        return
+    target = locate(str(node["_target_"]))
+    home = f"{getattr(target, '__module__', '')}."
+    if not callable(target) or not home.startswith(ALLOWED):
+        raise UserError(
+            f"{path}: refused to call {node['_target_']}, which is no part of a detector; expected detectron2's models "
+            "and our encoder; write a config without it, or evaluate with detectron2's own script"
+        )
