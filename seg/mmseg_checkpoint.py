@@ -91,9 +91,10 @@ def read_config_text(source: str, text: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr) -> Any:
-    """Return the value of a literal, in which dict(key=value) is one too. Raises ValueError if it is none."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return {_key(keyword): _literal(keyword.value) for keyword in node.keywords}
+    """Return the value of a literal, in which calls of dict are allowed. Raises ValueError if it is none."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        pairs = {name: value for argument in node.args for name, value in dict(_literal(argument)).items()}
+        return pairs | {_key(keyword): _literal(keyword.value) for keyword in node.keywords}
     if isinstance(node, ast.Dict):
         if None in node.keys:
             raise ValueError("** in a dict")
