@@ -18,6 +18,12 @@ from addp_core.base.errors import did_you_mean
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+# Those that compute on sharded weights what they compute on whole ones, which the others do not all do.
+SHARDED_OPTIMIZERS = (
+    *("adamw", "adam", "nadamw", "radam", "adopt", "adabelief", "lion"),
+    *("lamb", "lars", "sgd", "momentum", "rmsprop", "adafactor"),
+)
+
 
 @dataclass
 class TrainConfig:
@@ -78,6 +84,9 @@ class TrainConfig:
             if self.optimizer not in names:
                 hint = did_you_mean(self.optimizer, names)
                 raise ValueError(f"optimizer: found {self.optimizer!r}, expected a name of timm's{hint}")
+        if self.parallel == "fsdp" and self.optimizer not in SHARDED_OPTIMIZERS:
+            expected = ", ".join(SHARDED_OPTIMIZERS)
+            raise ValueError(f"optimizer: found {self.optimizer!r}, expected one of {expected}, or parallel=ddp")
 
     @property
     def micro_batch(self) -> int:

@@ -1,6 +1,7 @@
 """The state of a run: model, optimizer, moving average and counters, as checkpoints store and restore them."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -17,6 +18,8 @@ from addp_core.training import parallel
 from addp_core.training.compute import accelerate_model
 from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
+
+log = logging.getLogger("addp")
 
 
 @dataclass
@@ -85,6 +88,8 @@ class TrainingState:
         if self.sharded:
             for module in (model, self.ema.module) if self.ema else (model,):
                 parallel.shard(module, accelerator.device)
+            if config.channels_last and accelerator.is_main_process:
+                log.info("train.channels_last: with train.parallel=fsdp, of the frozen parts alone")
         accelerate_model(model, config.compile, config.channels_last and not self.sharded)
         optimizer = make_optimizer(model, config)
         if self.sharded:

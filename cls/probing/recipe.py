@@ -110,3 +110,7 @@ class Recipe(EncoderKeys):
     eval_batch: Annotated[
         int, Ge(1), "images at a time on each process, in validation and when features are computed"
     ] = 64
+
+    def __post_init__(self) -> None:
+        if self.train.parallel == "fsdp":
+            raise ValueError("train.parallel: found fsdp, expected ddp: the head that is trained is small")

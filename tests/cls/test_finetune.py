@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from tiny import tiny_addp
 from transfers import COLORS, NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
@@ -99,6 +100,26 @@ def test_an_interrupted_run_resumes_bit_for_bit(images, pretrained, tmp_path, mo
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("uninterrupted", "interrupted")]
     assert results[0] == results[1]
+
+
+def test_sharded_blocks_train_as_on_one_process(images, pretrained, tmp_path):
+    """With layer decay, recomputed activations and averaged weights in validation."""
+    keys = ["train.steps=4", "train.log_every=1", "train.ema=0.9", "checkpointing=true", "drop_path=0"]
+    assert main(settings(images, pretrained, tmp_path / "one", *keys)) == 0
+    sharded = settings(images, pretrained, tmp_path / "two", *keys, "train.parallel=fsdp")
+    ended = run_ranks(sharded, tmp_path / "log", n=2)
+    assert ended.codes == [0, 0], ended.text
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()[:4]]
+        for name in ("two", "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one")]
+    assert results[0]["last"] == results[1]["last"]
+    models = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]
+    for name, value in models[1].items():
+        if not name.endswith("qkv.bias"):  # the keys' bias has no gradient but rounding, which Adam scales up
+            assert torch.allclose(models[0][name], value, atol=1e-5), name
 
 
 def test_layer_table_follows_the_published_rule():

@@ -314,6 +314,7 @@ def test_wrong_settings_are_refused(files, tmp_path, capsys):
     assert_refused(capsys, linprobe(files, tmp_path / "b", "block=0"), "block: found 0")
     assert_refused(capsys, fast(files, tmp_path / "c", "fast.blocks=[1,-3]"), "fast.blocks: found -3")
     assert_refused(capsys, fast(files, tmp_path / "d", "fast.lrs=[0.1,0.1]"), "fast.lrs")
+    assert_refused(capsys, linprobe(files, tmp_path / "f", "train.parallel=fsdp"), "train.parallel: found fsdp")
     encoder = tmp_path / "encoder.safetensors"
     save_model(load_encoder(files / "model.safetensors", HW), encoder)
     assert_refused(capsys, linprobe(files, tmp_path / "e", f"model={encoder}", "tokenizer_norm=true"), "tokenizer_norm")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import assert_user_error
 from ranks import Fault, run_ranks
 from safetensors.torch import load_file
 from torch import nn
@@ -13,10 +14,11 @@ from toy_stage import ROUNDING_ONLY, Faults, checkpoint_names, metrics, run
 
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.optimization import make_optimizer
-from addp_core.training.parallel import optimizer_state_for
+from addp_core.training.parallel import optimizer_state_for, shard
 from addp_core.training.stage import TrainConfig
 
 SHARDED = "train.parallel=fsdp"
+on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 shards on GPUs only")
 
 
 def toy(out: Path, *settings: str, n: int, fault: Fault | tuple[()] = ()) -> str:
@@ -37,6 +39,7 @@ def assert_equal_to_rounding(out: Path, expected: Path) -> None:
             assert torch.allclose(ours[key], value, rtol=1e-4, atol=1e-6), (name, key)
 
 
+@on_cpus
 def test_two_four_and_one_process_continue_a_run_of_one(tmp_path):
     """A run that begins without shards goes on with two and four of them, and ends on one process."""
     settings = [*ROUNDING_ONLY, "train.accumulate=2", "train.clip_grad=0.2"]
@@ -57,6 +60,7 @@ def files(out: Path, step: int) -> list[str]:
     return sorted(path.name for path in (out / f"checkpoints/step-{step}").iterdir())
 
 
+@on_cpus
 def test_a_sharded_run_continues_exactly(tmp_path):
     """With dropout, batch statistics, a moving average and a full disk on one process."""
     settings = [SHARDED, "train.log_every=1"]
@@ -68,6 +72,11 @@ def test_a_sharded_run_continues_exactly(tmp_path):
     ours, theirs = (Checkpoints(tmp_path / name, 2).read(12) for name in ("run", "whole"))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_versions_of_torch_that_shard_on_gpus_only(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    assert_user_error(lambda: shard(nn.Linear(1, 1), torch.device("cpu")), "expected torch 2.7 or newer for CPUs")
 
 
 def test_a_damaged_part_is_noticed(tmp_path):
@@ -90,3 +99,9 @@ def test_the_optimizer_of_a_run_under_accelerates_fsdp_is_read():
     by_name = get_optimizer_state_dict(model, optimizer)
     assert set(by_name["state"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert optimizer_state_for(optimizer, by_name) == optimizer.state_dict()
+
+
+def test_optimizers_that_need_whole_weights_are_refused():
+    TrainConfig(optimizer="muon")
+    with pytest.raises(ValueError, match=r"^optimizer: found 'muon', expected one of adamw, .*, or parallel=ddp$"):
+        TrainConfig(optimizer="muon", parallel="fsdp")
