@@ -18,6 +18,8 @@ FIXED = {  # of every encoder, by the names of mmseg's ViTs
     "attn_drop_rate": 0.0,
     "patch_norm": False,
     "final_norm": False,
+    "norm_cfg": {"type": "LN", "eps": 1e-6},
+    "act_cfg": {"type": "GELU"},
 }
 WITHOUT_EFFECT = ("norm_eval",)  # a LayerNorm has no running statistics
 KNOWN = (*ARCH_SYNONYMS, *SYNONYMS, PRETRAINED, *FIXED, *WITHOUT_EFFECT)

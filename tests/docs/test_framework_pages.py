@@ -18,6 +18,7 @@ from tiny import tiny_addp
 from addp_core import save_model
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.recipes.cli import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,10 +38,19 @@ def write_image_folders(folder: Path) -> None:
             Image.new("RGB", (24, 20), (60 * i, 100, 200)).save(folder / "data" / "train" / name / f"{name}{i}.png")
 
 
+def prepare_segmentor(folder: Path) -> None:
+    """Train the run `runs/seg` for a step, and write an image."""
+    assert main(["toy", f"out={folder}/toy", "only=[ade20k]", "scene=48", "ade_train=4", "ade_val=2"]) == 0
+    sizes = ["data.crop=32", "data.scale=[48,192]", "channels=8", "train.steps=1", "train.batch=2", "data.workers=0"]
+    paths = [f"data={folder}/toy/ade20k", f"model={folder}/runs/vit_b", f"out={folder}/runs/seg"]
+    assert main(["seg", "train", "config=upernet_addp-tiny_500_ade20k-512x512", *paths, *sizes]) == 0
+    Image.new("RGB", (48, 40), "green").save(folder / "image.png")
+
+
 PAGES = {
     "timm.md": Page("timm", write_image_folders),
     "detectron2.md": Page("detectron2"),
-    "mmseg.md": Page("mmseg"),
+    "mmseg.md": Page("mmseg", prepare_segmentor),
 }
 
 

@@ -1,6 +1,7 @@
 """What users of MMSegmentation do with the backbone, in mmseg's own packages: their configs, keywords and tools."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
+import mmseg
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import load_checkpoint
@@ -143,7 +145,15 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, backbone, expecte
 
 def test_keywords_of_mmsegs_vits_mean_the_same():
     arch = {"embed_dims": 16, "num_layers": 4, "num_heads": 2}
-    fixed = {"in_channels": 3, "mlp_ratio": 4, "qkv_bias": True, "drop_rate": 0.0, "norm_eval": False}
+    fixed = {
+        "norm_cfg": {"type": "LN", "eps": 1e-6},
+        "act_cfg": {"type": "GELU"},
+        "in_channels": 3,
+        "mlp_ratio": 4,
+        "qkv_bias": True,
+        "drop_rate": 0.0,
+        "norm_eval": False,
+    }
     theirs = AddpViT(**arch, **fixed, **SIZE, with_cp=True, drop_path_rate=0.1, with_cls_token=False, out_indices=-1)
     ours = AddpViT(ARCH, **SIZE, checkpointing=True, drop_path=0.1, class_token=False, out_indices=[-1])
     assert (theirs.config, theirs.attention, theirs.out_indices) == (ours.config, ours.attention, ours.out_indices)
@@ -169,7 +179,11 @@ def test_frozen_stages_are_neither_trained_nor_dropped():
         ({"arch": {"width": 16, "heads": 2}}, "arch: depth missing; expected a size"),
         ({"arch": {"width": 16, "depth": 4, "heads": 3}}, "arch: heads: "),
         ({"drop_path_rat": 0.1}, "drop_path_rat: AddpViT has no such keyword; did you mean 'drop_path_rate'?"),
-        ({"norm_cfg": {"type": "LN"}}, "norm_cfg: AddpViT has no such keyword"),
+        (
+            {"norm_cfg": {"type": "BN"}},
+            "norm_cfg: found {'type': 'BN'}, but the encoder has {'type': 'LN', 'eps': 1e-06}",
+        ),
+        ({"init_values": 0.1}, "init_values: AddpViT has no such keyword"),
         ({"mlp_ratio": 2}, "mlp_ratio: found 2, but the encoder has 4; leave the keyword out"),
         ({"drop_path": 0.1, "drop_path_rate": 0.2}, "drop_path_rate: found drop_path too"),
         ({"embed_dims": 16}, "embed_dims: found arch too"),
@@ -212,6 +226,24 @@ def test_mmsegs_layer_decay_finds_the_layers():
     assert rates[0]["backbone.pos_embed"] == rates[0]["backbone.patch_embed.proj.bias"] == 0.5**5
     assert rates[0]["decode_head.conv_seg.weight"] == 1
     assert all(name.startswith("backbone.encoder.") for name in model.state_dict() if name.startswith("backbone."))
+
+
+def test_the_config_of_the_page_builds_over_mmsegs_own(tmp_path):
+    """The first block of docs/mmseg.md, beside mmseg's configs, with a small ViT."""
+    page = (Path(__file__).parents[2] / "docs" / "mmseg.md").read_text(encoding="utf-8")
+    folder = tmp_path / "configs" / "addp"
+    folder.mkdir(parents=True)
+    (folder.parent / "_base_").symlink_to(Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_")
+    (folder / "upernet.py").write_text(page.split("```python\n")[1].split("```")[0])
+    cfg = Config.fromfile(folder / "upernet.py")
+    assert cfg.optim_wrapper.constructor == "LearningRateDecayOptimizerConstructor"
+    small = {"arch": ARCH, "patch_size": 8, "img_size": 32, "out_indices": (0, 1, 2, 3)}
+    cfg.model.backbone.update(small)
+    cfg.model.neck.update(embed_dim=16, norm_cfg={"type": "BN"})
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        head.update(channels=8, norm_cfg={"type": "BN"}, in_channels=[16] * 4 if head.type == "UPerHead" else 16)
+    logits = init_model(cfg, device="cpu").encode_decode(torch.randn(1, 3, 32, 32), [{"img_shape": (32, 32)}])
+    assert tuple(logits.shape) == (1, 150, 32, 32)
 
 
 def test_the_config_for_mmsegs_tools_needs_none_of_our_runner():
