@@ -3,6 +3,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+OLDEST  ?= .venv-oldest
 EXTRAS  ?= test,docs,gen,det,seg
 WORKERS ?= 2
 
@@ -13,15 +14,16 @@ STAMP := $(VENV)/.ready-$(EXTRAS)-$(words $(wildcard */__init__.py))-packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint docs demo clean
+.PHONY: help setup test test-oldest lint docs demo clean
 
 help:
 	@echo "make setup   install into $(VENV) (EXTRAS=$(EXTRAS), PYTHON=$(PYTHON))"
 	@echo "make test    make lint, then all tests, $(WORKERS) at a time (WORKERS=n)"
+	@echo "make test-oldest  all tests with the oldest versions that pyproject.toml allows, in $(OLDEST) (PYTHON=$(PYTHON))"
 	@echo "make demo    toy datasets, pretraining, every benchmark and a report, under runs/demo; 15 minutes on two cores"
 	@echo "make lint    style, formatting, the contract of imports and types"
 	@echo "make docs    the documentation as a website in site/"
-	@echo "make clean   remove $(VENV) and caches; runs/ stays"
+	@echo "make clean   remove $(VENV), $(OLDEST) and caches; runs/ stays"
 
 setup: $(STAMP)
 
@@ -37,6 +39,21 @@ $(STAMP): pyproject.toml constraints.txt
 # One thread a worker: more would only fight over the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The same tests with the oldest versions that pyproject.toml allows. They have no release for Python 3.13 or newer.
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider -n $(WORKERS) --dist loadfile
+
+# onedl-mmsegmentation asks for numpy 2 without needing it; ftfy and the others after it are its requirements.
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+	    { echo "the oldest versions need Python 3.10, 3.11 or 3.12; name one: make test-oldest PYTHON=python3.10"; exit 1; }
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	@echo "installing the oldest versions into $(OLDEST): some minutes and 6 GB the first time"
+	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[test,gen,det,onnx]' \
+	    onedl-mmcv onedl-mmengine ftfy opencv-python prettytable regex
+	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-deps onedl-mmsegmentation
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -60,5 +77,5 @@ demo: $(STAMP)
 	@echo "  addp --help                                              # all commands; docs/getting-started.md explains them"
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

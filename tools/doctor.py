@@ -17,6 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -78,10 +83,8 @@ def declared_requirements() -> list[Requirement]:
 
 def _lines_of_pyproject() -> list[str]:
     path = Path(addp_core.__file__).parents[1] / "pyproject.toml"
-    if sys.version_info < (3, 11) or not path.is_file():
+    if not path.is_file():
         return []
-    import tomllib
-
     project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     return project["dependencies"] + [f"{line}; extra == '{name}'" for name, lines in extras.items() for line in lines]
@@ -92,7 +95,7 @@ def _packages() -> dict[str, Package]:
     packages = {}
     for requirement in declared_requirements():
         extra = _extra_of(requirement)
-        if extra in DEVELOPMENT:
+        if extra in DEVELOPMENT or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
             continue
         name = canonicalize_name(requirement.name)
         module = MODULES.get(name, name.replace("-", "_"))
@@ -268,7 +271,7 @@ def _problems(versions: dict[str, str | None], errors: dict[str, str], torch: di
     for module, version in versions.items():
         wanted = requirements.get(PACKAGES[module].distributions[0])
         if wanted and version not in (None, "unknown") and not Requirement(wanted).specifier.contains(version, True):
-            problems.append(f"{module} {version} is outside the tested range; the tested one: {command_for(module)}")
+            problems.append(f"{module} {version} was never tested, expected {wanted}: {command_for(module)}")
     if shutil.which("nvidia-smi") and torch["version"] and not torch["devices"]:
         build = f"built for CUDA {torch['cuda']}: the driver may be older" if torch["cuda"] else "built without CUDA"
         problems.append(f"nvidia-smi is here, but torch {torch['version']} sees no GPU; it is {build}")

@@ -16,20 +16,31 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from addp_core.base.errors import UserError
 from addp_core.networks.layers import Block
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
     """Split the parameters of a model, in place: each transformer block is a group, and the rest is another.
 
-    The processes start from rank 0's weights, as with DDP.
+    The processes start from rank 0's weights, as with DDP. Raises UserError if torch does not shard on this device.
     """
+    check_device(device)
     broadcast_tensors(model.state_dict().values())
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in model.modules():
         if isinstance(module, Block):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def check_device(device: torch.device) -> None:
+    """Raise UserError if this version of torch does not shard on the device: 2.6 does so on GPUs only."""
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(
+            f"train.parallel=fsdp: torch {torch.__version__} shards on GPUs only; expected torch 2.7 or newer for CPUs, "
+            "or train.parallel=ddp"
+        )
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:

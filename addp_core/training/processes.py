@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import datetime
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,9 @@ def _join_group() -> PartialState:
 
 def _leave_group() -> None:
     if torch.distributed.is_initialized():
+        # gloo's threads still free the tensors of the last exchange and need Python's lock for it; torch 2.6 would wait
+        # for them while it holds the lock.
+        time.sleep(0.1)
         torch.distributed.destroy_process_group()
 
 
