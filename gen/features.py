@@ -25,6 +25,7 @@ from gen.extractors import Extractor
 
 EXTRACTOR_BATCH = 32  # images
 ROWS_IN_MEMORY = 2048  # of features
+ARRAYS = ("features", "logits")  # what an extractor returns, each a file
 
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "box"]  # torchvision's names
 Prepare = Callable[[LazyImage], Tensor]  # an image -> UInt8[3,h,w]; may raise ImageError
@@ -50,7 +51,7 @@ class FeatureSet:
     def read(cls, folder: Path) -> "FeatureSet":
         """Open what `extract_features` wrote. Raises OSError or ValueError if a file is missing or incomplete."""
         # copy-on-write, because torch wants writable memory
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ("features", "logits")}
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
         return cls(np.load(folder / "mean.npy"), np.load(folder / "covariance.npy"), **arrays)
 
 
@@ -69,35 +70,71 @@ def extract_features(
     Raises:
         UserError: if an image cannot be read or prepared; the message names it.
     """
-    state, n = PartialState(), len(source)
+    state = PartialState()
     if state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        blank = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=state.device)
-        for name, values in zip(("features", "logits"), extractor(blank), strict=True):
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, (n, values.shape[1])).flush()
     state.wait_for_everyone()
-    files = [np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("features", "logits")]
-    assigned = np.array_split(np.arange(n), state.num_processes)[state.process_index]
-    dataset = _PreparedImages(source, prepare, assigned)
-    loader = DataLoader(dataset, EXTRACTOR_BATCH, num_workers=workers, collate_fn=list)
-    position = int(assigned[0]) if len(assigned) else n
-    with tqdm(total=len(assigned), unit="img", desc="features", disable=not state.is_main_process, leave=False) as bar:
-        for batch in loader:
-            for problem in filter(lambda item: isinstance(item, str), batch):
-                raise UserError(problem)
-            for file, values in zip(files, extractor(torch.stack(batch).to(state.device)), strict=True):
-                file[position : position + len(batch)] = values.cpu().numpy()
-            position += len(batch)
-            bar.update(len(batch))
-    for file in files:
-        file.flush()
+    assigned = np.array_split(np.arange(len(source)), state.num_processes)[state.process_index]
+    if len(assigned):
+        loader = DataLoader(
+            _PreparedImages(source, prepare, assigned), EXTRACTOR_BATCH, num_workers=workers, collate_fn=list
+        )
+        hidden = not state.is_main_process
+        with tqdm(total=len(assigned), unit="img", desc="features", disable=hidden, leave=False) as bar:
+            _extract_part(loader, extractor, folder, bar)
     state.wait_for_everyone()
     if state.is_main_process:
-        for name, value in zip(("mean", "covariance"), mean_and_covariance(files[0]), strict=True):
+        for name in ARRAYS:
+            _join_parts(folder, name, state.num_processes)
+        features = np.load(folder / "features.npy", mmap_mode="r")
+        for name, value in zip(("mean", "covariance"), mean_and_covariance(features), strict=True):
             np.save(folder / f"{name}.npy", value)
     state.wait_for_everyone()
     return FeatureSet.read(folder)
+
+
+def _extract_part(loader: DataLoader, extractor: Extractor, folder: Path, bar: tqdm) -> None:
+    """Write this process's rows to files of its own: several machines cannot map one file of a network disk."""
+    state, rows, begin = PartialState(), len(loader.dataset), 0  # type: ignore[arg-type]
+    files: list[np.memmap] = []
+    for batch in loader:
+        for problem in filter(lambda item: isinstance(item, str), batch):
+            raise UserError(problem)
+        arrays = [values.cpu().numpy() for values in extractor(torch.stack(batch).to(state.device))]
+        if not files:
+            for name, values in zip(ARRAYS, arrays, strict=True):
+                path = _part(folder, name, state.process_index)
+                files.append(np.lib.format.open_memmap(path, "w+", np.float32, (rows, values.shape[1])))
+        for file, values in zip(files, arrays, strict=True):
+            file[begin : begin + len(batch)] = values
+        begin += len(batch)
+        bar.update(len(batch))
+    for file in files:
+        file.flush()
+
+
+def _part(folder: Path, name: str, process: int) -> Path:
+    return folder / f"{name}-{process}.npy"
+
+
+def _join_parts(folder: Path, name: str, processes: int) -> None:
+    """Replace the files of all processes by one with the rows of all."""
+    paths = [path for process in range(processes) if (path := _part(folder, name, process)).exists()]
+    if len(paths) == 1:
+        paths[0].rename(folder / f"{name}.npy")
+        return
+    parts = [np.load(path, mmap_mode="r") for path in paths]
+    shape = sum(map(len, parts)), parts[0].shape[1]
+    joined, begin = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape), 0
+    for part in parts:
+        for start in range(0, len(part), ROWS_IN_MEMORY):
+            rows = part[start : start + ROWS_IN_MEMORY]
+            joined[begin : begin + len(rows)] = rows
+            begin += len(rows)
+    joined.flush()
+    for path in paths:
+        path.unlink()
 
 
 class _PreparedImages(Dataset):

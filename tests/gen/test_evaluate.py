@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from tiny import tiny_addp
 from torchvision import transforms
 
@@ -236,6 +237,25 @@ def test_metrics_do_not_depend_on_the_chunk_size(inputs, tmp_path, monkeypatch):
     assert main(again) == 0
     one, two = report_rows(tmp_path / "one")[0], report_rows(tmp_path / "two")[0]
     assert [two[key] for key in one if key != "name"] == pytest.approx([one[key] for key in one if key != "name"])
+
+
+def test_two_processes_give_the_metrics_of_one_and_do_not_write_to_the_same_file(inputs, tmp_path):
+    assert main(evaluate_command(inputs, tmp_path / "one", f"images={inputs / 'a'}")) == 0
+    again = evaluate_command(inputs, tmp_path / "two", f"images={inputs / 'a'}", f"cache={tmp_path / 'other'}")
+    ended = run_ranks(again, tmp_path / "job", before=refuse_to_write_to_mapped_files)
+    assert ended.codes == [0, 0], ended.text
+    assert "precision" in ended.outputs[0]
+    assert report_rows(tmp_path / "two") == report_rows(tmp_path / "one")
+
+
+def refuse_to_write_to_mapped_files() -> None:
+    load = np.load
+
+    def load_without_writing(*args, mmap_mode: str | None = None, **kwargs):
+        assert mmap_mode != "r+", "another machine may have mapped this file"
+        return load(*args, mmap_mode=mmap_mode, **kwargs)
+
+    np.load = load_without_writing
 
 
 # -------------------- the reference

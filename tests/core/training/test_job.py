@@ -4,15 +4,18 @@ import datetime
 import socket
 
 import pytest
+from checks import assert_user_error
 from ranks import Fault, assert_ends, group_environment, run_ranks
 from toy_stage import checkpoint_names, metrics
 
 from addp_core.base import job
+from addp_core.base.launch import Place, assign_devices, this_place
 from addp_core.training import processes
 
 LONG = "train.steps=100000"  # more than a test waits for
 
 
+@pytest.mark.slow
 def test_a_job_of_plain_processes_equals_one_of_torchrun(tmp_path):
     for launcher in ("plain", "torchrun"):
         ended = run_ranks(["toy", f"out={tmp_path / launcher}"], tmp_path / f"{launcher}-job", launcher=launcher)
@@ -53,6 +56,7 @@ def test_a_killed_rank_ends_the_others(tmp_path, rank):
     assert checkpoint_names(tmp_path / "run") == ["step-4"]
 
 
+@pytest.mark.slow
 def test_a_killed_torchrun_ends_its_ranks_after_a_checkpoint(tmp_path):
     fault = Fault("SIGKILL", "step", 1, 6, to_launcher=True)
     ended = run_ranks(["toy", f"out={tmp_path / 'run'}", LONG], tmp_path / "job", launcher="torchrun", fault=fault)
@@ -152,6 +156,38 @@ def test_a_single_process_may_be_called_rank_0_of_1(tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": None, "MASTER_PORT": None}
     ended = run_ranks(["toy", f"out={tmp_path / 'run'}"], tmp_path / "job", n=1, environment=environment)
     assert ended.codes == [0], ended.text
+
+
+def place(rank: int, *devices: str, machine: str = "a", local_rank: int | None = None) -> Place:
+    return Place(rank, 4, machine, machine, 100 + rank, local_rank, list(devices))
+
+
+def test_each_process_gets_a_gpu_of_its_own():
+    """accelerate takes LOCAL_RANK as the index of the GPU, in its barriers too."""
+    four = ("w", "x", "y", "z")
+    assert assign_devices([place(rank, *four, local_rank=3 - rank) for rank in range(4)]) == [3, 2, 1, 0]
+    two_machines = [place(rank, *four[:2], machine="ab"[rank // 2]) for rank in range(4)]
+    assert assign_devices(two_machines) == [0, 1, 0, 1]
+    # srun --gpus-per-task=1: each process sees its own GPU alone, as number 0
+    assert assign_devices([place(rank, four[rank], local_rank=rank) for rank in range(4)]) == [0, 0, 0, 0]
+    assert assign_devices([place(rank) for rank in range(4)]) == [0, 1, 2, 3]  # CPUs
+
+
+def test_processes_that_would_share_a_gpu_are_refused():
+    same = [place(rank, "x", local_rank=rank) for rank in range(2)]
+    assert_user_error(lambda: assign_devices(same), "CUDA_VISIBLE_DEVICES: rank 0", "rank 1", "would share the GPU x")
+    same = [place(rank, "x", "y", local_rank=0) for rank in range(2)]
+    assert_user_error(lambda: assign_devices(same), "would share the GPU x, expected one for each process")
+    three = [place(rank, "x", "y") for rank in range(3)]
+    assert_user_error(lambda: assign_devices(three), "LOCAL_RANK=2: rank 2", "sees 2 GPUs, expected one for each")
+
+
+def test_slurm_tells_the_local_rank_of_the_same_process_only(monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert this_place().local_rank == 1
+    monkeypatch.setenv("SLURM_PROCID", "0")  # of the batch script
+    assert this_place().local_rank is None
 
 
 def test_local_rank_is_derived(tmp_path):
