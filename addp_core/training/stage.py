@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Those that compute on sharded weights what they compute on whole ones, which the others do not all do.
 SHARDED_OPTIMIZERS = (
-    *("adamw", "adam", "nadamw", "radam", "adopt", "adabelief", "lion"),
+    *("adamw", "adam", "adamax", "nadam", "nadamw", "radam", "adopt", "adabelief", "lion"),
     *("lamb", "lars", "sgd", "momentum", "rmsprop", "adafactor"),
 )
 

@@ -1,6 +1,7 @@
 """`train.parallel=fsdp`: sharded processes give the results of one, and continue on any number of processes."""
 
 import signal
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from toy_stage import ROUNDING_ONLY, Faults, checkpoint_names, metrics, run
 
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.optimization import make_optimizer
-from addp_core.training.parallel import optimizer_state_for, shard
-from addp_core.training.stage import TrainConfig
+from addp_core.training.parallel import full_tensor, optimizer_state_for, shard
+from addp_core.training.processes import process_state
+from addp_core.training.stage import SHARDED_OPTIMIZERS, TrainConfig
 
 SHARDED = "train.parallel=fsdp"
 on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 shards on GPUs only")
@@ -99,6 +101,34 @@ def test_the_optimizer_of_a_run_under_accelerates_fsdp_is_read():
     by_name = get_optimizer_state_dict(model, optimizer)
     assert set(by_name["state"]) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert optimizer_state_for(optimizer, by_name) == optimizer.state_dict()
+
+
+def compare_optimizers() -> None:
+    """Train a few steps on half of the batch with sharded weights, and on the batch with whole ones; then exit."""
+    rank = process_state().process_index
+    images = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    rows = slice(2 * rank, 2 * rank + 2)
+    for optimizer in SHARDED_OPTIMIZERS:
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
+        sharded = deepcopy(whole)
+        shard(sharded, torch.device("cpu"))
+        config = TrainConfig(optimizer=optimizer, lr=0.01)
+        for model, batch in ((whole, images), (sharded, images[rows])):
+            step = make_optimizer(model, config)
+            for _ in range(3):
+                model(batch).square().mean().backward()
+                step.step()
+                step.zero_grad()
+        for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
+            assert torch.allclose(full_tensor(ours), theirs, atol=1e-6), optimizer
+    raise SystemExit(0)
+
+
+@on_cpus
+def test_optimizers_compute_the_same_on_shards(tmp_path):
+    ended = run_ranks([], tmp_path / "log", n=2, before=compare_optimizers)
+    assert ended.codes == [0, 0], ended.text
 
 
 def test_optimizers_that_need_whole_weights_are_refused():
