@@ -142,15 +142,15 @@ class Stage(ABC):
     def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: "Accelerator") -> dict[str, float]:
         """Do work after a successful optimizer step, such as updating a codebook's moving average; return metrics.
 
-        `model` is the unwrapped model.
+        `model` is the unwrapped model. With train.parallel=fsdp, its parameters are sharded; its buffers never are.
         """
         return {}
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Return images, name -> Float[n,3,h,w] in [0,1]. Runs under autocast without gradients.
 
-        `model` is unwrapped, in eval mode, with its averaged weights if there are any. Every process calls this, as
-        FSDP requires; rank 0's images are kept.
+        `model` is unwrapped, in eval mode, with its averaged weights if there are any, and all its weights are on this
+        process. Every process calls this; rank 0's images are kept.
         """
         return {}
 
