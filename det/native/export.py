@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -16,7 +16,6 @@ from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
 from addp_core.weights.pretrained import NORMALISATION
 from det.config import DetectorArchitecture
-from det.engines.detectron2 import Detectron2Detector
 from det.model import DETECTRON2_CONFIG, DETECTRON2_WEIGHTS, Detector
 from det.native.backbone import EncoderBackbone
 from det.native.config import IMAGE_FORMAT, add_encoder_config, build_encoder, encoder_options
@@ -30,27 +29,27 @@ def write_detector(detector: Detector, out: Path) -> tuple[Tensor, Tensor]:
     Returns the features of the written model and those of the detector, for comparison. Raises UserError for the engine
     torchvision.
     """
-    if not isinstance(detector, Detectron2Detector):
+    if detector.architecture.engine != "detectron2":
         raise UserError(
             "model: a detector of engine=torchvision, whose anchors and RoIAlign detectron2 does not have; expected "
             "one that was trained with engine=detectron2"
         )
-    architecture, encoder = detector.architecture, detector.rcnn.backbone.net.encoder
+    rcnn = cast(Any, detector).rcnn
+    architecture, encoder = detector.architecture, rcnn.backbone.net.encoder
     cfg = LazyConfig.load(str(find_config("mask_rcnn_vitdet_b_100ep")))
     cfg.model = lazy_model(architecture, encoder.architecture)
     cfg.categories = [asdict(category) for category in architecture.categories]
-    for mapper in (cfg.dataloader.train.mapper, cfg.dataloader.test.mapper):
-        mapper.use_instance_mask = architecture.masks
+    cfg.dataloader.train.mapper.use_instance_mask = architecture.masks
     _, scale, crop = cfg.dataloader.train.mapper.augmentations
     resize = cfg.dataloader.test.mapper.augmentations[0]
     size = architecture.size
     scale.target_height = scale.target_width = resize.short_edge_length = resize.max_size = size
     crop.crop_size = (size, size)
     cfg.train.init_checkpoint = str((out / DETECTRON2_WEIGHTS).resolve())
-    _save(detector.rcnn, out)
+    _save(rcnn, out)
     LazyConfig.save(cfg, str(out / DETECTRON2_CONFIG))
     again = instantiate(LazyConfig.load(str(out / DETECTRON2_CONFIG)).model).eval()
-    return _compare(again, detector.rcnn.eval(), out, (size, size))
+    return _compare(again, rcnn.eval(), out, (size, size))
 
 
 def lazy_model(architecture: DetectorArchitecture, encoder: EncoderArchitecture) -> Any:

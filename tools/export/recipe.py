@@ -15,23 +15,30 @@ class Recipe:
     model: Annotated[
         str,
         "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file; for encoder, timm "
-        "and onnx also a run of `addp finetune` or `addp linprobe`, or the file of a ViT, with its head if it has one",
+        "and onnx also a run of `addp finetune` or `addp linprobe`, or the file of a ViT, with its head if it has one; "
+        "for mmseg and detectron2 a run of `addp seg|det train` or anything with an encoder",
     ]
     out: Annotated[
-        str, "file to write, .safetensors (addp, encoder), .pth (published) or .onnx, or the folder of layout=timm"
+        str,
+        "file to write, .safetensors (addp, encoder), .pth (published) or .onnx, or the folder of the other layouts",
     ]
     layout: Annotated[
         LayoutName,
-        "ours, the authors' (which their code reads), the pixel encoder alone, a folder for timm.create_model, or ONNX",
+        "ours, the authors' (which their code reads), the pixel encoder alone, a folder for timm.create_model, ONNX, or "
+        "a folder for detectron2 or mmseg",
     ] = "addp"
-    img_size: Annotated[int | None, Ge(1), "timm, onnx: side of the images in pixels (default: the file's own)"] = None
-    tokenizer_norm: Annotated[bool, "timm, onnx: keep ADDP's norm on the patches, which transfers drop"] = False
+    img_size: Annotated[
+        int | None,
+        Ge(1),
+        "timm, onnx: side of the images in pixels (default: the file's own); mmseg: of the crops (default: 512)",
+    ] = None
+    tokenizer_norm: Annotated[bool, "timm, onnx, mmseg: keep ADDP's norm on the patches, which transfers drop"] = False
     normalisation: Annotated[
         Literal["imagenet", "half"] | None,
-        "timm, onnx: mean and std of the images, ImageNet's or 0.5 (default: the file's own; ImageNet's)",
+        "timm, onnx, mmseg: mean and std of the images, ImageNet's or 0.5 (default: the file's own; ImageNet's)",
     ] = None
     weights: Annotated[
-        str, "encoder, timm, onnx: the model to read if a checkpoint holds several, as in `addp finetune`"
+        str, "encoder, timm, onnx, mmseg: the model to read if a checkpoint holds several, as in `addp finetune`"
     ] = ""
     tokenizer: Annotated[str, "tokenizer for a model file without one"] = ""
     predictor: Annotated[str, "token predictor for a model file without one"] = ""

@@ -82,6 +82,9 @@ def test_train_net_stops_continues_evaluates_and_exports(arguments, tmp_path, mo
     (detections,) = model.detect([torch.zeros(3, 40, 30, dtype=torch.uint8)])
     assert len(detections.boxes) == len(detections.masks)
 
+    checkpoint = load_detector(out / "model_final.pth")  # of a run that has not written its model file yet
+    assert all(torch.equal(value, final[name]) for name, value in checkpoint.model.state_dict().items())
+
     results = out / "evaluation" / "coco_instances_results.json"
     before = results.read_text()
     results.unlink()
