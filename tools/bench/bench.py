@@ -29,6 +29,7 @@ from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.children import Children, Stopped, last_lines
+from tools.bench.devices import DeviceShares
 from tools.bench.plan import Plan, recipe_class
 from tools.bench.recipe import BenchRecipe
 from tools.bench.report import write_report
@@ -48,6 +49,8 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.bench.launch == "slurm" and shutil.which("sbatch") is None:
         raise UserError("bench.launch=slurm: no sbatch on the PATH; expected a machine of a Slurm cluster, or local")
     check_sbatch_options(recipe.bench.sbatch)
+    here, in_slurm = (recipe.bench.launch == launch for launch in ("local", "slurm"))
+    shares = DeviceShares(recipe.jobs, recipe.bench.processes, "bench.processes") if here else None
     if recipe.replaced_models:
         log.info(
             "model: %s replaces the models of the recipe: %s",
@@ -58,7 +61,7 @@ def run(recipe: BenchRecipe) -> None:
     chosen, out = plan.chosen_steps(), plan.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock_out(out, shared=recipe.bench.share)
+        lock_out(out, shared=recipe.bench.share or in_slurm)  # jobs that were submitted before may be at work
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another folder") from error
     try:
@@ -70,13 +73,14 @@ def run(recipe: BenchRecipe) -> None:
             log.info("left out: %s (%s)", ", ".join(names), reason)
         pending = [step for step in chosen if not step.done]
         log.info("%d steps, %d of them finished before", len(chosen), len(chosen) - len(pending))
-        if recipe.bench.launch == "local":
-            Runner(plan).run(pending)
+        if shares:
+            Runner(plan, shares).run(pending)
             return
-        queued = jobs_in_queue(out) if recipe.bench.launch == "slurm" else {}
+        queued = jobs_in_queue(out) if in_slurm else {}
         pending = _without_queued(pending, queued)
         for step in pending:
-            _prepare(step)
+            _claim(step)
+            release_out(step.folder)
     finally:
         release_out(out)
     if recipe.bench.launch == "print":
@@ -99,7 +103,8 @@ def _without_queued(pending: Sequence[Step], queued: Mapping[str, str]) -> list[
 class Runner:
     """Runs the steps of a plan on this machine."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, shares: DeviceShares):
+        self.shares = shares
         self.plan, self.recipe, self.out, self.steps = plan, plan.recipe, plan.out, plan.steps
 
     def run(self, pending: Sequence[Step]) -> None:
@@ -173,12 +178,14 @@ class Runner:
 
         Returns the last line of the first one that failed, "" if none did.
         """
-        jobs = 1 if step.trials else self.recipe.jobs
+        jobs = 1 if step.trials else self.shares.jobs
 
         def run(number: int) -> str:
             command, log_file = step.commands[number], step.folder / (LOG if jobs == 1 else f"{number}-{LOG}")
             try:
-                code = children.run_addp(command.arguments, log_file, command.processes)
+                # a sweep divides the GPUs itself
+                with contextlib.nullcontext(dict[str, str]()) if step.trials else self.shares.take() as environment:
+                    code = children.run_addp(command.arguments, log_file, command.processes, environment)
                 signal = f"signal {-code}: " if code < 0 else ""
                 return (signal + last_lines(log_file))[-ERROR_LENGTH:] if code else ""
             finally:

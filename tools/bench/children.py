@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -66,15 +66,20 @@ class Children(SignalHandler):
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.RLock()  # the handler may interrupt a thread that holds it
 
-    def run_addp(self, arguments: Sequence[str], output: Path, processes: int = 1) -> int:
-        """Run `addp <arguments>`, append what it writes to `output` and return its exit code. Raises Stopped."""
+    def run_addp(
+        self, arguments: Sequence[str], output: Path, processes: int = 1, environment: Mapping[str, str] | None = None
+    ) -> int:
+        """Run `addp <arguments>`, append what it writes to `output` and return its exit code. Raises Stopped.
+
+        environment: variables that it has besides those of this process.
+        """
         prefix = ADDP if processes == 1 else [*TORCHRUN, str(processes), "-m", "addp_core"]
         with self._lock, output.open("a") as file:
             if self.stopped:
                 raise Stopped
             file.write(f"$ {command_line(arguments, processes)}\n")
             file.flush()
-            child = _launch([*prefix, *arguments], file)
+            child = _launch([*prefix, *arguments], file, {**os.environ, **(environment or {})})
             self._running.add(child)
             if self.stopped:  # the signal came while it started
                 child.terminate()
@@ -102,9 +107,14 @@ class Children(SignalHandler):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _launch(command: Sequence[str], file: IO[str]) -> "subprocess.Popen[bytes]":
+def _launch(command: Sequence[str], file: IO[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
     # in a session of its own, so that Ctrl-C in the terminal reaches it only once, through this process
     return subprocess.Popen(
-        [*launcher, *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        [*launcher, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=file,
+        env=environment,
+        start_new_session=True,
     )

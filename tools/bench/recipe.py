@@ -83,7 +83,11 @@ class BenchRecipe:
     seeds: Annotated[list[int], MinLen(1), "seeds of every transfer; the first one searches the grid"] = field(
         default_factory=lambda: [0]
     )
-    jobs: Annotated[int, Ge(1), "runs at a time within a step"] = 1
+    jobs: Annotated[
+        int | None,
+        Ge(1),
+        "runs at a time within a step, each with GPUs of its own; null: as many as there are GPUs for, two without one",
+    ] = 1
     price_per_hour: Annotated[float | None, Ge(0), "price of an hour of this machine, for the report"] = None
     bench: Launch = field(default_factory=Launch)
     replaced_models: tuple[str, ...] = field(default=(), init=False)  # names of the recipe's models, if `model` is set

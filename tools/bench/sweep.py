@@ -29,6 +29,7 @@ from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from tools.bench.arguments import as_argument
 from tools.bench.children import Children, Stopped, last_lines
+from tools.bench.devices import DeviceShares
 from tools.bench.preflight import check_commands
 
 log = logging.getLogger("addp")
@@ -62,7 +63,11 @@ class Recipe:
         "metric to select the best setting by, larger is better: its place in results.json (dots lead inwards) or, "
         "without that file, in the last line of metrics.jsonl (det: box_AP, seg: mIoU)",
     ] = "last.top1"
-    jobs: Annotated[int, Ge(1), "runs at a time"] = 1
+    jobs: Annotated[
+        int | None,
+        Ge(1),
+        "runs at a time, each with GPUs of its own; null: as many as there are GPUs for, two without one",
+    ] = 1
     processes: Annotated[int, Ge(1), "processes of each run, started by torchrun"] = 1
 
 
@@ -91,7 +96,7 @@ def run(recipe: Recipe) -> None:
     """
     if recipe.verb not in VERBS:
         raise UserError(f"verb: found {recipe.verb!r}, expected a verb of addp{did_you_mean(recipe.verb, VERBS)}")
-    out = Path(recipe.out)
+    out, shares = Path(recipe.out), DeviceShares(recipe.jobs, recipe.processes)
     check_commands(recipe.verb, _pending_commands(recipe))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,7 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another folder") from error
     try:
         with Children() as children:
-            scores, best = _search_and_repeat(recipe, children)
+            scores, best = _search_and_repeat(recipe, children, shares)
     except Stopped:
         log.warning("stopped; the same command continues")
         raise SystemExit(1) from None
@@ -124,20 +129,22 @@ def run(recipe: Recipe) -> None:
         raise SystemExit(1)
 
 
-def _search_and_repeat(recipe: Recipe, children: Children) -> tuple[RunScores, dict[str, GridPoint]]:
+def _search_and_repeat(
+    recipe: Recipe, children: Children, shares: DeviceShares
+) -> tuple[RunScores, dict[str, GridPoint]]:
     """Search the grid with the first seed, then repeat each arm's best point with the others.
 
     Returns the score of every run, and arm -> best point; an arm all of whose runs failed has none.
     """
     points, first = _grid_points(recipe), recipe.seeds[0]
-    scores = _score_all(recipe, [SweepRun(arm, p, first) for arm in recipe.arms for p in points], children)
+    scores = _score_all(recipe, [SweepRun(arm, p, first) for arm in recipe.arms for p in points], children, shares)
     best = {}
     for arm in recipe.arms:
         tried = {each.point: score for each, score in scores.items() if each.arm == arm and score is not None}
         if tried:
             best[arm] = max(tried, key=lambda point: tried[point])
     repeats = [SweepRun(arm, point, seed) for seed in recipe.seeds[1:] for arm, point in best.items()]
-    return scores | _score_all(recipe, repeats, children), best
+    return scores | _score_all(recipe, repeats, children, shares), best
 
 
 def _grid_points(recipe: Recipe) -> list[GridPoint]:
@@ -190,10 +197,10 @@ def _edges_of_grid(recipe: Recipe, point: GridPoint) -> list[str]:
     return notes
 
 
-def _score_all(recipe: Recipe, runs: Sequence[SweepRun], children: Children) -> RunScores:
-    with ThreadPoolExecutor(recipe.jobs) as pool, tqdm(total=len(runs), unit="run", disable=not runs) as bar:
+def _score_all(recipe: Recipe, runs: Sequence[SweepRun], children: Children, shares: DeviceShares) -> RunScores:
+    with ThreadPoolExecutor(shares.jobs) as pool, tqdm(total=len(runs), unit="run", disable=not runs) as bar:
         scores: RunScores = {}
-        results = pool.map(lambda each: _score(recipe, each, children), runs)
+        results = pool.map(lambda each: _score(recipe, each, children, shares), runs)
         for each, score in zip(runs, results, strict=True):
             scores[each] = score
             bar.update()
@@ -202,7 +209,7 @@ def _score_all(recipe: Recipe, runs: Sequence[SweepRun], children: Children) -> 
         return scores
 
 
-def _score(recipe: Recipe, sweep_run: SweepRun, children: Children) -> float | None:
+def _score(recipe: Recipe, sweep_run: SweepRun, children: Children, shares: DeviceShares) -> float | None:
     """Do a run, unless it has finished before, and return its metric; None if it fails."""
     if (recorded := _recorded_score(recipe, sweep_run)) is not None:
         return recorded
@@ -211,7 +218,8 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children) -> float | N
     command = _arguments(recipe, sweep_run)
     _wait_until_free(folder, children)
     output = _log_of(sweep_run, Path(recipe.out))
-    code = children.run_addp(command, output, recipe.processes)
+    with shares.take() as environment:
+        code = children.run_addp(command, output, recipe.processes, environment)
     # a training that a signal stops exits with 0, and may leave intermediate metrics
     if code or not (folder / FINISHED).exists():
         problem = f"failed (signal {-code})" if code < 0 else "failed"

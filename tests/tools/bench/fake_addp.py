@@ -50,7 +50,7 @@ def behave(behavior: dict[str, str], folder: Path, out: Path) -> None:
         (folder / "hangs").touch()
         time.sleep(60)
     if "meet" in behavior and behavior["meet"] in str(out):
-        (folder / f"here-{out.name}").touch()
+        (folder / f"here-{out.name}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
         while len(list(folder.glob("here-*"))) < 2:
             time.sleep(0.05)
         print("both are here")  # noqa: T201

@@ -29,7 +29,7 @@ seg:
 """
 
 
-def run_here(self, arguments, output, processes=1) -> int:
+def run_here(self, arguments, output, processes=1, environment=None) -> int:
     """`Children.run_addp` without a process: importing torch in each would take most of the time."""
     with output.open("a") as file:
         file.write(f"{arguments}\n")
