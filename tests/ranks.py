@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
 LIMIT = 30.0  # seconds in which all processes of a job are gone after a fault
 FOLDER, FAULTS = "TEST_RANKS_FOLDER", "TEST_RANKS_FAULTS"  # environment variables of the ranks
+TIMEOUT = "TEST_RANKS_TIMEOUT"  # another: seconds that ranks wait for each other
 
 POINTS = {  # point: "module:name" of what is called there
     "start": "addp_core.training.engine:make_accelerator",
@@ -44,7 +46,7 @@ class Fault:
             rank sends to itself, `seconds` later.
         at: a name of `POINTS`, or "module:name" of a function.
         rank: the rank that gets it.
-        count: the call of that function in which it happens, from 1.
+        count: the call of that function in which it happens, from 1; with `repeated`, also in those that follow.
         seconds: length of a delay, or until a signal.
         to_launcher: send the signal to the process that started the rank instead.
     """
@@ -55,6 +57,7 @@ class Fault:
     count: int = 1
     seconds: float = 0.0
     to_launcher: bool = False
+    repeated: bool = False
 
 
 @dataclass
@@ -253,6 +256,10 @@ def run_rank(
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if seconds := float(os.environ.get(TIMEOUT, 0)):
+        from addp_core.training import processes
+
+        processes.GROUP_TIMEOUT = timedelta(seconds=seconds)
     for fields in json.loads(os.environ[FAULTS]):
         if fields["rank"] == rank:
             inject(Fault(**fields), folder)
@@ -286,6 +293,7 @@ def inject(fault: Fault, folder: Path) -> None:
         calls += 1
         if calls == fault.count:
             (folder / "fault").write_text(repr(time.time()))
+        if calls == fault.count or (fault.repeated and calls > fault.count):
             happen(fault)
         return function(*args, **kwargs)
 

@@ -1,14 +1,12 @@
 """`addp linprobe`: both modes through the verb, resuming after an interruption, and wrong input."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_addp
 from torch import nn
@@ -201,11 +199,10 @@ def test_two_processes_train_the_same_head_as_one(files, tmp_path):
     """The batch norm sees the features of both processes, which are the halves of one batch."""
     settings = ["train.steps=8", *FULL[1:]]
     assert linprobe(files, tmp_path / "one", *settings) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     keys = [f"model={files / 'model.safetensors'}", f"data={files / 'data'}", "data.size=[8,12]", "data.workers=0"]
     arguments = ["linprobe", *keys, "eval_batch=5", *settings, f"out={tmp_path / 'two'}"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*torchrun, "-m", "addp_core", *arguments], check=True, env=environment, capture_output=True)
+    ended = run_ranks(arguments, tmp_path / "job")
+    assert ended.codes == [0, 0], ended.text
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
     assert not torch.equal(one["head.weight"], torch.zeros_like(one["head.weight"]))

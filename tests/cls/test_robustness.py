@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +12,7 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from ranks import run_ranks
 
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
 from addp_core.data.images import LazyImage, eval_transform
@@ -237,10 +236,8 @@ def test_an_interrupted_run_repeats_nothing(files, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_share_the_images(files, tmp_path):
-    arguments = command(files, tmp_path / "two", "val", "imagenet_a")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*torchrun, "-m", "addp_core", *arguments], check=True, env=environment, capture_output=True)
+    ended = run_ranks(command(files, tmp_path / "two", "val", "imagenet_a"), tmp_path / "job")
+    assert ended.codes == [0, 0], ended.text
     assert main(command(files, tmp_path / "one", "val", "imagenet_a")) == 0
     assert results(tmp_path / "two") == results(tmp_path / "one")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_addp
 
@@ -139,20 +140,13 @@ def test_killed_and_continued_equals_never_stopped(chain, tmp_path, signal_numbe
     assert losses(out) == losses(chain / "run")
 
 
-def torchrun(*arguments: str) -> str:
-    """Run on two processes and return their stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    done = subprocess.run([*command, "-m", "addp_core", *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
 def test_two_processes_equal_one(chain, tmp_path):
     """With half the batch on each of two processes, the losses are the same; so is the order of the images."""
     without_dropout = [f"model.{key}=0" for key in ("encoder.dropout", "encoder.input_dropout", "decoder.dropout")]
     without_dropout.append("train.steps=12")
     assert main(pretrain(chain, tmp_path / "one", *without_dropout)) == 0
-    torchrun(*pretrain(chain, tmp_path / "two", *without_dropout))
+    ended = run_ranks(pretrain(chain, tmp_path / "two", *without_dropout), tmp_path / "job")
+    assert ended.codes == [0, 0], ended.text
     one, two = (np.array(losses(tmp_path / name)) for name in ("one", "two"))
     assert len(one) == 12
     assert (np.abs(one - two) / one).max() < 1e-5
@@ -198,8 +192,9 @@ def test_generation_continues_where_it_stopped(chain, generated, tmp_path):
 
 
 def test_processes_share_the_work(chain, generated, tmp_path):
-    log = torchrun(*generate(chain, tmp_path / "g", "batch=2"))
-    assert "7 of 7 images to generate, 4 of them by this process (2 processes)" in log
+    ended = run_ranks(generate(chain, tmp_path / "g", "batch=2"), tmp_path / "job", launcher="torchrun")
+    assert ended.codes == [0], ended.text
+    assert "7 of 7 images to generate, 4 of them by this process (2 processes)" in ended.outputs[0]
     assert pixels(tmp_path / "g") == generated
 
 

@@ -1,16 +1,13 @@
 """`addp seg train`: what a run writes, its settings, and the errors in them."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER
@@ -111,21 +108,8 @@ def test_a_run_from_before_the_class_token_continues_without_it(scenes, encoder_
 @pytest.mark.slow
 def test_two_processes_evaluate_the_model_that_they_save(scenes, encoder_file, tmp_path):
     arguments = train_command(scenes, encoder_file, tmp_path / "run", "train.steps=2")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in "01":
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command_line = [sys.executable, "-m", "addp_core", *arguments]
-        processes.append(subprocess.Popen(command_line, env=os.environ | group, stderr=subprocess.PIPE, text=True))
-    try:
-        for process in processes:
-            errors = process.communicate(timeout=600)[1]
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+    ended = run_ranks(arguments, tmp_path / "job", limit=600)
+    assert ended.codes == [0, 0], ended.text
     in_training = json.loads((tmp_path / "run" / "finished.json").read_text())
     saved = tmp_path / "test"
     assert main(["seg", "test", f"model={tmp_path / 'run'}", f"data={scenes}", f"out={saved}", "data.workers=0"]) == 0

@@ -1,16 +1,14 @@
 """The processes of one job begin together and end together, with one line that says why."""
 
-import datetime
 import socket
 
 import pytest
 from checks import assert_user_error
-from ranks import Fault, assert_ends, group_environment, run_ranks
+from ranks import TIMEOUT, Fault, assert_ends, group_environment, run_ranks
 from toy_stage import checkpoint_names, metrics
 
 from addp_core.base import job
 from addp_core.base.launch import Place, assign_devices, this_place
-from addp_core.training import processes
 
 LONG = "train.steps=100000"  # more than a test waits for
 
@@ -87,12 +85,8 @@ def test_sigterm_while_another_rank_works_stops_all_after_the_step(tmp_path):
 
 def test_a_rank_that_waits_longer_than_the_timeout_ends_all(tmp_path):
     settings, fault = ["toy", f"out={tmp_path / 'run'}", LONG], Fault("delay", "step", 0, 3, seconds=60)
-    ended = run_ranks(settings, tmp_path / "job", fault=fault, before=shorten_group_timeout)
+    ended = run_ranks(settings, tmp_path / "job", fault=fault, environment={TIMEOUT: "2"})
     assert_ends(ended, [1, 1], "addp (rank 1): RuntimeError: ")
-
-
-def shorten_group_timeout() -> None:
-    processes.GROUP_TIMEOUT = datetime.timedelta(seconds=2)
 
 
 def test_sigterm_ends_a_rank_that_waits_for_others_to_begin(tmp_path):
