@@ -23,6 +23,7 @@ FOLDERS = (*PACKAGES, "tests", "docs")
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 README_BYTES = 10_000
 EXAMPLE_KEYS = {"flowers"}  # the benchmark that the page on extending adds
+FILE_SUFFIXES = (".csv", ".json", ".jsonl", ".md", ".pth", ".py", ".safetensors", ".txt", ".yaml")
 DETECTRON2_KEYS = ("dataloader", "model.backbone", "train.init_checkpoint", "train.output_dir", "train.amp")
 
 every_page = pytest.mark.parametrize("page", PAGES)
@@ -204,7 +205,7 @@ def test_every_dotted_key_exists(page):
             prefixes = [".".join(parts[:i]) for i in range(1, len(parts))]
             is_entry = any(keys.get(prefix) for prefix in prefixes)
             is_example = EXAMPLE_KEYS & set(parts) or key.startswith(DETECTRON2_KEYS)
-            is_file = Path(key).suffix in (".csv", ".json", ".jsonl", ".md", ".py", ".safetensors", ".txt", ".yaml")
+            is_file = Path(key).suffix in FILE_SUFFIXES
             is_module = (ROOT / f"{key.replace('.', '/')}.py").exists()
             if key not in keys and not (is_entry or is_example or is_file or is_module):
                 unknown.append(key)

@@ -24,8 +24,8 @@ class Recipe:
     ]
     layout: Annotated[
         LayoutName,
-        "ours, the authors' (which their code reads), the pixel encoder alone, a folder for timm.create_model, ONNX, or "
-        "a folder for detectron2 or mmseg",
+        "ours, the authors' (which their code reads), the pixel encoder alone, a folder for timm.create_model, ONNX, "
+        "or a folder for detectron2 or mmseg",
     ] = "addp"
     img_size: Annotated[
         int | None,
