@@ -162,9 +162,10 @@ def _build(name: str, shape: Mapping[str, Any], pretrained: bool, **options: Any
         cfg = described.cfg if name == ANY_SIZE else {k: v for k, v in described.cfg.items() if k != "input_size"}
         overlay = {**cfg, **overlay}
     if path and not os.path.isfile(path):
+        inner = f"{path}/{MODEL_FILE}, or " if os.path.isdir(path) else ""
         raise UserError(
-            f"checkpoint_path: found {path}, but timm reads files only; expected {path}/{MODEL_FILE}, or "
-            f"pretrained=True, pretrained_cfg_overlay={{'file': '{path}'}} in its place"
+            f"checkpoint_path: found {path}, but timm reads files only; expected {inner}pretrained=True, "
+            f"pretrained_cfg_overlay={{'file': '{path}'}} in its place"
         )
     if file and not path:
         overlay["custom_load"] = True  # by `load_pretrained`, which reads more than timm

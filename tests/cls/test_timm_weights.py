@@ -252,6 +252,7 @@ def test_files_that_timm_cannot_hold_or_read(run, tmp_path):
     torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "other.pth")
     for path, message in {
         run[0]: rf"checkpoint_path: found {run[0]}, but timm reads files only; expected {run[0]}/model.safetensors",
+        "zoo:cifar10": "files only; expected pretrained=True, pretrained_cfg_overlay={'file': 'zoo:cifar10'}",
         tmp_path / "windows.safetensors": "windows or relative positions",
         tmp_path / "beit.pth": "windows or relative positions",
         tmp_path / "other.pth": "unknown content",
