@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
-from addp_core import load_encoder
+from addp_core import load_encoder, save_model
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
@@ -268,3 +268,14 @@ def test_any_state_dict_of_an_encoder_keeps_its_architecture(tmp_path):
 def test_a_detector_without_an_encoder_of_ours_is_described():
     resnet = {"backbone.bottom_up.stem.conv1.weight": torch.zeros(1), "roi_heads.x": torch.zeros(1)}
     assert_user_error(lambda: load_encoder(resnet), "this is a detector's or segmenter's checkpoint")
+
+
+def test_a_classifier_over_an_encoder_without_a_class_token(tmp_path):
+    """As detectors train it: every token is a patch."""
+    model = Classifier(encoder(attention=AttentionConfig(window=2, global_blocks=1, class_token=False)), 3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    tokens = model.encoder.forward_features(images)
+    assert torch.equal(model(images), model.head(model.fc_norm(tokens.mean(1))))
+    save_model(model, tmp_path / "c.safetensors")
+    assert torch.equal(load_classifier(tmp_path / "c.safetensors")(images), model(images))
+    assert_user_error(lambda: Classifier(model.encoder, 3, "token"), "pooling=token", "without a class token")
