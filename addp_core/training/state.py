@@ -78,8 +78,9 @@ class TrainingState:
         model = model.to(accelerator.device)
         self.names = list(model.state_dict())
         self.ema = None
-        if config.ema:  # foreach takes no mixture of sharded weights and whole buffers
-            self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True, foreach=not self.sharded)
+        if config.ema:
+            ema_class = parallel.ShardedEma if self.sharded else ModelEmaV3
+            self.ema = ema_class(model, decay=config.ema, use_warmup=True)
         if payload:
             _fill(model, payload["model"], self.names, source)
             if self.ema:

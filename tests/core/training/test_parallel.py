@@ -3,6 +3,7 @@
 import signal
 from copy import deepcopy
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ranks import Fault, run_ranks
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from toy_stage import ROUNDING_ONLY, Faults, checkpoint_names, metrics, run
+from toy_stage import ROUNDING_ONLY, Faults, ToyStage, checkpoint_names, metrics, run
 
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.optimization import make_optimizer
@@ -23,10 +24,10 @@ SHARDED = "train.parallel=fsdp"
 on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 shards on GPUs only")
 
 
-def toy(out: Path, *settings: str, n: int, fault: Fault | tuple[()] = ()) -> str:
+def toy(out: Path, *settings: str, n: int, fault: Fault | tuple[()] = (), before=None) -> str:
     """Run the toy stage in `out` on `n` processes and return what they printed."""
     log = out.parent / f"{out.name}-{n}-{len(list(out.parent.iterdir()))}"
-    ended = run_ranks(["toy", f"out={out}", *settings], log, n=n, fault=fault)
+    ended = run_ranks(["toy", f"out={out}", *settings], log, n=n, fault=fault, before=before)
     assert ended.codes == [0] * n, ended.text
     return ended.text
 
@@ -62,18 +63,31 @@ def files(out: Path, step: int) -> list[str]:
     return sorted(path.name for path in (out / f"checkpoints/step-{step}").iterdir())
 
 
+def lose_a_loss() -> None:
+    """Let the loss of the third step be no number on one process."""
+    loss = ToyStage.loss
+
+    def with_fault(stage, *arguments):
+        stage.faults = Faults(nan_loss=(2,), only_rank=1)
+        return loss(stage, *arguments)
+
+    patch.object(ToyStage, "loss", with_fault).start()
+
+
 @on_cpus
 def test_a_sharded_run_continues_exactly(tmp_path):
-    """With dropout, batch statistics, a moving average and a full disk on one process."""
+    """With dropout, batch statistics, a moving average, a skipped step and a full disk on one process."""
     settings = [SHARDED, "train.log_every=1"]
-    printed = toy(tmp_path / "whole", *settings, n=2, fault=Fault("disk full", "saving", rank=1))
+    full = Fault("disk full", "saving", rank=1)
+    printed = toy(tmp_path / "whole", *settings, n=2, fault=full, before=lose_a_loss)
     assert "step-4: not written (No space left on device)" in printed
     assert checkpoint_names(tmp_path / "whole") == ["step-12", "step-8"]
-    toy(tmp_path / "run", *settings, n=2, fault=Fault("SIGTERM", "step", count=6))
+    toy(tmp_path / "run", *settings, n=2, fault=Fault("SIGTERM", "step", count=6), before=lose_a_loss)
     toy(tmp_path / "run", *settings, n=2)
     ours, theirs = (Checkpoints(tmp_path / name, 2).read(12) for name in ("run", "whole"))
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert [line.get("skipped") for line in metrics(tmp_path / "run")] == [0, 0, *[1] * 10, None]
 
 
 def test_versions_of_torch_that_shard_on_gpus_only(monkeypatch):
