@@ -212,9 +212,10 @@ class Member(ABC):
 
     def forget(self) -> None:
         """Close the connections in a process forked from this one, which would outlive it with them."""
-        signal.set_wakeup_fd(-1)
         for each in self.sockets:
             each.close()
+        with contextlib.suppress(ValueError):  # another thread forked
+            signal.set_wakeup_fd(-1)
 
     def _watch(self) -> None:
         while not self.left:

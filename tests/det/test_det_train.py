@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import Fault, assert_ends, run_ranks
 from safetensors.torch import load_file
 from timm.models.beit import Beit
 from tiny_detectors import tiny_encoder
@@ -95,3 +96,17 @@ def test_detectron2_is_chosen_only_if_it_is_installed(monkeypatch):
     monkeypatch.setattr(det_train, "find_spec", lambda name: object())
     assert det_train.resolve_engine("auto") == "detectron2"
     assert det_train.resolve_engine("torchvision") == "torchvision"
+
+
+def test_what_one_rank_alone_cannot_use_ends_both(toy_coco, tmp_path):
+    command = [
+        "det",
+        "train",
+        "model=tiny",
+        "init=random",
+        f"data={toy_coco}",
+        f"out={tmp_path / 'run'}",
+        "data.size=48",
+    ]
+    ended = run_ranks(command, tmp_path / "job", fault=Fault("user error", "det.train:prepare_out", 0))
+    assert_ends(ended, [2, 2], "injected=1")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from ranks import run_ranks
+from ranks import assert_ends, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TOKENIZER
@@ -119,6 +119,13 @@ def test_two_processes_evaluate_the_model_that_they_save(scenes, encoder_file, t
 
 
 # -------------------- errors
+
+
+@pytest.mark.slow
+def test_scenes_that_rank_0_alone_checks_end_both_ranks(scenes_copy, encoder_file, tmp_path):
+    find_pairs(scenes_copy, "train")[3].class_map.write_bytes(b"")
+    ended = run_ranks(train_command(scenes_copy, encoder_file, tmp_path / "run"), tmp_path / "job")
+    assert_ends(ended, [2, 2], "addp: ", "annotations")
 
 
 def test_errors_name_scenes_that_cannot_be_trained_on(scenes_copy, encoder_file, tmp_path, capsys):

@@ -1,0 +1,62 @@
+"""The commands of docs/many-gpus.md start several processes: each block runs on two CPU processes, with a small
+training in place of the one named.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+from transfers import NO_AUGMENTATION, write_color_images
+
+PAGE = Path(__file__).parents[2] / "docs" / "many-gpus.md"
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+# Two processes that Slurm would start, on one machine; and the machine's name.
+SRUN = """#!/bin/bash
+shift
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait $pid || exit; done
+"""
+SCONTROL = "#!/bin/bash\necho 127.0.0.1\n"
+
+
+def on_two_cpus(block: str, training: str) -> str:
+    """Return a block of the page for two processes that do another training."""
+    block = re.sub(r"\\\n\s*", "", block)
+    block, trainings = re.subn(r"-m addp_core [^\n']*", f"-m addp_core {training}", block)
+    assert trainings == 1
+    block = re.sub(r"(--nproc_per_node|--num_processes) 8", r"\1 2", block)
+    for port in ("29400", "29500"):
+        block = block.replace(port, str(free_port()))
+    return block
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS, ids=[re.split(r"\n", block)[-2].split()[0] for block in BLOCKS])
+def test_each_command_trains_on_two_processes(block, tmp_path):
+    write_color_images(tmp_path / "data", train=2, val=2)
+    keys = {"model": "tiny", "init": "random", "patch_size": 4, "data": tmp_path / "data", "data.size": 12}
+    keys |= {"data.workers": 0, "train.steps": 2, "train.batch": 4, "eval_batch": 2, "out": tmp_path / "run"}
+    if "fsdp" in block:
+        keys["train.parallel"] = "fsdp"
+    training = "finetune " + " ".join(f"{key}={value}" for key, value in (keys | NO_AUGMENTATION).items())
+    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {
+        "PATH": path,
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "here",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        ["bash", "-c", on_two_cpus(block, training)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert done.stderr.count("finished after 2 steps") == 1, done.stderr  # one job, not two
