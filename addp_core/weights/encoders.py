@@ -125,7 +125,7 @@ def _read_encoder(
     Says what was assumed. Raises UserError if the heads are not known or, unless init is "random", the grid.
     """
     given = {} if heads is None else {"encoder_heads": heads}
-    weights = read_weights(source, heads=given, image_size=size, wanted=wanted)
+    weights = read_weights(source, heads=given, image_size=size, wanted=wanted, encoder_only=True)
     if weights.kind == "predictor":
         return _read_mage_encoder(source, weights, heads, wanted, vqgan)
     if vqgan is not None:

@@ -73,16 +73,17 @@ def select_entry(source: str, content: Mapping[str, Any], wanted: str) -> Entry:
         assumptions = (Assumption("weights", f"took its entry {name}"),)
     inner = content if name is None else entries[name]
     state = {WRAPPERS.sub("", key): value for key, value in inner.items() if isinstance(value, Tensor)}
-    return Entry(state, _descriptions(inner), tuple(entries), wanted, assumptions)
+    return Entry(state, describe_modules(inner), tuple(entries), wanted, assumptions)
 
 
-def _descriptions(state: Mapping[str, Any]) -> dict[str, str]:
+def describe_modules(state: Mapping[str, Any]) -> dict[str, str]:
     """Return what the modules of a state dict say about themselves in its metadata, by the prefix of their tensors."""
-    modules = getattr(state, "_metadata", {})
+    modules = {f"{name}." if name else "": values for name, values in getattr(state, "_metadata", {}).items()}
     return {
-        WRAPPERS.sub("", f"{name}." if name else ""): text
-        for name, metadata in modules.items()
+        WRAPPERS.sub("", prefix): text
+        for prefix, metadata in modules.items()
         if isinstance(metadata, Mapping) and isinstance(text := metadata.get(METADATA_KEY), str)
+        if f"{prefix}patch_embed.proj.weight" in state  # not the module in another framework that renames its tensors
     }
 
 

@@ -22,6 +22,7 @@ from addp_core.weights.entries import State, select_entry, without_tensors
 from addp_core.weights.unpickling import HARMLESS
 
 MODEL_FILE = "model.safetensors"  # of a run folder
+MODULES_KEY = "modules"  # in what our files store: the same for parts of a model, by the prefix of their tensors
 ZOO = Path(__file__).parent / "zoo"  # models that come with the package, as zoo:<name>
 
 Source = str | os.PathLike | Mapping[str, Any]

@@ -16,7 +16,7 @@ from addp_core.weights.architectures import (
 )
 from addp_core.weights.assumptions import Assumption, Hints, settle
 from addp_core.weights.entries import select_prefix
-from addp_core.weights.files import Source, State, read_file, strip_prefix
+from addp_core.weights.files import MODULES_KEY, FileContent, Source, State, read_file, strip_prefix
 from addp_core.weights.layouts.published import from_published, is_published_addp
 from addp_core.weights.layouts.registry import LAYOUTS, describe_tensors, is_model, is_other_method
 from addp_core.weights.stated import STATED_KIND, stated_by_training
@@ -55,6 +55,7 @@ def read_weights(
     heads: Mapping[str, int] | None = None,
     image_size: tuple[int, int] | None = None,
     wanted: str = "",
+    encoder_only: bool = False,
 ) -> Weights:
     """Read any supported file.
 
@@ -67,6 +68,7 @@ def read_weights(
         heads: numbers of attention heads, which shapes do not tell, by the keys of `HEAD_KEYS`.
         image_size: (height, width) in pixels that the caller asks for, which tells apart the grids that fit a file.
         wanted: the name of the model, if the file holds several: an entry, part of a prefix, or "ema".
+        encoder_only: read only the encoder of a detector or segmentor of ours.
 
     Raises:
         UserError: if the file is missing, damaged, unsafe to read, or of another method; says what it looks like.
@@ -76,6 +78,9 @@ def read_weights(
     if content.description is not None:
         if content.wanted:
             raise UserError(f"weights={wanted}: {content.source} holds one model; leave the key out")
+        if encoder_only and (modules := content.description.get(MODULES_KEY)):
+            prefix, description = next(iter(modules.items()))
+            return _read_module(content, prefix, description, heads)
         kind, architecture = parse_architecture(content.source, content.description)
         state = content.state
         if kind == "addp" and is_published_addp(state):
@@ -110,6 +115,15 @@ def read_weights(
     raise UserError(
         f"{content.source}: {describe_tensors(content.state)}; expected an ADDP, MAGE, VQGAN or ViT checkpoint"
     )
+
+
+def _read_module(content: FileContent, prefix: str, description: Any, heads: Mapping[str, int]) -> Weights:
+    """Return one module of a model that a transfer has trained."""
+    kind, architecture = parse_architecture(content.source, description)
+    check_stored_heads(content.source, architecture, heads)
+    left_out = Assumption("weights", f"took the model under '{prefix}' and left out the other tensors")
+    state = strip_prefix(content.state, prefix)
+    return Weights(content.source, kind, state, with_own_norm(architecture), True, (*content.assumptions, left_out))
 
 
 def read_part(source: Source, kind: str, heads: Mapping[str, int] | None = None) -> Weights:

@@ -24,7 +24,8 @@ from addp_core.weights.architectures import (
     TokenEncoderArchitecture,
     TokenizerArchitecture,
 )
-from addp_core.weights.files import State
+from addp_core.weights.entries import describe_modules
+from addp_core.weights.files import MODULES_KEY, State
 from addp_core.weights.layouts.published import to_published
 
 
@@ -42,15 +43,19 @@ def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int]
         OSError: if the file cannot be written.
     """
     kind, architecture = _describe_module(module, grid)
-    save_state(module.state_dict(), path, kind, architecture)
+    save_state(dict(module.state_dict()), path, kind, architecture)
 
 
 def save_state(state: State, path: str | os.PathLike, kind: str, architecture: Any) -> None:
     """Write tensors as a safetensors file, with their kind and architecture (a dataclass) in the metadata.
 
-    The file appears complete or not at all. Raises OSError if it cannot be written.
+    So are the architectures of modules that describe themselves in the metadata of a module's `state_dict()`. The file
+    appears complete or not at all. Raises OSError if it cannot be written.
     """
-    text = json.dumps({"kind": kind, "architecture": asdict(architecture)})
+    modules = {prefix: json.loads(description) for prefix, description in describe_modules(state).items()}
+    text = json.dumps(
+        {"kind": kind, "architecture": asdict(architecture)} | ({MODULES_KEY: modules} if modules else {})
+    )
     tensors = {key: value.detach().to("cpu").contiguous() for key, value in state.items()}
     with atomic_replace(Path(path)) as temporary:
         try:

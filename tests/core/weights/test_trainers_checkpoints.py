@@ -18,6 +18,7 @@ from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.weights.files import read_file
 from addp_core.weights.loading import load_classifier
+from addp_core.weights.saving import save_state
 
 
 def encoder(seed=0, heads=4, tokenizer_norm=False, **options):
@@ -279,3 +280,14 @@ def test_a_classifier_over_an_encoder_without_a_class_token(tmp_path):
     save_model(model, tmp_path / "c.safetensors")
     assert torch.equal(load_classifier(tmp_path / "c.safetensors")(images), model(images))
     assert_user_error(lambda: Classifier(model.encoder, 3, "token"), "pooling=token", "without a class token")
+
+
+def test_the_encoder_of_a_detector_or_segmentor_of_ours(tmp_path):
+    model = nn.Module()
+    model.backbone, model.head = nn.Module(), nn.Linear(2, 2)
+    model.backbone.encoder = encoder(tokenizer_norm=True)
+    save_state(model.state_dict(), tmp_path / "m.safetensors", "detector", EncoderConfig())
+    read = load_encoder(tmp_path / "m.safetensors", None)
+    assert read.architecture == model.backbone.encoder.architecture
+    assert torch.equal(read.cls_token, model.backbone.encoder.cls_token)
+    assert_user_error(lambda: load_encoder(tmp_path / "m.safetensors", encoder_heads=8), "stores 4 attention heads")
