@@ -105,7 +105,7 @@ def _refuse_other_checkpoints(
     """
     ours = f"{prefix}encoder."
     if not any(name.startswith(ours) for name in state):
-        if any(name.endswith(ENCODER_MARK) for name in (*unexpected, *state)):
+        if not state and any(name.endswith(ENCODER_MARK) for name in unexpected):  # and no detector of another backbone
             raise UserError(
                 "the checkpoint is a pretrained encoder, and nothing in it has the names of this detector "
                 f"({ours}...); expected it as MODEL.ENCODER.source (yacs) or encoder.source (LazyConfig), with no "

@@ -99,14 +99,7 @@ def test_detectron2_is_chosen_only_if_it_is_installed(monkeypatch):
 
 
 def test_what_one_rank_alone_cannot_use_ends_both(toy_coco, tmp_path):
-    command = [
-        "det",
-        "train",
-        "model=tiny",
-        "init=random",
-        f"data={toy_coco}",
-        f"out={tmp_path / 'run'}",
-        "data.size=48",
-    ]
-    ended = run_ranks(command, tmp_path / "job", fault=Fault("user error", "det.train:prepare_out", 0))
+    keys = ["model=tiny", "init=random", f"data={toy_coco}", f"out={tmp_path / 'run'}"]
+    fault = Fault("user error", "det.train:prepare_out", 0)
+    ended = run_ranks(["det", "train", *keys], tmp_path / "job", fault=fault)
     assert_ends(ended, [2, 2], "injected=1")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from det.average_precision import METRICS
 from det.config import Category
 from det.model import load_detector
 from det.stage import DetStage
+from tools.export import detectron2_folder
 
 RECIPE = """
 engine: torchvision
@@ -148,7 +150,10 @@ MISTAKES = {
     ("train", "data.scale=[2,1]"): "data.scale: [2.0, 1.0], expected 0 < low <= high",
     ("train", "data.sizes=3"): "unknown key 'data.sizes'; did you mean 'data.size'?",
     ("train", "tokenizer_norm=true"): "tokenizer_norm: ",
-    ("train", "train.compile=true"): "train.compile: found true, expected false: a detector breaks into dozens of small",
+    (
+        "train",
+        "train.compile=true",
+    ): "train.compile: found true, expected false: a detector breaks into dozens of small",
     ("eval", "model={root}/encoder.safetensors"): "is not a detector; expected a run of `addp det train`",
     ("eval", "model={root}/other.safetensors"): "1 tensors do not match its stored architecture: extra",
     ("eval", "data.val_annotations={root}/renamed.json"): "(only in the file: 1 zero; only in the detector: 1 0)",
@@ -323,3 +328,16 @@ def test_sides_that_are_swapped_name_the_exif_orientation(trained, tmp_path, cap
         Image.new("RGB", (50, 40)).save(path)
     assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}"]) == 2
     assert "EXIF orientation" in last_error_line(capsys)
+
+
+def test_what_needs_detectron2_says_so_where_it_is_missing(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    monkeypatch.delitem(sys.modules, "det.native.trained", raising=False)
+    monkeypatch.setattr(detectron2_folder, "find_spec", lambda name: None)
+    (tmp_path / "config.yaml").write_text("MODEL: {}\n")
+    torch.save({"model": {"backbone.net.encoder.norm.weight": torch.zeros(1)}}, tmp_path / "model_final.pth")
+    assert main(["det", "eval", f"model={tmp_path}", f"data={trained / 'toy' / 'coco'}"]) == 2
+    assert "model: was trained with detectron2, which is not installed" in last_error_line(capsys)
+    export = ["export", f"model={trained / 'run'}", f"out={tmp_path / 'd2'}", "layout=detectron2"]
+    assert main(export) == 2
+    assert "layout=detectron2: it is not installed; `addp doctor` shows" in last_error_line(capsys)

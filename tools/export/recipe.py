@@ -30,15 +30,21 @@ class Recipe:
     img_size: Annotated[
         int | None,
         Ge(1),
-        "timm, onnx: side of the images in pixels (default: the file's own); mmseg: of the crops (default: 512)",
+        "timm, onnx, detectron2: side of the images in pixels (default: the file's own); mmseg: of the crops (default: "
+        "512)",
     ] = None
-    tokenizer_norm: Annotated[bool, "timm, onnx, mmseg: keep ADDP's norm on the patches, which transfers drop"] = False
+    tokenizer_norm: Annotated[
+        bool, "timm, onnx, detectron2, mmseg: keep ADDP's norm on the patches, which transfers drop"
+    ] = False
     normalisation: Annotated[
         Literal["imagenet", "half"] | None,
-        "timm, onnx, mmseg: mean and std of the images, ImageNet's or 0.5 (default: the file's own; ImageNet's)",
+        "timm, onnx, detectron2, mmseg: mean and std of the images, ImageNet's or 0.5 (default: the file's own; "
+        "ImageNet's)",
     ] = None
     weights: Annotated[
-        str, "encoder, timm, onnx, mmseg: the model to read if a checkpoint holds several, as in `addp finetune`"
+        str,
+        "encoder, timm, onnx, detectron2, mmseg: the model to read if a checkpoint holds several, as in "
+        "`addp finetune`",
     ] = ""
     tokenizer: Annotated[str, "tokenizer for a model file without one"] = ""
     predictor: Annotated[str, "token predictor for a model file without one"] = ""

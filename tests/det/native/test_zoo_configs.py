@@ -23,6 +23,7 @@ from detectron2.utils.logger import setup_logger
 from zoo import CASCADE, FASTER, MASK, RETINANET, ZOO, Trainer, zoo_config
 
 import det
+from addp_core.weights.encoders import load_encoder
 from det.native.backbone import EncoderBackbone
 
 
@@ -177,6 +178,8 @@ def test_checkpoints_of_other_parts_alone_can_be_loaded(encoder_file):
     heads = {name: value for name, value in model.state_dict().items() if name.startswith("roi_heads.")}
     model.load_state_dict(heads, strict=False)
     model.load_state_dict({"stem.conv1.weight": torch.zeros(1)}, strict=False)  # R-50.pkl
+    vitdet = {f"backbone.net.{name}": value for name, value in load_encoder(encoder_file).state_dict().items()}
+    model.load_state_dict({**heads, **vitdet}, strict=False)  # the heads of detectron2's own ViTDet
 
 
 def test_whole_pretraining_runs_are_refused_as_weights_too(encoder_file, tmp_path):
