@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import torch
 from mmengine.model import BaseModule
@@ -24,6 +24,8 @@ from addp_core.weights.pretrained import check_positions
 from seg.architecture import check_arch, demand_arch, read_arch, read_pretrained
 from seg.keywords import pretrained_config, translate_keywords
 from seg.state_names import PREFIX, check_state, from_stored_names, to_stored_names
+
+RELATIVE_POSITIONS = get_args(get_args(get_type_hints(AttentionConfig, include_extras=True)["relative"])[0])
 
 
 def default_out_indices(depth: int) -> tuple[int, ...]:
@@ -100,6 +102,8 @@ class AddpViT(Encoder, BaseModule):
             tokenizer_norm=tokenizer_norm,
             input_dropout=dropout,
         )
+        if relative not in RELATIVE_POSITIONS:
+            raise UserError(f"relative: found {relative!r}, expected one of {', '.join(RELATIVE_POSITIONS)}")
         attention = AttentionConfig(relative=relative, class_token=options["class_token"])
         try:
             super().__init__(config, size, patch_size, attention, dynamic=True)

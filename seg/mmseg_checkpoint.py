@@ -53,7 +53,8 @@ def read_runner_checkpoint(content: FileContent) -> tuple[MmsegSegmentor, dict[s
     backbone = model.get("backbone") or {}
     if backbone.get("type") != BACKBONE:
         raise UserError(f"{source}: its backbone is {backbone.get('type')!r}; expected {BACKBONE!r}")
-    model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))
+    if not model.setdefault("data_preprocessor", cfg.get("data_preprocessor")):
+        raise UserError(f"{source}: its config has no data_preprocessor, which normalizes images; {HINT}")
     size = backbone.get("img_size", 512)
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:

@@ -130,20 +130,19 @@ def fill_sizes(cfg: Any, crop: tuple[int, int], scale: tuple[int, int]) -> None:
 
 
 def fill_mmseg_model(cfg: Any, segmentor: MmsegSegmentor) -> None:
-    """Write the model of a checkpoint of mmengine's Runner, and the sizes of its images, into a config."""
+    """Write the model of a checkpoint of mmengine's Runner, and the sizes of its images, into a config.
+
+    Raises UserError if mmseg lacks one of its parts.
+    """
     from mmengine.config import ConfigDict
     from mmseg.registry import MODELS
 
     model, crop = ConfigDict(segmentor.model), (segmentor.crop, segmentor.crop)
-    for part in ("type", "backbone", "neck", "decode_head", "auxiliary_head"):
-        parts = model.get(part) or []
-        for name in (
-            each if isinstance(each, str) else each.type for each in (parts if isinstance(parts, list) else [parts])
-        ):
-            if MODELS.get(name) is None:
-                raise UserError(
-                    f"model: its {part} is {name!r}, which mmseg does not have; expected one of its own parts"
-                )
+    for part in ("backbone", "neck", "decode_head", "auxiliary_head"):
+        configs = model.get(part) or []
+        for config in configs if isinstance(configs, list) else [configs]:
+            if MODELS.get(config.type) is None:
+                raise UserError(f"model: its {part} is a {config.type}, which is not among mmseg's models or ours")
     model.pop("pretrained", None)
     model.backbone.init_cfg = None
     model.backbone.pop("pretrained", None)

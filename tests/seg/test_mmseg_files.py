@@ -153,6 +153,8 @@ def test_errors_of_a_foreign_checkpoint():
     assert "without the names of its classes" in error({"cfg": "model = dict()"})
     resnet = "model = dict(backbone=dict(type='ResNet'), decode_head=dict(type='FCNHead'))"
     assert "its backbone is 'ResNet'; expected 'AddpViT'" in error(classes | {"cfg": resnet})
+    without = "model = dict(backbone=dict(type='AddpViT'), decode_head=dict(type='FCNHead'))"
+    assert "its config has no data_preprocessor" in error(classes | {"cfg": without})
     assert "cannot be read as data" in error(classes | {"cfg": "model = open('x')"})
 
 

@@ -183,6 +183,7 @@ def test_frozen_stages_are_neither_trained_nor_dropped():
             {"norm_cfg": {"type": "BN"}},
             "norm_cfg: found {'type': 'BN'}, but the encoder has {'type': 'LN', 'eps': 1e-06}",
         ),
+        ({"relative": "tabel"}, "relative: found 'tabel', expected one of none, decomposed, table"),
         ({"init_values": 0.1}, "init_values: AddpViT has no such keyword"),
         ({"mlp_ratio": 2}, "mlp_ratio: found 2, but the encoder has 4; leave the keyword out"),
         ({"drop_path": 0.1, "drop_path_rate": 0.2}, "drop_path_rate: found drop_path too"),
