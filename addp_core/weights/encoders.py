@@ -53,7 +53,7 @@ def load_encoder(
             file contains one) also a MAGE file, whose encoder reads token ids. With init="random" also a size: tiny,
             small, base or large.
         img_size: pixels, a side or (height, width); positions are resampled bicubically. None for the file's own size.
-        encoder_heads: number of attention heads, which foreign files do not store. The default is that of published
+        encoder_heads: number of attention heads, if the file does not tell it. The default is that of published
             ViTs of the same width; other widths demand it.
         weights: the name of the model to read, if a checkpoint holds several: an entry (model, model_ema, teacher) or
             part of a prefix (base_encoder, momentum_encoder); "ema" for the average, whatever its name.

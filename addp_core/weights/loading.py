@@ -46,7 +46,7 @@ def load_addp(
             not be trained.
         image_size: (height, width) in pixels; positions are resampled if it differs from the file's.
         process: replaces the diffusion process that the file stores.
-        heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, if they differ from the file's;
+        heads: encoder_heads, decoder_heads, predictor_heads, predictor_decoder_heads, for files that do not store them;
             the default for published files is that of published ViTs of the same width, and 16 for decoders; an
             encoder of another width demands encoder_heads.
 
@@ -98,7 +98,7 @@ def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads:
     Args:
         source: a path, a run folder, "hf://owner/repository/file" or a state dict.
         grid: token grid (rows, columns); positions are resampled if it differs from the file's.
-        heads: predictor_heads and predictor_decoder_heads, if they differ from the file's.
+        heads: predictor_heads and predictor_decoder_heads, if the file does not store them.
     """
     weights = read_part(source, "predictor", heads)
     weights.settle(("weights", *PREDICTOR_HEADS), ("predictor_heads",), fixed=("weights",))
@@ -125,7 +125,7 @@ def load_classifier(
             or ADDP's published code, MAE's linear probe, or a state dict of timm's ViT. Pooling, norm and number of
             classes are the file's; with `norm` in place of `fc_norm` the head reads the class token.
         img_size: pixels, a side or (height, width), if other than in training; positions are resampled bicubically.
-        encoder_heads: number of attention heads of a foreign file, if it is not the usual one of its width.
+        encoder_heads: number of attention heads, if the file does not tell it and it is not the usual one of its width.
         weights: the name of the model to read, if a checkpoint holds several, as in `load_encoder`.
         normalisation: mean and std of the images, which most foreign files do not store (timm's `train.py` does):
             ImageNet's (the default, as MAE, BEiT's fine-tuning and DeiT) or 0.5 ("half": most ViTs of timm).
