@@ -76,7 +76,7 @@ def test_timm_reads_a_classifier(tmp_path, options):
     images = torch.randn(3, 3, *model.encoder.image_size)
     torch.testing.assert_close(vit(images), model(images), **CLOSE)
     data = timm.data.resolve_model_data_config(vit)
-    assert data["input_size"] == (3, *model.encoder.image_size)
+    assert tuple(data["input_size"]) == (3, *model.encoder.image_size)
     assert (tuple(data["mean"]), tuple(data["std"])) == (model.mean, model.std)
     assert tuple(vit.pretrained_cfg["label_names"]) == NAMES
     assert data["crop_pct"] == 0.875

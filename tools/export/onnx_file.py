@@ -18,6 +18,7 @@ from tools.export.compare import check_equal, load_exported, random_images
 from tools.export.recipe import Recipe
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+MAX_BATCH = 2**31 - 1  # without a bound, torch 2.6 exports the batch of the example
 
 
 def export_onnx(recipe: Recipe, out: Path) -> None:
@@ -40,7 +41,7 @@ def export_onnx(recipe: Recipe, out: Path) -> None:
             verbose=False,
             input_names=["images"],
             output_names=[name],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},),
         )
     )
     metadata = {"mean": model.mean, "std": model.std, "class_names": model.class_names}
