@@ -162,9 +162,9 @@ def _build(name: str, shape: Mapping[str, Any], pretrained: bool, **options: Any
         cfg = described.cfg if name == ANY_SIZE else {k: v for k, v in described.cfg.items() if k != "input_size"}
         overlay = {**cfg, **overlay}
     if path and not os.path.isfile(path):
-        inner = f"{path}/{MODEL_FILE}, or " if os.path.isdir(path) else ""
+        in_folder = f"{path}/{MODEL_FILE}, or " if os.path.isdir(path) else ""
         raise UserError(
-            f"checkpoint_path: found {path}, but timm reads files only; expected {inner}pretrained=True, "
+            f"checkpoint_path: found {path}, but timm reads files only; expected {in_folder}pretrained=True, "
             f"pretrained_cfg_overlay={{'file': '{path}'}} in its place"
         )
     if file and not path:
@@ -177,7 +177,7 @@ def _build(name: str, shape: Mapping[str, Any], pretrained: bool, **options: Any
         feature_cfg=features,
         **{**arguments, **options},
     )
-    inner = getattr(model, "model", model)  # timm's `features_only` wraps the model
+    inner: Any = getattr(model, "model", model)  # timm's `features_only` wraps the model
     inner.file = described if path else None
     if inner is not model:
         model.register_load_state_dict_pre_hook(_convert_features_state)
