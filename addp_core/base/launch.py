@@ -27,6 +27,12 @@ def _number(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else default  # `check_launch` refuses what is not a number
 
 
+def run_alone() -> None:
+    """Forget what the environment says about other processes, in this process and those that it starts."""
+    for name in (*REQUIRED, "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
 def check_launch() -> None:
     """Check that the environment names one of several processes, or none.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import addp_core
 from addp_core.base import job
 from addp_core.base.errors import UserError, did_you_mean
-from addp_core.base.launch import rank
+from addp_core.base.launch import rank, run_alone
 from addp_core.recipes.config import load_recipe, show_recipe
 from addp_core.recipes.help import group_help, overview, verb_help
 from addp_core.recipes.verbs import ONE_PROCESS, VERBS, verb_groups
@@ -81,7 +81,9 @@ def run(argv: list[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UserError(_unknown_verb(verb))
-    if verb not in ONE_PROCESS and not wants_help and PRINT_CONFIG not in arguments:
+    if verb in ONE_PROCESS:
+        run_alone()
+    elif not wants_help and PRINT_CONFIG not in arguments:
         job.join()
     with _naming_missing_packages(verb):
         module = importlib.import_module(VERBS[verb][0])

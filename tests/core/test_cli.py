@@ -10,6 +10,7 @@ import pytest
 
 import addp_core
 from addp_core.base import job
+from addp_core.recipes import cli
 from addp_core.recipes.cli import main
 from addp_core.recipes.verbs import VERBS, verb_groups
 
@@ -199,6 +200,16 @@ def test_only_rank_0_reports_progress(parrot, capsys, monkeypatch):
     assert main(["parrot", "tims=3"]) == 2
     assert capsys.readouterr().err.startswith("addp (rank 3): unknown key")
     assert len(logging.getLogger("addp").handlers) == 1
+
+
+def test_a_verb_that_runs_alone_does_not_mind_half_a_group(parrot, capsys, monkeypatch):
+    """A job script of Slurm may export WORLD_SIZE for commands that `srun` starts later."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main(["parrot", "polly"]) == 2
+    assert "WORLD_SIZE=8: found in the environment without RANK, MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "ONE_PROCESS", {"parrot"})
+    assert main(["parrot", "polly"]) == 0
+    assert "WORLD_SIZE" not in os.environ  # nor in the processes that it starts
 
 
 def test_a_verb_of_two_words(parrot, capsys):
