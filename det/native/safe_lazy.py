@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from addp_core.base.errors import UserError
+from addp_core.networks.encoder import Encoder
+from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import first_line
 
 ALLOWED = (  # the modules that define what may be called
@@ -26,7 +28,7 @@ ALLOWED = (  # the modules that define what may be called
     "addp_core.networks.",
     "det.native.",
 )
-LOADING = "addp_core.weights.encoders.load_encoder"
+PACKAGES = {name.split(".")[0] for name in ALLOWED}  # nothing else is imported
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,7 +65,7 @@ def replace_encoder(node: Any, encoder: dict[str, Any]) -> Any:
     encoder: the keys of MODEL.ENCODER that give the architecture.
     """
     if isinstance(node, dict):
-        if node.get("_target_") in (LOADING, "addp_core.networks.encoder.Encoder"):
+        if "_target_" in node and _find(node["_target_"]) in (load_encoder, Encoder):
             return lazy_encoder(encoder)
         return {key: replace_encoder(value, encoder) for key, value in node.items()}
     return [replace_encoder(value, encoder) for value in node] if isinstance(node, list) else node
@@ -98,10 +100,15 @@ def _check_targets(path: Path, node: Any) -> None:
         _check_targets(path, value)
     if not isinstance(node, dict) or "_target_" not in node:
         return
-    target = locate(str(node["_target_"]))
+    target = _find(node["_target_"])
     home = f"{getattr(target, '__module__', '')}."
     if not callable(target) or not home.startswith(ALLOWED):
         raise UserError(
             f"{path}: refused to call {node['_target_']}, which is no part of a detector; expected detectron2's models "
             "and our encoder; write a config without it, or evaluate with detectron2's own script"
         )
+
+
+def _find(name: Any) -> Any:
+    """Return what a `_target_` names, by any of its names; None if it is outside of the allowed packages."""
+    return locate(name) if isinstance(name, str) and name.split(".")[0] in PACKAGES else None
