@@ -144,7 +144,6 @@ MISTAKES = {
     ("train", "detector.scales=[8]"): "detector.scales: found [8.0], expected some of [4, 2, 1, 0.5]",
     ("train", "attention.class_token=true"): "attention.class_token: found true, expected false where window > 0",
     ("train", "model=nowhere"): "nowhere: no such file",
-    ("train", "model={run}"): "this is the checkpoint of a detector; expected a checkpoint with an encoder",
     ("train", "model=base"): "expected init=random with it",
     ("train", "data=nowhere"): "data.root: nowhere is not a folder",
     ("train", "data.scale=[2,1]"): "data.scale: [2.0, 1.0], expected 0 < low <= high",
