@@ -21,14 +21,18 @@ shift
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done
 for pid in "${pids[@]}"; do wait $pid || exit; done
 """
-SCONTROL = "#!/bin/bash\necho 127.0.0.1\n"
+SCONTROL = """#!/bin/bash
+[ "$1" = requeue ] && touch "$(dirname "$0")/requeued"
+echo 127.0.0.1
+"""
 
 
-def on_two_cpus(block: str, training: str) -> str:
-    """Return a block of the page for two processes that do another training."""
+def on_two_cpus(block: str, training: str, out: Path) -> str:
+    """Return a block of the page for two processes that do another training in the folder `out`."""
     block = re.sub(r"\\\n\s*", "", block)
     block, trainings = re.subn(r"-m addp_core [^\n']*", f"-m addp_core {training}", block)
     assert trainings == 1
+    block = block.replace("runs/vit_b/", f"{out}/")
     block = re.sub(r"(--nproc_per_node|--num_processes) 8", r"\1 2", block)
     for port in ("29400", "29500"):
         block = block.replace(port, str(free_port()))
@@ -60,8 +64,13 @@ def test_each_command_trains_on_two_processes(block, tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
-        ["bash", "-c", on_two_cpus(block, training)], env=environment, capture_output=True, text=True, timeout=300
+        ["bash", "-c", on_two_cpus(block, training, tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
+    assert not (tmp_path / "requeued").exists()
     assert done.stderr.count("finished after 2 steps") == 1, done.stderr  # one job, not two
