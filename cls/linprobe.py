@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from addp_core.training.run_folder import prepare_out
+from addp_core.weights.frozen import check_pretrained_norm
 from cls.data import open_splits
 from cls.probing.fast import run_fast
-from cls.probing.features import check_pretrained_norm
 from cls.probing.full import check_batch_norm, run_full
 from cls.probing.recipe import Recipe
 from cls.probing.report import print_results

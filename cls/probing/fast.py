@@ -27,21 +27,15 @@ from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.compute import accelerate_model
+from addp_core.training.probes import LinearHeads, NearestNeighbors, train_heads
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import mark_finished, release_out
 from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.frozen import resolve_block, spaced_blocks
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
 from cls.data import evaluation_crop
-from cls.probing.features import (
-    FeatureBank,
-    PooledFeatures,
-    compute_features,
-    resolve_block,
-    spaced_blocks,
-    truncate,
-)
-from cls.probing.heads import LinearHeads, knn_accuracy, train_heads
+from cls.probing.features import FeatureBank, PooledFeatures, compute_features, truncate
 from cls.probing.recipe import Recipe
 from cls.probing.report import best_row, metric_names, print_results, write_results
 
@@ -153,7 +147,7 @@ def probe_block(
         row["held_out"] = accuracies[best].item()
     row |= {f"top{k}": head.accuracy(val_features, val_labels, k).item() for k in (1, 5)}
     if config.knn:
-        row["knn"] = knn_accuracy(features[:, 0], labels, val_features, val_labels, classes, config.knn)
+        row["knn"] = NearestNeighbors(features[:, 0], labels, classes, config.knn).accuracy(val_features, val_labels)
     return row | {"sweep": accuracies.tolist()}, head
 
 

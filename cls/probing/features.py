@@ -3,13 +3,12 @@
 import hashlib
 import json
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -27,52 +26,11 @@ from addp_core.networks.classifier import FeatureNorm, Pooling, check_pooling, p
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.fingerprint import fingerprint
-from addp_core.weights.reading import read_weights
 from cls.evaluation import OutputBatch, check_unreadable, compute_outputs
 
 log = logging.getLogger("addp")
 
 STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-def resolve_block(encoder: Encoder | TokenEncoder, block: int, key: str = "block") -> int:
-    """Return the number of a block, counted from 1, where a negative number counts from the end.
-
-    key: the recipe's key that holds the number, for messages.
-
-    Raises UserError if the encoder has no such block.
-    """
-    depth = len(encoder.blocks)
-    if not 1 <= abs(block) <= depth:
-        raise UserError(f"{key}: found {block}, expected 1 to {depth}, or -1 to -{depth} from the end")
-    return block if block > 0 else depth + 1 + block
-
-
-def spaced_blocks(depth: int, count: int | None) -> list[int]:
-    """Return `count` evenly spaced blocks, counted from 1, up to the last; all `depth` blocks if that is fewer."""
-    count = min(depth, count or depth)
-    return [math.ceil(depth * number / count) for number in range(1, count + 1)]
-
-
-def check_pretrained_norm(encoder: Encoder | TokenEncoder, checkpoint: str, weights: str = "") -> None:
-    """Check that the encoder's final norm was trained with it: ADDP's and MAE's `norm`, MAGE's of its encoder.
-
-    Args:
-        encoder: as it will be probed.
-        checkpoint: the file that it comes from.
-        weights: which of the file's models it is, as in `load_encoder`.
-
-    Raises:
-        UserError: the file has no such norm, which then has its initial values, or it is a fine-tuned classifier, whose
-            encoder was trained on without it.
-    """
-    advice = "expected norm=layer or norm=none, or a checkpoint of pretraining"
-    norm = cast(nn.LayerNorm, encoder.norm)
-    if norm.weight.eq(1).all() and not norm.bias.any():
-        raise UserError(f"norm=pretrained: {checkpoint} has no trained final norm; {advice}")
-    file = read_weights(checkpoint, wanted=weights)
-    if file.kind == "classifier" and file.architecture.norm == "layer":
-        raise UserError(f"norm=pretrained: {checkpoint} was fine-tuned without its final norm; {advice}")
 
 
 def truncate(encoder: Encoder | TokenEncoder, block: int) -> None:

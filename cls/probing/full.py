@@ -20,11 +20,12 @@ from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.engine import train
 from addp_core.training.stage import MicroStep, Stage
+from addp_core.weights.frozen import resolve_block
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
 from cls.data import LabeledStream, cache_for_evaluation, evaluation_crop
 from cls.evaluation import evaluate_classifier
-from cls.probing.features import PooledFeatures, resolve_block, truncate
+from cls.probing.features import PooledFeatures, truncate
 from cls.probing.recipe import Recipe
 from cls.probing.report import print_results
 from cls.results import keep_best

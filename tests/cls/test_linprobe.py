@@ -25,9 +25,10 @@ from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
 from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
+from addp_core.weights.frozen import spaced_blocks
 from addp_core.weights.loading import load_classifier
 from cls.evaluation import evaluate_classifier
-from cls.probing.features import PooledFeatures, spaced_blocks
+from cls.probing.features import PooledFeatures
 from cls.probing.recipe import Recipe
 
 HW = (8, 12)

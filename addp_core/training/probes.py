@@ -1,20 +1,32 @@
-"""Linear heads and a k-NN classifier on stored features: tensors in, tensors and accuracies out."""
+"""Probes of stored features: linear heads of several learning rates, and a k-NN classifier.
+
+A sample is whatever one feature describes: an image, or a patch of one.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from addp_core.base.rng import generator
-from cls.probing.recipe import FastConfig
 
 KNN_TEMPERATURE = 0.07  # arXiv 1805.01978
 STANDARDIZATION_EPS = 1e-6  # that of the classifier's batch norm
-CHUNK = 1 << 14  # images at a time where all features are read
+CHUNK = 1 << 14  # samples at a time where all features are read
 MAX_SIMILARITIES = 1 << 26  # elements of a similarity matrix held at once
+
+
+class HeadTraining(Protocol):
+    """The keys by which linear heads are trained."""
+
+    epochs: int
+    batch: int
+    momentum: float
+    weight_decay: float
 
 
 @dataclass
@@ -52,10 +64,10 @@ class LinearHeads:
 def train_heads(
     features: Tensor,
     labels: Tensor,
-    images: Tensor,
+    chosen: Tensor,
     classes: int,
     lrs: Sequence[float],
-    config: FastConfig,
+    config: HeadTraining,
     seed: int,
 ) -> LinearHeads:
     """Train a head for each learning rate, initialized with zeros, by SGD with momentum on cross-entropy.
@@ -63,12 +75,15 @@ def train_heads(
     All heads see the same batches.
 
     Args:
-        features: [n,V,W], V views of each image.
+        features: [n,V,W], V views of each sample.
         labels: Long[n].
-        images: Long[m], the images to train on, in all their views.
+        chosen: Long[m], the samples to train on, in all their views.
+        lrs: learning rates.
+        config: length of the training and its optimization.
+        seed: of the order of the samples.
     """
     views, device = features.shape[1], features.device
-    samples = (images[:, None] * views + torch.arange(views)).flatten()
+    samples = (chosen[:, None] * views + torch.arange(views)).flatten()
     features = features.flatten(0, 1)
     mean, variance = mean_and_variance(features, samples)
     weight = torch.zeros(len(lrs), classes, features.shape[1], device=device)
@@ -102,20 +117,33 @@ def mean_and_variance(features: Tensor, samples: Tensor) -> tuple[Tensor, Tensor
     return mean.float(), variance.float()
 
 
-@torch.no_grad()
-def knn_accuracy(
-    features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor, classes: int, k: int
-) -> float:
-    """Return the top-1 accuracy of a weighted k-NN classifier in percent.
+class NearestNeighbors:
+    """A weighted k-NN classifier.
 
-    The k nearest training images by cosine similarity vote, each with the weight exp(similarity / temperature).
+    The k nearest samples by cosine similarity vote, each with the weight exp(similarity / temperature).
+
+    Args:
+        features: [n,W] of any type.
+        labels: Long[n].
+        classes: number of classes.
+        k: neighbors; all if there are fewer.
     """
-    k, correct = min(k, len(features)), 0
-    normalized = normalize(features.float(), dim=1)
-    chunk = max(1, MAX_SIMILARITIES // len(features))
-    for part, targets in zip(val_features.split(chunk), val_labels.split(chunk), strict=True):
-        similarities, neighbors = (normalize(part.float(), dim=1) @ normalized.t()).topk(k, 1)
-        votes = torch.zeros(len(part), classes, device=features.device)
-        votes.scatter_add_(1, labels[neighbors], (similarities / KNN_TEMPERATURE).exp())
-        correct += int((votes.argmax(1) == targets).sum())
-    return 100 * correct / len(val_features)
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, k: int):
+        self.normalized, self.labels, self.classes = normalize(features.float(), dim=1), labels, classes
+        self.k = min(k, len(features))
+        self.chunk = max(1, MAX_SIMILARITIES // len(features))  # queries at a time
+
+    @torch.no_grad()
+    def votes(self, queries: Tensor) -> Tensor:
+        """[n,W] of any type -> the weight of the votes for each class, Float[n,C]."""
+        votes = torch.zeros(len(queries), self.classes, device=self.normalized.device)
+        for part, rows in zip(queries.split(self.chunk), votes.split(self.chunk), strict=True):
+            similarities, neighbors = (normalize(part.float(), dim=1) @ self.normalized.t()).topk(self.k, 1)
+            rows.scatter_add_(1, self.labels[neighbors], (similarities / KNN_TEMPERATURE).exp())
+        return votes
+
+    def accuracy(self, queries: Tensor, labels: Tensor) -> float:
+        """Return the top-1 accuracy on [n,W] queries with Long[n] labels in percent."""
+        parts = zip(queries.split(self.chunk), labels.split(self.chunk), strict=True)
+        return 100 * sum(int((self.votes(part).argmax(1) == targets).sum()) for part, targets in parts) / len(queries)
