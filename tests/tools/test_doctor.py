@@ -43,7 +43,7 @@ def test_nothing_installed(nothing_installed, capsys):
         assert set(task["lacks"]) == set(doctor.TASKS[name].needs)
     assert any(command.endswith("-m pip install 'addp[seg]'") for command in report["tasks"]["seg"]["commands"])
     assert any(command.endswith("-m pip install 'addp[det]'") for command in report["tasks"]["det"]["commands"])
-    assert any("-m pip install 'timm<" in command for command in report["tasks"]["pretrain"]["commands"])
+    assert any("-m pip install 'timm" in command for command in report["tasks"]["pretrain"]["commands"])
     assert any(
         all(word in command for word in ("omegaconf<2.4", "setuptools<81", "--no-build-isolation", "detectron2"))
         for command in report["tasks"]["det"]["commands"]
