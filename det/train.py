@@ -22,6 +22,7 @@ from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import TrainConfig
@@ -149,13 +150,13 @@ def open_datasets(config: CocoConfig, masks: MaskChoice = "auto") -> tuple[CocoD
     return train_set, val_set
 
 
-def build_encoder(recipe: Recipe) -> Encoder:
+def build_encoder(recipe: Recipe) -> Encoder | TokenEncoder:
     """Build the recipe's encoder for square images of `data.size` pixels.
 
-    Raises UserError if the encoder does not take pixels or has no position information.
+    Raises UserError if the encoder has no position information.
     """
     torch.manual_seed(recipe.train.seed)
-    encoder = recipe.load_pixel_encoder(
+    encoder = recipe.load_encoder(
         recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True
     )
     check_positions(encoder, recipe.model, "attention.relative")

@@ -24,7 +24,7 @@ from addp_core.training.run_recipe import read_values
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
 from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, read_config
-from seg.scenes import SceneConfig, SceneListing, check_numbering, check_pairs, find_pairs, read_class_names
+from seg.scenes import SceneConfig, SceneListing, check_scenes, read_class_names
 from seg.segmentor import Segmentor, save_segmentor
 
 log = logging.getLogger("addp")
@@ -179,13 +179,6 @@ def check_settings(recipe: Recipe) -> None:
         raise UserError("model: not given; expected model=<run or file>, or init=random")
 
 
-def check_scenes(data: SceneConfig, classes: tuple[str, ...]) -> None:
-    """Raise UserError if the pairs of a split cannot be used, or if there is nothing to learn from them."""
-    labels = check_pairs(find_pairs(data.source, "train", log_dropped=True), classes, data.check, min_classes=2)
-    labels |= check_pairs(find_pairs(data.source, "val", log_dropped=True), classes, data.check)
-    check_numbering(labels, classes)
-
-
 def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
     """Return the segmentor that a resolved recipe trains. Raises UserError if its checkpoint cannot be used."""
     from seg.backbone import default_out_indices
@@ -197,7 +190,7 @@ def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Se
             recipe, init="random", patch_size=patch_size if recipe.model in VIT_SIZES else recipe.patch_size
         )
         with renaming_keys({"data.size": "data.crop"}):
-            encoder = encoder_keys.load_pixel_encoder(crop)
+            encoder = replace(encoder_keys, input="pixels").load_encoder(crop)
         config, patch_size = encoder.config, encoder.patch_size
     else:
         arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch

@@ -14,12 +14,11 @@ from torch.nn.functional import layer_norm
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
 from addp_core.networks.layers import LayerNorm
-from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.token_encoder import RGB, TokenEncoder
 
 NORM_EPS = 1e-6  # of the norms before the head
 HEAD_STD = 2e-5  # standard deviation of a new head's weights, as in the published fine-tuning
 
-RGB = tuple[float, float, float]  # one value per color channel
 Pooling = Literal["avg", "token"]  # the mean of the patch tokens, or the class token
 FeatureNorm = Literal["none", "layer", "pretrained"]
 

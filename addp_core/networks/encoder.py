@@ -1,4 +1,7 @@
-"""The encoder that all tasks share: a ViT over pixels, for pretraining, recognition, detection and segmentation.
+"""The encoder that all tasks share: a ViT, for pretraining, recognition, detection and segmentation.
+
+Its input is a part of it: patches of pixels here (`Encoder`), ids of a frozen tokenizer in `TokenEncoder`. Both stand
+before the same blocks (`TransformerEncoder`), with the same windows, relative positions and image sizes.
 
 Pretraining feeds it normalized noisy images and keeps `tokenizer_norm` and the final `norm` (Sec. 3.3). Recognition
 drops both (App. D.2) and reads the patch tokens. Reference: ViT (arXiv 2010.11929).
@@ -69,6 +72,13 @@ class EncoderArchitecture:
         """Rows and columns of patches."""
         return (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
 
+    def build(self, image_size: tuple[int, int] | None = None, dynamic: bool = False) -> "Encoder":
+        """Build the encoder, with random weights, for images of this size (default: its own).
+
+        Raises ValueError if the patch size does not divide the image size.
+        """
+        return Encoder(self.encoder, image_size or self.image_size, self.patch_size, self.attention, dynamic)
+
 
 class ViTSize(TypedDict):
     """The keys of `EncoderConfig` in which the named sizes differ."""
@@ -88,8 +98,10 @@ SIZES_HELP = ", ".join(f"{name} ({size['width']} wide)" for name, size in VIT_SI
 
 
 class FeatureEncoder(nn.Module):
-    """The interface through which tasks read features; subclasses set the first three attributes and define `embed`."""
+    """The interface through which tasks read features; subclasses set the attributes and define what is not."""
 
+    config: EncoderConfig
+    image_size: tuple[int, int]  # height and width in pixels
     blocks: nn.ModuleList
     norm: nn.Module
     patch_size: int
@@ -136,12 +148,105 @@ class FeatureEncoder(nn.Module):
         """Return the rows and columns of patches of images Float[B,3,H,W]."""
         return (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters, besides one-dimensional ones, without weight decay."""
+        raise NotImplementedError
 
-class Encoder(FeatureEncoder):
-    """A ViT with learned positions and a class token.
+    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, str]:
+        """Describe the layers to timm for layer-wise learning rate decay: embeddings are layer 0, block i layer i + 1.
+
+        prefix: what precedes the names of the encoder's parameters in the enclosing model.
+        """
+        raise NotImplementedError
+
+
+class TransformerEncoder(FeatureEncoder):
+    """The blocks behind any input, with learned positions. A subclass adds its input, and then the blocks.
 
     Its state dict describes its architecture in the metadata that torch keeps for every module, so that the checkpoints
     of any trainer tell what their tensors do not, such as the number of heads.
+
+    Args:
+        config: the architecture of the blocks.
+        image_size: height and width in pixels.
+        patch_size: side in pixels of the square that a token covers.
+        attention: windows and relative positions, for dense prediction.
+        dynamic: accept images of any size. Absolute positions are then resampled, and relative ones interpolated, at
+            each call.
+    """
+
+    kind: str  # of the architecture, in files
+    stem: str  # a regular expression for the names of the input's parameters
+    position_name: str  # of the parameter with the absolute positions, the class token's first
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        image_size: tuple[int, int],
+        patch_size: int,
+        attention: AttentionConfig,
+        dynamic: bool,
+    ):
+        super().__init__()
+        height, width = image_size
+        self.config, self.image_size, self.patch_size = config, (height, width), patch_size
+        self.attention, self.dynamic = attention, dynamic
+        self.num_prefix_tokens = int(attention.class_token)
+        self.grid = (-(-height // patch_size), -(-width // patch_size))
+
+    def _add_blocks(self) -> None:
+        """Add the blocks and the final norm, and initialize all linear layers."""
+        config = self.config
+        self.blocks = transformer_blocks(
+            config.width,
+            config.depth,
+            config.heads,
+            config.dropout,
+            config.drop_path,
+            config.layer_scale,
+            self.attention,
+            self.grid,
+        )
+        self.norm = LayerNorm(config.width)
+        init_transformer(self)
+        self.register_state_dict_post_hook(_describe)
+
+    @property
+    def architecture(self) -> Any:
+        """Everything that builds the encoder again, as a dataclass that files store."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> Tensor:
+        """The absolute positions, Float[1,1+N,W]."""
+        raise NotImplementedError
+
+    def positions_of(self, grid: tuple[int, int]) -> Tensor:
+        """Return the absolute positions of a grid (rows, columns), Float[1,1+N,W], resampled if it is not the own."""
+        return self.positions if grid == self.grid else resample_positions(self.positions, self.grid, grid)
+
+    def make_dynamic(self) -> None:
+        """Accept images of any size from now on."""
+        self.dynamic = True
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters, besides one-dimensional ones, without weight decay (App. D.2).
+
+        Relative positions do decay, as in the published recipes of ViTDet and BEiT.
+        """
+        return {self.position_name}
+
+    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, str]:
+        """Describe the layers to timm for layer-wise learning rate decay: embeddings are layer 0, block i layer i + 1.
+
+        prefix: what precedes the names of the encoder's parameters in the enclosing model.
+        """
+        start = "^" + re.escape(prefix)
+        return {"stem": start + self.stem, "blocks": start + (r"blocks" if coarse else r"blocks\.(\d+)")}
+
+
+class Encoder(TransformerEncoder):
+    """A ViT over patches of pixels, with a class token.
 
     Args:
         config: the architecture.
@@ -152,6 +257,10 @@ class Encoder(FeatureEncoder):
             and relative ones interpolated, at each call.
     """
 
+    kind = "encoder"
+    stem = r"(?:cls_token|pos_embed|patch_embed|tokenizer_norm)"
+    position_name = "pos_embed"
+
     def __init__(
         self,
         config: EncoderConfig,
@@ -160,14 +269,10 @@ class Encoder(FeatureEncoder):
         attention: AttentionConfig = PLAIN_ATTENTION,
         dynamic: bool = False,
     ):
-        super().__init__()
+        super().__init__(config, image_size, patch_size, attention, dynamic)
         height, width = image_size
-        self.config, self.image_size, self.patch_size = config, (height, width), patch_size
-        self.attention, self.dynamic = attention, dynamic
-        self.num_prefix_tokens = int(attention.class_token)
         if height % patch_size or width % patch_size:
             raise ValueError(f"image size {height} x {width}: expected multiples of the patch size {patch_size}")
-        self.grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(self.image_size, patch_size, 3, config.width, strict_img_size=not dynamic)
         if attention.class_token:
             self.cls_token = normal_parameter(1, 1, config.width)
@@ -175,25 +280,18 @@ class Encoder(FeatureEncoder):
         if config.tokenizer_norm:
             self.tokenizer_norm = LayerNorm(config.width)
             self.tokenizer_dropout = Dropout(config.input_dropout)
-        self.blocks = transformer_blocks(
-            config.width,
-            config.depth,
-            config.heads,
-            config.dropout,
-            config.drop_path,
-            config.layer_scale,
-            attention,
-            self.grid,
-        )
-        self.norm = LayerNorm(config.width)
-        init_transformer(self)
+        self._add_blocks()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as a linear layer on the patch
-        self.register_state_dict_post_hook(_describe)
 
     @property
     def architecture(self) -> EncoderArchitecture:
         """Everything that builds the encoder again."""
         return EncoderArchitecture(self.config, self.image_size, self.patch_size, self.attention)
+
+    @property
+    def positions(self) -> Tensor:
+        """The absolute positions, Float[1,1+N,W]."""
+        return self.pos_embed
 
     def forward(self, images: Tensor, extra: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """Map normalized images Float[B,3,H,W] to tokens after the final norm, Float[B,1+N,W], class token first.
@@ -221,9 +319,7 @@ class Encoder(FeatureEncoder):
         -> Float[B,1+N(+E),W].
         """
         x = self.patch_embed(images)
-        positions: Tensor = self.pos_embed
-        if (grid := self.grid_of(images)) != self.grid:
-            positions = resample_positions(positions, self.grid, grid)
+        positions = self.positions_of(self.grid_of(images))
         if self.attention.class_token:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + positions
         else:
@@ -232,27 +328,20 @@ class Encoder(FeatureEncoder):
             x = torch.cat([x, extra], 1)
         return self.tokenizer_dropout(self.tokenizer_norm(x)) if self.config.tokenizer_norm else x
 
+    def make_dynamic(self) -> None:
+        """Accept images of any size that is a multiple of the patch size from now on."""
+        super().make_dynamic()
+        self.patch_embed.strict_img_size = False
+
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters, besides one-dimensional ones, without weight decay (App. D.2).
-
-        Relative positions do decay, as in the published recipes of ViTDet and BEiT.
-        """
-        return {"pos_embed", "cls_token"}
-
-    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, str]:
-        """Describe the layers to timm for layer-wise learning rate decay: embeddings are layer 0, block i layer i + 1.
-
-        prefix: what precedes the names of the encoder's parameters in the enclosing model.
-        """
-        start = "^" + re.escape(prefix)
-        stem = rf"{start}(?:cls_token|pos_embed|patch_embed|tokenizer_norm)"
-        return {"stem": stem, "blocks": start + (r"blocks" if coarse else r"blocks\.(\d+)")}
+        """Return the parameters, besides one-dimensional ones, without weight decay (App. D.2)."""
+        return super().no_weight_decay() | {"cls_token"}
 
 
 def _describe(encoder: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
     """Add the architecture to the metadata of a state dict."""
-    assert isinstance(encoder, Encoder)
-    metadata[METADATA_KEY] = json.dumps({"kind": "encoder", "architecture": asdict(encoder.architecture)})
+    assert isinstance(encoder, TransformerEncoder)
+    metadata[METADATA_KEY] = json.dumps({"kind": encoder.kind, "architecture": asdict(encoder.architecture)})
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -127,6 +127,10 @@ class TokenEmbeddings(nn.Module):
         nn.init.normal_(self.word_embeddings.weight, std=INIT_STD)
         nn.init.normal_(self.position_embeddings.weight, std=INIT_STD)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Embed ids, Long[B,L] -> Float[B,L,W]."""
-        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + self.position_embeddings.weight))
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Embed ids, Long[B,L] -> Float[B,L,W].
+
+        positions: Float[L,W], the position embeddings of these ids (default: all of them, in order).
+        """
+        positions = self.position_embeddings.weight if positions is None else positions
+        return self.dropout(self.LayerNorm(self.word_embeddings(ids) + positions))

@@ -20,10 +20,12 @@ from addp_core.method.addp import ADDPConfig
 from addp_core.networks.classifier import FeatureNorm, Pooling
 from addp_core.networks.encoder import EncoderArchitecture as EncoderArchitecture
 from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.token_encoder import TokenEncoderArchitecture as TokenEncoderArchitecture
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.files import first_line
 from addp_core.weights.stated import STATED_KIND, Stated
 
+Normalisation = Literal["imagenet", "half"]
 NORMALISATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     # values of the key `normalisation`: mean and std of images in [0,1]
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -48,26 +50,6 @@ class PredictorArchitecture:
     grid: tuple[int, int]
     vocabulary: Vocabulary
     trained_on: str = ""  # fingerprint of the tokenizer it was trained with; empty if unknown
-
-
-@dataclass(frozen=True)
-class TokenEncoderArchitecture:
-    """Architecture of an encoder over token ids, including its tokenizer."""
-
-    predictor: PredictorConfig
-    vocabulary: Vocabulary
-    tokenizer: TokenizerConfig
-    image_size: tuple[int, int]
-
-    @property
-    def patch_size(self) -> int:
-        """Side in pixels of the square that a token covers."""
-        return self.tokenizer.stride
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.tokenizer.grid(self.image_size)
 
 
 @dataclass(frozen=True)
@@ -117,8 +99,10 @@ def recipe_heads(recipe: Any) -> dict[str, Any]:
     return {key: getattr(recipe, key) for key in HEAD_KEYS if getattr(recipe, key, None) is not None}
 
 
-def with_own_norm(architecture: EncoderArchitecture) -> EncoderArchitecture:
+def with_own_norm(architecture: Any) -> Any:
     """Return the architecture of an encoder that a transfer has trained: the norm that it had then is its own."""
+    if not isinstance(architecture, EncoderArchitecture):
+        return architecture  # of another input, without such a norm
     return replace(architecture, encoder=replace(architecture.encoder, pre_norm=architecture.encoder.tokenizer_norm))
 
 

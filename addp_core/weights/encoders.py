@@ -1,24 +1,30 @@
 """`load_encoder`: the encoder for recognition, detection and segmentation, from any file that has one."""
 
+import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.method.addp import ADDPConfig
-from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 from addp_core.weights.architectures import (
+    NORMALISATION,
     EncoderArchitecture,
+    Normalisation,
     PredictorArchitecture,
     TokenEncoderArchitecture,
     check_stored_heads,
     with_own_norm,
 )
-from addp_core.weights.assumptions import settle
+from addp_core.weights.assumptions import Assumption, settle
 from addp_core.weights.files import Source, State, strip_prefix
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.fitting import fill, fit_encoder_state
@@ -28,7 +34,16 @@ from addp_core.weights.reading import Weights, as_user_error, describe_kind, rea
 
 DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
 
+RECIPE_FILE = "recipe.yaml"  # of a run folder
+
 AnyArchitecture = EncoderArchitecture | TokenEncoderArchitecture
+Input = Literal["pixels", "token"]
+InputChoice = Literal["auto"] | Input
+INPUTS: dict[Input, str] = {"pixels": "pixels", "token": "token ids"}
+EXPECTED_INPUT = {
+    "pixels": "an encoder of pixels (ADDP, MAE, BEiT, ViT)",
+    "token": "a MAGE checkpoint, or a size with init=random and tokenizer=<VQGAN file>",
+}
 
 
 def load_encoder(
@@ -45,13 +60,15 @@ def load_encoder(
     init: Literal["pretrained", "random"] = "pretrained",
     patch_size: int | None = None,
     tokenizer: Source | None = None,
+    input: InputChoice = "auto",
+    normalisation: Normalisation = "imagenet",
 ) -> Encoder | TokenEncoder:
     """Load an encoder in eval mode, float32, on the CPU. Its final norm, which transfer does not use, is frozen.
 
     Args:
         source: any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style ViT; with `tokenizer` (or if the
-            file contains one) also a MAGE file, whose encoder reads token ids. With init="random" also a size: tiny,
-            small, base or large.
+            file contains one, or its run of `addp predictor` names one) also a MAGE file, whose encoder reads token
+            ids. With init="random" also a size: tiny, small, base or large.
         img_size: pixels, a side or (height, width); positions are resampled bicubically. None for the file's own size.
         encoder_heads: number of attention heads, if the file does not tell it. The default is that of published
             ViTs of the same width; other widths demand it.
@@ -64,13 +81,18 @@ def load_encoder(
         init: "random" takes only the architecture from the file and draws the weights from torch's global generator; a
             tokenizer keeps its weights.
         patch_size: pixels, if `source` is a size (default 16).
-        tokenizer: the VQGAN of a MAGE file.
+        tokenizer: the VQGAN of a MAGE file, or of an encoder over token ids that is built by its size.
+        input: "pixels" or "token", to demand what the encoder reads; "auto": what the file's encoder reads, and token
+            ids for a size with a `tokenizer`.
+        normalisation: of the images that the encoder will get; a tokenizer needs it undone.
 
     Raises:
         UserError: if the file has no encoder, or the arguments do not fit it.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     vqgan = None if tokenizer is None else read_part(tokenizer, "tokenizer")
+    if input == "pixels" and vqgan is not None:
+        raise UserError(f"tokenizer={vqgan.source}: found input=pixels too; leave one of the two out")
     if isinstance(source, str) and source in VIT_SIZES and not Path(source).exists():
         if init != "random":
             width = VIT_SIZES[source]["width"]
@@ -81,25 +103,33 @@ def load_encoder(
         name = source
         if size is None:
             raise UserError(f"img_size: found none, and the size {source} has no images; expected pixels")
+        if input == "token" and vqgan is None:
+            raise UserError(f"input=token: {source} is a size, which has no tokenizer; expected tokenizer=<VQGAN file>")
         state, architecture = _architecture_of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
     else:
         name, state, architecture = _read_encoder(source, size, encoder_heads, weights, vqgan, init)
+    found: Input = "token" if isinstance(architecture, TokenEncoderArchitecture) else "pixels"
+    if input not in ("auto", found):
+        raise UserError(f"input={input}: {name} reads {INPUTS[found]}; expected {EXPECTED_INPUT[input]}")
     if patch_size not in (None, architecture.patch_size):
         raise UserError(f"patch_size: found {patch_size}, but {name} has {architecture.patch_size}; leave the key out")
     if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
         raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
     try:
         size = architecture.image_size if size is None else (size[0], size[1])
-        encoder = _build_encoder(architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic)
+        encoder = _build_encoder(
+            architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic, normalisation
+        )
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     encoder.norm.requires_grad_(False)
     if init == "pretrained":
-        if "cls_token" in encoder.state_dict() and "cls_token" not in state:
+        trained = "cls_token" in state if isinstance(encoder, Encoder) else architecture.attention.class_token
+        if encoder.attention.class_token and not trained:
             raise UserError(f"attention: {name} was trained without a class token; expected class_token=false")
         return fill(encoder, fit_encoder_state(state, architecture, encoder), name)
     if isinstance(encoder, TokenEncoder):
-        fill(encoder.tokenizer, _without_decoder(strip_prefix(state, "tokenizer.")), name)
+        fill(encoder.tokenizer, strip_prefix(state, "tokenizer."), name)
     return encoder.eval()
 
 
@@ -114,7 +144,7 @@ def _architecture_of_size(
     codes: TokenizerConfig = vqgan.architecture.tokenizer
     predictor = PredictorConfig(width=numbers["width"], depth=numbers["depth"], heads=numbers["heads"])
     architecture = TokenEncoderArchitecture(predictor, Vocabulary(codes.codebook), codes, image_size)
-    return {f"tokenizer.{key}": value for key, value in vqgan.state.items()}, architecture
+    return {f"tokenizer.{key}": value for key, value in _without_decoder(vqgan.state).items()}, architecture
 
 
 def _read_encoder(
@@ -160,11 +190,14 @@ def encoder_architecture(weights: Weights) -> AnyArchitecture:
 def _read_mage_encoder(
     source: Source, weights: Weights, heads: int | None, wanted: str, vqgan: Weights | None
 ) -> tuple[str, State, TokenEncoderArchitecture]:
-    """Return MAGE's encoder with `vqgan` as its tokenizer, or with the one in its own file if that is None."""
+    """Return MAGE's encoder with `vqgan` as its tokenizer.
+
+    If that is None, it is the one in MAGE's own file, or the one that the recipe of its run names, which is then said.
+    """
     if vqgan is None:
         vqgan = read_weights(source, "tokenizer", wanted=wanted)
         if vqgan.kind != "tokenizer":
-            raise UserError(f"{weights.source}: MAGE reads token ids; expected tokenizer=<VQGAN file> with it")
+            vqgan = _read_tokenizer_of_run(source, weights.source)
     with renaming_keys({"predictor_heads": "encoder_heads"}):
         assumed = ("weights",) if heads is not None else ("weights", "predictor_heads")
         weights.settle(assumed, assumed)
@@ -188,6 +221,35 @@ def _read_mage_encoder(
     return weights.source, state, TokenEncoderArchitecture(mage.predictor, mage.vocabulary, codes, size)
 
 
+def _read_tokenizer_of_run(source: Source, name: str) -> Weights:
+    """Return the tokenizer that the recipe beside a file of `addp predictor` names, and say so.
+
+    Raises UserError if there is none.
+    """
+    expected = "expected tokenizer=<VQGAN file> with it"
+    path = _tokenizer_in_recipe(source)
+    if not path:
+        raise UserError(f"{name}: MAGE reads token ids; {expected}")
+    try:
+        vqgan = read_part(path, "tokenizer")
+    except UserError as error:
+        raise UserError(f"{name}: MAGE reads token ids, and its run names a tokenizer ({error}); {expected}") from error
+    note = f"took the tokenizer that the recipe of its run names, {path}"
+    settle(name, (Assumption("tokenizer", note, "tokenizer=<file> takes another"),), ("tokenizer",))
+    return vqgan
+
+
+def _tokenizer_in_recipe(source: Source) -> str:
+    """Return the key `tokenizer` of the recipe in a run folder, or beside a file of it; "" if there is none."""
+    if not isinstance(source, str | os.PathLike):
+        return ""
+    path = Path(source).expanduser()
+    recipe = (path if path.is_dir() else path.parent) / RECIPE_FILE
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        return str(yaml.safe_load(recipe.read_text(encoding="utf-8")).get("tokenizer") or "")
+    return ""
+
+
 def _without_decoder(state: State) -> State:
     """Drop the decoder from a tokenizer's tensors."""
     return {key: value for key, value in state.items() if not key.startswith("decoder.")}
@@ -201,15 +263,16 @@ def _build_encoder(
     tokenizer_norm: bool,
     attention: AttentionConfig | None,
     dynamic: bool,
+    normalisation: Normalisation,
 ) -> Encoder | TokenEncoder:
     """Build the encoder of a file for another size and other rates. Raises ValueError if the size does not fit."""
+    attention = attention or architecture.attention
     if isinstance(architecture, TokenEncoderArchitecture):
-        if dynamic or attention not in (None, PLAIN_ATTENTION):
-            raise UserError(
-                "attention: an encoder over tokens has neither windows, relative positions nor dynamic sizes"
-            )
         predictor = replace(architecture.predictor, dropout=dropout)
-        return TokenEncoder(predictor, architecture.vocabulary, architecture.tokenizer, size, drop_path)
+        ids = (architecture.vocabulary, architecture.tokenizer)
+        return TokenEncoder(
+            predictor, *ids, size, drop_path, *NORMALISATION[normalisation], attention=attention, dynamic=dynamic
+        )
     config = replace(
         architecture.encoder,
         dropout=dropout,
@@ -217,4 +280,4 @@ def _build_encoder(
         tokenizer_norm=tokenizer_norm or architecture.encoder.pre_norm,
         input_dropout=dropout,
     )
-    return Encoder(config, size, architecture.patch_size, attention or architecture.attention, dynamic)
+    return Encoder(config, size, architecture.patch_size, attention, dynamic)

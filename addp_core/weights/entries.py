@@ -27,6 +27,7 @@ PREFIXES = ("model", "base_encoder", "encoder_q", "teacher", "encoder")  # of se
 AVERAGE = re.compile(r"(^|_)(ema|teacher|momentum|encoder_k|target)(_|$)")  # names of averages of weights
 EMA_HOOK_RAW = "ema_state_dict"  # mmengine's EMAHook stores the average in state_dict, and here the weights without it
 WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INPUTS = ("patch_embed.proj.weight", "token_emb.word_embeddings.weight")  # of encoders that describe themselves
 SIGNATURES = re.compile(  # one tensor of each kind of model
     r"(?:^|\.)(patch_embed\.proj\.weight|token_emb\.word_embeddings\.weight|quantize\.embedding\.weight"
     r"|decoder_pos_token_embed|denoiser\.encoder\.cls_token)$"
@@ -83,7 +84,7 @@ def describe_modules(state: Mapping[str, Any]) -> dict[str, str]:
         WRAPPERS.sub("", prefix): text
         for prefix, metadata in modules.items()
         if isinstance(metadata, Mapping) and isinstance(text := metadata.get(METADATA_KEY), str)
-        if f"{prefix}patch_embed.proj.weight" in state  # not the module in another framework that renames its tensors
+        if any(prefix + name in state for name in INPUTS)  # not a module of another framework that renames its tensors
     }
 
 

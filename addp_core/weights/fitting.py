@@ -66,9 +66,6 @@ def fit_encoder_state(
     """Fit the tensors of a file's encoder to `encoder`: resample positions to its grid, drop parts that it lacks, and
     add the relative positions that the file lacks, at their initial zeros.
     """
-    if isinstance(encoder, TokenEncoder):
-        return resample_state(state, architecture.grid, encoder.grid)
-    assert isinstance(architecture, EncoderArchitecture)  # as a file's architecture builds its encoder
     state, expected = dict(state), encoder.state_dict()
     if not encoder.config.tokenizer_norm:
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}
@@ -88,7 +85,11 @@ def _resample(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> 
 
 
 def _resample_relative(
-    table: Tensor, target: Tensor, key: str, architecture: EncoderArchitecture, encoder: Encoder
+    table: Tensor,
+    target: Tensor,
+    key: str,
+    architecture: EncoderArchitecture | TokenEncoderArchitecture,
+    encoder: Encoder | TokenEncoder,
 ) -> Tensor:
     """Resample one table of relative positions to the shape of `target`, for the grid that its block attends over."""
     if not key.endswith("relative_position_bias_table"):
@@ -98,7 +99,7 @@ def _resample_relative(
     if architecture.attention.class_token and not encoder.attention.class_token:
         table = table[:-3]  # the biases to, from and between class tokens
     index = int(key.split(".")[1])
-    old_window = architecture.attention.windows(architecture.encoder.depth)[index]
+    old_window = architecture.attention.windows(len(encoder.blocks))[index]
     new_window = cast(Block, encoder.blocks[index]).window
     old = (old_window, old_window) if old_window else architecture.grid
     new = (new_window, new_window) if new_window else encoder.grid

@@ -20,7 +20,6 @@ from addp_core.weights.architectures import (
     NORMALISATION,
     ClassifierArchitecture,
     PredictorArchitecture,
-    TokenEncoderArchitecture,
 )
 from addp_core.weights.files import Source
 from addp_core.weights.fitting import fill, fit_encoder_state, replace_part, resample_state
@@ -155,10 +154,7 @@ def load_classifier(
     height, width = size or stored.image_size
     encoder: Encoder | TokenEncoder
     try:
-        if isinstance(stored, TokenEncoderArchitecture):
-            encoder = TokenEncoder(stored.predictor, stored.vocabulary, stored.tokenizer, (height, width))
-        else:
-            encoder = Encoder(stored.encoder, (height, width), stored.patch_size, stored.attention)
+        encoder = stored.build((height, width))
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     model = Classifier(

@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.errors import UserError
 from addp_core.base.paths import FilePath
 from addp_core.networks.encoder import SIZES_HELP, Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION as NORMALISATION
-from addp_core.weights.encoders import load_encoder
+from addp_core.weights.architectures import Normalisation
+from addp_core.weights.encoders import InputChoice, load_encoder
 
 
 @dataclass(kw_only=True)
@@ -25,7 +26,8 @@ class EncoderKeys:
     ]
     init: Annotated[
         Literal["pretrained", "random"],
-        "start from the weights of `model`, or only from its architecture with weights drawn from the seed",
+        "start from the weights of `model`, or only from its architecture with weights drawn from the seed (a "
+        "tokenizer keeps its weights)",
     ] = "pretrained"
     patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size (default: 16)"] = None
     encoder_heads: Annotated[int | None, Ge(1), "attention heads, if not those of published ViTs of its width"] = None
@@ -34,11 +36,18 @@ class EncoderKeys:
         "the model to read if a checkpoint holds several: an entry (model, model_ema, teacher), part of a prefix "
         "(momentum_encoder), or ema for the average whatever its name",
     ] = ""
-    tokenizer: Annotated[FilePath, "VQGAN for an encoder over token ids, if the MAGE file does not contain it"] = ""
+    tokenizer: Annotated[
+        FilePath,
+        "VQGAN for an encoder over token ids, if the MAGE file does not contain it and its run does not name it, or if "
+        "`model` is a size",
+    ] = ""
+    input: Annotated[
+        InputChoice,
+        "what the encoder reads: pixels, or the ids of a frozen tokenizer (token); auto: what the encoder of `model` "
+        "reads, and token ids for a size with a `tokenizer`",
+    ] = "auto"
     tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipes drop it)"] = False
-    normalisation: Annotated[
-        Literal["imagenet", "half"], "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"
-    ] = "imagenet"
+    normalisation: Annotated[Normalisation, "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"] = "imagenet"
 
     def load_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
         """Load the encoder for images of this size (a side, or height and width).
@@ -56,23 +65,15 @@ class EncoderKeys:
                 weights=self.weights,
                 tokenizer=self.tokenizer or None,
                 tokenizer_norm=self.tokenizer_norm,
+                input=self.input,
+                normalisation=self.normalisation,
                 **options,
             )
         except UserError as error:
             raise UserError(str(error).replace("img_size", "data.size")) from error
 
-    def load_pixel_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder:
-        """Load the encoder like `load_encoder`. Raises UserError if it reads token ids."""
-        with renaming_keys({"attention: ": f"model: {self.model}: "}):  # no value of the key would help
-            encoder = self.load_encoder(size, **options)
-        if not isinstance(encoder, Encoder):
-            raise UserError(
-                f"model: {self.model} reads token ids, not pixels; expected an encoder of pixels (ADDP, MAE, BEiT, ViT)"
-            )
-        return encoder
 
-
-def check_positions(encoder: Encoder, source: str, key: str) -> None:
+def check_positions(encoder: Encoder | TokenEncoder, source: str, key: str) -> None:
     """Raise UserError if the encoder has no position information, as BEiT's without its relative tables.
 
     Args:
@@ -81,7 +82,7 @@ def check_positions(encoder: Encoder, source: str, key: str) -> None:
         key: the recipe's key for the kind of relative positions, for the message.
     """
     tables = [value for name, value in encoder.named_parameters() if ".relative." in name]
-    if not any(value.any() for value in (encoder.pos_embed, *tables)):
+    if not any(value.any() for value in (encoder.positions, *tables)):
         raise UserError(
             f"{key}={encoder.attention.relative}: {source} has no positions but relative tables (BEiT), which this "
             f"setting drops; expected {key}=table"

@@ -14,14 +14,12 @@ from torch import nn
 from addp_core.base.files import atomic_replace
 from addp_core.method.addp import ADDP
 from addp_core.networks.classifier import Classifier
-from addp_core.networks.encoder import METADATA_KEY, Encoder
+from addp_core.networks.encoder import METADATA_KEY, TransformerEncoder
 from addp_core.networks.predictor import TokenPredictor
-from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.architectures import (
     ClassifierArchitecture,
     PredictorArchitecture,
-    TokenEncoderArchitecture,
     TokenizerArchitecture,
 )
 from addp_core.weights.entries import describe_modules
@@ -85,14 +83,8 @@ def _describe_module(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
         if grid is None:
             raise TypeError("save_model: missing grid=(rows, columns), which a TokenPredictor does not store")
         return "predictor", PredictorArchitecture(module.config, grid, module.vocabulary, module.trained_on)
-    if isinstance(module, Encoder):
-        return "encoder", module.architecture
-    if isinstance(module, TokenEncoder):
-        tokenizer = module.tokenizer.config
-        architecture = TokenEncoderArchitecture(
-            module.predictor_config, module.vocabulary, tokenizer, module.image_size
-        )
-        return "token_encoder", architecture
+    if isinstance(module, TransformerEncoder):
+        return module.kind, module.architecture
     if isinstance(module, Classifier):
         _, encoder = _describe_module(module.encoder, None)
         return "classifier", ClassifierArchitecture(

@@ -37,9 +37,13 @@ LAYOUTS = (
     Layout("classifier", is_vit_classifier, convert_vit_classifier),  # if a classifier is asked for
 )
 
+# It is read if it tells its architecture, and has no layout of its own otherwise.
+is_token_encoder = has_tensors("token_emb.word_embeddings.weight", "tokenizer.quantize.embedding.weight")
+
 _DESCRIPTIONS: tuple[tuple[Callable[[Mapping[str, Any]], bool], str], ...] = (
     (is_published_addp, "an ADDP checkpoint"),
     (is_mage, "a MAGE checkpoint: pass it as predictor="),
+    (is_token_encoder, "an encoder over token ids that does not tell its architecture"),
     (is_vqgan, "a VQGAN checkpoint: pass it as tokenizer="),
     (is_mae, "a MAE checkpoint: load_encoder reads it"),
     (is_vit, "a plain ViT checkpoint: load_encoder reads it"),
@@ -60,7 +64,7 @@ _OTHER_METHODS = ("roi_heads.", "proposal_generator.", "decode_head.", "model.di
 
 def is_model(state: Mapping[str, Any]) -> bool:
     """Check whether tensors are one whole model in a layout that can be read."""
-    return any(layout.matches(state) for layout in LAYOUTS)
+    return is_token_encoder(state) or any(layout.matches(state) for layout in LAYOUTS)
 
 
 def is_other_method(state: Mapping[str, Any]) -> bool:

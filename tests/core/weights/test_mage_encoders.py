@@ -1,5 +1,8 @@
 """MAGE's encoder over token ids: its features, sizes, files, layers, and files that do not go together."""
 
+import json
+import shutil
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -7,12 +10,16 @@ import pytest
 import torch
 from checks import assert_user_error, same_weights
 from golden_weights import HEADS, golden_state
+from safetensors.torch import save_file
 from timm.models import group_parameters
 from tiny import TOKENIZER, tiny_addp
 
 from addp_core import load_encoder, load_tokenizer, save_model
 from addp_core.method.addp import ADDP
+from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
 from addp_core.networks.classifier import Classifier, normalize
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.files import strip_prefix
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.loading import load_classifier
@@ -72,7 +79,142 @@ def test_other_sizes_resample_the_positions(tmp_path):
     encoder = load_encoder(predictor, (16, 16), tokenizer=tokenizer)
     assert encoder.token_emb.position_embeddings.weight.shape == (65, 16)
     assert encoder.forward_features(torch.randn(1, 3, 16, 16)).shape == (1, 65, 16)
-    assert_user_error(lambda: load_encoder(predictor, (9, 12), tokenizer=tokenizer), "img_size=(9, 12)", "stride 2")
+
+
+def test_sizes_that_the_stride_does_not_divide_are_padded(tmp_path):
+    """With zeros after normalization, below and on the right; the ids of padded places are tokens too."""
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    encoder = load_encoder(predictor, (7, 11), tokenizer=tokenizer)
+    images = torch.randn(2, 3, 7, 11)
+    padded = torch.nn.functional.pad(images, (0, 1, 0, 1))
+    assert (encoder.grid, encoder.grid_of(images)) == ((4, 6), (4, 6))
+    assert torch.equal(encoder.tokenize(images), encoder.tokenize(padded))
+    whole = load_encoder(predictor, (8, 12), tokenizer=tokenizer)
+    assert torch.equal(encoder.forward_features(images), whole.forward_features(padded))
+    save_model(encoder, tmp_path / "e.safetensors")
+    assert load_encoder(tmp_path / "e.safetensors", None).image_size == (7, 11)
+    with pytest.raises(ValueError, match="images of 9 x 12 pixels, expected 8 x 12"):
+        whole.forward_features(torch.randn(1, 3, 9, 12))
+
+
+def test_large_images_are_tokenized_one_at_a_time(tmp_path, monkeypatch):
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    encoder = load_encoder(predictor, (8, 12), tokenizer=tokenizer)
+    images, encode, counts = torch.randn(3, 3, 8, 12), encoder.tokenizer.encode, []
+    expected = encoder.tokenize(images)
+    monkeypatch.setattr("addp_core.networks.token_encoder.LARGE_IMAGE", 8 * 12 - 1)
+    monkeypatch.setattr(encoder.tokenizer, "encode", lambda x: counts.append(len(x)) or encode(x))
+    assert torch.equal(encoder.tokenize(images), expected)
+    assert counts == [1, 1, 1]
+
+
+# -------------------- the blocks of dense prediction
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(relative="table"),
+        AttentionConfig(relative="decomposed", class_token=False),
+        AttentionConfig(window=3, global_blocks=1, relative="decomposed", class_token=False),
+    ],
+    ids=["table", "decomposed", "windows"],
+)
+def test_the_blocks_are_those_of_the_encoder_over_pixels(tmp_path, attention):
+    """Given the same embeddings, the blocks of both inputs compute the same; other sizes are resampled alike."""
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    tokens = load_encoder(predictor, (8, 12), tokenizer=tokenizer, attention=attention, dynamic=True)
+    pixels = Encoder(tokens.config, (8, 12), 2, attention, dynamic=True).eval()
+    with torch.no_grad():
+        for name, parameter in tokens.named_parameters():
+            if ".relative." in name:
+                parameter.normal_()
+        pixels.pos_embed.copy_(tokens.positions)
+    pixels.blocks.load_state_dict(tokens.blocks.state_dict())
+    for size in ((8, 12), (10, 6)):
+        images = torch.randn(2, 3, *size)
+        embedded = tokens.embed(images)
+        grid = tokens.grid_of(images)
+        torch.testing.assert_close(tokens.positions_of(grid), pixels.positions_of(grid))
+        pixels.embed = lambda images, x=embedded: x
+        torch.testing.assert_close(tokens.forward_features(images), pixels.forward_features(images))
+        assert tokens.forward_maps(images, [-1])[0].shape == (2, 16, *grid)
+
+
+def test_features_in_dense_prediction_are_those_of_recognition_where_attention_is_plain(tmp_path):
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    images = torch.randn(2, 3, 8, 12)
+    expected = load_encoder(predictor, (8, 12), tokenizer=tokenizer).forward_features(images)
+    for attention in (PLAIN_ATTENTION, AttentionConfig(relative="table"), AttentionConfig(relative="decomposed")):
+        dense = load_encoder(predictor, (8, 12), tokenizer=tokenizer, attention=attention, dynamic=True)
+        torch.testing.assert_close(dense.forward_features(images), expected, **CLOSE)  # new relative positions are zero
+
+
+def test_attention_and_normalization_are_stored(tmp_path):
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    attention = AttentionConfig(relative="table", class_token=False)
+    options = {"tokenizer": tokenizer, "attention": attention, "normalisation": "half"}
+    encoder = load_encoder(predictor, (8, 12), **options)
+    assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.5,) * 3)
+    torch.nn.init.normal_(encoder.blocks[1].relative.relative_position_bias_table)
+    save_model(encoder, tmp_path / "e.safetensors")
+    torch.save({"model": encoder.state_dict()}, tmp_path / "e.pth")  # of any trainer
+    images = torch.randn(2, 3, 8, 12)
+    for name in ("e.safetensors", "e.pth"):
+        again = load_encoder(tmp_path / name, (8, 12), normalisation="half")
+        assert again.architecture == encoder.architecture
+        assert torch.equal(again.forward_features(images), encoder.forward_features(images))
+        load = partial(load_encoder, tmp_path / name, (8, 12))
+        assert_user_error(lambda load=load: load(attention=AttentionConfig()), "without a class token")
+    larger = load_encoder(tmp_path / "e.safetensors", (16, 16))
+    assert larger.blocks[1].relative.relative_position_bias_table.shape == (225, 2)
+
+
+def test_files_from_before_attention_was_stored(tmp_path):
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    encoder = load_encoder(predictor, (8, 12), tokenizer=tokenizer)
+    former = {key: asdict(encoder.architecture)[key] for key in ("predictor", "vocabulary", "tokenizer", "image_size")}
+    metadata = {"addp": json.dumps({"kind": "token_encoder", "architecture": former})}
+    save_file(dict(encoder.state_dict()), tmp_path / "former.safetensors", metadata)
+    again = load_encoder(tmp_path / "former.safetensors", (8, 12))
+    assert same_weights(again, encoder)
+    assert again.architecture == encoder.architecture
+
+
+# -------------------- which input
+
+
+def test_the_tokenizer_that_a_run_names(tmp_path, caplog):
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(predictor, run / "model.safetensors")
+    (run / "recipe.yaml").write_text(f"tokenizer: {tokenizer}\n")
+    for source in (run, run / "model.safetensors"):
+        assert same_weights(load_encoder(source, (8, 12)), load_encoder(predictor, (8, 12), tokenizer=tokenizer))
+    assert f"took the tokenizer that the recipe of its run names, {tokenizer}" in caplog.text
+    (run / "recipe.yaml").write_text(f"tokenizer: {tmp_path}/gone\n")
+    expected = ("MAGE reads token ids, and its run names a tokenizer", "gone", "expected tokenizer=<VQGAN file>")
+    assert_user_error(lambda: load_encoder(run, (8, 12)), *expected)
+
+
+def test_the_input_can_be_demanded(tmp_path):
+    predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
+    save_model(tiny_addp(), tmp_path / "addp.safetensors")
+    mage = partial(load_encoder, predictor, (8, 12), tokenizer=tokenizer)
+    addp = partial(load_encoder, tmp_path / "addp.safetensors", (8, 12))
+    size = partial(load_encoder, "tiny", (8, 12), init="random")
+    assert mage(input="token").kind == size(input="token", tokenizer=tokenizer).kind == "token_encoder"
+    assert addp(input="pixels").kind == "encoder"
+    assert_user_error(lambda: size(input="token"), "input=token: tiny is a size", "expected tokenizer=<VQGAN file>")
+    assert_user_error(lambda: addp(input="token"), "input=token: ", "reads pixels", "expected a MAGE checkpoint")
+    assert_user_error(lambda: mage(input="pixels"), "tokenizer=", "found input=pixels too")
+    save_model(mage(), tmp_path / "e.safetensors")
+    load = partial(load_encoder, tmp_path / "e.safetensors", (8, 12))
+    assert_user_error(lambda: load(input="pixels"), "reads token ids", "expected an encoder of pixels")
+    other = Tokenizer(replace(TOKENIZER, codebook=20))
+    save_model(other, tmp_path / "other.safetensors")
+    assert_user_error(lambda: mage(tokenizer=tmp_path / "other.safetensors"), "it has 20 codes", "predicts 24")
 
 
 def test_mage_classifiers_round_trip(tmp_path):
@@ -126,7 +268,6 @@ def test_files_that_do_not_go_together_are_refused(tmp_path):
     predictor, tokenizer = save_parts(model, tmp_path)
     load_encoder(predictor, (8, 12), tokenizer=tokenizer)
     load = partial(load_encoder, predictor, (8, 12), tokenizer=tokenizer)
-    assert_user_error(lambda: load(dynamic=True), "attention", "over tokens")
     assert_user_error(lambda: load(tokenizer_norm=True), "tokenizer_norm", "has none")
     assert_user_error(lambda: load(patch_size=16), "patch_size: found 16", "has 2")
     assert_user_error(lambda: load(tokenizer=predictor), "expected a VQGAN checkpoint")
