@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from annotated_types import Ge
 from torch import Tensor, nn
 
@@ -17,10 +18,11 @@ from addp_core.base.errors import UserError
 from addp_core.base.paths import FilePath
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Batch
-from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
+from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig, check_ids_to
 from addp_core.method.diffusion import ProcessConfig, draw_masks
 from addp_core.method.sampler import sample
 from addp_core.recipes.config import find_recipe, load, recipes_of
+from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.files import MODEL_FILE
@@ -63,6 +65,9 @@ class Recipe:
         "or one for each process (as published)",
     ] = "batch"
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_ids_to(self.model, self.process)
 
 
 def run(recipe: Recipe) -> None:
@@ -116,6 +121,7 @@ class PretrainStage(Stage):
         assert addp.predictor is not None
         self.addp, self.model, self.frozen = addp, addp.denoiser, [addp.tokenizer, addp.predictor]
         self.one_ratio_per_batch = draw == "batch"
+        synchronize_batch_norms(self.model)  # a ViT has none
 
     def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Compute the loss of one training step (Sec. 3.3). `model` is the denoiser as the engine wrapped it."""
@@ -127,6 +133,11 @@ class PretrainStage(Stage):
         mask, next_mask = (m[rows] for m in masks)
         loss = addp.training_loss(model, batch.images, mask, next_mask)
         return {"loss": loss, "mask_ratio": mask.float().mean()}
+
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
+        """Average the moving statistics of a CNN between the processes."""
+        average_statistics(model, accelerator)
+        return {}
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         """Generate images with the paper's sampler, always from the same seed."""

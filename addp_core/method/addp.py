@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from addp_core.method.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
+from addp_core.networks.cnn import CnnConfig, CnnGridEncoder
 from addp_core.networks.decoder import DecoderConfig, TokenDecoder
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.networks.layers import MaskPositions, check_heads, count_visible, gather_tokens, normal_parameter
@@ -24,7 +25,7 @@ from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary,
 class DenoiserConfig:
     """Architecture of the part that ADDP trains; the defaults are those of ViT-B."""
 
-    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1, tokenizer_norm=True))
+    encoder: EncoderConfig | CnnConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1, tokenizer_norm=True))
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     def __post_init__(self) -> None:
@@ -42,6 +43,9 @@ class ADDPConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
 
+    def __post_init__(self) -> None:
+        check_ids_to(self.denoiser, self.process)
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
@@ -51,6 +55,15 @@ class ADDPConfig:
     def tokens(self) -> int:
         """N, the number of tokens per image."""
         return self.grid[0] * self.grid[1]
+
+
+def check_ids_to(denoiser: DenoiserConfig, process: ProcessConfig) -> None:
+    """Raise ValueError if the process gives ids to an encoder that cannot take them."""
+    if process.ids_to == "encoder+decoder" and isinstance(denoiser.encoder, CnnConfig):
+        raise ValueError(
+            f"process.ids_to: found encoder+decoder, but {denoiser.encoder.arch} takes pixels alone; "
+            "expected decoder or none"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Denoiser(nn.Module):
         super().__init__()
         width, ids_to = config.denoiser.encoder.width, config.process.ids_to
         self.label_smoothing = config.process.label_smoothing
-        self.encoder = Encoder(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
+        self.encoder = _build_encoder(config)
         self.decoder = TokenDecoder(
             config.denoiser.decoder, width, config.tokens, config.vocabulary, append_ids=ids_to != "none"
         )
@@ -121,12 +134,16 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Encode the noisy images, Float[B,3,H,W] -> Float[B,1+N,W] after the final norm, class token first.
 
+        A CNN has no class token, which the decoder does not read: Float[B,N,W].
+
         Args:
             positions: those of the mask, if the caller has computed them.
             visible_only: return the features of the reliable positions in order, Float[B,E,W], which are all that the
                 decoder reads.
         """
         positions, extra = positions or MaskPositions.from_mask(mask), None
+        if isinstance(self.encoder, CnnGridEncoder):
+            return self.encoder(self.normalize(images), positions.visible if visible_only else None)
         if hasattr(self, "pos_token_embed"):
             visible_ids = ids.gather(1, positions.visible)
             if positions.visible_valid is not None:
@@ -138,6 +155,13 @@ class Denoiser(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """Clamp images Float[B,3,H,W] to [0,1] and normalize them by ImageNet's mean and standard deviation."""
         return (images.clamp(0, 1) - self.mean) / self.std
+
+
+def _build_encoder(config: ADDPConfig) -> Encoder | CnnGridEncoder:
+    encoder = config.denoiser.encoder
+    if isinstance(encoder, CnnConfig):
+        return CnnGridEncoder(encoder, config.image_size, config.grid)
+    return Encoder(encoder, config.image_size, config.tokenizer.stride)
 
 
 class ADDP(nn.Module):

@@ -21,7 +21,7 @@ import yaml
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.recipes.dialect import write_yaml
 from addp_core.recipes.document import BASE, UNPARSED, Document
-from addp_core.recipes.keys import all_keys
+from addp_core.recipes.keys import all_keys, keys_of
 from addp_core.recipes.tree import Tree, build, default_tree, missing_keys, plain_tree, plain_values
 from addp_core.recipes.verbs import VERBS
 
@@ -89,7 +89,21 @@ def _resolve(cls: type, path: Path | None, settings: Sequence[str], named: Named
                 f"write the name of the recipe without '{BASE}='{suggestion}"
             )
         Document(cls).set_key(tree, cls, name, yaml.ScalarNode(UNPARSED, text))
+    for setting in settings:
+        _check_still_set(cls, tree, setting.partition("=")[0].strip())
     return tree
+
+
+def _check_still_set(cls: type, tree: Tree, name: str) -> None:
+    """Raise UserError if a later setting has made a section one that lacks the key of an earlier setting."""
+    section, values, parts = cls, tree, name.split(".")
+    for i, part in enumerate(parts):
+        if part not in keys_of(section):
+            prefix = ".".join(parts[:i])
+            raise UserError(f"unknown key {name!r}; the keys of {prefix} are here {', '.join(keys_of(section))}")
+        if not keys_of(section)[part].variants or not isinstance(values[part], dict):
+            return
+        section, values = keys_of(section)[part].variant_of(values[part]), values[part]
 
 
 # ---------------------------------------------------------------- recipes that build on others

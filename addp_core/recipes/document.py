@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.recipes.dialect import NULL, STR, Loader, is_null, is_readable, scalar_value
 from addp_core.recipes.keys import Key, all_keys, describe_type, keys_of, unannotated, union_members
-from addp_core.recipes.tree import Tree, build, default_tree
+from addp_core.recipes.tree import Tree, build, choose_variant, default_tree
 
 BASE = "base"  # the top-level key of a file that names the recipe it builds on
 UNPARSED = "!unparsed"  # tag of the text after `key=`: whether it is YAML or plain text depends on the type of the key
@@ -127,7 +127,8 @@ class Document:
             tree[first] = self.read_value(node, key, tree.get(first), full_name)
         elif key.section:
             tree[first] = section = tree[first] if isinstance(tree.get(first), dict) else default_tree(key.section)
-            self.set_key(section, key.section, rest, node, f"{full_name}.", name_node)
+            variant = choose_variant(key, section, [rest.partition(".")[0]])
+            self.set_key(section, variant, rest, node, f"{full_name}.", name_node)
         elif entry_types := [
             typing.get_args(t) for t in map(unannotated, union_members(key.type)) if typing.get_origin(t) is dict
         ]:
@@ -151,10 +152,13 @@ class Document:
         if name.split(".")[0] == BASE:
             return f"; {BASE} belongs at the top level of a recipe file, with the name or path of a recipe"
         all_names = [full_name for full_name, _ in all_keys(self.recipe)]
+        if prefix + name in all_names:  # a key of another variant of the section
+            return f"; the keys of {prefix[:-1]} are here {', '.join(keys_of(cls))}"
         same_name = [full_name for full_name in all_names if full_name.split(".")[-1] == name.split(".")[-1]]
         if same_name and len(same_name) <= 3:
             return f"; did you mean {' or '.join(map(repr, same_name))}?"
         in_section = [prefix + key for key in keys_of(cls)]
+        in_section += [full_name for full_name in all_names if full_name.rpartition(".")[0] + "." == prefix]
         suggestion = did_you_mean(prefix + name, in_section) or did_you_mean(prefix + name, all_names)
         section = f"of {prefix[:-1]} " if prefix else ""
         return suggestion or f"; the keys {section}are {', '.join(keys_of(cls))}"
@@ -173,7 +177,8 @@ class Document:
         if section and (isinstance(node, yaml.MappingNode) or (node.tag != NULL and hasattr(section, "__shorthand__"))):
             tree = current if isinstance(current, dict) else default_tree(section)
             if isinstance(node, yaml.MappingNode):
-                self.read_mapping(tree, section, node, f"{full_name}.")
+                names = [self.key_name(name).partition(".")[0] for name, _ in node.value]
+                self.read_mapping(tree, choose_variant(key, tree, names), node, f"{full_name}.")
             else:
                 self.set_key(tree, section, cast(Any, section).__shorthand__, node, f"{full_name}.")
             return tree

@@ -1,6 +1,7 @@
 """What the dataclass of a recipe declares about its keys.
 
-A field whose type is a dataclass is a section. Every other field is a key, and its annotation documents it:
+A field whose type is a dataclass is a section; if it is a union of several, the first one is what the section holds
+until a key is set that another one alone has. Every other field is a key, and its annotation documents it:
 
     size: Annotated[int, Ge(8), "pixels"] = 256
 
@@ -15,7 +16,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, cast
@@ -53,9 +54,17 @@ class Key:
 
     @property
     def section(self) -> type | None:
-        """The dataclass that this key holds, or None if the key is not a section."""
-        members = union_members(self.type)
-        return next((t for t in members if isinstance(t, type) and dataclasses.is_dataclass(t)), None)
+        """The dataclass that this key holds, the first if it has several, or None if the key is not a section."""
+        return next(iter(self.variants), None)
+
+    @property
+    def variants(self) -> list[type]:
+        """The dataclasses that this key can hold; a key that the first one lacks makes the section a later one."""
+        return [t for t in union_members(self.type) if isinstance(t, type) and dataclasses.is_dataclass(t)]
+
+    def variant_of(self, names: Iterable[str]) -> Any:
+        """Return the dataclass of a section that has keys of these names: the first variant that has them all."""
+        return next((cls for cls in self.variants if set(names) <= keys_of(cls).keys()), self.section)
 
     @property
     def path_kind(self) -> str:
@@ -95,11 +104,16 @@ def _keys_of(cls: Any) -> dict[str, Key]:
 
 
 def all_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """Yield every key with its full name ('train.batch'); a section comes before the keys in it."""
+    """Yield every key with its full name ('train.batch'), of all variants; a section comes before the keys in it."""
     for name, key in keys_of(cls).items():
         yield prefix + name, key
-        if key.section:
-            yield from all_keys(key.section, f"{prefix}{name}.")
+        names: set[str] = set()
+        for i, variant in enumerate(key.variants):
+            for full_name, inner in all_keys(variant, f"{prefix}{name}."):
+                if full_name not in names:
+                    names.add(full_name)
+                    # Of a later variant, nothing is required unless it is chosen.
+                    yield full_name, dataclasses.replace(inner, default=None) if i else inner
 
 
 def union_members(tp: Any) -> list[Any]:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, cast
 
 from addp_core.base.errors import UserError
-from addp_core.recipes.keys import keys_of, union_members
+from addp_core.recipes.keys import Key, keys_of, union_members
 
 T = TypeVar("T")
 Tree = dict[str, Any]  # field name -> value, or the Tree of a nested section
@@ -42,13 +42,33 @@ def _tree_of(instance: Any) -> Tree:
     }
 
 
+def choose_variant(key: Key, tree: Tree, names: Iterable[str]) -> Any:
+    """Return the dataclass of a section in whose tree keys of these names are about to be set.
+
+    If one of them belongs to another variant than the first, the tree becomes that of its defaults, in place; keys that
+    both have keep their values. Once chosen, a variant stays.
+    """
+    current = key.variant_of(tree)
+    is_chosen = current is not key.section
+    if is_chosen:
+        return current
+    others = set(names) - keys_of(current).keys()
+    chosen = next((cls for cls in key.variants[1:] if others & keys_of(cls).keys()), None)
+    if chosen is None:
+        return current
+    kept = {name: value for name, value in tree.items() if name in keys_of(chosen)}
+    tree.clear()
+    tree.update(default_tree(chosen) | kept)
+    return chosen
+
+
 def missing_keys(cls: type, tree: Tree, prefix: str = "") -> Iterator[str]:
     """Yield the full names of required keys that the tree lacks."""
     for name, key in keys_of(cls).items():
         if name not in tree:
             yield prefix + name
         elif key.section and isinstance(tree[name], dict):
-            yield from missing_keys(key.section, tree[name], f"{prefix}{name}.")
+            yield from missing_keys(key.variant_of(tree[name]), tree[name], f"{prefix}{name}.")
 
 
 def build(cls: type[T], tree: Tree, prefix: str = "", location: str = "") -> T:
@@ -71,7 +91,7 @@ def _construct(cls: type[T], tree: Tree, prefix: str) -> T:
     for name, key in keys_of(cls).items():
         value = tree[name]
         is_section = key.section and isinstance(value, dict)
-        keys[name] = _construct(cast(type, key.section), value, f"{prefix}{name}.") if is_section else value
+        keys[name] = _construct(key.variant_of(value), value, f"{prefix}{name}.") if is_section else value
     try:
         return cls(**keys)
     except (ValueError, UserError) as error:  # from __post_init__; the message may begin with the name of the key
@@ -102,8 +122,9 @@ def plain_tree(cls: type, tree: Tree, prefix: str = "") -> dict[str, Any]:
     for name, key in keys_of(cls).items():
         if name in tree:
             is_section = key.section and isinstance(tree[name], dict)
-            section = cast(type, key.section)
             values[name] = (
-                plain_tree(section, tree[name], f"{prefix}{name}.") if is_section else plain_values(tree[name])
+                plain_tree(key.variant_of(tree[name]), tree[name], f"{prefix}{name}.")
+                if is_section
+                else plain_values(tree[name])
             )
     return values

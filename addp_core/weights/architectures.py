@@ -18,6 +18,7 @@ from timm.data import (
 from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.classifier import FeatureNorm, Pooling
+from addp_core.networks.cnn import CnnArchitecture, CnnConfig
 from addp_core.networks.encoder import EncoderArchitecture as EncoderArchitecture
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.token_encoder import TokenEncoderArchitecture as TokenEncoderArchitecture
@@ -56,7 +57,7 @@ class PredictorArchitecture:
 class ClassifierArchitecture:
     """Architecture of a classifier, the names of its classes, and how its images are normalized and cropped."""
 
-    encoder: EncoderArchitecture | TokenEncoderArchitecture
+    encoder: EncoderArchitecture | TokenEncoderArchitecture | CnnArchitecture
     classes: int
     pooling: Pooling
     norm: Literal["layer", "batch"]
@@ -73,6 +74,7 @@ ARCHITECTURES: dict[str, type] = {
     "predictor": PredictorArchitecture,
     "encoder": EncoderArchitecture,
     "token_encoder": TokenEncoderArchitecture,
+    "cnn_encoder": CnnArchitecture,
     "classifier": ClassifierArchitecture,
     STATED_KIND: Stated,
 }
@@ -127,7 +129,9 @@ def _stored_heads(architecture: Any) -> dict[str, int]:
         return {"encoder_heads": architecture.predictor.heads}
     if isinstance(architecture, ADDPConfig):
         denoiser = architecture.denoiser
-        heads = {"encoder_heads": denoiser.encoder.heads, "decoder_heads": denoiser.decoder.heads}
+        heads = {"decoder_heads": denoiser.decoder.heads}
+        if not isinstance(denoiser.encoder, CnnConfig):
+            heads["encoder_heads"] = denoiser.encoder.heads
     if (predictor := getattr(architecture, "predictor", None)) is not None:
         heads |= {"predictor_heads": predictor.heads, "predictor_decoder_heads": predictor.decoder_heads}
     return heads

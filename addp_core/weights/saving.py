@@ -14,6 +14,7 @@ from torch import nn
 from addp_core.base.files import atomic_replace
 from addp_core.method.addp import ADDP
 from addp_core.networks.classifier import Classifier
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import METADATA_KEY, TransformerEncoder
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def save_model(module: nn.Module, path: str | os.PathLike, grid: tuple[int, int]
     The file appears complete or not at all.
 
     Args:
-        module: an ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier.
+        module: an ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder, CnnEncoder or Classifier.
         path: the file to write.
         grid: the token grid (rows, columns) of a TokenPredictor, which does not store it.
 
@@ -83,7 +84,7 @@ def _describe_module(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
         if grid is None:
             raise TypeError("save_model: missing grid=(rows, columns), which a TokenPredictor does not store")
         return "predictor", PredictorArchitecture(module.config, grid, module.vocabulary, module.trained_on)
-    if isinstance(module, TransformerEncoder):
+    if isinstance(module, TransformerEncoder | CnnEncoder):
         return module.kind, module.architecture
     if isinstance(module, Classifier):
         _, encoder = _describe_module(module.encoder, None)
@@ -98,5 +99,5 @@ def _describe_module(module: nn.Module, grid: tuple[int, int] | None) -> tuple[s
             module.crop,
             module.feature_norm,
         )
-    expected = "ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder or Classifier"
+    expected = "ADDP, Tokenizer, TokenPredictor, Encoder, TokenEncoder, CnnEncoder or Classifier"
     raise TypeError(f"cannot save a {type(module).__name__}; expected {expected}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
+from addp_core.networks.cnn import CnnConfig
 from addp_core.networks.decoder import DecoderConfig
 from addp_core.networks.encoder import EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
@@ -143,7 +144,10 @@ def to_published(model: ADDP) -> State:
     """
     if model.config.process.ids_to != "decoder":
         raise ValueError(f"ids_to: found {model.config.process.ids_to!r}; the published layout only supports 'decoder'")
-    if not model.config.denoiser.encoder.tokenizer_norm:
+    encoder = model.config.denoiser.encoder
+    if isinstance(encoder, CnnConfig):
+        raise ValueError(f"arch: found {encoder.arch}; the published layout only has ViTs")
+    if not encoder.tokenizer_norm:
         raise ValueError("tokenizer_norm: found false; the published layout only supports true")
     if model.predictor is None:
         raise ValueError(

@@ -1,0 +1,213 @@
+"""Convolutional encoders of timm in place of the ViT: ResNet-50 (App. C.2; Tables 8, 14, 17) and others with stages.
+
+Pretraining needs a map on the decoder's grid, which has stride 16, whereas the last stage of a ResNet has stride 32.
+The paper does not say how it bridges this. Here the last stages are dilated instead of strided (DeepLab: arXiv
+1606.00915), which neither adds nor changes a weight: every second row and column of the dilated ResNet's map is exactly
+the map of the plain one. So the network that is pretrained is the one that transfers start from, at its usual stride
+and cost. A learned upsampling would have to be thrown away with what it has learned. A linear layer brings the channels
+to the decoder's width, and the final norm follows, as after the ViT.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, cast
+
+import timm
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from addp_core.base.errors import did_you_mean
+from addp_core.networks.encoder import METADATA_KEY, FeatureEncoder
+from addp_core.networks.layers import LayerNorm, gather_tokens, init_transformer
+
+STAGES = 4  # feature maps that detectors and segmentors read
+OUTPUT_STRIDES = (8, 16, 32)  # those that timm can dilate a CNN to
+
+
+@dataclass(frozen=True)
+class CnnConfig:
+    """Architecture of a CNN of timm with the width that pretraining's decoder has over it."""
+
+    arch: Annotated[str, "in place of the ViT: a CNN of timm, such as resnet50 or convnext_tiny"]
+    width: Annotated[int, Ge(1), "features per token in the decoder"] = 768
+    drop_path: Annotated[
+        float, Interval(ge=0, lt=1), "stochastic depth of the last block; it grows linearly from 0"
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        cnn_stages(self.arch)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the four stages' maps."""
+        return tuple(channels for _, channels in cnn_stages(self.arch))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the four stages' maps in pixels."""
+        return tuple(stride for stride, _ in cnn_stages(self.arch))
+
+
+@dataclass(frozen=True)
+class CnnArchitecture:
+    """Architecture of a convolutional encoder, as files store it."""
+
+    encoder: CnnConfig
+    image_size: tuple[int, int]
+
+    @property
+    def patch_size(self) -> int:
+        """Stride of the last map in pixels."""
+        return self.encoder.strides[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the last map."""
+        return _grid_at(self.image_size, self.patch_size)
+
+
+@functools.cache
+def cnn_stages(arch: str) -> tuple[tuple[int, int], ...]:
+    """Return stride and channels of the last four maps of a CNN of timm.
+
+    Raises ValueError if timm has no such model, or the model is no CNN whose stages can be dilated.
+    """
+    if not timm.is_model(arch):
+        hint = did_you_mean(arch, timm.list_models())
+        raise ValueError(f"arch: found {arch!r}, expected a CNN of timm, such as resnet50{hint}")
+    try:
+        with torch.device("meta"):
+            body: Any = timm.create_model(arch, num_classes=0, output_stride=OUTPUT_STRIDES[-1])
+        body.forward_intermediates  # noqa: B018 (which timm cannot read stage by stage lacks it)
+        stages = [(info["reduction"], info["num_chs"]) for info in body.feature_info][-STAGES:]
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"arch: found {arch!r}, which is no CNN of timm that can be dilated; expected one such as resnet50, "
+            "convnext_tiny, regnety_032 or efficientnet_b0"
+        ) from error
+    return tuple(stages)
+
+
+class CnnEncoder(FeatureEncoder):
+    """A CNN of timm, `body`, whose four stages take the place of blocks; it has no class token and no norm of its own.
+
+    Args:
+        config: the architecture.
+        image_size: height and width in pixels; images of any other size are accepted too.
+        output_stride: of the last map in pixels, 8, 16 or 32. Below 32, the last stages are dilated.
+    """
+
+    kind = "cnn_encoder"  # of the architecture, in files
+    config: CnnConfig  # type: ignore[assignment]
+    num_prefix_tokens = 0
+    dynamic = True
+
+    def __init__(self, config: CnnConfig, image_size: tuple[int, int], output_stride: int = OUTPUT_STRIDES[-1]):
+        super().__init__()
+        self.config, self.image_size = config, (image_size[0], image_size[1])
+        body: Any = timm.create_model(
+            config.arch, num_classes=0, output_stride=output_stride, drop_path_rate=config.drop_path
+        )
+        self.maps = range(len(body.feature_info))[-STAGES:]  # which of timm's feature maps end a stage
+        body.prune_intermediate_layers(list(self.maps), prune_norm=True, prune_head=True)
+        self.body = body
+        self.patch_size = body.feature_info[-1]["reduction"]
+        self.grid = _grid_at(self.image_size, self.patch_size)
+        self.norm: nn.Module = nn.Identity()
+        self.register_state_dict_post_hook(_describe)
+
+    @property
+    def architecture(self) -> CnnArchitecture:
+        """Everything that builds the encoder again for transfer."""
+        return CnnArchitecture(self.config, self.image_size)
+
+    def forward_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Return the maps of these stages, Float[B,C,h,w] with the stage's own channels and stride.
+
+        images: normalized, Float[B,3,H,W]. blocks: indices of stages; negative ones count from the end.
+        """
+        body: Any = self.body
+        body.set_grad_checkpointing(self.checkpointing and self.training)
+        wanted = [i % STAGES for i in blocks]
+        kept = sorted(set(wanted))
+        maps = body.forward_intermediates(
+            images, indices=[self.maps[i] for i in kept], stop_early=True, intermediates_only=True
+        )
+        return [cast(Tensor, maps[kept.index(i)]) for i in wanted]
+
+    def forward_tokens(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Return the positions of these stages' maps as tokens, Float[B,N,C], row-major.
+
+        images: normalized, Float[B,3,H,W]. blocks: indices of stages; negative ones count from the end.
+        """
+        return [features.flatten(2).transpose(1, 2) for features in self.forward_maps(images, blocks)]
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of the last map of images Float[B,3,H,W]."""
+        return _grid_at((images.shape[-2], images.shape[-1]), self.patch_size)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters, besides one-dimensional ones, without weight decay: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False, prefix: str = "") -> dict[str, Any]:
+        """Describe the layers to timm for layer-wise learning rate decay, as timm does for this model.
+
+        prefix: what precedes the names of the encoder's parameters in the enclosing model.
+        """
+        start, body = re.escape(f"{prefix}body."), cast(Any, self.body)
+        groups: dict[str, Any] = body.group_matcher(coarse=coarse)
+        return {
+            name: [(f"^{start}{pattern.removeprefix('^')}", order) for pattern, order in patterns]
+            if isinstance(patterns, list)
+            else f"^{start}{patterns.removeprefix('^')}"
+            for name, patterns in groups.items()
+        }
+
+
+class CnnGridEncoder(CnnEncoder):
+    """The CNN in pretraining: its last map on the decoder's grid, as tokens of the decoder's width.
+
+    The map is dilated to the tokenizer's stride. Where a CNN cannot have this stride (below 8), the map is resampled
+    bilinearly to the grid.
+
+    Args:
+        config: the architecture.
+        image_size: height and width in pixels.
+        grid: rows and columns of tokens.
+    """
+
+    def __init__(self, config: CnnConfig, image_size: tuple[int, int], grid: tuple[int, int]):
+        stride = image_size[0] // grid[0]
+        super().__init__(config, image_size, max(s for s in OUTPUT_STRIDES if s <= max(stride, OUTPUT_STRIDES[0])))
+        self.token_grid = grid
+        self.projection = nn.Linear(config.channels[-1], config.width)
+        self.norm = LayerNorm(config.width)
+        init_transformer(self.projection)
+
+    def forward(self, images: Tensor, queries: Tensor | None = None) -> Tensor:
+        """Map normalized images Float[B,3,H,W] to tokens after the final norm, Float[B,N,W]; no class token.
+
+        queries: Long[B,Q], positions whose features are wanted -> Float[B,Q,W] (default: all).
+        """
+        features = self.forward_maps(images, (-1,))[0]
+        if features.shape[-2:] != self.token_grid:
+            features = interpolate(features, self.token_grid, mode="bilinear")
+        tokens = features.flatten(2).transpose(1, 2)
+        return self.norm(self.projection(tokens if queries is None else gather_tokens(tokens, queries)))
+
+
+def _grid_at(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return the rows and columns of a map of this stride; CNNs round up."""
+    return (-(-image_size[0] // stride), -(-image_size[1] // stride))
+
+
+def _describe(encoder: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
+    """Add the architecture to the metadata of a state dict."""
+    assert isinstance(encoder, CnnEncoder)
+    metadata[METADATA_KEY] = json.dumps({"kind": encoder.kind, "architecture": asdict(encoder.architecture)})
