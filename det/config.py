@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from annotated_types import Ge, Interval
 
 from addp_core.base.paths import DatasetPath
 from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import EncoderConfig
+from addp_core.networks.encoder import Encoder, EncoderConfig, TransformerEncoder
+from addp_core.networks.token_encoder import TokenEncoderArchitecture
+from addp_core.weights.architectures import Normalisation
 
 ANCHOR_SCALE = 8  # side of a level's anchors divided by its stride: 32 to 512 pixels for strides 4 to 64
 
@@ -118,13 +120,43 @@ class DetectorArchitecture:
     size: int
     detector: DetectorConfig
     categories: tuple[Category, ...]
-    normalisation: Literal["imagenet", "half"] = "imagenet"
+    normalisation: Normalisation = "imagenet"
     interpolation: Interpolation = "bicubic"
+    token_encoder: TokenEncoderArchitecture | None = None  # of an encoder over token ids, with its tokenizer
 
     @property
     def masks(self) -> bool:
         """Whether the detector predicts masks. "auto" stands in the files of older versions, all of which did."""
         return self.detector.masks is not False
+
+    def build_encoder(self) -> TransformerEncoder:
+        """Build the encoder, with random weights, for images of any size."""
+        if self.token_encoder is not None:
+            return self.token_encoder.build(dynamic=True)
+        return Encoder(self.encoder, (self.size, self.size), self.patch_size, self.attention, dynamic=True)
+
+
+class EncoderFields(TypedDict):
+    """What `DetectorArchitecture` stores about the encoder."""
+
+    encoder: EncoderConfig
+    attention: AttentionConfig
+    patch_size: int
+    token_encoder: TokenEncoderArchitecture | None
+
+
+def describe_encoder(encoder: TransformerEncoder) -> EncoderFields:
+    """Return what `DetectorArchitecture` stores about an encoder."""
+    architecture = encoder.architecture
+    tokens = architecture if isinstance(architecture, TokenEncoderArchitecture) else None
+    return EncoderFields(
+        encoder=encoder.config, attention=encoder.attention, patch_size=encoder.patch_size, token_encoder=tokens
+    )
+
+
+def padded_size(size: int, patch: int) -> int:
+    """Return the side of the squares to which images of at most `size` pixels are padded: a multiple of the patch."""
+    return size + -size % patch
 
 
 def vitdet_attention() -> AttentionConfig:

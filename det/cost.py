@@ -27,7 +27,15 @@ from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
 from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 from det.augment import DetectionSample
-from det.config import Category, CocoConfig, DetectorArchitecture, DetectorConfig, EngineChoice, vitdet_attention
+from det.config import (
+    Category,
+    CocoConfig,
+    DetectorArchitecture,
+    DetectorConfig,
+    EngineChoice,
+    describe_encoder,
+    vitdet_attention,
+)
 from det.model import Detector, build_detector
 from det.train import Recipe as TrainRecipe
 from det.train import build_encoder, resolve_engine
@@ -131,9 +139,7 @@ def make_model(recipe: Recipe, checkpointing: bool) -> Detector:
     )
     architecture = DetectorArchitecture(
         engine=resolve_engine(recipe.engine),
-        encoder=encoder.config,
-        attention=encoder.attention,
-        patch_size=encoder.patch_size,
+        **describe_encoder(encoder),
         size=recipe.size,
         detector=recipe.detector,
         categories=tuple(Category(i, str(i)) for i in range(COCO_CLASSES)),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from addp_core.weights.architectures import ARCHITECTURES
 from addp_core.weights.files import MODEL_FILE, Source
 from addp_core.weights.reading import read_weights
@@ -75,7 +75,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
 
-def build_detector(architecture: DetectorArchitecture, encoder: Encoder) -> Detector:
+def build_detector(architecture: DetectorArchitecture, encoder: TransformerEncoder) -> Detector:
     """Build a detector around an encoder; all other parts are randomly initialized.
 
     Raises UserError if the architecture needs detectron2 and it is not installed.
@@ -123,9 +123,7 @@ def load_detector(source: Source) -> Detector:
     if weights.kind != KIND:
         raise UserError(f"model: {weights.source} is not a detector; expected a run of `addp det train` or its file")
     architecture: DetectorArchitecture = weights.architecture
-    size = (architecture.size, architecture.size)
-    encoder = Encoder(architecture.encoder, size, architecture.patch_size, architecture.attention, dynamic=True)
-    model = build_detector(architecture, encoder)
+    model = build_detector(architecture, architecture.build_encoder())
     mismatched = mismatched_tensors(model, weights.state)
     if mismatched:
         names = ", ".join(mismatched[:5])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 
 NORM_EPS = 1e-6  # as in ViTDet
 
@@ -46,7 +46,9 @@ class FeaturePyramid(nn.Module):
     Raises UserError if a level's stride is not a whole number of pixels.
     """
 
-    def __init__(self, encoder: Encoder, channels: int = 256, scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5)):
+    def __init__(
+        self, encoder: TransformerEncoder, channels: int = 256, scales: Sequence[float] = (4.0, 2.0, 1.0, 0.5)
+    ):
         super().__init__()
         self.net, self.out_channels = encoder, channels
         strides = [encoder.patch_size / scale for scale in scales]

@@ -21,8 +21,7 @@ from addp_core.base.errors import UserError
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
 from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import Encoder
-from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.encoder import TransformerEncoder
 from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import TrainConfig
@@ -37,6 +36,7 @@ from det.config import (
     EngineName,
     Interpolation,
     MaskChoice,
+    describe_encoder,
     vitdet_attention,
 )
 from det.model import build_detector
@@ -78,9 +78,7 @@ def run(recipe: Recipe) -> None:
     encoder = build_encoder(recipe)
     architecture = DetectorArchitecture(
         engine=engine,
-        encoder=encoder.config,
-        attention=encoder.attention,
-        patch_size=encoder.patch_size,
+        **describe_encoder(encoder),
         size=recipe.data.size,
         detector=replace(recipe.detector, masks=train_set.masks),
         categories=train_set.categories,
@@ -150,7 +148,7 @@ def open_datasets(config: CocoConfig, masks: MaskChoice = "auto") -> tuple[CocoD
     return train_set, val_set
 
 
-def build_encoder(recipe: Recipe) -> Encoder | TokenEncoder:
+def build_encoder(recipe: Recipe) -> TransformerEncoder:
     """Build the recipe's encoder for square images of `data.size` pixels.
 
     Raises UserError if the encoder has no position information.

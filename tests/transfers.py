@@ -1,13 +1,18 @@
 """A labeled dataset and a checkpoint small enough for tests of transfers, and settings without augmentation."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
-from tiny import tiny_addp
+from tiny import TOKENIZER, tiny_addp
 
 from addp_core import save_model
+from addp_core.networks.predictor import PredictorConfig, TokenPredictor
+from addp_core.networks.tokenizer import Tokenizer, Vocabulary
+from addp_core.weights.fingerprint import fingerprint
 
 RGB = tuple[int, int, int]
 COLORS: dict[str, RGB] = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 30)}
@@ -38,3 +43,22 @@ def write_tiny_checkpoint(folder: Path) -> Path:
     path = folder / "model.safetensors"
     save_model(tiny_addp(image_size=(8, 8)), path)
     return path
+
+
+def write_tiny_mage(folder: Path, depth: int = 2, stride: int = 4, side: int = 12) -> tuple[Path, Path]:
+    """Write a run of `addp predictor` and the tokenizer that its recipe names.
+
+    Returns the run's folder and the tokenizer's file, for images of `side` x `side` tokens of `stride` pixels.
+    """
+    torch.manual_seed(0)
+    config = replace(TOKENIZER, multipliers=(1,) * stride.bit_length())
+    tokenizer = Tokenizer(config, (side, side)).eval()
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    predictor = TokenPredictor(PredictorConfig(32, depth, 2, 1, 2), side * side, Vocabulary(config.codebook, 5, 1))
+    predictor.trained_on = fingerprint(tokenizer)
+    run = folder / "mage"
+    run.mkdir()
+    save_model(predictor, run / "model.safetensors", grid=(side, side))
+    save_model(tokenizer, folder / "tokenizer.safetensors")
+    (run / "recipe.yaml").write_text(f"tokenizer: {folder / 'tokenizer.safetensors'}\n")
+    return run, folder / "tokenizer.safetensors"

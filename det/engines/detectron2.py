@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from det.augment import DetectionSample
 from det.config import DetectorArchitecture
 from det.masks import encode_bitmap
@@ -28,7 +28,7 @@ ENCODER_PREFIX = "rcnn.backbone.net.encoder."  # of the names of the encoder's p
 class Detectron2Detector(Detector):
     """detectron2's Mask R-CNN with ViTDet's configuration. In training, `model(samples)` returns the losses by name."""
 
-    def __init__(self, architecture: DetectorArchitecture, encoder: Encoder):
+    def __init__(self, architecture: DetectorArchitecture, encoder: TransformerEncoder):
         super().__init__()
         net = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
         self.rcnn = instantiate(

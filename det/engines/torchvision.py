@@ -18,10 +18,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.augment import DetectionSample
-from det.config import ANCHOR_SCALE, DetectorArchitecture, Interpolation
+from det.config import ANCHOR_SCALE, DetectorArchitecture, Interpolation, padded_size
 from det.masks import encode_bitmap
 from det.model import Detections, Detector, resize_to_longer_side
 from det.pyramid import ChannelNorm, FeaturePyramid
@@ -39,7 +39,7 @@ class TorchvisionDetector(FasterRCNN, Detector):
 
     backbone: FeaturePyramid
 
-    def __init__(self, architecture: DetectorArchitecture, encoder: Encoder):
+    def __init__(self, architecture: DetectorArchitecture, encoder: TransformerEncoder):
         config, classes = architecture.detector, len(architecture.categories) + 1  # class 0 is the background
         pyramid = FeaturePyramid(encoder, config.channels, config.scales)
         anchor_sizes = tuple((ANCHOR_SCALE * stride,) for stride in pyramid.strides)
@@ -65,7 +65,8 @@ class TorchvisionDetector(FasterRCNN, Detector):
             heads.mask_head = MaskRCNNHeads(config.channels, [config.convs] * 4, 1, norm_layer=ChannelNorm)
             heads.mask_predictor = MaskRCNNPredictor(config.convs, config.convs, classes)
         normalization = NORMALISATION[architecture.normalisation]
-        self.transform = _SquareTransform(architecture.size, architecture.interpolation, *normalization)
+        side = padded_size(architecture.size, encoder.patch_size)
+        self.transform = _SquareTransform(architecture.size, side, architecture.interpolation, *normalization)
         self.architecture = architecture
 
     def forward(self, inputs: list[Any]) -> Any:
@@ -123,15 +124,15 @@ class _RoIAlign(MultiScaleRoIAlign):
 
 
 class _SquareTransform(GeneralizedRCNNTransform):
-    """Normalizes images and then pads them with zeros to squares of `size` pixels, so that positions match those of
+    """Normalizes images and then pads them with zeros to squares of `side` pixels, so that positions match those of
     training. The detector knows the sizes before padding: no proposal lies in the padding.
 
     In evaluation, images are first resized to a longer side of `size`. Masks are returned in COCO's compressed code,
     pasted one at a time: a hundred masks of a large photograph do not fit in memory.
     """
 
-    def __init__(self, size: int, interpolation: Interpolation, mean: Sequence[float], std: Sequence[float]):
-        super().__init__(size, size, mean, std, size_divisible=size)
+    def __init__(self, size: int, side: int, interpolation: Interpolation, mean: Sequence[float], std: Sequence[float]):
+        super().__init__(size, size, mean, std, size_divisible=side)
         self.interpolation = interpolation
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from det.native.config import build_encoder, encoder_options
 from det.native.consumers import check_images, missing_levels
 
@@ -34,7 +34,7 @@ class EncoderBackbone(Backbone):
     def __init__(
         self,
         *,
-        encoder: Encoder,
+        encoder: TransformerEncoder,
         checkpointing: bool = False,
         out_feature: str = "last_feat",
         stride: int | None = None,
@@ -55,7 +55,7 @@ class EncoderBackbone(Backbone):
         encoder.checkpointing = checkpointing
         encoder.norm.requires_grad_(False)
         if dynamic:
-            encoder.dynamic, encoder.patch_embed.strict_img_size = True, False
+            encoder.make_dynamic()
         self.register_load_state_dict_pre_hook(_refuse_other_checkpoints)
 
     @classmethod
@@ -112,9 +112,10 @@ def _refuse_other_checkpoints(
                 "MODEL.WEIGHTS or train.init_checkpoint; `addp export layout=detectron2` writes a file that can be one"
             )
         return
-    if f"{ours}pos_embed" not in state:  # detectron2 drops tensors of other shapes
-        size = " x ".join(map(str, cast(EncoderBackbone, module).encoder.image_size))
+    encoder = cast(EncoderBackbone, module).encoder
+    if f"{ours}{encoder.position_name}" not in state:  # detectron2 drops tensors of other shapes
+        size = " x ".join(map(str, encoder.image_size))
         raise UserError(
-            f"{ours}pos_embed: the checkpoint has none for images of {size} pixels; expected MODEL.ENCODER.img_size "
-            "(yacs) or encoder.img_size (LazyConfig) to be that of the checkpoint"
+            f"{ours}{encoder.position_name}: the checkpoint has none for images of {size} pixels; expected "
+            "MODEL.ENCODER.img_size (yacs) or encoder.img_size (LazyConfig) to be that of the checkpoint"
         )

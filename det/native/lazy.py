@@ -25,10 +25,10 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.coco import CocoDataset, open_coco
-from det.config import ANCHOR_SCALE, CocoFiles, DetectorConfig
+from det.config import ANCHOR_SCALE, CocoFiles, DetectorConfig, padded_size
 from det.masks import to_rle
 
 WARMUP_START_FACTOR = 0.001  # of the learning rate at the first iteration, as in ViTDet
@@ -52,7 +52,8 @@ def mask_rcnn(
     Args:
         net: a backbone with one map, or its LazyCall.
         patch: stride of that map in pixels.
-        size: images are padded to squares of this side, so that positions match those of training.
+        size: images are padded to squares of this side (to the next multiple of the stride), so that positions match
+            those of training.
         classes: number of categories.
         detector: the keys of the pyramid and the heads.
         normalisation: a key of `NORMALISATION`.
@@ -63,7 +64,7 @@ def mask_rcnn(
     strides.append(2 * strides[-1])
     levels = [f"p{stride.bit_length() - 1}" for stride in strides]
     pyramid, rpn, heads = model.backbone, model.proposal_generator, model.roi_heads
-    pyramid.net, pyramid.in_feature, pyramid.square_pad = net, "last_feat", size
+    pyramid.net, pyramid.in_feature, pyramid.square_pad = net, "last_feat", padded_size(size, patch)
     pyramid.out_channels, pyramid.scale_factors = detector.channels, list(detector.scales)
     pyramid.top_block = LazyCall(pool_last)(level=levels[-2])
     rpn.in_features, rpn.head.in_channels = levels, detector.channels
@@ -180,7 +181,9 @@ def parameter_groups(model: nn.Module, base_lr: float, layer_decay: float = 1.0)
     The encoder's embedding is layer 0, its block i is layer i + 1, everything else is layer depth + 1. One-dimensional
     tensors (norms, biases) and the encoder's `no_weight_decay` parameters are exempt from weight decay.
     """
-    ((prefix, encoder),) = ((f"{name}.", part) for name, part in model.named_modules() if isinstance(part, Encoder))
+    ((prefix, encoder),) = (
+        (f"{name}.", part) for name, part in model.named_modules() if isinstance(part, TransformerEncoder)
+    )
     last, matcher = len(encoder.blocks) + 1, encoder.group_matcher(prefix=prefix)
     exempt = {prefix + name for name in encoder.no_weight_decay()}
     groups = []

@@ -48,11 +48,11 @@ from torch.utils.data import get_worker_info
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
 from addp_core.data.stream import ignore_signals
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from addp_core.training.signals import StopSignals
 from addp_core.weights.files import MODEL_FILE, read_tensors
 from addp_core.weights.pretrained import check_positions
-from det.config import DetectorArchitecture, DetectorConfig
+from det.config import DetectorArchitecture, DetectorConfig, describe_encoder
 from det.model import build_detector, mismatched_tensors, save_detector
 
 log = logging.getLogger("detectron2.addp")
@@ -206,7 +206,7 @@ def load_weights(model: nn.Module, source: str) -> None:
 def export(cfg: DictConfig, model: nn.Module) -> None:
     """Write model.safetensors with its architecture, unless the model is no longer ViTDet's Mask R-CNN."""
     path = Path(cfg.train.output_dir) / MODEL_FILE
-    encoder = cast(Encoder, cast(Any, model).backbone.net.encoder)
+    encoder = cast(TransformerEncoder, cast(Any, model).backbone.net.encoder)
     detector = build_detector(architecture_of(cfg, encoder), deepcopy(encoder)).to(cfg.train.device)
     try:
         detector.load_state_dict({MODEL_PREFIX + name: value for name, value in model.state_dict().items()})
@@ -216,15 +216,13 @@ def export(cfg: DictConfig, model: nn.Module) -> None:
     save_detector(detector, path)
 
 
-def architecture_of(cfg: DictConfig, encoder: Encoder) -> DetectorArchitecture:
+def architecture_of(cfg: DictConfig, encoder: TransformerEncoder) -> DetectorArchitecture:
     """Return the architecture that a config of ViTDet's Mask R-CNN describes."""
     rcnn = cfg.model
     metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
     return DetectorArchitecture(
         engine="detectron2",
-        encoder=encoder.config,
-        attention=encoder.attention,
-        patch_size=encoder.patch_size,
+        **describe_encoder(encoder),
         size=rcnn.backbone.square_pad,
         detector=DetectorConfig(
             channels=rcnn.backbone.out_channels,

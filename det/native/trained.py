@@ -18,10 +18,10 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import TransformerEncoder
 from addp_core.weights.architectures import parse_architecture
 from addp_core.weights.files import FileContent, read_file
-from det.config import Category, DetectorArchitecture, DetectorConfig
+from det.config import Category, DetectorArchitecture, DetectorConfig, describe_encoder
 from det.masks import encode_bitmap
 from det.model import DETECTRON2_CONFIG, Detections, Detector, mismatched_tensors
 from det.native.config import IMAGE_FORMAT, add_encoder_config
@@ -40,13 +40,11 @@ class TrainedDetector(Detector):
         self.names_assumed = isinstance(categories, int)
         if isinstance(categories, int):
             categories = tuple(Category(i, str(i)) for i in range(1, categories + 1))
-        (encoder,) = (part for part in model.modules() if isinstance(part, Encoder))
+        (encoder,) = (part for part in model.modules() if isinstance(part, TransformerEncoder))
         masks = getattr(getattr(model, "roi_heads", None), "mask_on", False)
         self.architecture = DetectorArchitecture(
             engine="detectron2",
-            encoder=encoder.config,
-            attention=encoder.attention,
-            patch_size=encoder.patch_size,
+            **describe_encoder(encoder),
             size=encoder.image_size[0],
             detector=DetectorConfig(masks=masks),
             categories=categories,

@@ -13,12 +13,8 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import TOKENIZER
 from tiny_detectors import tiny_encoder
 
-from addp_core.networks.predictor import PredictorConfig
-from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.networks.tokenizer import Vocabulary
 from addp_core.recipes.cli import main
 from addp_core.weights.saving import save_model
 from det import train as det_train
@@ -157,7 +153,6 @@ MISTAKES = {
     ("eval", "model={root}/other.safetensors"): "1 tensors do not match its stored architecture: extra",
     ("eval", "data.val_annotations={root}/renamed.json"): "(only in the file: 1 zero; only in the detector: 1 0)",
     ("eval", "data.val_annotations={root}/recipe.yaml"): "recipe.yaml: not JSON",
-    ("train", "model={root}/tokens.safetensors"): "tokens.safetensors: an encoder over tokens has neither windows",
     ("predict", "images={root}/nowhere"): "addp: images: {root}/nowhere does not exist",
     ("predict", "images={root}/photos"): "addp: images: {root}/photos has no folder 'train'; it has val",
     ("predict", "out={root}/recipe.yaml"): "recipe.yaml cannot be written",
@@ -171,9 +166,6 @@ def test_det_mistakes_end_in_one_line(trained, tmp_path, capsys, action, setting
         annotations = json.loads((trained / "toy" / "coco" / "annotations" / "instances_val2017.json").read_text())
         annotations["categories"][0]["name"] = "zero"
         (trained / "renamed.json").write_text(json.dumps(annotations))
-    if "tokens" in setting:
-        encoder = TokenEncoder(PredictorConfig(16, 1, 2, 1, 2), Vocabulary(TOKENIZER.codebook), TOKENIZER, (48, 48))
-        save_model(encoder, trained / "tokens.safetensors")
     if "other" in setting:
         with safe_open(trained / "run" / "model.safetensors", "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
