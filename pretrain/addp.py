@@ -21,6 +21,8 @@ from addp_core.data.stream import Batch
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig, check_ids_to
 from addp_core.method.diffusion import ProcessConfig, draw_masks
 from addp_core.method.sampler import sample
+from addp_core.networks.predictor import TokenPredictor
+from addp_core.networks.tokenizer import Tokenizer
 from addp_core.recipes.config import find_recipe, load, recipes_of
 from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
@@ -77,7 +79,7 @@ def run(recipe: Recipe) -> None:
 
 def build_stage(recipe: Recipe) -> "PretrainStage":
     """Return the stage; the frozen parts that are not given are trained first."""
-    _check_frozen_parts(recipe)
+    check_frozen_parts(recipe)
     tokenizer_source = recipe.tokenizer or _train_frozen_part(recipe, "tokenizer")
     predictor_source = recipe.predictor or _train_frozen_part(recipe, "predictor", tokenizer=tokenizer_source)
     return PretrainStage(build(recipe, tokenizer_source, predictor_source), recipe.draw)
@@ -87,6 +89,23 @@ def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
     """Return ADDP with both frozen parts loaded and a randomly initialized denoiser.
 
     Raises UserError if the predictor and the tokenizer do not belong together.
+    """
+    tokenizer, predictor = load_frozen_parts(recipe, tokenizer_source, predictor_source)
+    torch.manual_seed(recipe.train.seed)
+    config = ADDPConfig(
+        recipe.data.hw, tokenizer.config, predictor.vocabulary, predictor.config, recipe.model, recipe.process
+    )
+    model = ADDP(config)
+    assert model.predictor is not None
+    model.tokenizer.load_state_dict(tokenizer.state_dict())
+    model.predictor.load_state_dict(predictor.state_dict())
+    return model
+
+
+def load_frozen_parts(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> tuple[Tokenizer, TokenPredictor]:
+    """Load the tokenizer and the predictor for the images of a recipe.
+
+    Raises UserError if they cannot be read, do not fit the size of the images, or do not belong together.
     """
     tokenizer, grid = load_frozen_tokenizer(tokenizer_source, recipe.data)
     predictor = load_predictor(predictor_source, grid, **recipe_heads(recipe))
@@ -101,15 +120,7 @@ def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
             f"predictor: {predictor_source} was trained on another tokenizer than {tokenizer_source}; "
             "expected the tokenizer it was trained on, or a predictor trained on this one"
         )
-    torch.manual_seed(recipe.train.seed)
-    config = ADDPConfig(
-        recipe.data.hw, tokenizer.config, predictor.vocabulary, predictor.config, recipe.model, recipe.process
-    )
-    model = ADDP(config)
-    assert model.predictor is not None
-    model.tokenizer.load_state_dict(tokenizer.state_dict())
-    model.predictor.load_state_dict(predictor.state_dict())
-    return model
+    return tokenizer, predictor
 
 
 class PretrainStage(Stage):
@@ -153,7 +164,7 @@ class PretrainStage(Stage):
         return addp
 
 
-def _check_frozen_parts(recipe: Recipe) -> None:
+def check_frozen_parts(recipe: Recipe) -> None:
     """Raise UserError for whatever is missing to load or train both parts, before the first of them starts to train."""
     for part in FROZEN_STAGES:
         if getattr(recipe, part):
@@ -163,22 +174,28 @@ def _check_frozen_parts(recipe: Recipe) -> None:
                 f"{part}: not given; expected {part}=<file or run> ({PUBLISHED[part]}), "
                 "or stages=tiny to train one on these images first"
             )
-        _frozen_stage_recipe(recipe, part, out="", **({} if part == "tokenizer" else {"tokenizer": ""}))
+        frozen_stage_recipe(recipe, part, out="", **({} if part == "tokenizer" else {"tokenizer": ""}))
 
 
 def _train_frozen_part(recipe: Recipe, part: str, **settings: str) -> str:
     """Train the tokenizer or predictor on the same images in `<out>/<part>` unless it is finished; return its file."""
     out = Path(recipe.out) / part
-    FROZEN_STAGES[part].run(_frozen_stage_recipe(recipe, part, out=str(out), **settings))
+    FROZEN_STAGES[part].run(frozen_stage_recipe(recipe, part, out=str(out), **settings))
     return str(out / MODEL_FILE)
 
 
-def _frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
+def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
     """Return the recipe that trains the tokenizer or predictor on the images of this recipe."""
-    module, folder = FROZEN_STAGES[part], Path(recipe.stages)
+    module, name = FROZEN_STAGES[part], frozen_stage_name(recipe, part)
     try:
-        path = folder / f"{part}.yaml" if folder.is_dir() else find_recipe(module, recipe.stages)
+        path = find_recipe(module, name)
     except UserError as error:
         raise UserError(f"stages: {error}") from error
     texts = [f"{key}={value}" for key, value in settings.items()]
     return replace(load(module.Recipe, path, texts, recipes_of(module)), data=recipe.data)
+
+
+def frozen_stage_name(recipe: Recipe, part: str) -> str:
+    """Return the name or the file of the recipe that trains the tokenizer or predictor."""
+    folder = Path(recipe.stages)
+    return str(folder / f"{part}.yaml") if folder.is_dir() else recipe.stages
