@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from annotated_types import Ge, Gt, Interval, Le, Lt
 from timm.data import Mixup, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -25,7 +25,8 @@ from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch
-from addp_core.networks.classifier import Classifier, Pooling
+from addp_core.networks.classifier import Classifier, Pooling, finetuning_norm
+from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
 from addp_core.training.engine import train
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import prepare_out
@@ -151,6 +152,7 @@ def build_classifier(recipe: Recipe, class_names: tuple[str, ...]) -> Classifier
         encoder,
         len(class_names),
         recipe.pooling,
+        finetuning_norm(encoder),
         class_names=class_names,
         mean=mean,
         std=std,
@@ -201,7 +203,7 @@ def layer_table(model: Classifier, config: TrainConfig) -> str:
 
 def _module_name(parameter: str) -> str:
     """encoder.blocks.3.attn.qkv.weight -> blocks.3"""
-    parts = parameter.removeprefix("encoder.").split(".")
+    parts = parameter.removeprefix("encoder.").removeprefix("body.").split(".")
     return ".".join(parts[: 2 if parts[0] == "blocks" else 1])
 
 
@@ -232,6 +234,7 @@ class FinetuneStage(Stage):
 
     def __init__(self, model: Classifier, recipe: Recipe, val_set: ImageSource, crop: float):
         self.model, self.recipe, self.val_set = model, recipe, val_set
+        synchronize_batch_norms(model)  # a ViT has none
         self.transform = eval_transform(recipe.data.hw, crop)
         augment = recipe.augment
         self.mixup = None
@@ -254,6 +257,11 @@ class FinetuneStage(Stage):
         images, targets = self.mixup(batch.images, batch.labels) if self.mixup else (batch.images, batch.labels)
         logits = model(images)
         return {"loss": self.criterion(logits.float(), targets)}
+
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
+        """Average the moving statistics of a CNN between the processes."""
+        average_statistics(model, accelerator)
+        return {}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Return top-1 and top-5 on the validation images in percent; keep the best checkpoint so far."""

@@ -1,5 +1,6 @@
 """Models small enough for tests, and inputs for them."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from addp_core.base.rng import generator
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.method.diffusion import ProcessConfig
 from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.cnn import CnnConfig
 from addp_core.networks.decoder import DecoderConfig
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
@@ -48,6 +50,14 @@ def tiny_addp(
     with torch.no_grad():
         model.tokenizer.quantize.embedding.weight.normal_()
     return model
+
+
+def tiny_cnn_addp(arch: str = "test_resnet", image_size: tuple[int, int] = (HEIGHT, WIDTH), **process: Any) -> ADDP:
+    """Return the model of `tiny_addp` with a CNN of timm in place of the ViT."""
+    vit = tiny_addp(image_size).config
+    torch.manual_seed(0)
+    denoiser = DenoiserConfig(CnnConfig(arch, width=16), DecoderConfig(2, 2, 0.0))
+    return ADDP(replace(vit, denoiser=denoiser, process=ProcessConfig(**process)))
 
 
 def tiny_encoder(

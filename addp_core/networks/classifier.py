@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.cnn import CnnEncoder
+from addp_core.networks.encoder import FeatureEncoder
 from addp_core.networks.layers import LayerNorm
 from addp_core.networks.token_encoder import RGB, TokenEncoder
 
@@ -21,16 +22,18 @@ HEAD_STD = 2e-5  # standard deviation of a new head's weights, as in the publish
 
 Pooling = Literal["avg", "token"]  # the mean of the patch tokens, or the class token
 FeatureNorm = Literal["none", "layer", "pretrained"]
+HeadNorm = Literal["layer", "batch", "none"]
 
 
 class Classifier(nn.Module):
     """Encoder, pooling, `fc_norm` and `head`.
 
     Args:
-        encoder: over pixels or over token ids.
+        encoder: over pixels or over token ids, a ViT or a CNN.
         classes: outputs of the head; 0: no head.
         pooling: "avg" of the patch tokens, or the class "token".
-        norm: "layer" (fine-tuning), or "batch" without affine parameters (linear probing).
+        norm: before the head: "layer" (fine-tuning), "batch" without affine parameters (linear probing), or "none"
+            (fine-tuning of a CNN, as in timm's ResNet).
         class_names: one per class, if known.
         mean, std: with which the input images are normalized.
         crop: fraction of an image's shorter side that validation used (None: the published rule).
@@ -41,10 +44,10 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder | TokenEncoder,
+        encoder: FeatureEncoder,
         classes: int,
         pooling: Pooling = "avg",
-        norm: Literal["layer", "batch"] = "layer",
+        norm: HeadNorm = "layer",
         class_names: Sequence[str] = (),
         mean: RGB = IMAGENET_DEFAULT_MEAN,
         std: RGB = IMAGENET_DEFAULT_STD,
@@ -61,10 +64,10 @@ class Classifier(nn.Module):
         self.std: RGB = (std[0], std[1], std[2])
         if isinstance(encoder, TokenEncoder):
             encoder.mean, encoder.std = self.mean, self.std  # the tokenizer needs the normalization undone
-        self.embed_dim = width = encoder.config.width
-        self.fc_norm: nn.Module = (
-            LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=NORM_EPS)
-        )
+        self.embed_dim = width = encoder.width
+        self.fc_norm: nn.Module = nn.Identity()
+        if norm != "none":
+            self.fc_norm = LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=NORM_EPS)
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling: found {pooling!r}, expected 'avg' or 'token'")
         check_pooling(encoder, pooling)
@@ -112,8 +115,15 @@ def init_head(head: nn.Linear) -> nn.Linear:
     return head
 
 
-def check_pooling(encoder: Encoder | TokenEncoder, pooling: Pooling) -> None:
-    """Raise UserError if the encoder lacks the class token to read, as one that a detector trained."""
+def finetuning_norm(encoder: FeatureEncoder) -> HeadNorm:
+    """Return the norm before the head in fine-tuning."""
+    return "none" if isinstance(encoder, CnnEncoder) else "layer"
+
+
+def check_pooling(encoder: FeatureEncoder, pooling: Pooling) -> None:
+    """Raise UserError if the encoder lacks the class token to read, as a CNN, or one that a detector trained."""
+    if pooling == "token" and isinstance(encoder, CnnEncoder):
+        raise UserError(f"pooling=token: {encoder.config.arch} has no class token; expected avg")
     if pooling == "token" and not encoder.num_prefix_tokens:
         raise UserError("pooling=token: this encoder was trained without a class token; expected avg")
 

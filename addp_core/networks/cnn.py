@@ -2,10 +2,10 @@
 
 Pretraining needs a map on the decoder's grid, which has stride 16, whereas the last stage of a ResNet has stride 32.
 The paper does not say how it bridges this. Here the last stages are dilated instead of strided (DeepLab: arXiv
-1606.00915), which neither adds nor changes a weight: every second row and column of the dilated ResNet's map is exactly
-the map of the plain one. So the network that is pretrained is the one that transfers start from, at its usual stride
-and cost. A learned upsampling would have to be thrown away with what it has learned. A linear layer brings the channels
-to the decoder's width, and the final norm follows, as after the ViT.
+1606.00915), which neither adds nor changes a weight: every second row and column of the dilated map of ResNet-50 is
+exactly the map of the plain one. So the network that is pretrained is the one that transfers start from, at its usual
+stride and cost. A learned upsampling would have to be thrown away with what it has learned. A linear layer brings the
+channels to the decoder's width, and the final norm follows, as after the ViT.
 """
 
 import functools
@@ -26,6 +26,7 @@ from addp_core.networks.encoder import METADATA_KEY, FeatureEncoder
 from addp_core.networks.layers import LayerNorm, gather_tokens, init_transformer
 
 STAGES = 4  # feature maps that detectors and segmentors read
+START = re.compile(r"(?<![^|])\^")  # of the alternatives of a pattern
 OUTPUT_STRIDES = (8, 16, 32)  # those that timm can dilate a CNN to
 
 
@@ -69,6 +70,10 @@ class CnnArchitecture:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the last map."""
         return _grid_at(self.image_size, self.patch_size)
+
+    def build(self, image_size: tuple[int, int] | None = None, dynamic: bool = True) -> "CnnEncoder":
+        """Build the encoder, with random weights, for images of this size (default: its own); it takes any."""
+        return CnnEncoder(self.encoder, image_size or self.image_size)
 
 
 @functools.cache
@@ -122,6 +127,21 @@ class CnnEncoder(FeatureEncoder):
         self.register_state_dict_post_hook(_describe)
 
     @property
+    def width(self) -> int:
+        """Channels of the last map."""
+        return self.config.channels[-1]
+
+    @property
+    def depth(self) -> int:
+        """The number of stages."""
+        return STAGES
+
+    @property
+    def first_wide_block(self) -> int:
+        """The first stage, counted from 1, whose map has `width` channels."""
+        return 1 + self.config.channels.index(self.width)
+
+    @property
     def architecture(self) -> CnnArchitecture:
         """Everything that builds the encoder again for transfer."""
         return CnnArchitecture(self.config, self.image_size)
@@ -162,10 +182,14 @@ class CnnEncoder(FeatureEncoder):
         """
         start, body = re.escape(f"{prefix}body."), cast(Any, self.body)
         groups: dict[str, Any] = body.group_matcher(coarse=coarse)
+
+        def inside(pattern: str) -> str:
+            return f"^{start}(?:{START.sub('', pattern)})"
+
         return {
-            name: [(f"^{start}{pattern.removeprefix('^')}", order) for pattern, order in patterns]
+            name: [(inside(pattern), order) for pattern, order in patterns]
             if isinstance(patterns, list)
-            else f"^{start}{patterns.removeprefix('^')}"
+            else inside(patterns)
             for name, patterns in groups.items()
         }
 

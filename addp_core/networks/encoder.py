@@ -108,6 +108,21 @@ class FeatureEncoder(nn.Module):
     num_prefix_tokens = 1  # tokens before the patches: the class token
     checkpointing = False  # in training, recompute the blocks' activations instead of storing them
 
+    @property
+    def width(self) -> int:
+        """Features per token after the last block."""
+        return self.config.width
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks, or of what takes their place."""
+        return len(self.blocks)
+
+    @property
+    def first_wide_block(self) -> int:
+        """The first block, counted from 1, after which tokens have `width` features."""
+        return 1
+
     def embed(self, images: Tensor) -> Tensor:
         """Return the input of the first block: normalized images Float[B,3,H,W] -> Float[B,1+N,W]."""
         raise NotImplementedError

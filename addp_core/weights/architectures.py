@@ -17,7 +17,7 @@ from timm.data import (
 
 from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDPConfig
-from addp_core.networks.classifier import FeatureNorm, Pooling
+from addp_core.networks.classifier import FeatureNorm, HeadNorm, Pooling
 from addp_core.networks.cnn import CnnArchitecture, CnnConfig
 from addp_core.networks.encoder import EncoderArchitecture as EncoderArchitecture
 from addp_core.networks.predictor import PredictorConfig
@@ -60,7 +60,7 @@ class ClassifierArchitecture:
     encoder: EncoderArchitecture | TokenEncoderArchitecture | CnnArchitecture
     classes: int
     pooling: Pooling
-    norm: Literal["layer", "batch"]
+    norm: HeadNorm
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

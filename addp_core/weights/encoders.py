@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import timm
 import yaml
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.cnn import CnnArchitecture, CnnConfig, CnnEncoder
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.token_encoder import TokenEncoder
@@ -27,16 +29,16 @@ from addp_core.weights.architectures import (
 from addp_core.weights.assumptions import Assumption, settle
 from addp_core.weights.files import Source, State, strip_prefix
 from addp_core.weights.fingerprint import fingerprint
-from addp_core.weights.fitting import fill, fit_encoder_state
+from addp_core.weights.fitting import AnyArchitecture, AnyEncoder, fill, fit_encoder_state
 from addp_core.weights.layouts.vit import trained_on
 from addp_core.weights.loading import check_codebook
 from addp_core.weights.reading import Weights, as_user_error, describe_kind, read_part, read_weights
 
 DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
+DEFAULT_CNN_SIZE = 224  # pixels, of a CNN that is built by its name
 
 RECIPE_FILE = "recipe.yaml"  # of a run folder
 
-AnyArchitecture = EncoderArchitecture | TokenEncoderArchitecture
 Input = Literal["pixels", "token"]
 InputChoice = Literal["auto"] | Input
 INPUTS: dict[Input, str] = {"pixels": "pixels", "token": "token ids"}
@@ -62,13 +64,13 @@ def load_encoder(
     tokenizer: Source | None = None,
     input: InputChoice = "auto",
     normalisation: Normalisation = "imagenet",
-) -> Encoder | TokenEncoder:
+) -> AnyEncoder:
     """Load an encoder in eval mode, float32, on the CPU. Its final norm, which transfer does not use, is frozen.
 
     Args:
         source: any ADDP file, a fine-tuned classifier, or a MAE-, BEiT- or timm-style ViT; with `tokenizer` (or if the
             file contains one, or its run of `addp predictor` names one) also a MAGE file, whose encoder reads token
-            ids. With init="random" also a size: tiny, small, base or large.
+            ids. With init="random" also a size (tiny, small, base or large) or a CNN of timm, such as resnet50.
         img_size: pixels, a side or (height, width); positions are resampled bicubically. None for the file's own size.
         encoder_heads: number of attention heads, if the file does not tell it. The default is that of published
             ViTs of the same width; other widths demand it.
@@ -91,6 +93,7 @@ def load_encoder(
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     vqgan = None if tokenizer is None else read_part(tokenizer, "tokenizer")
+    is_cnn = isinstance(source, str) and timm.is_model(source) and not Path(source).exists()
     if input == "pixels" and vqgan is not None:
         raise UserError(f"tokenizer={vqgan.source}: found input=pixels too; leave one of the two out")
     if isinstance(source, str) and source in VIT_SIZES and not Path(source).exists():
@@ -106,6 +109,8 @@ def load_encoder(
         if input == "token" and vqgan is None:
             raise UserError(f"input=token: {source} is a size, which has no tokenizer; expected tokenizer=<VQGAN file>")
         state, architecture = _architecture_of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
+    elif is_cnn:
+        name, state, architecture = str(source), {}, _cnn_architecture(str(source), size, init)
     else:
         name, state, architecture = _read_encoder(source, size, encoder_heads, weights, vqgan, init)
     found: Input = "token" if isinstance(architecture, TokenEncoderArchitecture) else "pixels"
@@ -113,8 +118,11 @@ def load_encoder(
         raise UserError(f"input={input}: {name} reads {INPUTS[found]}; expected {EXPECTED_INPUT[input]}")
     if patch_size not in (None, architecture.patch_size):
         raise UserError(f"patch_size: found {patch_size}, but {name} has {architecture.patch_size}; leave the key out")
-    if tokenizer_norm and init == "pretrained" and "tokenizer_norm.weight" not in state:
+    lacks_norm = init == "pretrained" and "tokenizer_norm.weight" not in state
+    if tokenizer_norm and (lacks_norm or found == "token"):
         raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
+    if isinstance(architecture, CnnArchitecture):
+        _check_cnn_options(name, architecture, encoder_heads, dropout, tokenizer_norm, attention)
     try:
         size = architecture.image_size if size is None else (size[0], size[1])
         encoder = _build_encoder(
@@ -123,14 +131,45 @@ def load_encoder(
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     encoder.norm.requires_grad_(False)
-    if init == "pretrained":
+    if init == "pretrained" and not isinstance(encoder, CnnEncoder) and not isinstance(architecture, CnnArchitecture):
         trained = "cls_token" in state if isinstance(encoder, Encoder) else architecture.attention.class_token
         if encoder.attention.class_token and not trained:
             raise UserError(f"attention: {name} was trained without a class token; expected class_token=false")
+    if init == "pretrained":
         return fill(encoder, fit_encoder_state(state, architecture, encoder), name)
     if isinstance(encoder, TokenEncoder):
         fill(encoder.tokenizer, strip_prefix(state, "tokenizer."), name)
     return encoder.eval()
+
+
+def _cnn_architecture(arch: str, size: tuple[int, int] | None, init: str) -> CnnArchitecture:
+    """Return the architecture of a model of timm. Raises UserError if it is no CNN, or init does not say random."""
+    try:
+        config = CnnConfig(arch)
+    except ValueError as error:
+        raise UserError(str(error).removeprefix("arch: ").replace("found ", "", 1)) from error
+    if init != "random":
+        raise UserError(f"{arch}: a model of timm, without weights here; expected init=random with it, or a checkpoint")
+    return CnnArchitecture(config, size or (DEFAULT_CNN_SIZE, DEFAULT_CNN_SIZE))
+
+
+def _check_cnn_options(
+    name: str,
+    architecture: CnnArchitecture,
+    heads: int | None,
+    dropout: float,
+    tokenizer_norm: bool,
+    attention: AttentionConfig | None,
+) -> None:
+    """Raise UserError if an option of ViTs is set for a CNN."""
+    arch = architecture.encoder.arch
+    if attention is not None:
+        raise UserError(
+            f"attention: {name} is a {arch}, which has neither windows nor relative positions; expected a ViT"
+        )
+    for key, value in (("encoder_heads", heads), ("dropout", dropout), ("tokenizer_norm", tokenizer_norm)):
+        if value:
+            raise UserError(f"{key}: found {value}, but {name} is a {arch}, which has none; leave the key out")
 
 
 def _architecture_of_size(
@@ -175,11 +214,13 @@ def encoder_architecture(weights: Weights) -> AnyArchitecture:
     """
     if weights.kind == "addp":
         config: ADDPConfig = weights.architecture
+        if isinstance(config.denoiser.encoder, CnnConfig):
+            return CnnArchitecture(config.denoiser.encoder, config.image_size)
         return EncoderArchitecture(config.denoiser.encoder, config.image_size, config.tokenizer.stride)
     if weights.kind == "classifier":
         architecture: AnyArchitecture = weights.architecture.encoder
         return with_own_norm(architecture) if isinstance(architecture, EncoderArchitecture) else architecture
-    if weights.kind in ("encoder", "token_encoder"):
+    if weights.kind in ("encoder", "token_encoder", "cnn_encoder"):
         return weights.architecture
     raise UserError(
         f"{weights.source}: {describe_kind(weights)}; expected a checkpoint with an encoder (ADDP, MAE, BEiT, MAGE or "
@@ -264,8 +305,10 @@ def _build_encoder(
     attention: AttentionConfig | None,
     dynamic: bool,
     normalisation: Normalisation,
-) -> Encoder | TokenEncoder:
+) -> AnyEncoder:
     """Build the encoder of a file for another size and other rates. Raises ValueError if the size does not fit."""
+    if isinstance(architecture, CnnArchitecture):
+        return CnnEncoder(replace(architecture.encoder, drop_path=drop_path), size)
     attention = attention or architecture.attention
     if isinstance(architecture, TokenEncoderArchitecture):
         predictor = replace(architecture.predictor, dropout=dropout)

@@ -30,7 +30,7 @@ WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_c
 INPUTS = ("patch_embed.proj.weight", "token_emb.word_embeddings.weight")  # of encoders that describe themselves
 SIGNATURES = re.compile(  # one tensor of each kind of model
     r"(?:^|\.)(patch_embed\.proj\.weight|token_emb\.word_embeddings\.weight|quantize\.embedding\.weight"
-    r"|decoder_pos_token_embed|denoiser\.encoder\.cls_token)$"
+    r"|decoder_pos_token_embed|denoiser\.encoder\.cls_token|layer4\.0\.conv1\.weight)$"
 )
 
 
@@ -85,6 +85,7 @@ def describe_modules(state: Mapping[str, Any]) -> dict[str, str]:
         for prefix, metadata in modules.items()
         if isinstance(metadata, Mapping) and isinstance(text := metadata.get(METADATA_KEY), str)
         if any(prefix + name in state for name in INPUTS)  # not a module of another framework that renames its tensors
+        or any(key.startswith(f"{prefix}body.") for key in state)  # a CNN
     }
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import resize_bias_table
+from addp_core.networks.cnn import CnnArchitecture, CnnEncoder
 from addp_core.networks.encoder import Encoder, resample_positions
 from addp_core.networks.layers import Block
 from addp_core.networks.token_encoder import TokenEncoder
@@ -16,6 +17,8 @@ from addp_core.weights.files import State
 
 POSITIONS = re.compile(r"(^|\.)(decoder_)?pos(_\w+)?_embed(_learned)?$|position_embeddings")
 
+AnyArchitecture = EncoderArchitecture | TokenEncoderArchitecture | CnnArchitecture
+AnyEncoder = Encoder | TokenEncoder | CnnEncoder
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -60,12 +63,13 @@ def resample_state(state: State, old: tuple[int, int], new: tuple[int, int]) -> 
     return {key: _resample(value, old, new) if POSITIONS.search(key) else value for key, value in state.items()}
 
 
-def fit_encoder_state(
-    state: State, architecture: EncoderArchitecture | TokenEncoderArchitecture, encoder: Encoder | TokenEncoder
-) -> State:
+def fit_encoder_state(state: State, architecture: AnyArchitecture, encoder: AnyEncoder) -> State:
     """Fit the tensors of a file's encoder to `encoder`: resample positions to its grid, drop parts that it lacks, and
-    add the relative positions that the file lacks, at their initial zeros.
+    add the relative positions that the file lacks, at their initial zeros. Of a CNN, the part that only pretraining has
+    is dropped.
     """
+    if isinstance(architecture, CnnArchitecture) or isinstance(encoder, CnnEncoder):
+        return {key: value for key, value in state.items() if key.startswith("body.")}
     state, expected = dict(state), encoder.state_dict()
     if not encoder.config.tokenizer_norm:
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}

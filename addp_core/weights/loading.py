@@ -11,9 +11,7 @@ from addp_core.base.errors import UserError, did_you_mean
 from addp_core.method.addp import ADDP, ADDPConfig
 from addp_core.method.diffusion import ProcessConfig
 from addp_core.networks.classifier import Classifier
-from addp_core.networks.encoder import Encoder
 from addp_core.networks.predictor import TokenPredictor
-from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.architectures import (
     HEAD_KEYS,
@@ -22,7 +20,7 @@ from addp_core.weights.architectures import (
     PredictorArchitecture,
 )
 from addp_core.weights.files import Source
-from addp_core.weights.fitting import fill, fit_encoder_state, replace_part, resample_state
+from addp_core.weights.fitting import AnyEncoder, fill, fit_encoder_state, replace_part, resample_state
 from addp_core.weights.reading import Weights, describe_kind, read_part, read_weights
 
 PREDICTOR_HEADS = ("predictor_heads", "predictor_decoder_heads")
@@ -152,7 +150,7 @@ def load_classifier(
         architecture = replace(architecture, mean=mean, std=std)
     stored = architecture.encoder
     height, width = size or stored.image_size
-    encoder: Encoder | TokenEncoder
+    encoder: AnyEncoder
     try:
         encoder = stored.build((height, width))
     except ValueError as error:

@@ -12,6 +12,7 @@ from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION as NORMALISATION
 from addp_core.weights.architectures import Normalisation
 from addp_core.weights.encoders import InputChoice, load_encoder
+from addp_core.weights.fitting import AnyEncoder
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class EncoderKeys:
         FilePath,
         "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT, or what timm's train.py, "
         "mmengine or detectron2 wrote) or "
-        f"hf://owner/repository/file; with init=random also a size: {SIZES_HELP}",
+        f"hf://owner/repository/file; with init=random also a size: {SIZES_HELP}, or a CNN of timm such as resnet50",
     ]
     init: Annotated[
         Literal["pretrained", "random"],
@@ -49,7 +50,7 @@ class EncoderKeys:
     tokenizer_norm: Annotated[bool, "keep ADDP's norm after the patches (the published recipes drop it)"] = False
     normalisation: Annotated[Normalisation, "mean and std of the images: ImageNet's, or 0.5 (BEiT files)"] = "imagenet"
 
-    def load_encoder(self, size: int | tuple[int, int], **options: Any) -> Encoder | TokenEncoder:
+    def load_encoder(self, size: int | tuple[int, int], **options: Any) -> AnyEncoder:
         """Load the encoder for images of this size (a side, or height and width).
 
         `options` are further arguments of the function `load_encoder`. Raises UserError like that function, with the

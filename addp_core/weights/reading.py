@@ -152,6 +152,7 @@ def describe_kind(weights: Weights) -> str:
         "tokenizer": "this is a VQGAN checkpoint: pass it as tokenizer=",
         "encoder": "this is the checkpoint of a ViT encoder (MAE, timm or exported): load_encoder reads it",
         "token_encoder": "this is the checkpoint of an encoder over token ids",
+        "cnn_encoder": "this is the checkpoint of a convolutional encoder: load_encoder reads it",
         "classifier": "this is the checkpoint of a fine-tuned classifier",
     }
     return descriptions.get(weights.kind, f"this is the checkpoint of a {weights.kind}")

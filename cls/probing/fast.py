@@ -24,13 +24,13 @@ from addp_core.base.rng import generator
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.networks.classifier import Classifier, Pooling
-from addp_core.networks.encoder import Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.compute import accelerate_model
 from addp_core.training.probes import LinearHeads, NearestNeighbors, train_heads
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import mark_finished, release_out
 from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.frozen import resolve_block, spaced_blocks
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
@@ -45,11 +45,11 @@ Row = dict[str, Any]  # of the results: block, pooling, learning rate and metric
 ROW, KEY = "row", "key"  # entries in the metadata of a head's file
 
 
-def run_fast(recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSource, val_set: ImageSource) -> None:
+def run_fast(recipe: Recipe, encoder: AnyEncoder, train_set: ImageSource, val_set: ImageSource) -> None:
     """Compute what is not on disk yet; end with a table on stdout and the best classifier in the run folder."""
     config, out = recipe.fast, Path(recipe.out)
     state = process_state()
-    requested = config.blocks or spaced_blocks(len(encoder.blocks), config.spaced)
+    requested = config.blocks or spaced_blocks(encoder.depth, config.spaced, encoder.first_wide_block)
     blocks = sorted({resolve_block(encoder, block, "fast.blocks") for block in requested})
     classes = len(train_set.classes)
     train_bank = _features(recipe, encoder, blocks, "train", train_set, config.mirrored)
@@ -80,7 +80,7 @@ def run_fast(recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSo
 
 def _features(
     recipe: Recipe,
-    encoder: Encoder | TokenEncoder,
+    encoder: AnyEncoder,
     blocks: list[int],
     title: str,
     source: ImageSource,
@@ -186,9 +186,7 @@ def _read_row(path: Path, key: str) -> Row | None:
     return json.loads(metadata[ROW]) if metadata[KEY] == key else None
 
 
-def _best_classifier(
-    recipe: Recipe, row: Row, encoder: Encoder | TokenEncoder, class_names: tuple[str, ...]
-) -> Classifier:
+def _best_classifier(recipe: Recipe, row: Row, encoder: AnyEncoder, class_names: tuple[str, ...]) -> Classifier:
     """Return the encoder up to the row's block with its head; the standardization becomes batch norm statistics."""
     mean, std = NORMALISATION[recipe.normalisation]
     truncate(encoder, row["block"])

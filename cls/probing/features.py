@@ -23,9 +23,11 @@ from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import ReadErrors
 from addp_core.networks.classifier import FeatureNorm, Pooling, check_pooling, pool_tokens
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.cnn import CnnEncoder
+from addp_core.networks.encoder import FeatureEncoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.fingerprint import fingerprint
+from addp_core.weights.fitting import AnyEncoder
 from cls.evaluation import OutputBatch, check_unreadable, compute_outputs
 
 log = logging.getLogger("addp")
@@ -33,8 +35,10 @@ log = logging.getLogger("addp")
 STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def truncate(encoder: Encoder | TokenEncoder, block: int) -> None:
+def truncate(encoder: AnyEncoder, block: int) -> None:
     """Remove the blocks after `block` (counted from 1), in place."""
+    if isinstance(encoder, CnnEncoder):
+        return  # the last stage is the only one that is probed
     encoder.blocks = encoder.blocks[:block]
     encoder.config = replace(encoder.config, depth=block)
     if isinstance(encoder, TokenEncoder):  # it is saved with the config of the predictor that it comes from
@@ -53,7 +57,7 @@ class PooledFeatures(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder | TokenEncoder,
+        encoder: FeatureEncoder,
         blocks: Sequence[int],
         poolings: Sequence[Pooling],
         mirrored: bool = False,
@@ -68,7 +72,7 @@ class PooledFeatures(nn.Module):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(views, blocks, poolings, width) of an image's features."""
-        return 1 + self.mirrored, len(self.blocks), len(self.poolings), self.encoder.config.width
+        return 1 + self.mirrored, len(self.blocks), len(self.poolings), self.encoder.width
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

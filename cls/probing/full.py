@@ -16,10 +16,9 @@ from addp_core.data.images import eval_transform, pretrain_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier, normalize
-from addp_core.networks.encoder import Encoder
-from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.engine import train
 from addp_core.training.stage import MicroStep, Stage
+from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.frozen import resolve_block
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
@@ -35,7 +34,7 @@ log = logging.getLogger("addp")
 HEAD_STD = 0.01  # of a new head's weights: LARS scales its updates with the norm of the weights, which must not vanish
 
 
-def run_full(recipe: Recipe, encoder: Encoder | TokenEncoder, train_set: ImageSource, val_set: ImageSource) -> None:
+def run_full(recipe: Recipe, encoder: AnyEncoder, train_set: ImageSource, val_set: ImageSource) -> None:
     """Train the head, or continue; end with results.json and the classifier in the run folder."""
     classifier = build_classifier(recipe, encoder, train_set.classes)
     crop = evaluation_crop(recipe.data.hw, recipe.eval_crop)
@@ -58,7 +57,7 @@ def check_batch_norm(recipe: Recipe) -> None:
         log.info("batch_norm=%d: a batch has %d images, which share their statistics", images, batch)
 
 
-def build_classifier(recipe: Recipe, encoder: Encoder | TokenEncoder, class_names: tuple[str, ...]) -> Classifier:
+def build_classifier(recipe: Recipe, encoder: AnyEncoder, class_names: tuple[str, ...]) -> Classifier:
     """Return the initial classifier: the encoder up to the block that is probed, and a new head."""
     truncate(encoder, resolve_block(encoder, recipe.block))
     mean, std = NORMALISATION[recipe.normalisation]
@@ -113,7 +112,7 @@ class LinearProbeStage(Stage):
     def __init__(self, classifier: Classifier, recipe: Recipe, val_set: ImageSource, crop: float):
         self.classifier, self.recipe, self.val_set = classifier, recipe, val_set
         self.model = LinearProbe(classifier, recipe.batch_norm)
-        blocks = [len(classifier.encoder.blocks)]
+        blocks = [classifier.encoder.depth]
         self.features = PooledFeatures(classifier.encoder, blocks, [recipe.pooling], norm=recipe.norm)
         self.frozen = [self.features]
         self.transform = eval_transform(recipe.data.hw, crop)

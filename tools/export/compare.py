@@ -8,7 +8,7 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import generator
-from addp_core.networks.classifier import Classifier
+from addp_core.networks.classifier import Classifier, finetuning_norm
 from addp_core.weights.architectures import NORMALISATION
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import MODEL_FILE
@@ -50,7 +50,7 @@ def load_exported(recipe: Recipe) -> Classifier:
         "%s: an encoder for images of %d x %d px%s",
         *(recipe.model, *encoder.image_size, "" if recipe.img_size else ", its own size (img_size sets another)"),
     )
-    return Classifier(encoder, 0, mean=mean, std=std).eval()
+    return Classifier(encoder, 0, norm=finetuning_norm(encoder), mean=mean, std=std).eval()
 
 
 def given_heads(recipe: Recipe) -> dict[str, int]:

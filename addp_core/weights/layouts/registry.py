@@ -5,6 +5,12 @@ from typing import Any, NamedTuple
 
 from addp_core.weights.assumptions import Hints
 from addp_core.weights.files import State
+from addp_core.weights.layouts.cnn import (
+    convert_resnet,
+    convert_resnet_classifier,
+    is_resnet,
+    is_resnet_classifier,
+)
 from addp_core.weights.layouts.ours import convert_our_addp, convert_our_classifier, is_our_addp, is_our_classifier
 from addp_core.weights.layouts.published import (
     convert_addp,
@@ -35,6 +41,8 @@ LAYOUTS = (
     Layout("encoder", is_vit, convert_vit),
     Layout("classifier", is_our_classifier, convert_our_classifier),
     Layout("classifier", is_vit_classifier, convert_vit_classifier),  # if a classifier is asked for
+    Layout("cnn_encoder", is_resnet, convert_resnet),
+    Layout("classifier", is_resnet_classifier, convert_resnet_classifier),
 )
 
 # It is read if it tells its architecture, and has no layout of its own otherwise.

@@ -222,15 +222,9 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
     if model.norm == "batch":  # a fixed scale and shift, which the head absorbs
         if model.feature_norm == "layer":
             state |= {"fc_norm.weight": torch.ones(model.embed_dim), "fc_norm.bias": torch.zeros(model.embed_dim)}
-        for name, value in _fold_norm(
-            state["head.weight"],
-            state["head.bias"],
-            state.pop("fc_norm.running_mean"),
-            state.pop("fc_norm.running_var"),
-            cast(nn.BatchNorm1d, model.fc_norm).eps,
-        ).items():
-            state[f"head.{name}"] = value
-        state.pop("fc_norm.num_batches_tracked")
+        state |= {f"head.{name}": value.cpu() for name, value in fold_batch_norm(model).items()}
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            state.pop(f"fc_norm.{name}")
     renamed = {key.removeprefix("encoder."): value for key, value in state.items()}
     if model.feature_norm != "pretrained":
         renamed = {key: value for key, value in renamed.items() if not key.startswith("norm.")}
@@ -239,6 +233,13 @@ def to_timm(model: Classifier) -> tuple[State, dict[str, Any]]:
         renamed["pos_embed"][:, 1:] += renamed.pop("patch_embed.proj.bias")
         renamed = {re.sub(r"^tokenizer_norm\.", "norm_pre.", key): value for key, value in renamed.items()}
     return renamed, arguments
+
+
+def fold_batch_norm(model: Classifier) -> dict[str, Tensor]:
+    """Return weight and bias of the head of a linear probe with the batch norm before it."""
+    head, norm = cast(nn.Linear, model.head), cast(nn.BatchNorm1d, model.fc_norm)
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return _fold_norm(head.weight.detach(), head.bias.detach(), mean, variance, norm.eps)
 
 
 def _fold_norm(

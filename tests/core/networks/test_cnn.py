@@ -5,33 +5,15 @@ import math
 import pytest
 import timm
 import torch
-from tiny import TOKENIZER, TOKENS, nested_masks, random_tensor, tiny_addp
+from tiny import TOKENIZER, TOKENS, nested_masks, random_tensor, tiny_cnn_addp
 
 from addp_core.base.rng import generator
-from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
-from addp_core.method.diffusion import ProcessConfig
 from addp_core.method.sampler import sample
 from addp_core.networks.cnn import CnnConfig, CnnEncoder, CnnGridEncoder, cnn_stages
-from addp_core.networks.decoder import DecoderConfig
 from addp_core.weights.loading import load_addp
 from addp_core.weights.saving import save_model, save_published
 
 CNNS = ("test_resnet", "test_convnext", "test_efficientnet")  # timm's, of a few hundred thousand parameters
-
-
-def tiny_cnn_addp(arch: str = "test_resnet", **process) -> ADDP:
-    """Return the model of `tiny_addp` with a CNN in place of the ViT."""
-    vit = tiny_addp().config
-    torch.manual_seed(0)
-    config = ADDPConfig(
-        vit.image_size,
-        vit.tokenizer,
-        vit.vocabulary,
-        vit.predictor,
-        DenoiserConfig(CnnConfig(arch, width=16), DecoderConfig(2, 2, 0.0)),
-        ProcessConfig(**process),
-    )
-    return ADDP(config)
 
 
 def test_the_dilated_resnet_is_the_plain_one_at_every_second_position():
