@@ -19,6 +19,7 @@ from addp_core.data.stream import ReadErrors, default_workers, error_limit, igno
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import autocast
 from addp_core.training.evaluation import check_evaluation
+from addp_core.training.pace import mark_pace
 from addp_core.training.processes import process_state
 
 log = logging.getLogger("addp")
@@ -117,6 +118,7 @@ def compute_outputs(
     device = next(model.parameters()).device
     rounds = math.ceil(math.ceil(len(selected) / state.num_processes) / batch)  # of the process with most images
     hidden = not (title and state.is_main_process)
+    mark_pace("validation", 0)
     with tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False) as bar:
         for images, labels, batch_indices, new_errors in loader:
             for name, reason in new_errors:
@@ -131,6 +133,7 @@ def compute_outputs(
                     outputs = model(pixels)
                 yield OutputBatch(outputs.float().cpu(), labels, batch_indices)
             bar.update(len(batch_indices) + len(new_errors))
+            mark_pace("validation", (len(batch_indices) + len(new_errors)) * state.num_processes)
     for _ in range(rounds - len(batches) if count_together else 0):
         check_unreadable(errors, max_errors, len(selected))
 

@@ -31,6 +31,7 @@ from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.metrics import RunLogger
+from addp_core.training.pace import mark_pace
 from addp_core.training.signals import StopSignals
 from addp_core.weights.files import read_tensors
 from seg.segmentor import load_tensors
@@ -187,7 +188,11 @@ class RunFolder(Hook):
         if (stop or interrupt) and not last:
             self._exit(step, interrupt)
 
+    def before_val_epoch(self, runner: AddpRunner) -> None:
+        mark_pace("validation", 0)
+
     def after_val_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        mark_pace("validation", len(outputs or ()) * self.world_size)
         stop, interrupt = self._on_any_rank(self.signals.stop), self._on_any_rank(self.signals.interrupt)
         if stop or interrupt:
             self.save(runner, runner.iter)

@@ -30,6 +30,7 @@ from addp_core.training.run_folder import lock_out, release_out
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.children import Children, Stopped, last_lines
 from tools.bench.devices import DeviceShares
+from tools.bench.estimate import check_given_speeds, print_estimate
 from tools.bench.plan import Plan, recipe_class
 from tools.bench.recipe import BenchRecipe
 from tools.bench.report import write_report
@@ -49,6 +50,7 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.bench.launch == "slurm" and shutil.which("sbatch") is None:
         raise UserError("bench.launch=slurm: no sbatch on the PATH; expected a machine of a Slurm cluster, or local")
     check_sbatch_options(recipe.bench.sbatch)
+    check_given_speeds(recipe.estimate.img_s)
     here, in_slurm = (recipe.bench.launch == launch for launch in ("local", "slurm"))
     shares = DeviceShares(recipe.jobs, recipe.bench.processes, "bench.processes") if here else None
     if recipe.replaced_models:
@@ -58,9 +60,13 @@ def run(recipe: BenchRecipe) -> None:
             ", ".join(recipe.replaced_models),
         )
     plan = Plan(recipe)
-    chosen, out = plan.chosen_steps(), plan.out
+    out = plan.out
+    pending = _pending_steps(plan)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if recipe.estimate.enabled:
+            print_estimate(recipe, pending)
+            return
         lock_out(out, shared=recipe.bench.share or in_slurm)  # jobs that were submitted before may be at work
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another folder") from error
@@ -69,10 +75,6 @@ def run(recipe: BenchRecipe) -> None:
             complete = replace(recipe, bench=replace(recipe.bench, only=[]))
             write_atomically(out / "recipe.yaml", dump(complete).encode())
         plan.inputs.write()
-        for reason, names in plan.left_out_steps().items():
-            log.info("left out: %s (%s)", ", ".join(names), reason)
-        pending = [step for step in chosen if not step.done]
-        log.info("%d steps, %d of them finished before", len(chosen), len(chosen) - len(pending))
         if shares:
             Runner(plan, shares).run(pending)
             return
@@ -87,6 +89,16 @@ def run(recipe: BenchRecipe) -> None:
         sys.stdout.write(printed_commands(pending))
     else:
         submit(recipe, pending, queued)
+
+
+def _pending_steps(plan: Plan) -> list[Step]:
+    """Return the chosen steps that are not done; name those that are left out."""
+    for reason, names in plan.left_out_steps().items():
+        log.info("left out: %s (%s)", ", ".join(names), reason)
+    chosen = plan.chosen_steps()
+    pending = [step for step in chosen if not step.done]
+    log.info("%d steps, %d of them finished before", len(chosen), len(chosen) - len(pending))
+    return pending
 
 
 def _without_queued(pending: Sequence[Step], queued: Mapping[str, str]) -> list[Step]:

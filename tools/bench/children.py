@@ -79,7 +79,7 @@ class Children(SignalHandler):
                 raise Stopped
             file.write(f"$ {command_line(arguments, processes)}\n")
             file.flush()
-            child = _launch([*prefix, *arguments], file, {**os.environ, **(environment or {})})
+            child = launch([*prefix, *arguments], file, {**os.environ, **(environment or {})})
             self._running.add(child)
             if self.stopped:  # the signal came while it started
                 child.terminate()
@@ -107,7 +107,8 @@ class Children(SignalHandler):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _launch(command: Sequence[str], file: IO[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+def launch(command: Sequence[str], file: IO[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a command in a session of its own, whose output goes to `file`; it ends when this process does."""
     launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid())]
     # in a session of its own, so that Ctrl-C in the terminal reaches it only once, through this process
     return subprocess.Popen(

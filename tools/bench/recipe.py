@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Gt, MinLen
 
 BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step with its first seed
 MODEL_ARM = "addp"  # the arm of the key `model`
@@ -68,6 +68,33 @@ class Launch:
 
 
 @dataclass
+class Estimate:
+    """What the steps will take, without running them; estimate=true measures their speed here."""
+
+    __shorthand__ = "enabled"
+    enabled: Annotated[bool, "print what every step will take and cost, and run nothing"] = False
+    seconds: Annotated[float, Gt(0), "time over which each speed is measured"] = 10.0
+    gpus: Annotated[
+        int | None,
+        Ge(1),
+        "GPUs of each run, to which measured speeds are scaled in proportion; null: as many as bench.processes",
+    ] = None
+    img_s: Annotated[
+        dict[str, float],
+        "instead of measuring: images per second of a run on its GPUs, as in {finetune: 2000, finetune.validation: "
+        "6000, generation: 20}; without a phase, of what takes most of the time",
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, given in (("img_s", self.img_s), ("gpus", self.gpus)):
+            if given and not self.enabled:  # the bench would start instead
+                raise ValueError(f"{key}: found {given} without estimate=true; add it")
+        for key, value in self.img_s.items():
+            if not value > 0:
+                raise ValueError(f"img_s.{key}: found {value:g}, expected images per second above 0")
+
+
+@dataclass
 class BenchRecipe:
     """Keys of `addp bench` that do not depend on the benchmarks."""
 
@@ -90,6 +117,7 @@ class BenchRecipe:
     ] = 1
     price_per_hour: Annotated[float | None, Ge(0), "price of an hour of this machine, for the report"] = None
     bench: Launch = field(default_factory=Launch)
+    estimate: Estimate = field(default_factory=Estimate)
     replaced_models: tuple[str, ...] = field(default=(), init=False)  # names of the recipe's models, if `model` is set
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def run(recipe: Recipe) -> None:
     if recipe.verb not in VERBS:
         raise UserError(f"verb: found {recipe.verb!r}, expected a verb of addp{did_you_mean(recipe.verb, VERBS)}")
     out, shares = Path(recipe.out), DeviceShares(recipe.jobs, recipe.processes)
-    check_commands(recipe.verb, _pending_commands(recipe))
+    check_commands(recipe.verb, pending_commands(recipe))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", dump(recipe).encode())
@@ -151,7 +151,7 @@ def _grid_points(recipe: Recipe) -> list[GridPoint]:
     return [tuple(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
 
 
-def _pending_commands(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
+def pending_commands(recipe: Recipe) -> Iterator[tuple[str, list[str]]]:
     """Yield (arm, arguments) of the runs to do: the search with the first seed and, of each other seed, a run that has
     not finished with any point, since the best one is not known yet.
     """
