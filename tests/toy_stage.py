@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -154,7 +153,7 @@ class ToyStage(Stage):
 
     def evaluate(self, model, step) -> dict[str, float]:
         faults = self.faults
-        if step in faults.evaluation_signals and faults.only_rank in (None, PartialState().process_index):
+        if step in faults.evaluation_signals:
             os.kill(os.getpid(), faults.evaluation_signals[step])
         check_evaluation([], 0)
         images, labels = zip(*map(ToyStream(0, 8).at, range(N)), strict=True)

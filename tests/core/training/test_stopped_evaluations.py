@@ -4,7 +4,7 @@ import signal
 
 import pytest
 from accelerate.state import PartialState
-from test_processes import run_two_processes
+from ranks import Fault, run_ranks
 from toy_stage import Faults, ToyStage, assert_same, checkpoint_names, metrics, run
 
 from addp_core.base.errors import UserError
@@ -45,8 +45,9 @@ def test_a_signal_in_the_last_evaluation_leaves_the_run_unfinished(tmp_path, uni
 
 
 def test_a_signal_to_one_process_ends_the_evaluation_of_all(tmp_path):
-    faults = Faults(evaluation_signals={4: signal.SIGTERM}, only_rank=1)
-    assert run_two_processes([f"out={tmp_path / 'run'}", *EVALUATING], tmp_path / "log", faults) == [0, 0]
+    fault = Fault("SIGTERM", "validation", rank=1)
+    ended = run_ranks(["toy", f"out={tmp_path / 'run'}", *EVALUATING], tmp_path / "job", fault=fault)
+    assert ended.codes == [0, 0], ended.text
     assert checkpoint_names(tmp_path / "run") == ["step-4"]
 
 
