@@ -6,6 +6,7 @@ in every layout that `load_encoder` reads; `pretrained=True` loads the published
 """
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, cast
@@ -23,6 +24,8 @@ from addp_core.networks.layers import INIT_STD, init_transformer
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.stated import describe_vit
 from cls.timm_weights import TimmFile, as_vit, convert_weights, describe_file
+
+log = logging.getLogger("addp")
 
 HUB_REPOSITORY = "Changyao/ADDP"  # of the authors
 ANY_SIZE = "addp_vit"  # the name whose architecture is that of its file
@@ -155,7 +158,7 @@ def _build(name: str, shape: Mapping[str, Any], pretrained: bool, **options: Any
     features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
     overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
     path, arguments, described = _checkpoint_path(), dict(shape), None
-    file = path or (pretrained and _pretrained_file(options.get("pretrained_cfg"), overlay))
+    file = path or _pretrained_file(options.get("pretrained_cfg"), overlay)
     if file:
         described = describe_file(file, name, {**shape, **options})
         arguments = {**described.arguments, **shape}
@@ -169,6 +172,8 @@ def _build(name: str, shape: Mapping[str, Any], pretrained: bool, **options: Any
         )
     if file and not path:
         overlay["custom_load"] = True  # by `load_pretrained`, which reads more than timm
+        if not pretrained:
+            log.warning("%s: took its architecture but not its weights, which pretrained=True loads", file)
     model = build_model_with_cfg(
         EncoderForTimm,
         name,

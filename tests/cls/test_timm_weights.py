@@ -110,6 +110,15 @@ def test_encoders_of_whole_models(tmp_path, addp_file, layout, norm, caplog):
     assert model.head.out_features == 7
 
 
+def test_a_pretrained_file_without_pretrained_gives_the_architecture_and_says_so(run, caplog):
+    """As timm's train.py with --pretrained-path and no --pretrained."""
+    folder, own = run
+    model = timm.create_model("addp_vit", pretrained_cfg_overlay={"file": str(folder)})
+    assert (model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads, model.num_classes) == (32, 2, 4, 3)
+    assert not torch.equal(model.patch_embed.proj.weight, own.encoder.patch_embed.proj.weight)
+    assert caplog.messages == [f"{folder}: took its architecture but not its weights, which pretrained=True loads"]
+
+
 def test_positions_are_resampled_as_by_load_encoder(addp_file):
     model = timm.create_model("addp_vit", checkpoint_path=addp_file, img_size=12)
     assert torch.equal(model.pos_embed, load_encoder(addp_file, 12).pos_embed)
