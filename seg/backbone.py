@@ -197,12 +197,19 @@ class AddpViT(Encoder, BaseModule):
         return (int(block[1]) + 1 if block else 0), layers
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        *args: Any,
     ) -> None:
         """Give the tensors of a state dict the names of this module. Raises UserError if some of them do not fit."""
         from_stored_names(state_dict, prefix)
-        check_state(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        check_state(self, state_dict, prefix, local_metadata, unexpected_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
 
 
 # mmseg's LearningRateDecayOptimizerConstructor takes layers from parameter names only in classes with BEiT or MAE in

@@ -6,13 +6,14 @@ prefix `encoder.`, as the files of every version do.
 
 import json
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import METADATA_KEY, Encoder
+from addp_core.weights.pretrained import has_encoder
 
 PREFIX = "encoder."
 _MODULE, _STORED = "layers.", "blocks."
@@ -36,21 +37,34 @@ def from_stored_names(state: MutableMapping[str, Any], prefix: str) -> None:
         state[prefix + name] = state.pop(key)
 
 
-def check_state(backbone: Encoder, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+def check_state(
+    backbone: Encoder,
+    state: Mapping[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    unexpected: Collection[str] = (),
+) -> None:
     """Raise UserError if a state dict has another backbone than the config; says in what they differ.
 
     mmengine loads what fits and logs the rest as a warning, after which a model without its layer scales, say, predicts
     something else.
 
     Args:
-        state: with the names of the module; without any of the backbone's tensors, it is not checked.
+        state: with the names of the module; without any of the backbone's tensors, only `unexpected` is checked.
         prefix: of the backbone's tensors.
         metadata: what the state dict says about the backbone.
+        unexpected: names in the whole state dict that no module takes.
     """
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     expected = backbone.state_dict()
     from_stored_names(expected, "")
     if not found:
+        if has_encoder(unexpected):
+            raise UserError(
+                "the checkpoint has an encoder under other names, and nothing under those of this backbone "
+                f"({prefix}{PREFIX}...); expected it in the backbone's init_cfg=dict(type='Pretrained', "
+                "checkpoint=<file>), with no load_from; `addp export layout=mmseg` writes a file that can be one"
+            )
         return
     mine, theirs = describe(expected, backbone.config.heads), describe(found, stored_heads(metadata))
     differences = [

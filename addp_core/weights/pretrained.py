@@ -1,5 +1,6 @@
 """The keys with which transfer recipes choose their pretrained encoder, and the encoder that they build."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -72,6 +73,11 @@ class EncoderKeys:
             )
         except UserError as error:
             raise UserError(str(error).replace("img_size", "data.size")) from error
+
+
+def has_encoder(names: Iterable[str]) -> bool:
+    """Return whether the tensors of a checkpoint, by their names, are or include those of a pretrained ViT."""
+    return any(name.endswith("blocks.0.attn.qkv.weight") for name in names)
 
 
 def check_positions(encoder: Encoder | TokenEncoder, source: str, key: str) -> None:

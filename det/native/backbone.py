@@ -11,12 +11,11 @@ from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import TransformerEncoder
+from addp_core.weights.pretrained import has_encoder
 from det.native.config import build_encoder, encoder_options
 from det.native.consumers import check_images, missing_levels
 
 log = logging.getLogger("detectron2.addp")
-
-ENCODER_MARK = "blocks.0.attn.qkv.weight"  # the end of a name that every file of a pretrained ViT has
 
 
 @BACKBONE_REGISTRY.register()
@@ -105,9 +104,9 @@ def _refuse_other_checkpoints(
     """
     ours = f"{prefix}encoder."
     if not any(name.startswith(ours) for name in state):
-        if not state and any(name.endswith(ENCODER_MARK) for name in unexpected):  # and no detector of another backbone
+        if not state and has_encoder(unexpected):  # and no detector of another backbone
             raise UserError(
-                "the checkpoint is a pretrained encoder, and nothing in it has the names of this detector "
+                "the checkpoint has an encoder under other names, and nothing under those of this detector "
                 f"({ours}...); expected it as MODEL.ENCODER.source (yacs) or encoder.source (LazyConfig), with no "
                 "MODEL.WEIGHTS or train.init_checkpoint; `addp export layout=detectron2` writes a file that can be one"
             )

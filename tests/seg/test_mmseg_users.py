@@ -140,6 +140,15 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, backbone, expecte
     assert expected in str(error.value)
 
 
+def test_a_pretrained_encoder_in_the_place_of_a_checkpoint_is_refused(scaled_file):
+    """As mmengine's `load_from`, of which nothing would be loaded: the training would start from random weights."""
+    model = build_part(segmentor_config(arch=ARCH | {"layer_scale": True}).model)
+    with pytest.raises(UserError, match=r"^the checkpoint has an encoder .*; expected it in the backbone's init_cfg="):
+        load_checkpoint(model, str(scaled_file))
+    heads = {name: value for name, value in model.state_dict().items() if name.startswith("decode_head.")}
+    model.load_state_dict(heads, strict=False)
+
+
 # -------------------- keywords
 
 

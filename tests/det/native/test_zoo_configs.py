@@ -187,5 +187,5 @@ def test_whole_pretraining_runs_are_refused_as_weights_too(encoder_file, tmp_pat
     save_model(encoder, tmp_path / "e.safetensors")
     model = build_model(zoo_config(RETINANET, encoder_file))
     state = {f"denoiser.encoder.{name}": value for name, value in encoder.state_dict().items()}
-    with pytest.raises(UserError, match="nothing in it has the names of this detector"):
+    with pytest.raises(UserError, match="nothing under those of this detector"):
         model.load_state_dict(state, strict=False)
