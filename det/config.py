@@ -8,7 +8,8 @@ from typing import Annotated, Literal, TypedDict
 from annotated_types import Ge, Interval
 
 from addp_core.base.paths import DatasetPath
-from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.cnn import CnnConfig, CnnEncoder
 from addp_core.networks.encoder import Encoder, EncoderConfig, TransformerEncoder
 from addp_core.networks.token_encoder import TokenEncoderArchitecture
 from addp_core.weights.architectures import Normalisation
@@ -19,6 +20,7 @@ EngineName = Literal["torchvision", "detectron2"]
 EngineChoice = Literal["auto", "detectron2", "torchvision"]
 MaskChoice = Literal["auto"] | bool
 Interpolation = Literal["bicubic", "bilinear"]
+DetEncoder = TransformerEncoder | CnnEncoder
 
 
 @dataclass
@@ -123,14 +125,17 @@ class DetectorArchitecture:
     normalisation: Normalisation = "imagenet"
     interpolation: Interpolation = "bicubic"
     token_encoder: TokenEncoderArchitecture | None = None  # of an encoder over token ids, with its tokenizer
+    cnn_encoder: CnnConfig | None = None  # of a CNN, for which `encoder` and `attention` mean nothing
 
     @property
     def masks(self) -> bool:
         """Whether the detector predicts masks. "auto" stands in the files of older versions, all of which did."""
         return self.detector.masks is not False
 
-    def build_encoder(self) -> TransformerEncoder:
+    def build_encoder(self) -> DetEncoder:
         """Build the encoder, with random weights, for images of any size."""
+        if self.cnn_encoder is not None:
+            return CnnEncoder(self.cnn_encoder, (self.size, self.size))
         if self.token_encoder is not None:
             return self.token_encoder.build(dynamic=True)
         return Encoder(self.encoder, (self.size, self.size), self.patch_size, self.attention, dynamic=True)
@@ -143,14 +148,27 @@ class EncoderFields(TypedDict):
     attention: AttentionConfig
     patch_size: int
     token_encoder: TokenEncoderArchitecture | None
+    cnn_encoder: CnnConfig | None
 
 
-def describe_encoder(encoder: TransformerEncoder) -> EncoderFields:
+def describe_encoder(encoder: DetEncoder) -> EncoderFields:
     """Return what `DetectorArchitecture` stores about an encoder."""
+    if isinstance(encoder, CnnEncoder):
+        return EncoderFields(
+            encoder=EncoderConfig(),
+            attention=PLAIN_ATTENTION,
+            patch_size=encoder.patch_size,
+            token_encoder=None,
+            cnn_encoder=encoder.config,
+        )
     architecture = encoder.architecture
     tokens = architecture if isinstance(architecture, TokenEncoderArchitecture) else None
     return EncoderFields(
-        encoder=encoder.config, attention=encoder.attention, patch_size=encoder.patch_size, token_encoder=tokens
+        encoder=encoder.config,
+        attention=encoder.attention,
+        patch_size=encoder.patch_size,
+        token_encoder=tokens,
+        cnn_encoder=None,
     )
 
 

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import TransformerEncoder
 from addp_core.weights.architectures import ARCHITECTURES
 from addp_core.weights.files import MODEL_FILE, Source
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_state
-from det.config import Category, DetectorArchitecture, Interpolation
+from det.config import Category, DetectorArchitecture, DetEncoder, Interpolation
 
 KIND = "detector"
 DETECTRON2_CONFIG, DETECTRON2_WEIGHTS = "config.yaml", "model_final.pth"  # which its trainers write into their folder
@@ -75,7 +74,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
 
-def build_detector(architecture: DetectorArchitecture, encoder: TransformerEncoder) -> Detector:
+def build_detector(architecture: DetectorArchitecture, encoder: DetEncoder) -> Detector:
     """Build a detector around an encoder; all other parts are randomly initialized.
 
     Raises UserError if the architecture needs detectron2 and it is not installed.

@@ -1,7 +1,8 @@
-"""ViTDet's simple feature pyramid (arXiv 2203.16527): maps of several strides from the encoder's last map alone.
+"""ViTDet's simple feature pyramid (arXiv 2203.16527), maps of several strides from the encoder's last map alone; and
+the feature pyramid network (FPN: arXiv 1612.03144) over the four stages of a CNN.
 
-Parameters are named as in detectron2's SimpleFeaturePyramid (`net.*`, `simfp_<log2 of the stride>.*`), so that weights
-can be exchanged without renaming.
+Parameters of the first are named as in detectron2's SimpleFeaturePyramid (`net.*`, `simfp_<log2 of the stride>.*`), so
+that weights can be exchanged without renaming.
 """
 
 import math
@@ -10,8 +11,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from addp_core.base.errors import UserError
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import TransformerEncoder
 
 NORM_EPS = 1e-6  # as in ViTDet
@@ -72,6 +75,26 @@ class FeaturePyramid(nn.Module):
         maps = [getattr(self, level)(tokens).float() for level in self.levels]
         maps.append(F.max_pool2d(maps[-1], 1, 2))
         return OrderedDict((str(i), map_) for i, map_ in enumerate(maps))
+
+
+class StagePyramid(nn.Module):
+    """torchvision's FPN over the stages of a CNN: maps of `channels` channels at their strides, and one more level at
+    half the size of the last. The statistics of the CNN's batch norms are frozen.
+    """
+
+    def __init__(self, encoder: CnnEncoder, channels: int = 256):
+        super().__init__()
+        encoder.freeze_statistics()
+        self.net, self.out_channels = encoder, channels
+        self.strides = [*encoder.config.strides, 2 * encoder.config.strides[-1]]
+        self.fpn = FeaturePyramidNetwork(list(encoder.config.channels), channels, LastLevelMaxPool())
+
+    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
+        """Normalized Float[B,3,H,W] -> maps "0", "1", ... of Float[B,C,H/stride,W/stride]."""
+        stages = self.net.forward_maps(images, range(self.net.depth))
+        maps = self.fpn(OrderedDict((str(i), map_) for i, map_ in enumerate(stages))).values()
+        # torchvision computes the anchors in the precision of the maps
+        return OrderedDict((str(i), map_.float()) for i, map_ in enumerate(maps))
 
 
 def make_level(width: int, channels: int, scale: float) -> nn.Sequential:

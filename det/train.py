@@ -21,7 +21,7 @@ from addp_core.base.errors import UserError
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
 from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import TransformerEncoder
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import TrainConfig
@@ -32,6 +32,7 @@ from det.config import (
     CocoConfig,
     DetectorArchitecture,
     DetectorConfig,
+    DetEncoder,
     EngineChoice,
     EngineName,
     Interpolation,
@@ -148,15 +149,29 @@ def open_datasets(config: CocoConfig, masks: MaskChoice = "auto") -> tuple[CocoD
     return train_set, val_set
 
 
-def build_encoder(recipe: Recipe) -> TransformerEncoder:
+def build_encoder(recipe: Recipe) -> DetEncoder:
     """Build the recipe's encoder for square images of `data.size` pixels.
 
-    Raises UserError if the encoder has no position information.
+    Raises UserError if the encoder is a ViT without position information, or a CNN with scales of ViTs.
     """
     torch.manual_seed(recipe.train.seed)
     encoder = recipe.load_encoder(
-        recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True
+        recipe.data.size, drop_path=recipe.drop_path, attention=recipe.attention, dynamic=True, stages=True
     )
-    check_positions(encoder, recipe.model, "attention.relative")
+    if isinstance(encoder, CnnEncoder):
+        _check_stages(recipe, encoder)
+    else:
+        check_positions(encoder, recipe.model, "attention.relative")
     encoder.checkpointing = recipe.checkpointing
     return encoder
+
+
+def _check_stages(recipe: Recipe, encoder: CnnEncoder) -> None:
+    """Say how a CNN is read. Raises UserError if `detector.scales` are set, which a ViT's single map needs."""
+    arch, strides = encoder.config.arch, ", ".join(map(str, encoder.config.strides))
+    if recipe.detector.scales != DetectorConfig().scales:
+        raise UserError(
+            f"detector.scales: found {list(recipe.detector.scales)}, but the maps of {arch} have strides {strides}; "
+            "leave the key out"
+        )
+    log.info("det: %s: FPN over its stages of strides %s; the key attention is for ViTs", arch, strides)

@@ -111,6 +111,7 @@ class CnnEncoder(FeatureEncoder):
     config: CnnConfig  # type: ignore[assignment]
     num_prefix_tokens = 0
     dynamic = True
+    frozen_statistics = False
 
     def __init__(self, config: CnnConfig, image_size: tuple[int, int], output_stride: int = OUTPUT_STRIDES[-1]):
         super().__init__()
@@ -145,6 +146,23 @@ class CnnEncoder(FeatureEncoder):
     def architecture(self) -> CnnArchitecture:
         """Everything that builds the encoder again for transfer."""
         return CnnArchitecture(self.config, self.image_size)
+
+    def freeze_statistics(self) -> None:
+        """Normalize with the moving statistics in training too, and keep them; scales and shifts stay trainable.
+
+        Detectors and segmentors see few images at a time, whose statistics are noisy.
+        """
+        self.frozen_statistics = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "CnnEncoder":
+        """Set the mode; batch norms with frozen statistics stay in eval mode."""
+        super().train(mode)
+        if self.frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Return the maps of these stages, Float[B,C,h,w] with the stage's own channels and stride.

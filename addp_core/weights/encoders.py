@@ -64,6 +64,7 @@ def load_encoder(
     tokenizer: Source | None = None,
     input: InputChoice = "auto",
     normalisation: Normalisation = "imagenet",
+    stages: bool = False,
 ) -> AnyEncoder:
     """Load an encoder in eval mode, float32, on the CPU. Its final norm, which transfer does not use, is frozen.
 
@@ -87,6 +88,8 @@ def load_encoder(
         input: "pixels" or "token", to demand what the encoder reads; "auto": what the file's encoder reads, and token
             ids for a size with a `tokenizer`.
         normalisation: of the images that the encoder will get; a tokenizer needs it undone.
+        stages: the caller reads the four stages of a CNN, for which `attention` means nothing; otherwise a CNN is
+            refused where `attention` is set.
 
     Raises:
         UserError: if the file has no encoder, or the arguments do not fit it.
@@ -122,6 +125,7 @@ def load_encoder(
     if tokenizer_norm and (lacks_norm or found == "token"):
         raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
     if isinstance(architecture, CnnArchitecture):
+        attention = None if stages else attention
         _check_cnn_options(name, architecture, encoder_heads, dropout, tokenizer_norm, attention)
     try:
         size = architecture.image_size if size is None else (size[0], size[1])

@@ -9,38 +9,35 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.modeling import FPN
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from addp_core.networks.encoder import TransformerEncoder
+from addp_core.networks.cnn import CnnEncoder
+from addp_core.networks.encoder import FeatureEncoder
 from det.augment import DetectionSample
-from det.config import DetectorArchitecture
+from det.config import DetectorArchitecture, DetEncoder
 from det.masks import encode_bitmap
 from det.model import Detections, Detector, resize_to_longer_side
 from det.native.backbone import EncoderBackbone
 from det.native.lazy import mask_rcnn
-
-ENCODER_PREFIX = "rcnn.backbone.net.encoder."  # of the names of the encoder's parameters
+from det.native.stages import StageBackbone, stage_mask_rcnn
 
 
 class Detectron2Detector(Detector):
     """detectron2's Mask R-CNN with ViTDet's configuration. In training, `model(samples)` returns the losses by name."""
 
-    def __init__(self, architecture: DetectorArchitecture, encoder: TransformerEncoder):
+    def __init__(self, architecture: DetectorArchitecture, encoder: DetEncoder):
         super().__init__()
-        net = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
-        self.rcnn = instantiate(
-            mask_rcnn(
-                net,
-                encoder.patch_size,
-                architecture.size,
-                len(architecture.categories),
-                architecture.detector,
-                architecture.normalisation,
-            )
-        )
+        options = (len(architecture.categories), architecture.detector, architecture.normalisation)
+        if isinstance(encoder, CnnEncoder):
+            config = stage_mask_rcnn(StageBackbone(encoder), architecture.size, *options)
+        else:
+            net = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
+            config = mask_rcnn(net, encoder.patch_size, architecture.size, *options)
+        self.rcnn = instantiate(config)
         self.architecture = architecture
 
     def forward(self, samples: list[DetectionSample]) -> dict[str, Tensor]:
@@ -58,11 +55,20 @@ class Detectron2Detector(Detector):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the encoder's parameters that are exempt from weight decay."""
-        return {ENCODER_PREFIX + name for name in self.rcnn.backbone.net.encoder.no_weight_decay()}
+        return {self._encoder_prefix + name for name in self._encoder.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's parameter groups for layer decay: the encoder's stem, then its blocks; the rest comes last."""
-        return self.rcnn.backbone.net.encoder.group_matcher(coarse, prefix=ENCODER_PREFIX)
+        return self._encoder.group_matcher(coarse, prefix=self._encoder_prefix)
+
+    @property
+    def _encoder(self) -> FeatureEncoder:
+        return self.get_submodule(self._encoder_prefix.rstrip("."))  # type: ignore[return-value]
+
+    @property
+    def _encoder_prefix(self) -> str:
+        """What the names of the encoder's parameters begin with."""
+        return f"rcnn.backbone.{'bottom_up' if isinstance(self.rcnn.backbone, FPN) else 'net'}.encoder."
 
 
 def _to_instances(sample: DetectionSample) -> Instances:

@@ -18,13 +18,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from addp_core.networks.encoder import TransformerEncoder
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.augment import DetectionSample
-from det.config import ANCHOR_SCALE, DetectorArchitecture, Interpolation, padded_size
+from det.config import ANCHOR_SCALE, DetectorArchitecture, DetEncoder, Interpolation, padded_size
 from det.masks import encode_bitmap
 from det.model import Detections, Detector, resize_to_longer_side
-from det.pyramid import ChannelNorm, FeaturePyramid
+from det.pyramid import ChannelNorm, FeaturePyramid, StagePyramid
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 ENCODER_PREFIX = "backbone.net."  # of the names of the encoder's parameters
@@ -37,11 +37,15 @@ class TorchvisionDetector(FasterRCNN, Detector):
     In training, `model(samples)` returns the losses by name.
     """
 
-    backbone: FeaturePyramid
+    backbone: FeaturePyramid | StagePyramid
 
-    def __init__(self, architecture: DetectorArchitecture, encoder: TransformerEncoder):
+    def __init__(self, architecture: DetectorArchitecture, encoder: DetEncoder):
         config, classes = architecture.detector, len(architecture.categories) + 1  # class 0 is the background
-        pyramid = FeaturePyramid(encoder, config.channels, config.scales)
+        pyramid: FeaturePyramid | StagePyramid
+        if isinstance(encoder, CnnEncoder):
+            pyramid = StagePyramid(encoder, config.channels)
+        else:
+            pyramid = FeaturePyramid(encoder, config.channels, config.scales)
         anchor_sizes = tuple((ANCHOR_SCALE * stride,) for stride in pyramid.strides)
         make_pool, pooled = partial(_RoIAlign, pyramid.strides[:-1]), 7
         super().__init__(

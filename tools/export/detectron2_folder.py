@@ -29,6 +29,8 @@ def export_detectron2(recipe: Recipe, out: Path) -> None:
             if getattr(recipe, key):
                 raise UserError(f"{key}: {recipe.model} is a detector with a fixed architecture; leave the key out")
         detector = load_detector(recipe.model)
+        if detector.architecture.cnn_encoder is not None:
+            raise UserError(f"model: {recipe.model} is a detector over a CNN; layout=detectron2 holds those over ViTs")
         out.mkdir(parents=True, exist_ok=True)
         _check(out, *write_detector(detector, out))
         return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.rng import generator
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import Encoder
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import read_file
@@ -61,7 +62,8 @@ def _export_encoder(recipe: Recipe, out: Path) -> None:
         tokenizer_norm=any(name.endswith("tokenizer_norm.weight") for name in file.state),
     )
     if not isinstance(whole, Encoder):
-        raise UserError(f"model: {recipe.model} reads token ids, not pixels; expected an encoder of pixels")
+        found = "is a CNN, no ViT" if isinstance(whole, CnnEncoder) else "reads token ids, not pixels"
+        raise UserError(f"model: {recipe.model} {found}; expected a ViT of pixels")
     out.mkdir(parents=True, exist_ok=True)
     crop = recipe.img_size or CROP
     with renaming_keys({"data.crop": "img_size"}):

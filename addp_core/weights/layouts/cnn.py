@@ -16,7 +16,7 @@ from addp_core.weights.layouts.shapes import depth_of, has_tensors, require_tens
 from addp_core.weights.layouts.vit import fold_batch_norm
 
 DEFAULT_SIZE = 224  # pixels; a CNN takes any size
-RESNETS: dict[tuple[tuple[int, ...], bool], str] = {  # blocks of each stage, whether they are bottlenecks -> name in timm
+RESNETS: dict[tuple[tuple[int, ...], bool], str] = {  # (blocks of each stage, whether bottlenecks) -> timm's name
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
