@@ -29,6 +29,7 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
+from addp_core.training.batch_norm import local_statistics
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.metrics import RunLogger
 from addp_core.training.pace import mark_pace
@@ -157,7 +158,7 @@ class RunFolder(Hook):
         if is_main_process():
             total, step = runner.max_iters // self.accumulate, runner.iter // self.accumulate
             self.run_logger = RunLogger(self.checkpoints.folder.parent, "seg", step, total)
-        self.batch_statistics = [] if self.world_size == 1 else _local_batch_statistics(runner.model)
+        self.batch_statistics = [] if self.world_size == 1 else local_statistics(runner.model)
         self._make_up_for_evaluation(runner)
         self.window_start = time.perf_counter()
 
@@ -264,13 +265,3 @@ class RunFolder(Hook):
     def _exit(self, step: int, interrupt: bool) -> NoReturn:
         log.info("stopped by a signal after step %d; the same command continues", step)
         raise SystemExit(1 if interrupt else 0)
-
-
-def _local_batch_statistics(model: nn.Module) -> list[torch.Tensor]:
-    """Return the running means and variances of the batch norms whose processes compute them separately."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-    ]
-    return [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var) if statistic is not None]
