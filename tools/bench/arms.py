@@ -1,5 +1,6 @@
 """The arms of a bench. An arm is one checkpoint or baseline under comparison, and a row of the report's tables."""
 
+import functools
 import hashlib
 import math
 import re
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # `addp report` does without torch
 
     from addp_core.networks.encoder import FeatureEncoder
 
+PRETRAINED = "pretrained"  # the `init` of every arm but "random"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -32,6 +35,9 @@ class Arm:
         image_size: (height, width) in pixels.
         generates: Whether the checkpoint is a complete ADDP model, which can generate images.
         problem: Why the checkpoint cannot be read, "" if it can; no chosen step needs such an arm.
+        random_digest: Digest of the arm "random" if it has this one's architecture.
+        seeds: Seeds of its pretraining, if this bench does it; with several, {seed} in `model` stands for the seed.
+        pretrained_by: The step of this bench that trains the model, "" if the model is given.
     """
 
     name: str
@@ -42,18 +48,32 @@ class Arm:
     image_size: tuple[int, int]
     generates: bool
     problem: str = ""
+    random_digest: str = ""
+    seeds: tuple[int, ...] = ()
+    pretrained_by: str = ""
+
+    def model_of(self, seed: int) -> str:
+        """Return the model that a transfer or generation with this seed takes."""
+        return self.model.replace("{seed}", str(seed)) if len(self.seeds) > 1 else self.model
+
+    @property
+    def first_model(self) -> str:
+        """The model, or that of the first seed of its pretraining."""
+        return self.model_of(self.seeds[0]) if self.seeds else self.model
 
     def about(self) -> dict[str, Any]:
         """Return the arm's entry in bench.json. If the model is a run folder, it has the budget of its pretraining:
-        the images seen, and the seconds of all stages together.
+        the images seen, and the seconds of all stages together, unless steps of this bench have taken them.
         """
-        entry = {"model": self.model, "init": self.init, "parameters": self.parameters}
+        parameters = _parameters(self.first_model) if self.pretrained_by else self.parameters
+        entry = {"model": self.model, "init": self.init, "parameters": parameters}
         entry |= {"images_seen": None, "run": None, "seconds": None}
-        run, last_step = _pretraining_run(Path(self.model))
+        run, last_step = _pretraining_run(Path(self.first_model))
         if self.init == "random" or not (run / "metrics.jsonl").is_file():
             return entry
         images, seconds = _budget(run, last_step)
         seconds += sum(_budget(run / stage)[1] for stage in ("tokenizer", "predictor"))
+        seconds = 0.0 if self.pretrained_by else seconds
         return entry | {"images_seen": images or None, "run": str(run), "seconds": round(seconds, 1) or None}
 
 
@@ -84,24 +104,39 @@ def open_arms(models: "Mapping[str, str]", random: bool, needed: "Collection[str
 
     Raises UserError, with the key, if a checkpoint of an arm in `needed` (None: of any arm) cannot be read.
     """
-    arms, random_digests = [], []
+    arms = []
     for name, model in models.items():
         try:
             with errors_name(f"models.{name}"):
-                arm, random_digest = _open_arm(name, model)
+                arm = _open_arm(name, model)
         except UserError as error:
             if needed is None or name in needed:
                 raise
-            arm, random_digest = Arm(name, model, "pretrained", "", None, (224, 224), False, str(error)), ""
+            arm = Arm(name, model, PRETRAINED, "", None, (224, 224), False, str(error))
         arms.append(arm)
-        random_digests.append(random_digest)
-    if random:
-        arms.append(replace(arms[0], name="random", init="random", digest=random_digests[0], generates=False))
-    return arms
+    return [*arms, random_arm(arms[0])] if random else arms
 
 
-def _open_arm(name: str, model: str) -> tuple[Arm, str]:
-    """Read a checkpoint. Returns its arm, and the digest of the arm "random" if that has this architecture."""
+def random_arm(first: Arm) -> Arm:
+    """Return the arm "random": fresh weights in the architecture of another arm."""
+    digest = first.random_digest
+    return replace(first, name="random", model=first.first_model, init="random", digest=digest, generates=False)
+
+
+def _parameters(model: str) -> int | None:
+    """Return the number of parameters of a model's encoder, None as long as there is no model."""
+    from addp_core.weights.files import MODEL_FILE
+
+    return _read_parameters(model) if Path(model, MODEL_FILE).exists() else None
+
+
+@functools.cache
+def _read_parameters(model: str) -> int | None:
+    return _open_arm("", model).parameters
+
+
+def _open_arm(name: str, model: str) -> Arm:
+    """Read a checkpoint."""
     from addp_core.weights.encoders import load_encoder
     from addp_core.weights.reading import read_weights
 
@@ -116,8 +151,9 @@ def _open_arm(name: str, model: str) -> tuple[Arm, str]:
         encoder = load_encoder(model, size, init="random", encoder_heads=heads)
         parameters = sum(parameter.numel() for parameter in encoder.parameters())
         random_digest = _random_digest(encoder)
-    arm = Arm(name, model, "pretrained", digest, parameters, (size[0], size[1]), weights.kind == "addp")
-    return arm, random_digest
+    height, width = size[0], size[1]
+    generates = weights.kind == "addp"
+    return Arm(name, model, PRETRAINED, digest, parameters, (height, width), generates, random_digest=random_digest)
 
 
 def _digest(text: str, state: "Mapping[str, Tensor]") -> str:

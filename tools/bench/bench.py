@@ -27,12 +27,13 @@ from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
+from tools.bench import pretraining
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.children import Children, Stopped, last_lines
 from tools.bench.devices import DeviceShares
 from tools.bench.estimate import check_given_speeds, print_estimate
 from tools.bench.plan import Plan, recipe_class
-from tools.bench.recipe import BenchRecipe
+from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.report import write_report
 from tools.bench.results import BENCH, bench_content, mean_and_sd, summary_table, write_record
 from tools.bench.slurm import check_sbatch_options, jobs_in_queue, printed_commands, submit
@@ -154,7 +155,7 @@ class Runner:
             log.warning("%s: %s: %s", step.name, record["state"], record["error"])
             return False
         scores = ", ".join(f"{name} {mean_and_sd(values)}" for name, values in record["scores"].items())
-        log.info("%s: done in %.0f s: %s", step.name, record["seconds"], scores)
+        log.info("%s: done in %.0f s%s", step.name, record["seconds"], f": {scores}" if scores else "")
         for line in record.get("notes", []):
             log.warning("%s: %s", step.name, line)
         return True
@@ -174,7 +175,10 @@ class Runner:
         try:
             error = self._run_commands(step, children)
             if not error:
-                state, outcome = "done", BENCHMARKS[step.benchmark].read_outcome(step).entry(step)
+                read_outcome = (
+                    pretraining.read_outcome if step.benchmark == PRETRAIN else BENCHMARKS[step.benchmark].read_outcome
+                )
+                state, outcome = "done", read_outcome(step).entry(step)
         except Stopped:
             write_record(step, state="stopped", error="stopped by a signal", seconds=seconds())
             raise
@@ -190,10 +194,12 @@ class Runner:
 
         Returns the last line of the first one that failed, "" if none did.
         """
-        jobs = 1 if step.trials else self.shares.jobs
+        jobs = 1 if step.trials or step.in_sequence else self.shares.jobs
 
         def run(number: int) -> str:
             command, log_file = step.commands[number], step.folder / (LOG if jobs == 1 else f"{number}-{LOG}")
+            for out in [argument.removeprefix("out=") for argument in command.arguments if argument.startswith("out=")]:
+                children.wait_until_free(Path(out))
             try:
                 # a sweep divides the GPUs itself
                 with contextlib.nullcontext(dict[str, str]()) if step.trials else self.shares.take() as environment:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import addp_core
+from addp_core.base.errors import UserError
 from tools.bench import sweep
 from tools.bench.arguments import as_arguments, result_settings, verb_recipe
-from tools.bench.arms import Arm
+from tools.bench.arms import PRETRAINED, Arm
 from tools.bench.inputs import Inputs
 from tools.bench.metric import Metric
 from tools.bench.recipe import BEST_RUN, BenchRecipe, EvaluationKeys, TransferKeys
@@ -153,6 +154,7 @@ class Benchmark(ABC):
         """Return the step of an arm. Raises UserError if the settings do not fit the verb."""
         section = recipe.section(self.name)
         step = Step(self.name, arm, Path(recipe.out), self.seeds(recipe), processes=recipe.bench.processes)
+        step.needs += [arm.pretrained_by] if arm.pretrained_by else []
         if section.arms and arm.name not in section.arms:
             step.left_out = f"not one of {self.name}.arms"
         elif missing := self.missing_dataset(recipe):
@@ -163,6 +165,7 @@ class Benchmark(ABC):
             step.left_out = self.unsuitable(arm)
         if step.left_out:
             return step
+        self._check_seeds(step)
         paths = self.paths(recipe)
         settings = {key: _resolve_best_run(value, step, recipe) for key, value in section.set.items()}
         self.add_commands(step, settings, paths, recipe, inputs)
@@ -172,6 +175,16 @@ class Benchmark(ABC):
             "data": {key: inputs.digests[path] for key, path in paths.items()},
         }
         return step
+
+    def _check_seeds(self, step: Step) -> None:
+        """Raise UserError if an arm that was pretrained with several seeds lacks one of the step's."""
+        pretrained = step.arm.seeds if step.arm.init == PRETRAINED else ()
+        missing = [seed for seed in step.seeds if seed not in pretrained] if len(pretrained) > 1 else []
+        if missing:
+            raise UserError(
+                f"{self.name}.seeds: found {missing[0]}, expected seeds of pretrain.seeds: {list(pretrained)}; each "
+                "takes the pretraining of the same seed"
+            )
 
     # ---------------------------------------------------------------- results
 

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from addp_core.base.errors import UserError
 from addp_core.training.signals import SignalHandler
 
 log = logging.getLogger("addp")
 
 ADDP = [sys.executable, "-m", "addp_core"]
+PATIENCE = 600  # seconds to wait for a run that was told to stop
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 # Runs a command that the kernel (Linux) sends SIGTERM to when the process that started it dies, however it dies.
@@ -96,6 +98,26 @@ class Children(SignalHandler):
         time.sleep(seconds)
         if self.stopped:
             raise Stopped
+
+    def wait_until_free(self, folder: Path) -> None:
+        """Wait for what a killed process left at work in a run folder: it finishes a step and writes a checkpoint.
+
+        Raises Stopped.
+        """
+        if not (folder / ".lock").exists():
+            return
+        from addp_core.training.run_folder import lock_out, release_out  # loads torch
+
+        for second in range(PATIENCE):
+            try:
+                lock_out(folder)
+            except UserError as error:
+                if second == 0:
+                    log.info("waiting: %s", error)
+                self.sleep(1)
+            else:
+                release_out(folder)
+                return
 
     def _receive(self, number: int, _frame: object) -> None:
         self.stopped = True

@@ -9,11 +9,12 @@ from typing import Annotated
 from addp_core.base.errors import UserError, did_you_mean
 from tools import doctor
 from tools.bench.arguments import errors_name
-from tools.bench.arms import Arm, open_arms
+from tools.bench.arms import PRETRAINED, Arm, open_arms, random_arm
 from tools.bench.benchmark import Benchmark, Dataset
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.inputs import Inputs, listing_digest
-from tools.bench.recipe import BEST_RUN, BenchRecipe, DataPaths
+from tools.bench.pretraining import Pretraining
+from tools.bench.recipe import BEST_RUN, PRETRAIN, PRETRAINED_HERE, STAGES, BenchRecipe, DataPaths
 from tools.bench.step import Step
 
 
@@ -48,22 +49,25 @@ class Plan:
 
     def __init__(self, recipe: BenchRecipe):
         self.recipe, self.out = recipe, Path(recipe.out)
-        if not recipe.models:
-            raise UserError("models: none given; expected model=<run or file>, or models={name: <run or file>, ...}")
+        names = [*recipe.pretrain.arms, *recipe.models]
+        if not names:
+            raise UserError(
+                "models: none given; expected model=<run or file>, models={name: <run or file>, ...}, or pretraining "
+                "as in pretrain.recipe=tiny"
+            )
         self.only: Sequence[str] = recipe.bench.only
-        arms = [*recipe.models, *(["random"] if recipe.random else [])]
-        known = [*BENCHMARKS, *(f"{benchmark}/{arm}" for benchmark in BENCHMARKS for arm in arms)]
-        for name in self.only:
-            if name not in known:
-                expected = f"benchmarks ({', '.join(BENCHMARKS)}) or steps (as det/{arms[0]})"
-                raise UserError(f"bench.only: found {name!r}, expected {expected}{did_you_mean(name, known)}")
+        arms = [*names, *(["random"] if recipe.random else [])]
+        check_only(recipe, arms)
         wanted = wanted_steps(recipe, arms)
         self.inputs = check_datasets(recipe, {name.split("/")[0] for name in wanted})
         needed_arms = {name.split("/")[1] for name in wanted}
         if "random" in needed_arms:  # which has the first model's architecture
             needed_arms.add(arms[0])
-        self.arms: list[Arm] = open_arms(recipe.models, recipe.random, needed_arms)
-        self.steps = plan_steps(recipe, self.arms, self.inputs, wanted)
+        needed_arms |= {arm_of_run(recipe.models[name]) for name in needed_arms & recipe.models.keys()}
+        pretraining = Pretraining(recipe, self.inputs, needed_arms)
+        self.arms: list[Arm] = all_arms(recipe, pretraining, needed_arms)
+        self.steps = plan_steps(recipe, self.arms, self.inputs, wanted, pretraining.steps)
+        check_only(recipe, arms, self.steps)
         check_packages({step.benchmark for step in self.chosen_steps()})
 
     def chosen_steps(self) -> list[Step]:
@@ -95,13 +99,55 @@ class Plan:
         return names
 
 
+def check_only(recipe: BenchRecipe, arms: Sequence[str], steps: Collection[str] | None = None) -> None:
+    """Raise UserError if bench.only names neither benchmarks nor steps. Before there are `steps`, it is not known which
+    of them train the tokenizers and predictors.
+    """
+    pretrained = list(recipe.pretrain.arms)
+    kinds = [*([PRETRAIN] if pretrained else []), *BENCHMARKS]
+    known = [*kinds, *(f"{PRETRAIN}/{arm}" for arm in pretrained)]
+    known += [f"{benchmark}/{arm}" for benchmark in BENCHMARKS for arm in arms]
+    for name in recipe.bench.only:
+        trains_stages = pretrained and name.startswith(f"{PRETRAIN}/{STAGES}")
+        if name not in known and not (trains_stages and (steps is None or name in steps)):
+            expected = f"benchmarks ({', '.join(kinds)}) or steps (as det/{arms[0]})"
+            raise UserError(f"bench.only: found {name!r}, expected {expected}{did_you_mean(name, known)}")
+
+
+def arm_of_run(model: str) -> str:
+    """Return the arm whose pretraining `pretrain:<arm>/models/step-<n>` names, "" for any other model."""
+    return model.removeprefix(PRETRAINED_HERE).partition("/")[0] if model.startswith(PRETRAINED_HERE) else ""
+
+
+def all_arms(recipe: BenchRecipe, pretraining: Pretraining, needed: Collection[str]) -> list[Arm]:
+    """Return the arms in the order of the table: those pretrained here, the models, random weights.
+
+    Raises UserError, with the key, if a checkpoint of an arm in `needed` cannot be read, or will not exist.
+    """
+    arms = list(pretraining.arms)
+    for name, model in recipe.models.items():
+        if not arm_of_run(model):
+            arms += open_arms({name: model}, random=False, needed=needed)
+            continue
+        try:
+            arms.append(pretraining.intermediate(name, model))
+        except UserError as error:
+            if name in needed:
+                raise
+            arms.append(Arm(name, model, PRETRAINED, "", None, (224, 224), False, str(error)))
+    return [*arms, random_arm(arms[0])] if recipe.random else arms
+
+
 def wanted_steps(recipe: BenchRecipe, arms: Sequence[str]) -> set[str]:
     """Return the names of the steps that bench.only asks for, and of those that they need. Some may not exist."""
     pending: list[str] = []
-    for name in recipe.bench.only or BENCHMARKS:
-        benchmark, _, arm = name.partition("/")
-        pending += [f"{benchmark}/{each}" for each in ([arm] if arm else recipe.section(benchmark).arms or arms)]
     wanted: set[str] = set()
+    for name in recipe.bench.only or [PRETRAIN, *BENCHMARKS]:
+        benchmark, _, arm = name.partition("/")
+        if benchmark == PRETRAIN:
+            wanted.update(f"{PRETRAIN}/{each}" for each in recipe.pretrain.arms if arm in ("", each))
+            continue
+        pending += [f"{benchmark}/{each}" for each in ([arm] if arm else recipe.section(benchmark).arms or arms)]
     while pending:
         name = pending.pop()
         benchmark, _, arm = name.partition("/")
@@ -134,13 +180,19 @@ def check_datasets(recipe: BenchRecipe, wanted: Collection[str]) -> Inputs:
     return inputs
 
 
-def plan_steps(recipe: BenchRecipe, arms: Sequence[Arm], inputs: Inputs, wanted: Collection[str]) -> dict[str, Step]:
-    """Return all steps by name, with those that are left out.
+def plan_steps(
+    recipe: BenchRecipe,
+    arms: Sequence[Arm],
+    inputs: Inputs,
+    wanted: Collection[str],
+    pretraining: Mapping[str, Step],
+) -> dict[str, Step]:
+    """Return all steps by name, with those that are left out; `pretraining` are the first ones.
 
     Raises UserError if a setting of a step in `wanted` does not fit its verb; any other such step is left out.
     """
     names = [arm.name for arm in arms]
-    steps: dict[str, Step] = {}
+    steps = dict(pretraining)
     for benchmark in BENCHMARKS.values():
         is_wanted = any(name.startswith(f"{benchmark.name}/") for name in wanted)
         for unknown in set(recipe.section(benchmark.name).arms) - set(names) if is_wanted else ():
@@ -156,8 +208,9 @@ def plan_steps(recipe: BenchRecipe, arms: Sequence[Arm], inputs: Inputs, wanted:
             steps[step.name] = step
     _check_needs(steps, wanted)
     for step in steps.values():
-        if not step.left_out:
-            step.basis["needs"] = {needed: steps[needed].fingerprint for needed in step.needs}
+        if not step.left_out and step.name not in pretraining:  # an arm's digest stands for its pretraining
+            needs = [needed for needed in step.needs if needed not in pretraining]
+            step.basis["needs"] = {needed: steps[needed].fingerprint for needed in needs}
     return steps
 
 
@@ -181,8 +234,8 @@ def _check_needs(steps: Mapping[str, Step], wanted: Collection[str]) -> None:
 def check_packages(benchmarks: Collection[str]) -> None:
     """Raise UserError if a package that one of the benchmarks needs is not installed."""
     for name in sorted(benchmarks):
-        benchmark = BENCHMARKS[name]
-        for module in doctor.TASKS[benchmark.task].needs + benchmark.packages:
+        task, packages = (PRETRAIN, ()) if name == PRETRAIN else (BENCHMARKS[name].task, BENCHMARKS[name].packages)
+        for module in doctor.TASKS[task].needs + packages:
             if importlib.util.find_spec(module) is None:
                 raise UserError(
                     f"{name}: the package {module!r} is not installed; add it with: {doctor.command_for(module)}; "

@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, MinLen
 
 BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step with its first seed
-MODEL_ARM = "addp"  # the arm of the key `model`
+MODEL_ARM = "addp"  # the arm of the key `model`, and that of a pretraining without arms
+PRETRAIN = "pretrain"  # the section, the folder and the steps of pretraining
+STAGES = "stages"  # the step that trains the tokenizer and the predictor which arms share
+PRETRAINED_HERE = "pretrain:"  # pretrain:addp/models/step-100 stands for that checkpoint of the arm's pretraining
 ARM_NAME = re.compile(r"[\w.+-]+")
 
 
@@ -33,6 +36,34 @@ class TransferKeys(EvaluationKeys):
     grid: Annotated[
         dict[str, list[Any]], "key -> values: the small grid that every arm searches with the first seed"
     ] = field(default_factory=dict)
+
+
+@dataclass
+class PretrainKeys:
+    """Pretraining that the bench begins with: an `addp pretrain` for each arm, whose model all later steps use."""
+
+    recipe: Annotated[str, "recipe of `addp pretrain`; empty: none"] = ""
+    set: Annotated[
+        dict[str, Any], "settings of every arm's `addp pretrain`; the images are data.imagenet if none are given"
+    ] = field(default_factory=dict)
+    arms: Annotated[
+        dict[str, dict[str, Any]],
+        "name -> settings of its `addp pretrain`: the first rows of the table; with a recipe alone, there is one, addp",
+    ] = field(default_factory=dict)
+    seeds: Annotated[
+        list[int],
+        MinLen(1),
+        "seeds of each pretraining; with several of them, a transfer with a seed takes the model of the same seed",
+    ] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        if self.recipe and not self.arms:
+            self.arms = {MODEL_ARM: {}}
+        for name in self.arms:
+            if not ARM_NAME.fullmatch(name) or name == "random" or name.partition("-")[0] == STAGES:
+                raise ValueError(
+                    f"arms: {name!r}, expected a name of letters, digits, . + - _, other than random and {STAGES}"
+                )
 
 
 @dataclass
@@ -100,11 +131,14 @@ class BenchRecipe:
 
     out: Annotated[str, "folder for the steps, bench.json, report.html and report.md"] = "runs/bench"
     model: Annotated[str, "short for models={addp: ...}; replaces the models of a recipe"] = ""
+    pretrain: PretrainKeys = field(default_factory=PretrainKeys)
     models: Annotated[
-        dict[str, str], "name -> a run folder, a file or hf://owner/repository/file: the rows of the table"
+        dict[str, str],
+        "name -> a run folder, a file, hf://owner/repository/file, or pretrain:<arm>/models/step-<n> for an "
+        "intermediate checkpoint of an arm of `pretrain`: the rows of the table",
     ] = field(default_factory=dict)
     random: Annotated[
-        bool, "also train from random weights, with the first model's architecture and the same settings"
+        bool, "also train from random weights, with the first arm's architecture and the same settings"
     ] = True
     data: DataPaths = field(default_factory=DataPaths)
     seeds: Annotated[list[int], MinLen(1), "seeds of every transfer; the first one searches the grid"] = field(
@@ -126,10 +160,15 @@ class BenchRecipe:
         for name in self.models:
             if not ARM_NAME.fullmatch(name) or name == "random":
                 raise ValueError(f"models: {name!r}, expected a name of letters, digits, . + - _, other than random")
+            if name in self.pretrain.arms:
+                raise ValueError(f"models: {name!r} is also in pretrain.arms, expected another name")
 
     def _replace_models(self) -> None:
-        """Put `model` in the place of all models, and in the place of each one that a section names in `arms`."""
-        self.replaced_models = tuple(self.models)
+        """Put `model` in the place of all models and of the pretraining, and in the place of each one that a section
+        names in `arms`.
+        """
+        self.replaced_models = (*self.pretrain.arms, *self.models)
+        self.pretrain = PretrainKeys()
         self.models, self.model = {MODEL_ARM: self.model}, ""
         for section in vars(self).values():
             if isinstance(section, EvaluationKeys):

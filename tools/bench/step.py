@@ -1,4 +1,6 @@
-"""A step of `addp bench`: one benchmark of one arm, its folder, its commands and what its result depends on."""
+"""A step of `addp bench`: one benchmark, or the pretraining, of one arm; its folder, its commands and what its result
+depends on.
+"""
 
 import hashlib
 import json
@@ -29,13 +31,14 @@ class Command:
 
 @dataclass
 class Step:
-    """One benchmark of one arm, in `out/<benchmark>/<arm>`.
+    """One benchmark, or the pretraining, of one arm, in `out/<benchmark>/<arm>`.
 
     Attributes:
         processes: Number of processes of each training and evaluation.
         commands: The commands, run in this order.
         trials: The sweep of a benchmark that trains.
         metrics: What is read from the runs of the sweep.
+        in_sequence: Whether each command needs the one before.
         needs: Names of the steps that have to be done before.
         basis: What all results in the folder depend on.
         left_out: Why the step is not part of the bench, "" if it is.
@@ -49,6 +52,7 @@ class Step:
     commands: list[Command] = field(default_factory=list)
     trials: sweep.Recipe | None = None
     metrics: tuple[Metric, ...] = ()
+    in_sequence: bool = False
     needs: list[str] = field(default_factory=list)
     basis: dict[str, Any] = field(default_factory=dict)
     left_out: str = ""

@@ -39,7 +39,6 @@ GridPoint: TypeAlias = tuple[tuple[str, Any], ...]  # (key, value) of each key o
 RESULTS, METRICS, FINISHED, SCORE = "results.json", "metrics.jsonl", "finished.json", "cell.json"
 LOG_LINES = 8  # of a failed run's log, in the warning
 LOGS_NAMED = 3  # logs of failed runs in the last line
-PATIENCE = 600  # seconds to wait for a run that was told to stop
 
 
 @dataclass
@@ -216,7 +215,7 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children, shares: Devi
     folder = Path(recipe.out) / sweep_run.name
     folder.mkdir(parents=True, exist_ok=True)
     command = _arguments(recipe, sweep_run)
-    _wait_until_free(folder, children)
+    children.wait_until_free(folder)
     output = _log_of(sweep_run, Path(recipe.out))
     with shares.take() as environment:
         code = children.run_addp(command, output, recipe.processes, environment)
@@ -251,24 +250,6 @@ def _recorded_score(recipe: Recipe, sweep_run: SweepRun) -> float | None:
     recorded = json.loads(record.read_text(encoding="utf-8"))
     task = {"command": _arguments(recipe, sweep_run), "metric": recipe.metric}
     return recorded["score"] if recorded | task == recorded else None
-
-
-def _wait_until_free(folder: Path, children: Children) -> None:
-    """Wait for the training of a killed sweep: it finishes its current step and writes a checkpoint."""
-    if not (folder / ".lock").exists():
-        return
-    from addp_core.training.run_folder import lock_out, release_out  # loads torch
-
-    for second in range(PATIENCE):
-        try:
-            lock_out(folder)
-        except UserError as error:
-            if second == 0:
-                log.info("waiting: %s", error)
-            children.sleep(1)
-        else:
-            release_out(folder)
-            return
 
 
 def _log_of(sweep_run: SweepRun, out: Path) -> Path:

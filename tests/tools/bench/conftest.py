@@ -11,6 +11,18 @@ from addp_core import save_model
 from addp_core.recipes.cli import main
 from tools.bench import bench, children
 
+SBATCH = """#!/bin/bash
+echo "$@" >> $FAKE_ADDP/sbatch.txt
+echo $((100 + $(wc -l < $FAKE_ADDP/sbatch.txt)));
+"""
+SQUEUE = """#!/bin/bash
+[ -e $FAKE_ADDP/down ] && { echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1; }
+cat $FAKE_ADDP/queue.txt
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" > $FAKE_ADDP/scontrol.txt
+"""
+
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory) -> Path:
@@ -37,3 +49,14 @@ def fake(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(bench, "write_report", lambda out: out / "report.html")
     monkeypatch.setattr(children, "ADDP", [sys.executable, str(script)])
     return folder
+
+
+@pytest.fixture
+def slurm(fake, monkeypatch):
+    """Stand-ins of Slurm's commands; fake/queue.txt lists the jobs in its queue, and fake/down makes it unreachable."""
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
+        (fake / name).write_text(text)
+        (fake / name).chmod(0o755)
+    (fake / "queue.txt").write_text("")
+    monkeypatch.setenv("PATH", f"{fake}:/usr/bin:/bin")
+    return fake

@@ -35,6 +35,9 @@ def main() -> None:
     behave(behavior, folder, out)
     if verb == "sweep":
         sweep(recipe, out, behavior.get("notes", []))
+    elif verb in ("tokenizer", "predictor", "pretrain"):
+        assert all(Path(keys[part]).is_dir() for part in ("tokenizer", "predictor") if part in keys)
+        out.mkdir(parents=True, exist_ok=True)
     elif verb == "robustness":
         assert Path(keys["model"], "results.json").exists()
         out.mkdir()

@@ -15,29 +15,6 @@ from addp_core.recipes.cli import main
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench.slurm import _write_job_script
 
-SBATCH = """#!/bin/bash
-echo "$@" >> $FAKE_ADDP/sbatch.txt
-echo $((100 + $(wc -l < $FAKE_ADDP/sbatch.txt)));
-"""
-SQUEUE = """#!/bin/bash
-[ -e $FAKE_ADDP/down ] && { echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1; }
-cat $FAKE_ADDP/queue.txt
-"""
-SCONTROL = """#!/bin/bash
-echo "$@" > $FAKE_ADDP/scontrol.txt
-"""
-
-
-@pytest.fixture
-def slurm(fake, monkeypatch):
-    """Stand-ins of Slurm's commands; fake/queue.txt lists the jobs in its queue, and fake/down makes it unreachable."""
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
-        (fake / name).write_text(text)
-        (fake / name).chmod(0o755)
-    (fake / "queue.txt").write_text("")
-    monkeypatch.setenv("PATH", f"{fake}:/usr/bin:/bin")
-    return fake
-
 
 def addp_arguments(script: str) -> list[str]:
     """Return the arguments of `addp` in a job's script."""

@@ -56,13 +56,18 @@ class Generation(Benchmark):
         self, step: Step, settings: Settings, paths: Mapping[str, str], recipe: BenchRecipe, inputs: Inputs
     ) -> None:
         for seed in step.seeds:
-            fixed = {"model": step.arm.model, "reference": paths["imagenet"], "out": step.folder / f"seed{seed}"}
+            fixed = {
+                "model": step.arm.model_of(seed),
+                "reference": paths["imagenet"],
+                "out": step.folder / f"seed{seed}",
+            }
             arguments = ["evaluate", *as_arguments(fixed | {"seed": seed} | settings)]
             step.commands.append(Command(arguments, step.processes))
         step.basis["settings"] = result_settings(verb_recipe(step.commands[0].arguments, self.name))
         shared = {key: value for key, value in settings.items() if key.split(".")[0] in SHARED_SECTIONS}
         for image in inputs.samples["imagenet"][:INPAINTED_IMAGES]:
-            fixed = {"model": step.arm.model, "image": image.path, "out": step.folder / INPAINTED / image.path.stem}
+            fixed = {"model": step.arm.model_of(step.seeds[0]), "image": image.path}
+            fixed |= {"out": step.folder / INPAINTED / image.path.stem}
             fixed |= {"size": list(step.arm.image_size), "box": central_box(image.size), "n": 3}
             command = Command(["inpaint", *as_arguments(fixed | shared)])
             verb_recipe(command.arguments, self.name)
