@@ -67,7 +67,7 @@ docs: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/addp toy out=runs/demo/toy coco_val=50 ade_val=50 corrupted=10
-	$(BIN)/addp pretrain demo data=runs/demo/toy/imagenet out=runs/demo/pretrain
+	$(BIN)/addp bench demo bench.only=pretrain  # one run, which takes both cores
 	OMP_NUM_THREADS=1 $(BIN)/addp bench demo  # two runs at a time, a core each
 	@echo
 	@echo "The report: $(CURDIR)/runs/demo/bench/report.html"

@@ -238,7 +238,7 @@ def test_yaml_blocks_are_recipes(page, tmp_path):
     for number, block in enumerate(blocks(page, "yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")
-        verb = "sweep" if "arms:" in block else "pretrain"
+        verb = "bench" if block.startswith("pretrain:") else "sweep" if "arms:" in block else "pretrain"
         show_recipe(importlib.import_module(VERBS[verb][0]), str(path))
 
 
