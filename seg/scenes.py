@@ -33,8 +33,8 @@ IGNORED = 255  # the label that mmseg neither learns nor evaluates; no class has
 
 
 @dataclass
-class SceneConfig:
-    """The dataset, and the sizes of its images."""
+class SceneFiles:
+    """The dataset."""
 
     __shorthand__ = "source"
 
@@ -45,11 +45,6 @@ class SceneConfig:
     classes: Annotated[
         FilePath, "table of the classes; by default objectInfo150.txt or objectInfo.txt in the dataset's folder"
     ] = ""
-    crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
-    scale: Annotated[
-        tuple[int, int] | None,
-        "shorter and longest side of resized images, in training times a factor of 0.5 to 2; null: the config's",
-    ] = None
     workers: Annotated[
         int | None, Ge(0), "data loading processes; by default one, or with a GPU one for each CPU core"
     ] = None
@@ -59,6 +54,17 @@ class SceneConfig:
         "number of pairs in each split, evenly spaced, whose sizes and labels are checked before training (and further "
         "ones, until two classes have been found)",
     ] = 1000
+
+
+@dataclass
+class SceneConfig(SceneFiles):
+    """The dataset, and the sizes of its images."""
+
+    crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
+    scale: Annotated[
+        tuple[int, int] | None,
+        "shorter and longest side of resized images, in training times a factor of 0.5 to 2; null: the config's",
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,13 @@ def class_colors(classes: int) -> np.ndarray:
 
 
 # -------------------- checks before training and evaluation
+
+
+def check_scenes(data: SceneFiles, classes: tuple[str, ...]) -> None:
+    """Raise UserError if the pairs of a split cannot be used, or if there is nothing to learn from them."""
+    labels = check_pairs(find_pairs(data.source, "train", log_dropped=True), classes, data.check, min_classes=2)
+    labels |= check_pairs(find_pairs(data.source, "val", log_dropped=True), classes, data.check)
+    check_numbering(labels, classes)
 
 
 def check_pairs(pairs: list[ScenePair], class_names: Sequence[str], limit: int, min_classes: int = 1) -> set[int]:

@@ -40,7 +40,7 @@ class LinearHeads:
 
     def standardize(self, features: Tensor) -> Tensor:
         """[n,W] of any type -> Float[n,W]."""
-        return (features.float() - self.mean) * (self.variance + STANDARDIZATION_EPS).rsqrt()
+        return standardize(features, self.mean, self.variance)
 
     def logits(self, standardized: Tensor) -> Tensor:
         """Float[n,W] -> Float[n,L,C], as one matrix product."""
@@ -107,6 +107,11 @@ def train_heads(
                 momentum.mul_(config.momentum).add_(update)
                 parameter.sub_(current_lrs.view(-1, *[1] * (parameter.ndim - 1)) * momentum)
     return heads
+
+
+def standardize(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Normalize [n,W] features of any type as a batch norm without affine parameters: Float[n,W]."""
+    return (features.float() - mean) * (variance + STANDARDIZATION_EPS).rsqrt()
 
 
 def mean_and_variance(features: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:

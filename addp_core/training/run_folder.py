@@ -44,7 +44,9 @@ FINISHED = "finished.json"
 INTERMEDIATE_MODELS = "models"  # subfolder of the intermediate checkpoints: models/step-N, weights only
 
 
-def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = None) -> Path | None:
+def prepare_out(
+    out: str | Path, recipe: Any, datasets: OpenDatasets | None = None, result: str = MODEL_FILE
+) -> Path | None:
     """Claim the folder `out` for the run that `recipe` describes. Call this before building anything slow.
 
     Creates the folder, locks it until `release_out` or the end of the process, checks that the folder was not started
@@ -57,9 +59,10 @@ def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = No
         recipe: an instance of the task's dataclass of keys, or its YAML.
         datasets: opens the datasets of the run, which are compared with those that it began with. It may be called more
             than once, unless the run has finished.
+        result: the file in `out` without which the run has not finished.
 
     Returns:
-        The path of model.safetensors if this run has already finished, otherwise None.
+        The path of `result` if this run has already finished, otherwise None.
 
     Raises:
         UserError: if the environment contradicts the recipe, the folder cannot be written, another process works in it,
@@ -70,12 +73,12 @@ def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = No
     check_environment(run_recipe.values)
     check_launch()  # a process that wrongly takes itself for another rank would not see the lock
     if rank():
-        return _finished_model(out, run_recipe, datasets)
+        return _finished_result(out, run_recipe, datasets, result)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "images").mkdir(exist_ok=True)
         lock_out(out)
-        return _prepare(out, run_recipe, datasets)
+        return _prepare(out, run_recipe, datasets, result)
     except OSError as error:
         release_out(out)
         raise UserError(
@@ -86,7 +89,7 @@ def prepare_out(out: str | Path, recipe: Any, datasets: OpenDatasets | None = No
         raise
 
 
-def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None) -> Path | None:
+def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result: str) -> Path | None:
     """Do the work of `prepare_out` in the locked folder."""
     _remove_leftovers(out)
     inputs, previous = Inputs(out, recipe), _previous_values(out)
@@ -94,7 +97,7 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None) -> Pat
         inputs.record = {}
     else:
         _check_recipe(out, recipe, inputs, previous)
-    finished = _finished_model(out, recipe, datasets)
+    finished = _finished_result(out, recipe, datasets, result)
     if finished:  # recipe.yaml and inputs.json stay as they are: the other ranks find out by the same files
         log.info("out=%s: this run has already finished: %s", out, finished)
         release_out(out)
@@ -221,13 +224,16 @@ def _read_finished(out: Path) -> dict[str, Any]:
     return {}
 
 
-def _finished_model(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None) -> Path | None:
-    """Return the model if finished.json is of this recipe. All processes get the same answer without communicating."""
-    finished, model = _read_finished(out).get("recipe"), out / MODEL_FILE
-    if finished is None or not model.exists():
+def _finished_result(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result: str) -> Path | None:
+    """Return the path of `result` if finished.json is of this recipe.
+
+    All processes get the same answer without communicating.
+    """
+    finished, path = _read_finished(out).get("recipe"), out / result
+    if finished is None or not path.exists():
         return None
     if finished == digest(recipe.values):
-        return model
+        return path
     # The run's own recipe has the digest, and may mean the same: with other paths, or from before some keys existed.
     try:
         previous = read_values((out / "recipe.yaml").read_text())
@@ -239,7 +245,7 @@ def _finished_model(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None)
         return None
     if any(recipe.paths.get(key) == "dataset" for key in changed) and not inputs.same_datasets(datasets):
         return None
-    return model
+    return path
 
 
 # -------------------- a full disk
