@@ -1,4 +1,4 @@
-"""`addp seg probe`: mIoU of small probes on the patch tokens of a frozen encoder, in minutes.
+"""`addp seg probe`: mIoU of small probes on the patch tokens of a frozen encoder.
 
 Two probes are trained for each block: a batch norm without affine parameters with a linear layer, of several learning
 rates at once, and the vote of the nearest training patches (k-NN). The features of all patches are computed once and
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from addp_core.base.launch import rank
+from addp_core.training.pace import mark_pace
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.weights.fitting import AnyEncoder
@@ -68,12 +69,14 @@ def probe(recipe: Recipe, encoder: AnyEncoder, listings: dict[str, SceneListing]
     scenes = Scenes(banks[0], banks[1], listings["val"], classes, patch_grid(encoder, recipe.data.size), state.device)
     key = probe_key(recipe, scenes)
     settings = [(block, name) for block in blocks for name in recipe.probes]
+    mark_pace("heads", 0)
     for block, name in settings[state.process_index :: state.num_processes]:
         path = probe_path(out, block, name)
         if read_row(path, key) is None:
             row, tensors = probe_block(recipe, scenes, block, name)
             write_probe(path, row, tensors, key)
             log.info("block %d %s: mIoU %.2f", block, name, row["mIoU"])
+        mark_pace("heads", state.num_processes / len(settings))
     state.wait_for_everyone()
     if state.is_main_process:
         stored = [read_row(probe_path(out, block, name), key) for block, name in settings]

@@ -23,7 +23,7 @@ VERBS = {  # verb: (module, one line of help)
     "seg train": ("seg.train", "train UperNet on ADE20K"),
     "seg test": ("seg.test", "measure the mIoU of a trained segmentor, or of class maps on disk"),
     "seg predict": ("seg.predict", "draw class maps beside a folder of images"),
-    "seg probe": ("seg.probe", "measure mIoU of linear and k-NN probes on a frozen encoder, in minutes"),
+    "seg probe": ("seg.probe", "measure mIoU of linear and k-NN probes on the patches of a frozen encoder"),
     "seg cost": ("seg.cost", "measure time and memory of a segmentor's training step and test crop"),
     "bench": ("tools.bench.bench", "run every benchmark on one checkpoint or several, into one table and report"),
     "sweep": ("tools.bench.sweep", "compare initializations with the same small grid and seeds for each"),

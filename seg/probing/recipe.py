@@ -31,7 +31,7 @@ class ProbeTraining:
 
     lrs: Annotated[tuple[Annotated[float, Gt(0)], ...], MinLen(1), "learning rates to try, all at once"] = (
         *(0.001, 0.003, 0.01, 0.03),
-        *(0.1, 0.3, 1.0),
+        *(0.1, 0.3, 1.0, 3.0),
     )
     epochs: Annotated[int, Ge(1), "passes over the patches, with a cosine learning rate schedule"] = 10
     batch: Annotated[int, Ge(1), "patches of one step"] = 4096

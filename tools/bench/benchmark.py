@@ -146,9 +146,12 @@ class Benchmark(ABC):
         """Return the paths of its datasets that are given."""
         return {dataset.key: path for dataset in self.datasets if (path := recipe.data.path(dataset.key))}
 
-    def missing_dataset(self, recipe: BenchRecipe) -> str:
-        """Return the key of a dataset without which the benchmark cannot run and which is not given; "" if none is."""
-        return next((dataset.key for dataset in self.datasets if not recipe.data.path(dataset.key)), "")
+    def missing_key(self, recipe: BenchRecipe) -> str:
+        """Return the key, such as that of a dataset, without which the benchmark does not run and which is not given.
+
+        "" if all of them are.
+        """
+        return next((f"data.{dataset.key}" for dataset in self.datasets if not recipe.data.path(dataset.key)), "")
 
     def plan(self, arm: Arm, recipe: BenchRecipe, inputs: Inputs) -> Step:
         """Return the step of an arm. Raises UserError if the settings do not fit the verb."""
@@ -157,8 +160,8 @@ class Benchmark(ABC):
         step.needs += [arm.pretrained_by] if arm.pretrained_by else []
         if section.arms and arm.name not in section.arms:
             step.left_out = f"not one of {self.name}.arms"
-        elif missing := self.missing_dataset(recipe):
-            step.left_out = f"data.{missing} is not given"
+        elif missing := self.missing_key(recipe):
+            step.left_out = f"{missing} is not given"
         elif problem := arm.problem or next(filter(None, map(inputs.problems.get, self.paths(recipe))), ""):
             step.left_out = problem
         else:

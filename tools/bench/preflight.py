@@ -72,4 +72,5 @@ DATASET_CHECKS: dict[str, Callable[[Any], None]] = {
     "linprobe": _check_labeled_images,
     "det train": _check_coco,
     "seg train": _check_scenes,
+    "seg probe": _check_scenes,
 }

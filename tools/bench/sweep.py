@@ -46,7 +46,7 @@ class Recipe:
     """Keys of `addp sweep`."""
 
     out: Annotated[str, "folder for the runs, sweep.json and sweep.md"]
-    verb: Annotated[str, "a training that ends with metrics: finetune, linprobe, det train, seg train"]
+    verb: Annotated[str, "a training that ends with metrics: finetune, linprobe, det train, seg train, seg probe"]
     arms: Annotated[
         dict[str, Settings], MinLen(1), "name of an arm -> its settings; {seed} in a value stands for the seed"
     ]

@@ -135,6 +135,13 @@ def _of_segmentation(recipe: Any) -> dict[str, float]:
     return _training(recipe.train, 0, len(find_pairs(recipe.data.source, "val")))
 
 
+def _of_segmentation_probe(recipe: Any) -> dict[str, float]:
+    from seg.scenes import find_pairs
+
+    images = sum(len(find_pairs(recipe.data.source, split)) for split in ("train", "val"))
+    return {VALIDATION: images, HEADS: 1.0}
+
+
 def _of_robustness(recipe: Any) -> dict[str, float]:
     from addp_core.data.sources import open_source
     from cls.variants.datasets import TOP1_KEYS, find_imagenet_c
@@ -172,6 +179,7 @@ AMOUNTS: dict[str, Callable[[Any], dict[str, float]]] = {  # verb -> amounts of 
     "linprobe": _of_classification,
     "det train": _of_detection,
     "seg train": _of_segmentation,
+    "seg probe": _of_segmentation_probe,
     "robustness": _of_robustness,
     "evaluate": _of_evaluation,
 }

@@ -92,7 +92,8 @@ def test_named_recipes_have_keys_of_their_verbs(name):
             section = recipe.section(benchmark.name)
             first = {key: values[0] for key, values in section.grid.items()}
             settings = as_arguments({benchmark.source: "x", "out": "x", "model": "x", **section.set, **first})
-            verb_recipe([*benchmark.verb.split(), section.recipe, *settings], benchmark.name)
+            named = [section.recipe] if section.recipe else []
+            verb_recipe([*benchmark.verb.split(), *named, *settings], benchmark.name)
     given = ["out=x", "model=x"]
     verb_recipe(["evaluate", *given, "reference=x", *as_arguments(recipe.section("generation").set)], "generation")
     verb_recipe(["robustness", *given, *as_arguments(recipe.section("robustness").set)], "robustness")

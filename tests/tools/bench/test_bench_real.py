@@ -26,6 +26,7 @@ seg:
   recipe: tiny
   set: {data.crop: 32, data.scale: [48, 96], data.workers: 0, channels: 8, train.batch: 2, train.steps: 1,
         train.warmup_steps: 0}
+seg_probe: {recipe: tiny, set: {data.size: 16, data.workers: 0, blocks: [-1], train.epochs: 1, k: 3}}
 """
 
 
@@ -76,6 +77,9 @@ def test_every_benchmark_for_real(toys, tmp_path, monkeypatch, capsys):
     assert bench_json(out)["chance"]["finetune"] == {"top1": 10.0}
     assert bench_json(out)["chance"]["robustness"]["a"] == pytest.approx(100 / 6)
     assert 0 < bench_json(out)["chance"]["seg"]["miou"] < 30
+    results = json.loads((out / "seg_probe" / "addp" / "addp" / "best-seed0" / "results.json").read_text())
+    assert steps["seg_probe/addp"]["scores"] == {probe: [results["best"][probe]["mIoU"]] for probe in ("linear", "knn")}
+    assert bench_json(out)["chance"]["seg_probe"]["knn"] == bench_json(out)["chance"]["seg"]["miou"]
     assert all(step["seconds"] > 0 for step in steps.values() if step["state"] == "done")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("results.json")}
     assert main(line) == 0

@@ -7,9 +7,18 @@ from tools.bench.benchmarks.generation import Generation
 from tools.bench.benchmarks.linprobe import LinearProbe
 from tools.bench.benchmarks.robustness import Robustness
 from tools.bench.benchmarks.seg import Segmentation
+from tools.bench.benchmarks.seg_probe import SegmentationProbe
 
 # in the order of the recipe's sections, of the steps and of the report
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for benchmark in (Generation(), Finetune(), LinearProbe(), Robustness(), Detection(), Segmentation())
+    for benchmark in (
+        Generation(),
+        Finetune(),
+        LinearProbe(),
+        Robustness(),
+        Detection(),
+        Segmentation(),
+        SegmentationProbe(),
+    )
 }

@@ -61,10 +61,10 @@ class Robustness(Benchmark):
     def seeds(self, recipe: BenchRecipe) -> list[int]:
         return recipe.section(self.name).seeds or recipe.seeds_of(Finetune.name)
 
-    def missing_dataset(self, recipe: BenchRecipe) -> str:
+    def missing_key(self, recipe: BenchRecipe) -> str:
         """One of the four is enough; `corrupt` makes a fifth from clean images."""
         settings = recipe.section(self.name).set
-        return "" if self.paths(recipe) or "corrupt" in settings else self.datasets[0].key
+        return "" if self.paths(recipe) or "corrupt" in settings else f"data.{self.datasets[0].key}"
 
     def add_commands(
         self, step: Step, settings: Settings, paths: Mapping[str, str], recipe: BenchRecipe, inputs: Inputs

@@ -18,9 +18,12 @@ def check_ade20k(path: str, recipe: BenchRecipe, readers: Sequence[Benchmark]) -
     from addp_core.data.sources import ImageFiles
     from seg.scenes import find_pairs, read_class_names
 
-    read_class_names(path, recipe.section(Segmentation.name).set.get("data.classes", ""))
+    read_class_names(path, recipe.section(readers[0].name).set.get("data.classes", ""))
     find_pairs(path, "train")
     return ImageFiles(Path(), [str(pair.image) for pair in find_pairs(path, "val")])
+
+
+ADE20K = Dataset("ade20k", "ADE20K's folder (ADEChallengeData2016): seg, seg_probe", check_ade20k)
 
 
 class Segmentation(Transfer):
@@ -28,7 +31,7 @@ class Segmentation(Transfer):
     title = "Segmentation"
     about = "mIoU in per cent of UperNet on ADE20K's format. Chance is the best map of one class everywhere."
     task = "seg"
-    datasets = (Dataset("ade20k", "ADE20K's folder (ADEChallengeData2016): seg", check_ade20k),)
+    datasets = (ADE20K,)
     verb = "seg train"
     source = "data.source"
     predict = "seg predict"
