@@ -162,6 +162,10 @@ MARKS = [
     ),
     (f"det train tiny data={{toy}}/coco data.size=32 {TRAINING}", {"validation": 2}),
     (f"seg train tiny data={{toy}}/ade20k data.crop=32 data.scale=[48,96] channels=8 {TRAINING}", {"validation": 2}),
+    (
+        "seg probe tiny data={toy}/ade20k data.size=16 data.workers=0 train.epochs=1 mode=knn",
+        {"validation": 6, "heads": 1},
+    ),
     ("generate n=3 sampling.steps=2 batch=2", {"sampling": 3}),
 ]
 
