@@ -1,11 +1,12 @@
 """The architecture of a backbone as a config of mmseg states it, compared with that of its pretrained file."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.networks.encoder import VIT_SIZES, EncoderArchitecture, EncoderConfig
+from addp_core.networks.token_encoder import TokenEncoderArchitecture
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, encoder_architecture
 from addp_core.weights.reading import Weights, read_weights
 from seg.keywords import ARCH_SYNONYMS
@@ -62,6 +63,21 @@ def demand_arch(init_cfg: Mapping[str, Any] | None, size: tuple[int, int], heads
     return UserError(f"arch: not given, expected {line}, which is what {weights.source} has")
 
 
+def token_line(architecture: TokenEncoderArchitecture) -> str:
+    """Return what a config has to say about a backbone over token ids of this architecture."""
+    size = {key: getattr(architecture.predictor, key) for key in REQUIRED}
+    parts = {"arch": size, "tokenizer": asdict(architecture.tokenizer), "vocabulary": asdict(architecture.vocabulary)}
+    return ", ".join(
+        f"{part}=dict({', '.join(f'{key}={value}' for key, value in values.items())})" for part, values in parts.items()
+    )
+
+
+def check_tokens(stated: TokenEncoderArchitecture, found: TokenEncoderArchitecture, source: str) -> None:
+    """Raise UserError if a config states another encoder over token ids than a file has, with the line to write."""
+    if token_line(stated) != token_line(found):
+        raise UserError(f"arch: found {token_line(stated)}; {source} expects {token_line(found)}")
+
+
 def read_pretrained(
     source: str, size: tuple[int, int], heads: int | None, wanted: str
 ) -> tuple[EncoderArchitecture, Weights]:
@@ -70,7 +86,7 @@ def read_pretrained(
     weights = read_weights(source, heads=given, image_size=size, wanted=wanted)
     found = None if weights.kind == "predictor" else encoder_architecture(weights)
     if not isinstance(found, EncoderArchitecture):
-        raise UserError(f"{source} reads token ids, not pixels; expected an encoder of pixels")
+        raise UserError(f"{source} reads token ids, not pixels; expected an encoder of pixels, or AddpTokenViT")
     return found, weights
 
 

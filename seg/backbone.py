@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
 import torch
 from mmengine.model import BaseModule
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.encoder import Encoder, TransformerEncoder
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
 from addp_core.weights.pretrained import check_positions
 from seg.architecture import check_arch, demand_arch, read_arch, read_pretrained
@@ -33,14 +33,110 @@ def default_out_indices(depth: int) -> tuple[int, ...]:
     return tuple(max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1))
 
 
+def global_attention(relative: str, class_token: bool) -> AttentionConfig:
+    """Return attention of every patch to all others. Raises UserError if these relative positions are unknown."""
+    if relative not in RELATIVE_POSITIONS:
+        raise UserError(f"relative: found {relative!r}, expected one of {', '.join(RELATIVE_POSITIONS)}")
+    return AttentionConfig(relative=cast(Any, relative), class_token=class_token)
+
+
+class MmsegBackbone(TransformerEncoder):
+    """What an encoder has to have as a backbone of mmseg, whatever its input.
+
+    Modules and parameters have the names of mmseg's BEiT and MAE (`layers.0...`), by which its
+    LearningRateDecayOptimizerConstructor finds the layers; state dicts have the encoder's own (`encoder.blocks.0...`).
+    """
+
+    init_cfg: dict[str, Any] | None
+    _is_init: bool  # of mmengine: whether `init_weights` has been called
+
+    def _become_backbone(
+        self, checkpointing: bool, out_indices: int | Sequence[int] | None, frozen_stages: int
+    ) -> None:
+        """Rename the modules, choose the blocks whose maps are taken, and freeze what is not trained."""
+        self._modules = {"layers" if name == "blocks" else name: child for name, child in self._modules.items()}
+        self.register_state_dict_post_hook(to_stored_names)
+        self.checkpointing = checkpointing
+        self.out_indices = self._checked_blocks(out_indices)
+        self.frozen_stages = frozen_stages
+        self._freeze()
+
+    def _checked_blocks(self, out_indices: int | Sequence[int] | None) -> tuple[int, ...]:
+        depth = len(self.blocks)
+        if out_indices is None:
+            return default_out_indices(depth)
+        blocks = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        if not blocks or not all(-depth <= i < depth for i in blocks):
+            raise UserError(f"out_indices: found {list(blocks)}, expected blocks of 0 to {depth - 1}")
+        return blocks
+
+    def _freeze(self) -> None:
+        """Freeze what is not trained: for which DDP would wait in vain, and what `frozen_stages` asks for."""
+        depth = len(self.blocks)
+        if not -1 <= self.frozen_stages <= depth:
+            raise UserError(f"frozen_stages: found {self.frozen_stages}, expected -1 (none) to {depth} (all blocks)")
+        last = max(i % depth for i in self.out_indices)
+        for unused in (self.norm, *self.blocks[last + 1 :]):
+            unused.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if self.get_layer_depth(name)[0] <= self.frozen_stages:
+                parameter.requires_grad_(False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # named as in mmseg's ViTs
+        """The blocks, which are registered as `layers`."""
+        return cast(nn.ModuleList, self._modules["layers"])
+
+    @property
+    def encoder(self) -> TransformerEncoder:
+        """The backbone itself, which is the encoder."""
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a backbone's
+        """Normalized images Float[B,3,H,W] -> Float[B,W,H/patch,W/patch] for each of `out_indices`."""
+        return tuple(self.forward_maps(images, self.out_indices))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, in which the frozen blocks stay in evaluation mode."""
+        super().train(mode)
+        for block in self.blocks[: max(self.frozen_stages, 0)]:
+            block.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Return the layer of a parameter and the number of layers, as the backbones of mmpretrain do.
+
+        The embeddings are layer 0, block i is layer i + 1, and the last layer is that of the heads.
+        """
+        layers = len(self.blocks) + 2
+        name = param_name.removeprefix(prefix)
+        if not param_name.startswith(prefix) or name.startswith("norm."):
+            return layers - 1, layers
+        block = re.match(r"layers\.(\d+)\.", name)
+        return (int(block[1]) + 1 if block else 0), layers
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        *args: Any,
+    ) -> None:
+        """Give the tensors of a state dict the names of this module. Raises UserError if some of them do not fit."""
+        from_stored_names(state_dict, prefix)
+        check_state(self, state_dict, prefix, local_metadata, unexpected_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
+
+
 @MODELS.register_module()
-class AddpViT(Encoder, BaseModule):
-    """The encoder as a backbone: the feature maps after the blocks `out_indices`.
+class AddpViT(MmsegBackbone, Encoder, BaseModule):  # type: ignore[misc]  # forward is a backbone's
+    """The encoder over pixels as a backbone: the feature maps after the blocks `out_indices`.
 
     The config states the architecture, so that the same network is built with and without the pretrained file. As in
-    mmengine, `init_weights` loads that file. Modules and parameters have the names of mmseg's BEiT and MAE
-    (`layers.0...`), by which its LearningRateDecayOptimizerConstructor finds the layers; state dicts have the
-    encoder's own (`encoder.blocks.0...`).
+    mmengine, `init_weights` loads that file.
 
     Args:
         arch: the name of a size (tiny, small, base, large), or a dict of width, depth, heads and layer_scale; mmseg's
@@ -65,8 +161,6 @@ class AddpViT(Encoder, BaseModule):
         UserError: if the architecture is missing or impossible, or a keyword unknown; `init_weights` and loading of a
             state dict, if the file is of another architecture.
     """
-
-    _is_init: bool  # of mmengine: whether `init_weights` has been called
 
     def __init__(
         self,
@@ -102,51 +196,13 @@ class AddpViT(Encoder, BaseModule):
             tokenizer_norm=tokenizer_norm,
             input_dropout=dropout,
         )
-        if relative not in RELATIVE_POSITIONS:
-            raise UserError(f"relative: found {relative!r}, expected one of {', '.join(RELATIVE_POSITIONS)}")
-        attention = AttentionConfig(relative=relative, class_token=options["class_token"])
+        attention = global_attention(relative, options["class_token"])
         try:
             super().__init__(config, size, patch_size, attention, dynamic=True)
         except ValueError as error:
             raise UserError(f"img_size: {error}") from error
-        self._modules = {"layers" if name == "blocks" else name: child for name, child in self._modules.items()}
-        self.register_state_dict_post_hook(to_stored_names)
         self.init_cfg, self.encoder_heads, self.weights = init_cfg, encoder_heads, weights
-        self.checkpointing = options["checkpointing"]
-        self.out_indices = self._checked_blocks(out_indices)
-        self.frozen_stages = frozen_stages
-        self._freeze()
-
-    def _checked_blocks(self, out_indices: int | Sequence[int] | None) -> tuple[int, ...]:
-        depth = len(self.blocks)
-        if out_indices is None:
-            return default_out_indices(depth)
-        blocks = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        if not blocks or not all(-depth <= i < depth for i in blocks):
-            raise UserError(f"out_indices: found {list(blocks)}, expected blocks of 0 to {depth - 1}")
-        return blocks
-
-    def _freeze(self) -> None:
-        """Freeze what is not trained: for which DDP would wait in vain, and what `frozen_stages` asks for."""
-        depth = len(self.blocks)
-        if not -1 <= self.frozen_stages <= depth:
-            raise UserError(f"frozen_stages: found {self.frozen_stages}, expected -1 (none) to {depth} (all blocks)")
-        last = max(i % depth for i in self.out_indices)
-        for unused in (self.norm, *self.blocks[last + 1 :]):
-            unused.requires_grad_(False)
-        for name, parameter in self.named_parameters():
-            if self.get_layer_depth(name)[0] <= self.frozen_stages:
-                parameter.requires_grad_(False)
-
-    @property
-    def blocks(self) -> nn.ModuleList:  # type: ignore[override]  # named as in mmseg's ViTs
-        """The blocks, which are registered as `layers`."""
-        return cast(nn.ModuleList, self._modules["layers"])
-
-    @property
-    def encoder(self) -> Encoder:
-        """The backbone itself, which is the encoder."""
-        return self
+        self._become_backbone(options["checkpointing"], out_indices, frozen_stages)
 
     def init_weights(self) -> None:
         """Load the pretrained file, in place of mmengine's initializers; the constructor has drawn random weights.
@@ -172,44 +228,6 @@ class AddpViT(Encoder, BaseModule):
         check_positions(encoder, source, "relative")
         self.load_state_dict({PREFIX + name: value for name, value in encoder.state_dict().items()})
         self._is_init = True
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # a backbone's
-        """Normalized images Float[B,3,H,W] -> Float[B,W,H/patch,W/patch] for each of `out_indices`."""
-        return tuple(self.forward_maps(images, self.out_indices))
-
-    def train(self, mode: bool = True) -> "AddpViT":
-        """Set the training mode, in which the frozen blocks stay in evaluation mode."""
-        super().train(mode)
-        for block in self.blocks[: max(self.frozen_stages, 0)]:
-            block.eval()
-        return self
-
-    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
-        """Return the layer of a parameter and the number of layers, as the backbones of mmpretrain do.
-
-        The embeddings are layer 0, block i is layer i + 1, and the last layer is that of the heads.
-        """
-        layers = len(self.blocks) + 2
-        name = param_name.removeprefix(prefix)
-        if not param_name.startswith(prefix) or name.startswith("norm."):
-            return layers - 1, layers
-        block = re.match(r"layers\.(\d+)\.", name)
-        return (int(block[1]) + 1 if block else 0), layers
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        *args: Any,
-    ) -> None:
-        """Give the tensors of a state dict the names of this module. Raises UserError if some of them do not fit."""
-        from_stored_names(state_dict, prefix)
-        check_state(self, state_dict, prefix, local_metadata, unexpected_keys)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
 
 
 # mmseg's LearningRateDecayOptimizerConstructor takes layers from parameter names only in classes with BEiT or MAE in
@@ -237,7 +255,7 @@ class LayerDecay(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, **_: Any) -> None:
         """Append one parameter group to `params` for each pair of layer and weight decay."""
-        backbone = cast(AddpViT, module.backbone)
+        backbone = cast(MmsegBackbone, module.backbone)
         prefix = "backbone."
         without_decay = {prefix + name for name in backbone.no_weight_decay()}
         groups: dict[tuple[int, bool], dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from addp_core.weights.files import FileContent
 
 log = logging.getLogger("addp")
 
-BACKBONE = "AddpViT"
+BACKBONES = ("AddpViT", "AddpTokenViT")
 HINT = "expected a checkpoint that mmengine's Runner wrote"
 
 
@@ -51,8 +51,9 @@ def read_runner_checkpoint(content: FileContent) -> tuple[MmsegSegmentor, dict[s
     cfg = read_config_text(source, text)
     model = cfg.get("model") or {}
     backbone = model.get("backbone") or {}
-    if backbone.get("type") != BACKBONE:
-        raise UserError(f"{source}: its backbone is {backbone.get('type')!r}; expected {BACKBONE!r}")
+    if backbone.get("type") not in BACKBONES:
+        expected = " or ".join(map(repr, BACKBONES))
+        raise UserError(f"{source}: its backbone is {backbone.get('type')!r}; expected {expected}")
     if not model.setdefault("data_preprocessor", cfg.get("data_preprocessor")):
         raise UserError(f"{source}: its config has no data_preprocessor, which normalizes images; {HINT}")
     size = backbone.get("img_size", 512)

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +110,10 @@ def fill_model(cfg: Any, segmentor: Segmentor | MmsegSegmentor) -> None:
         tokenizer_norm=s.tokenizer_norm,
         init_cfg=None,
     )
+    if s.tokens is not None:
+        for key in ("patch_size", "tokenizer_norm"):
+            model.backbone.pop(key)
+        model.backbone.update(type="AddpTokenViT", normalisation=s.normalisation, **asdict(s.tokens))
     norm = {"type": "SyncBN" if torch.cuda.is_available() and world_size() > 1 else "BN", "requires_grad": True}
     model.neck.update(embed_dim=s.width, norm_cfg=norm)
     classes = len(s.classes)

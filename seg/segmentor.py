@@ -8,12 +8,21 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
+from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.architectures import ARCHITECTURES, parse_architecture
 from addp_core.weights.files import read_file
 from addp_core.weights.saving import save_state
 from seg.mmseg_checkpoint import MmsegSegmentor, is_runner_checkpoint, read_runner_checkpoint
 
 SEGMENTOR_KIND = "segmentor"  # in the metadata of its file
+
+
+@dataclass(frozen=True)
+class TokenInput:
+    """The ids that an encoder reads, and the VQGAN that they come from."""
+
+    vocabulary: Vocabulary
+    tokenizer: TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Segmentor:
     scale: tuple[int, int]  # shorter and longest side of a resized image
     normalisation: Literal["imagenet", "half"] = "imagenet"
     class_token: bool | None = None  # None in files from before this field: see `has_class_token`
+    tokens: TokenInput | None = None  # of an encoder that reads the ids of a frozen tokenizer
 
     @property
     def has_class_token(self) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import METADATA_KEY, Encoder
+from addp_core.networks.encoder import METADATA_KEY, Encoder, TransformerEncoder
+from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.pretrained import has_encoder
 
 PREFIX = "encoder."
@@ -38,7 +39,7 @@ def from_stored_names(state: MutableMapping[str, Any], prefix: str) -> None:
 
 
 def check_state(
-    backbone: Encoder,
+    backbone: TransformerEncoder,
     state: Mapping[str, Any],
     prefix: str,
     metadata: Mapping[str, Any],
@@ -89,13 +90,17 @@ def shape(tensor: Any) -> tuple[int, ...] | None:
 def stored_heads(metadata: Mapping[str, Any]) -> int | None:
     """Return the number of attention heads that a state dict's metadata tells, or None."""
     text = metadata.get(METADATA_KEY)
-    return json.loads(text)["architecture"]["encoder"]["heads"] if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    architecture = json.loads(text)["architecture"]
+    return architecture["encoder" if "encoder" in architecture else "predictor"]["heads"]
 
 
 def describe(state: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
     """Return the arguments of the backbone that its tensors tell; None for those that they do not."""
     tables = [value for name, value in state.items() if name.endswith("relative_position_bias_table")]
-    positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    positions = state.get(Encoder.position_name, state.get(TokenEncoder.position_name))
+    patches = state.get("patch_embed.proj.weight")
     layers = [int(name.split(".")[1]) for name in state if name.startswith(_MODULE)]
     patch_size = None if patches is None else patches.shape[-1]
     described = {
@@ -109,6 +114,6 @@ def describe(state: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
         "tokenizer_norm": "tokenizer_norm.weight" in state,
     }
     if positions is not None and patch_size is not None:
-        patches_per_side = math.sqrt(positions.shape[1] - 1)
+        patches_per_side = math.sqrt(positions.shape[-2] - 1)
         described["img_size"] = f"{patches_per_side * patch_size:g}"  # of square images, as everyone trains on
     return described

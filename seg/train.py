@@ -17,7 +17,9 @@ from annotated_types import Ge, Gt, Interval, Le
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.launch import rank, world_size
 from addp_core.base.paths import FilePath
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
+from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.training.run_recipe import read_values
@@ -25,7 +27,7 @@ from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
 from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, read_config
 from seg.scenes import SceneConfig, SceneListing, check_scenes, read_class_names
-from seg.segmentor import Segmentor, save_segmentor
+from seg.segmentor import Segmentor, TokenInput, save_segmentor
 
 log = logging.getLogger("addp")
 
@@ -69,8 +71,8 @@ class Recipe(EncoderKeys):
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
     model: Annotated[
         FilePath,
-        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, timm ViT) or hf://owner/repository/file; with "
-        f"init=random also a size, {SIZES_HELP}, or empty for the config's size",
+        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT) or "
+        f"hf://owner/repository/file; with init=random also a size, {SIZES_HELP}, or empty for the config's size",
     ] = ""
     patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size or empty (default: the config's)"] = None
     relative: Annotated[
@@ -136,7 +138,13 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
         crop=recipe.data.crop or cfg.crop_size[0],
         scale=recipe.data.scale or (cfg.scale[1], cfg.scale[0]),
     )
-    return replace(recipe, train=train, data=data, **_values_for_null_keys(recipe, defaults))
+    model = recipe.model
+    if not model and recipe.init == "random" and (recipe.input == "token" or recipe.tokenizer):
+        if not isinstance(backbone.arch, str):
+            sizes = ", ".join(VIT_SIZES)
+            raise UserError(f"model: not given, and the config's size has no name; expected one of {sizes}, or a file")
+        model = backbone.arch
+    return replace(recipe, train=train, data=data, model=model, **_values_for_null_keys(recipe, defaults))
 
 
 def holds_run_without_class_token_key(out: str) -> bool:
@@ -185,13 +193,17 @@ def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Se
 
     backbone, crop = cfg.model.backbone, resolved(recipe.data.crop)
     patch_size = recipe.patch_size or backbone.patch_size
+    tokens: TokenInput | None = None
     if recipe.model:
-        encoder_keys = replace(
-            recipe, init="random", patch_size=patch_size if recipe.model in VIT_SIZES else recipe.patch_size
-        )
+        is_size_of_pixels = recipe.model in VIT_SIZES and not recipe.tokenizer
+        encoder_keys = replace(recipe, init="random", patch_size=patch_size if is_size_of_pixels else recipe.patch_size)
         with renaming_keys({"data.size": "data.crop"}):
-            encoder = replace(encoder_keys, input="pixels").load_encoder(crop)
+            encoder = encoder_keys.load_encoder(crop)
+        if isinstance(encoder, CnnEncoder):
+            raise UserError(f"model: {recipe.model} is a {encoder.config.arch}; expected a ViT, which AddpViT needs")
         config, patch_size = encoder.config, encoder.patch_size
+        if isinstance(encoder, TokenEncoder):
+            tokens = TokenInput(encoder.vocabulary, encoder.tokenizer.config)
     else:
         arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
         config = EncoderConfig(**arch, tokenizer_norm=recipe.tokenizer_norm)
@@ -211,6 +223,7 @@ def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Se
         scale=resolved(recipe.data.scale),
         normalisation=recipe.normalisation,
         class_token=recipe.class_token,
+        tokens=tokens,
     )
 
 
@@ -219,9 +232,11 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
     train, out = recipe.train, Path(recipe.out)
     fill_model(cfg, segmentor)
     backbone: dict[str, Any] = {"drop_path": train.drop_path, "checkpointing": train.checkpointing}
-    if recipe.init == "pretrained":
+    if recipe.init == "pretrained" or segmentor.tokens is not None:
         init_cfg = {"type": "Pretrained", "checkpoint": recipe.model}
         backbone |= {"init_cfg": init_cfg, "encoder_heads": recipe.encoder_heads, "weights": recipe.weights}
+    if segmentor.tokens is not None:
+        backbone |= {"init": recipe.init, "tokenizer_source": recipe.tokenizer}
     cfg.model.backbone.update(backbone)
     fill_runtime(cfg, out, recipe.data.workers, recipe.data.source, recipe.data.classes)
     cfg.model.test_cfg.mode = recipe.test.mode

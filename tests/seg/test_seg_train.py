@@ -10,15 +10,11 @@ from PIL import Image
 from ranks import assert_ends, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import TOKENIZER
 from toy_segmentation import CLASSES, STEPS, train_command, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
 from addp_core.networks.encoder import Encoder, EncoderConfig
-from addp_core.networks.predictor import PredictorConfig
-from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.networks.tokenizer import Vocabulary
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import load
 from addp_core.weights.saving import save_model
@@ -217,16 +213,6 @@ def test_errors_name_the_setting(scenes, encoder_file, tmp_path, capsys, setting
     key = setting.split("=")[0]
     arguments = [a for a in train_command(scenes, encoder_file, tmp_path) if a.split("=")[0] != key]
     assert expected in user_error(capsys, *arguments, setting)
-
-
-@pytest.mark.parametrize("init", ["random", "pretrained"])
-def test_an_encoder_of_token_ids_is_refused(scenes, tmp_path, capsys, init):
-    save_model(
-        TokenEncoder(PredictorConfig(16, 4, 2, 1, 2), Vocabulary(TOKENIZER.codebook), TOKENIZER, (32, 32)),
-        tmp_path / "tokens.safetensors",
-    )
-    arguments = train_command(scenes, tmp_path / "tokens.safetensors", tmp_path, f"init={init}")
-    assert "tokens.safetensors reads token ids" in user_error(capsys, *arguments)
 
 
 def test_a_checkpoint_or_random_initialization_is_required(scenes, tmp_path, capsys):
