@@ -270,9 +270,10 @@ def _check_intermediate(key: str, path: str, training: "PretrainRecipe") -> None
     folder, _, number = path.partition("/step-")
     every, steps = training.train.export_every, training.train.steps
     step = int(number) if folder == INTERMEDIATE_MODELS and number.isdigit() else 0
-    if step and every and step % every == 0 and (steps is None or step <= steps):
+    # the last step leaves the model itself
+    if step and every and step % every == 0 and (steps is None or step < steps):
         return
-    known = f"models/step-<a multiple of {every}{f' up to {steps}' if steps else ''}>" if every else ""
+    known = f"models/step-<a multiple of {every}{f' below {steps}' if steps else ''}>" if every else ""
     expected = known or "train.export_every in pretrain.set, which writes intermediate checkpoints"
     raise UserError(f"{key}: found {path!r} of a pretraining, expected {expected}")
 
