@@ -8,21 +8,13 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
+from addp_core.networks.token_encoder import TokenInput
 from addp_core.weights.architectures import ARCHITECTURES, parse_architecture
 from addp_core.weights.files import read_file
 from addp_core.weights.saving import save_state
 from seg.mmseg_checkpoint import MmsegSegmentor, is_runner_checkpoint, read_runner_checkpoint
 
 SEGMENTOR_KIND = "segmentor"  # in the metadata of its file
-
-
-@dataclass(frozen=True)
-class TokenInput:
-    """The ids that an encoder reads, and the VQGAN that they come from."""
-
-    vocabulary: Vocabulary
-    tokenizer: TokenizerConfig
 
 
 @dataclass(frozen=True)

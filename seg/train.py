@@ -19,7 +19,7 @@ from addp_core.base.launch import rank, world_size
 from addp_core.base.paths import FilePath
 from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
-from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.networks.token_encoder import TokenEncoder, TokenInput
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.training.run_recipe import read_values
@@ -27,7 +27,7 @@ from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.pretrained import EncoderKeys
 from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, read_config
 from seg.scenes import SceneConfig, SceneListing, check_scenes, read_class_names
-from seg.segmentor import Segmentor, TokenInput, save_segmentor
+from seg.segmentor import Segmentor, save_segmentor
 
 log = logging.getLogger("addp")
 

@@ -23,6 +23,14 @@ LARGE_IMAGE = 512 * 512
 
 
 @dataclass(frozen=True)
+class TokenInput:
+    """The ids that an encoder reads, and the VQGAN that they come from."""
+
+    vocabulary: Vocabulary
+    tokenizer: TokenizerConfig
+
+
+@dataclass(frozen=True)
 class TokenEncoderArchitecture:
     """Architecture of an encoder over token ids, including its tokenizer, as files store it."""
 
@@ -98,7 +106,7 @@ class TokenEncoder(TransformerEncoder):
         blocks = EncoderConfig(config.width, config.depth, config.heads, config.dropout, drop_path)
         super().__init__(blocks, image_size, tokenizer.stride, attention, dynamic)
         self.predictor_config, self.vocabulary = config, vocabulary
-        self.mean, self.std = mean, std
+        self.mean, self.std = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])  # from any kind of sequence
         self.token_emb = TokenEmbeddings(vocabulary.size, 1 + self.grid[0] * self.grid[1], config.width, config.dropout)
         self._add_blocks()
         self.tokenizer = Tokenizer(tokenizer).requires_grad_(False)

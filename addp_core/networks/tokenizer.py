@@ -38,6 +38,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.width % self.groups:
             raise ValueError(f"width: found {self.width}, expected a multiple of groups = {self.groups}")
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # from any kind of sequence
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers: found {self.multipliers}, expected one whole number >= 1 for each level")
 

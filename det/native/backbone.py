@@ -1,6 +1,7 @@
 """The suite's encoder as a detectron2 backbone: registered there, and the `net` of its SimpleFeaturePyramid."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 from detectron2.config import CfgNode, configurable
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import TransformerEncoder
+from addp_core.networks.token_encoder import RGB, TokenEncoder
 from addp_core.weights.pretrained import has_encoder
 from det.native.config import build_encoder, encoder_options
 from det.native.consumers import check_images, missing_levels
@@ -65,7 +67,10 @@ class EncoderBackbone(Backbone):
         if problem and cfg.MODEL.BACKBONE.NAME == "EncoderBackbone":  # and not as the net of a pyramid
             log.warning(problem)  # no error: heads of other projects may leave these keys as they are
         names = ("checkpointing", "out_feature", "stride", "dynamic")
-        return {"encoder": build_encoder(options), **{name: options[name] for name in names}}
+        encoder = build_encoder(options)
+        if isinstance(encoder, TokenEncoder):  # its tokenizer needs the normalization of the images undone
+            encoder.mean, encoder.std = (_of_unit_range(cfg.MODEL[f"PIXEL_{part}"]) for part in ("MEAN", "STD"))
+        return {"encoder": encoder, **{name: options[name] for name in names}}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalized Float[B,3,H,W] with sides divisible by `size_divisibility` -> Float[B,W,H/stride,W/stride]."""
@@ -85,6 +90,12 @@ class EncoderBackbone(Backbone):
     @property
     def size_divisibility(self) -> int:
         return self.stride
+
+
+def _of_unit_range(values: Sequence[float]) -> RGB:
+    """Return values of the channels of images in [0,255] as those of images in [0,1]."""
+    red, green, blue = (float(value) / 255 for value in values)
+    return red, green, blue
 
 
 def _refuse_other_checkpoints(

@@ -6,10 +6,13 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from detectron2.config import CfgNode
+from pydantic import TypeAdapter, ValidationError
 
 from addp_core.base.errors import UserError, did_you_mean, renaming_keys
 from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.token_encoder import TokenEncoder, TokenEncoderArchitecture, TokenInput
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.config import vitdet_attention
@@ -22,7 +25,10 @@ LEVELS = ("p2", "p3", "p4", "p5", "p6")  # of the pyramid, as the heads of detec
 DEFAULTS: dict[str, Any] = {
     "source": "",  # a run, a file, hf://owner/repository/file; with init=random also a size (tiny, small, base, large)
     "init": "pretrained",  # or random: only the architecture comes from `source`
+    "input": "auto",  # or pixels, or token: what the encoder reads; auto: what that of `source` reads
+    "tokenizer": "",  # the VQGAN of an encoder over token ids, if `source` neither contains nor names it
     "arch": {},  # in place of `source`: the keys of EncoderConfig (width, depth, heads, ...), with random weights
+    "tokens": {},  # with `arch`, for an encoder over token ids: the nodes `tokenizer` and `vocabulary`
     "img_size": None,  # pixels (a side, or height and width) for which positions are stored; images may have any size
     "patch_size": None,  # pixels, if `source` is a size or `arch` is given
     "encoder_heads": None,  # attention heads, if the file does not tell and its width has no usual number
@@ -38,8 +44,12 @@ DEFAULTS: dict[str, Any] = {
     "levels": (),  # EncoderPyramid: p2 to p6, or those that RetinaNet reads
     "square_pad": 0,  # EncoderPyramid: pad images to squares of this side, as ViTDet does; 0: do not
 }
-NODES = {"arch": EncoderConfig, "attention": AttentionConfig}  # the keys that are nodes themselves
-NO_ARGUMENTS_OF_LOADING = ("arch", "checkpointing", "out_feature", "stride", "levels", "square_pad")
+NODES = {  # the keys that are nodes themselves
+    "arch": EncoderConfig,
+    "tokens": TokenInput,
+    "attention": AttentionConfig,
+}
+NO_ARGUMENTS_OF_LOADING = ("arch", "tokens", "checkpointing", "out_feature", "stride", "levels", "square_pad")
 
 
 def add_encoder_config(cfg: CfgNode) -> None:
@@ -79,10 +89,20 @@ def _refuse_unknown(found: Any, known: Any, node: str) -> None:
             raise UserError(f"{node}.{key}: no such key{did_you_mean(key, known)}; the keys are {', '.join(known)}")
 
 
-def build_encoder(options: dict[str, Any]) -> Encoder:
+def architecture_keys(architecture: EncoderArchitecture | TokenEncoderArchitecture) -> dict[str, Any]:
+    """Return the keys of MODEL.ENCODER that build an encoder of this architecture, without a file."""
+    keys = {"img_size": list(architecture.image_size), "attention": asdict(architecture.attention)}
+    if isinstance(architecture, EncoderArchitecture):
+        return keys | {"arch": asdict(architecture.encoder), "patch_size": architecture.patch_size}
+    mage = architecture.predictor
+    arch = {"width": mage.width, "depth": mage.depth, "heads": mage.heads, "dropout": mage.dropout}
+    return keys | {"arch": arch, "tokens": asdict(TokenInput(architecture.vocabulary, architecture.tokenizer))}
+
+
+def build_encoder(options: dict[str, Any]) -> Encoder | TokenEncoder:
     """Build the encoder that MODEL.ENCODER describes.
 
-    Raises UserError as `load_encoder` does, or if there is no encoder of pixels.
+    Raises UserError as `load_encoder` does, or if the encoder is a CNN.
     """
     attention = _attention(options["attention"])
     size = DEFAULT_SIZE if options["img_size"] is None else options["img_size"]
@@ -94,10 +114,11 @@ def build_encoder(options: dict[str, Any]) -> Encoder:
             f"{NODE}.init=random also a size (tiny, small, base, large)"
         )
     arguments = {key: value for key, value in options.items() if key not in NO_ARGUMENTS_OF_LOADING}
+    arguments["tokenizer"] = options["tokenizer"] or None
     with renaming_keys({"img_size": f"{NODE}.img_size", "encoder_heads": f"{NODE}.encoder_heads"}):
         encoder = load_encoder(**{**arguments, "img_size": size, "attention": attention})
-    if not isinstance(encoder, Encoder):
-        raise UserError(f"{NODE}.source={options['source']}: reads token ids; expected an encoder of pixels")
+    if not isinstance(encoder, Encoder | TokenEncoder):
+        raise UserError(f"{NODE}.source={options['source']}: a CNN; expected a ViT")
     return encoder
 
 
@@ -109,13 +130,33 @@ def _attention(values: Any) -> AttentionConfig:
         raise UserError(f"{NODE}.attention.{error}") from error
 
 
-def _build_from_architecture(options: dict[str, Any], size: Any, attention: AttentionConfig) -> Encoder:
+def _build_from_architecture(options: dict[str, Any], size: Any, attention: AttentionConfig) -> Encoder | TokenEncoder:
     if options["source"]:
         raise UserError(f"{NODE}.arch: {NODE}.source={options['source']} has its own; leave one of the two out")
     rates = {name: options[name] for name in ("dropout", "drop_path", "tokenizer_norm")}
     hw = (size, size) if isinstance(size, int) else (size[0], size[1])
     try:
         config = EncoderConfig(**{**rates, **options["arch"]})
+        if options["tokens"]:
+            return _build_over_tokens(config, options, hw, attention)
         return Encoder(config, hw, options["patch_size"] or DEFAULT_PATCH_SIZE, attention, options["dynamic"])
     except ValueError as error:
         raise UserError(f"{NODE}.arch: {error}") from error
+
+
+def _build_over_tokens(
+    config: EncoderConfig, options: dict[str, Any], hw: tuple[int, int], attention: AttentionConfig
+) -> TokenEncoder:
+    """Build an encoder over token ids from its architecture. Raises UserError if that of the ids is incomplete."""
+    try:
+        ids = TypeAdapter(TokenInput).validate_python({key: dict(value) for key, value in options["tokens"].items()})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, ("tokens", *fault["loc"])))
+        raise UserError(
+            f"{NODE}.{key}: {fault['msg']}; expected the nodes tokenizer and vocabulary as `addp export "
+            "layout=detectron2` writes them"
+        ) from error
+    mage = PredictorConfig(config.width, config.depth, config.heads, decoder_heads=config.heads, dropout=config.dropout)
+    rate, dynamic = config.drop_path, options["dynamic"]
+    return TokenEncoder(mage, ids.vocabulary, ids.tokenizer, hw, rate, attention=attention, dynamic=dynamic)

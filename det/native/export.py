@@ -8,18 +8,20 @@ from typing import Any, cast
 import torch
 import yaml
 from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace, write_atomically
-from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
+from addp_core.networks.encoder import Encoder, EncoderArchitecture
+from addp_core.networks.token_encoder import TokenEncoder, TokenEncoderArchitecture
 from addp_core.weights.pretrained import NORMALISATION
 from det.config import DetectorArchitecture
 from det.model import DETECTRON2_CONFIG, DETECTRON2_WEIGHTS, Detector
 from det.native.backbone import EncoderBackbone
-from det.native.config import IMAGE_FORMAT, add_encoder_config, build_encoder, encoder_options
+from det.native.config import IMAGE_FORMAT, add_encoder_config, architecture_keys, build_encoder, encoder_options
 from det.native.lazy import mask_rcnn
+from det.native.safe_lazy import lazy_encoder
 from det.native.train_net import find_config
 
 
@@ -52,16 +54,10 @@ def write_detector(detector: Detector, out: Path) -> tuple[Tensor, Tensor]:
     return _compare(again, rcnn.eval(), out, (size, size))
 
 
-def lazy_model(architecture: DetectorArchitecture, encoder: EncoderArchitecture) -> Any:
+def lazy_model(architecture: DetectorArchitecture, encoder: EncoderArchitecture | TokenEncoderArchitecture) -> Any:
     """Return the LazyConfig of a detector around an encoder that is built from its architecture, without a file."""
     net = LazyCall(EncoderBackbone)(
-        encoder=LazyCall(Encoder)(
-            config=LazyCall(EncoderConfig)(**asdict(encoder.encoder)),
-            image_size=list(encoder.image_size),
-            patch_size=encoder.patch_size,
-            attention=LazyCall(AttentionConfig)(**asdict(encoder.attention)),
-            dynamic=True,
-        ),
+        encoder=OmegaConf.create(lazy_encoder(encoder)),
         checkpointing=False,
     )
     classes = len(architecture.categories)
@@ -70,20 +66,14 @@ def lazy_model(architecture: DetectorArchitecture, encoder: EncoderArchitecture)
     )
 
 
-def write_encoder(encoder: Encoder, normalisation: str, out: Path) -> tuple[Tensor, Tensor]:
+def write_encoder(encoder: Encoder | TokenEncoder, normalisation: str, out: Path) -> tuple[Tensor, Tensor]:
     """Write a pretrained encoder as the weights of a detector, with a yacs config that is merged into one of the zoo's.
 
     Returns the maps of the written encoder and its own, for comparison.
     """
     mean, std = ([255 * value for value in part] for part in NORMALISATION[normalisation])
     about = encoder.architecture
-    node = {
-        "arch": asdict(about.encoder),
-        "patch_size": about.patch_size,
-        "img_size": list(about.image_size),
-        "attention": asdict(about.attention),
-        "drop_path": about.encoder.drop_path,
-    }
+    node = _plain(architecture_keys(about)) | {"drop_path": encoder.config.drop_path}
     config = {
         "MODEL": {
             "BACKBONE": {"NAME": "EncoderPyramid"},
@@ -105,7 +95,14 @@ def write_encoder(encoder: Encoder, normalisation: str, out: Path) -> tuple[Tens
     return _compare(again, model, out, about.image_size)
 
 
-def _as_in_a_detector(encoder: Encoder) -> nn.Module:
+def _plain(value: Any) -> Any:
+    """Return nested values with lists in place of tuples, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _as_in_a_detector(encoder: Encoder | TokenEncoder) -> nn.Module:
     """Return a module whose tensors have the names that they have in a detector with a pyramid."""
     model = nn.Module()
     model.backbone = nn.Sequential(OrderedDict(net=EncoderBackbone(encoder=encoder)))

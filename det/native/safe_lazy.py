@@ -4,6 +4,7 @@ A LazyConfig calls whatever its `_target_` keys name. Here only classes and func
 those of detectron2's models, layers and transforms, torch's modules, and ours.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -15,7 +16,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
+from addp_core.networks.predictor import PredictorConfig
+from addp_core.networks.token_encoder import TokenEncoder, TokenEncoderArchitecture
+from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import first_line
 
@@ -59,28 +64,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def replace_encoder(node: Any, encoder: dict[str, Any]) -> Any:
-    """Return the config of a model in which the encoder is built from its architecture, and not read from a file.
-
-    encoder: the keys of MODEL.ENCODER that give the architecture.
-    """
+def replace_encoder(node: Any, architecture: EncoderArchitecture | TokenEncoderArchitecture) -> Any:
+    """Return the config of a model in which the encoder is built from its architecture, and not read from a file."""
     if isinstance(node, dict):
-        if "_target_" in node and _find(node["_target_"]) in (load_encoder, Encoder):
-            return lazy_encoder(encoder)
-        return {key: replace_encoder(value, encoder) for key, value in node.items()}
-    return [replace_encoder(value, encoder) for value in node] if isinstance(node, list) else node
+        if "_target_" in node and _find(node["_target_"]) in (load_encoder, Encoder, TokenEncoder):
+            return lazy_encoder(architecture)
+        return {key: replace_encoder(value, architecture) for key, value in node.items()}
+    return [replace_encoder(value, architecture) for value in node] if isinstance(node, list) else node
 
 
-def lazy_encoder(encoder: dict[str, Any]) -> dict[str, Any]:
-    """Return the LazyConfig of an encoder, given the keys of MODEL.ENCODER that give its architecture."""
-    return {
-        "_target_": "addp_core.networks.encoder.Encoder",
-        "config": {"_target_": "addp_core.networks.encoder.EncoderConfig", **encoder["arch"]},
-        "image_size": list(encoder["img_size"]),
-        "patch_size": encoder["patch_size"],
-        "attention": {"_target_": "addp_core.networks.attention.AttentionConfig", **encoder["attention"]},
+def lazy_encoder(architecture: EncoderArchitecture | TokenEncoderArchitecture) -> dict[str, Any]:
+    """Return the LazyConfig of an encoder, which needs no file."""
+    common = {
+        "image_size": list(architecture.image_size),
+        "attention": _call(AttentionConfig, asdict(architecture.attention)),
         "dynamic": True,
     }
+    if isinstance(architecture, EncoderArchitecture):
+        config = _call(EncoderConfig, asdict(architecture.encoder))
+        return _call(Encoder, {"config": config, "patch_size": architecture.patch_size, **common})
+    tokenizer = asdict(architecture.tokenizer) | {"multipliers": list(architecture.tokenizer.multipliers)}
+    parts = {
+        "config": _call(PredictorConfig, asdict(architecture.predictor)),
+        "vocabulary": _call(Vocabulary, asdict(architecture.vocabulary)),
+        "tokenizer": _call(TokenizerConfig, tokenizer),
+        "mean": list(architecture.mean),
+        "std": list(architecture.std),
+    }
+    return _call(TokenEncoder, parts | common)
+
+
+def _call(target: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": f"{target.__module__}.{target.__qualname__}", **arguments}
 
 
 def build_lazy(path: Path, values: dict[str, Any], key: str) -> Any:

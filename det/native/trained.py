@@ -5,7 +5,6 @@ so that the pretrained file is not needed.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import TransformerEncoder
-from addp_core.weights.architectures import parse_architecture
+from addp_core.weights.architectures import EncoderArchitecture, TokenEncoderArchitecture, parse_architecture
 from addp_core.weights.files import FileContent, read_file
 from det.config import Category, DetectorArchitecture, DetectorConfig, describe_encoder
 from det.masks import encode_bitmap
 from det.model import DETECTRON2_CONFIG, Detections, Detector, mismatched_tensors
-from det.native.config import IMAGE_FORMAT, add_encoder_config
+from det.native.config import IMAGE_FORMAT, add_encoder_config, architecture_keys
 from det.native.safe_lazy import build_lazy, read_yaml, replace_encoder
 
 
@@ -96,8 +95,8 @@ def load_trained(path: Path) -> TrainedDetector:
     return detector.eval()
 
 
-def _encoder_of(content: FileContent) -> dict[str, Any]:
-    """Return the architecture of the encoder in a checkpoint as keys of MODEL.ENCODER. Raises UserError if none is."""
+def _encoder_of(content: FileContent) -> EncoderArchitecture | TokenEncoderArchitecture:
+    """Return the architecture of the encoder in a checkpoint. Raises UserError if there is none."""
     found = [text for prefix, text in content.descriptions.items() if prefix.endswith("encoder.")]
     if len(found) != 1:
         raise UserError(
@@ -105,19 +104,15 @@ def _encoder_of(content: FileContent) -> dict[str, Any]:
             "wrote with EncoderBackbone or EncoderPyramid as its backbone"
         )
     _, architecture = parse_architecture(content.source, found[0])
-    return {
-        "arch": asdict(architecture.encoder),
-        "patch_size": architecture.patch_size,
-        "img_size": list(architecture.image_size),
-        "attention": asdict(architecture.attention),
-    }
+    return architecture
 
 
 def _load_yacs(config: Path, values: dict[str, Any], content: FileContent) -> TrainedDetector:
     cfg = get_cfg()
     add_encoder_config(cfg)
     cfg.set_new_allowed(True)  # keys of other projects
-    values["MODEL"]["ENCODER"] = {**values["MODEL"].get("ENCODER", {}), **_encoder_of(content), "source": ""}
+    keys = architecture_keys(_encoder_of(content))
+    values["MODEL"]["ENCODER"] = {**values["MODEL"].get("ENCODER", {}), **keys, "source": ""}
     values["MODEL"].update(WEIGHTS="", DEVICE="cpu")
     try:
         cfg.merge_from_other_cfg(CfgNode(values))
@@ -139,7 +134,7 @@ def _load_lazy(config: Path, values: dict[str, Any], content: FileContent) -> Tr
     model = cast(nn.Module, build_lazy(config, values, "model"))
     mapper = values.get("dataloader", {}).get("test", {}).get("mapper", {})
     augmentations = build_lazy(config, values, "dataloader.test.mapper.augmentations") if mapper else []
-    side = encoder["img_size"][0]
+    side = encoder.image_size[0]
     resize = T.AugmentationList(augmentations) if augmentations else T.ResizeShortestEdge([side] * 2, side)
     known = tuple(Category(**each) for each in values.get("categories", ()))
     categories = known or cast(Any, getattr(model, "roi_heads", model)).num_classes

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder
+from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.reading import read_weights
 from det.config import vitdet_attention
@@ -44,8 +45,8 @@ def export_detectron2(recipe: Recipe, out: Path) -> None:
         drop_path=0.1,
         dynamic=True,
     )
-    if not isinstance(encoder, Encoder):
-        raise UserError(f"model: {recipe.model} reads token ids, not pixels; expected an encoder of pixels")
+    if not isinstance(encoder, Encoder | TokenEncoder):
+        raise UserError(f"model: {recipe.model} is a CNN; layout=detectron2 holds ViTs")
     out.mkdir(parents=True, exist_ok=True)
     _check(out, *write_encoder(encoder, recipe.normalisation or "imagenet", out))
 
