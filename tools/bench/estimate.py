@@ -24,7 +24,7 @@ from tools.bench import sweep
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.devices import DeviceShares, visible_devices
 from tools.bench.measuring import Meter, Speed
-from tools.bench.recipe import BenchRecipe
+from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.results import hardware
 from tools.bench.step import Step
 from tools.bench.workload import PHASES, Workload, Workloads
@@ -45,6 +45,7 @@ class StepEstimate:
         amounts: Phase -> images of all runs.
         rates: Phase -> images per second of a run.
         waves: Seconds of each run, in groups: all runs of one are done before the next one begins.
+        start_up: Seconds that a command takes to start.
         notes: What a reader has to know.
         problem: Why nothing is known of it, "" if it is.
     """
@@ -54,6 +55,7 @@ class StepEstimate:
     amounts: dict[str, float] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     waves: list[list[float]] = field(default_factory=list)
+    start_up: float = 0.0
     notes: list[str] = field(default_factory=list)
     problem: str = ""
 
@@ -77,10 +79,11 @@ class SpeedSource(Protocol):
 
 def check_given_speeds(img_s: Mapping[str, float]) -> None:
     """Raise UserError if a key of `estimate.img_s` is no benchmark, or no phase of one."""
-    known = [*BENCHMARKS, *(f"{benchmark}.{phase}" for benchmark in BENCHMARKS for phase in PHASES)]
+    names = [PRETRAIN, *BENCHMARKS]
+    known = [*names, *(f"{name}.{phase}" for name in names for phase in PHASES)]
     for key in img_s:
         if key not in known:
-            expected = f"a benchmark ({', '.join(BENCHMARKS)}), alone or with a phase ({', '.join(PHASES)})"
+            expected = f"a benchmark ({', '.join(names)}), alone or with a phase ({', '.join(PHASES)})"
             raise UserError(f"estimate.img_s: found {key!r}, expected {expected}{did_you_mean(key, known)}")
 
 
@@ -123,7 +126,7 @@ class MeasuredSpeeds:
 
     def speed(self, work: Workload, step: Step) -> Speed:
         arm = step.arm
-        key = (work.speed, arm.image_size, arm.parameters or arm.model)
+        key = (work.speed, "" if step.benchmark == PRETRAIN else arm.random_digest)  # the architecture
         if key not in self.measured:
             log.info("%s: measuring addp %s", step.name, work.verb)
             try:
@@ -134,8 +137,9 @@ class MeasuredSpeeds:
         if isinstance(speed, UserError):
             raise speed
         if speed.model:
-            best = [sweep.best_run(step.folder / arm.name, seed) for seed in step.seeds]
-            self.stand_ins |= {str(path): speed.model for path in best if not path.exists()}
+            trained = [sweep.best_run(step.folder / arm.name, seed) for seed in step.seeds] if step.trials else []
+            trained += [Path(each.removeprefix("out=")) for each in work.arguments if each.startswith("out=")]
+            self.stand_ins |= {str(path): speed.model for path in trained}
         return Speed({phase: rate * self.scale for phase, rate in speed.rates.items()}, speed.start_up, speed.notes)
 
 
@@ -177,6 +181,10 @@ def estimate_steps(steps: Sequence[Step], speeds: SpeedSource) -> list[StepEstim
                 for arguments in wave:
                     if work := workloads.of(arguments, step.benchmark):
                         _add(estimate, work, speeds.speed(work, step))
+                    else:  # it starts, and has next to nothing to do
+                        estimate.waves[-1].append(estimate.start_up)
+            if step.trials:  # the sweep itself, and what follows it
+                estimate.waves += [[estimate.start_up] for _ in step.commands]
         except UserError as error:
             estimate = StepEstimate(step.name, problem=str(error))
         estimates.append(estimate)
@@ -186,7 +194,8 @@ def estimate_steps(steps: Sequence[Step], speeds: SpeedSource) -> list[StepEstim
 def _commands(step: Step) -> list[list[list[str]]]:
     """Return the arguments of the runs of a step that are to be done, in groups that follow each other."""
     if step.trials is None:
-        return [[command.arguments for command in step.commands]]
+        commands = [command.arguments for command in step.commands]
+        return [[each] for each in commands] if step.in_sequence else [commands]
     pending = [arguments for _, arguments in sweep.pending_commands(step.trials)]
     first = f"{step.trials.seed_key}={step.seeds[0]}"
     return [[each for each in pending if first in each], [each for each in pending if first not in each]]
@@ -203,6 +212,7 @@ def _add(estimate: StepEstimate, work: Workload, speed: Speed) -> None:
     if work.main_phase not in speed.rates:
         raise UserError("; ".join(speed.notes))
     estimate.runs += 1
+    estimate.start_up = speed.start_up
     estimate.waves[-1].append(seconds)
     estimate.notes += [note for note in speed.notes if note not in estimate.notes]
 

@@ -217,8 +217,10 @@ def _timed(marks: Sequence[Mark]) -> tuple[float, float]:
 
 
 def _with_stand_in(argument: str, stand_ins: Mapping[str, Path]) -> str:
+    """Return an argument that names a run which does not exist yet, or a model in it, with the stand-in instead."""
     key, _, value = argument.partition("=")
-    return f"{key}={stand_ins[value]}" if value in stand_ins else argument
+    run = value.partition(f"/{INTERMEDIATE_MODELS}/")[0]
+    return f"{key}={stand_ins[run]}" if key != "out" and run in stand_ins and not Path(value).exists() else argument
 
 
 def _affordable_batch(parameters: int, recipe: Any) -> int:

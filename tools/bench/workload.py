@@ -94,7 +94,8 @@ def _settings_without(keys: Sequence[str], verb: str, recipe: Any) -> str:
         section = tree
         for name in sections:
             section = section.get(name) or {}
-        section.pop(last, None)
+        if not isinstance(section.get(last), dict):  # `model` of pretraining is its architecture
+            section.pop(last, None)
     return f"{verb} {tree}"
 
 

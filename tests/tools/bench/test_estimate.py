@@ -33,11 +33,13 @@ if int(keys.get("train.steps", 0)) > 2:
         for step in range(1, 20):
             print(json.dumps({"step": step, "img_s": 5.0 if step == 1 else 50.0}), file=file, flush=True)
 else:
-    if verb == "finetune":
+    for key in {"model", "tokenizer", "predictor"} & keys.keys():
+        assert Path(keys[key], "model.safetensors").exists(), keys[key]
+    if "train.export_every" in keys:
         (out / "models" / "step-1").mkdir(parents=True)
         (out / "models" / "step-1" / "model.safetensors").touch()
-    elif verb == "robustness":
-        assert Path(keys["model"], "model.safetensors").exists(), keys["model"]
+    if verb in ("tokenizer", "predictor", "pretrain"):
+        sys.exit()
     with open(os.environ["ADDP_PACE_FILE"], "w") as file:
         for number in range(20):
             print(json.dumps(["validation", 10.0 if number else 0, 1000 + number / 20]), file=file, flush=True)
@@ -99,7 +101,7 @@ def test_steps_that_are_done_cost_nothing(toys, fake, tmp_path, capsys):
     [
         (
             ["estimate=true", "estimate.img_s={finetun: 3}"],
-            "estimate.img_s: found 'finetun', expected a benchmark (generation, finetune, linprobe, ",
+            "estimate.img_s: found 'finetun', expected a benchmark (pretrain, generation, finetune, ",
         ),
         (
             ["estimate=true", "estimate.img_s={det: 0}"],
@@ -132,6 +134,24 @@ def test_measured_speeds(toys, slow, tmp_path, capsys):
     assert runs - 0.1 < steps["finetune/a"]["seconds"] < runs + 20  # the start of Python, twice
     assert "measured on " in capsys.readouterr().out
     assert [path.name for path in out.iterdir()] in (["estimate.json", "estimate.md"], ["estimate.md", "estimate.json"])
+
+
+def test_pretraining_that_the_bench_begins_with(toys, slow, tmp_path, capsys):
+    out = tmp_path / "out"
+    data = [f"data.imagenet={toys / 'toy' / 'imagenet'}", "random=false", FINETUNE]
+    arms = "pretrain.arms={x: {}, y: {train.lr: 0.1}, z: {model.encoder.depth: 2}}"
+    settings = ["pretrain.recipe=tiny", arms, "pretrain.set={train.steps: 10, train.batch: 4}", "pretrain.seeds=[0,1]"]
+    only = ["bench.only=pretrain,finetune", "estimate=true", "estimate.seconds=0.5", "seeds=[0,1]"]
+    assert main(["bench", f"out={out}", *data, *settings, *only]) == 0, capsys.readouterr().out
+    verbs = [line.split()[0] for line in (slow / "started").read_text().splitlines()]
+    # the shared frozen parts, two kinds of pretraining (a learning rate does not count), two architectures fine-tuned;
+    # each its training and what it leaves
+    assert verbs == sorted(verbs, key=["tokenizer", "predictor", "pretrain", "finetune"].index)
+    assert {verb: verbs.count(verb) for verb in verbs} == {"tokenizer": 2, "predictor": 2, "pretrain": 4, "finetune": 4}
+    steps = steps_of(out)
+    assert not [step for step in steps.values() if "problem" in step]
+    assert (steps["pretrain/x"]["runs"], steps["pretrain/x"]["phases"]["training"]["images"]) == (2, 2 * 40)
+    assert list(steps)[:2] == ["pretrain/stages", "pretrain/x"]
 
 
 def test_a_large_batch_is_measured_with_fewer_images_on_a_cpu(toys, slow, tmp_path, monkeypatch, capsys):
