@@ -96,54 +96,83 @@ def load_encoder(
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     vqgan = None if tokenizer is None else read_part(tokenizer, "tokenizer")
-    is_cnn = isinstance(source, str) and timm.is_model(source) and not Path(source).exists()
     if input == "pixels" and vqgan is not None:
         raise UserError(f"tokenizer={vqgan.source}: found input=pixels too; leave one of the two out")
-    if isinstance(source, str) and source in VIT_SIZES and not Path(source).exists():
-        if init != "random":
-            width = VIT_SIZES[source]["width"]
-            raise UserError(
-                f"{source}: a size, which has no weights ({width} wide); expected init=random with it, or a checkpoint "
-                "(what a recipe of this name has trained is in its run folder)"
-            )
-        name = source
-        if size is None:
-            raise UserError(f"img_size: found none, and the size {source} has no images; expected pixels")
-        if input == "token" and vqgan is None:
-            raise UserError(f"input=token: {source} is a size, which has no tokenizer; expected tokenizer=<VQGAN file>")
-        state, architecture = _architecture_of_size(source, size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
-    elif is_cnn:
-        name, state, architecture = str(source), {}, _cnn_architecture(str(source), size, init)
+    is_name = isinstance(source, str) and not Path(source).exists()
+    if is_name and (source in VIT_SIZES or timm.is_model(str(source))):
+        name = str(source)
+        state, architecture = _architecture_of_name(name, size, patch_size, vqgan, init, input)
     else:
         name, state, architecture = _read_encoder(source, size, encoder_heads, weights, vqgan, init)
-    found: Input = "token" if isinstance(architecture, TokenEncoderArchitecture) else "pixels"
-    if input not in ("auto", found):
-        raise UserError(f"input={input}: {name} reads {INPUTS[found]}; expected {EXPECTED_INPUT[input]}")
-    if patch_size not in (None, architecture.patch_size):
-        raise UserError(f"patch_size: found {patch_size}, but {name} has {architecture.patch_size}; leave the key out")
+    _check_input(name, architecture, input, patch_size)
     lacks_norm = init == "pretrained" and "tokenizer_norm.weight" not in state
-    if tokenizer_norm and (lacks_norm or found == "token"):
+    if tokenizer_norm and (lacks_norm or isinstance(architecture, TokenEncoderArchitecture)):
         raise UserError(f"tokenizer_norm: {name} has none; expected an ADDP checkpoint, or tokenizer_norm=false")
     if isinstance(architecture, CnnArchitecture):
         attention = None if stages else attention
         _check_cnn_options(name, architecture, encoder_heads, dropout, tokenizer_norm, attention)
     try:
         size = architecture.image_size if size is None else (size[0], size[1])
-        encoder = _build_encoder(
-            architecture, size, dropout, drop_path, tokenizer_norm, attention, dynamic, normalisation
-        )
+        rates = (dropout, drop_path)
+        encoder = _build_encoder(architecture, size, *rates, tokenizer_norm, attention, dynamic, normalisation)
     except ValueError as error:
         raise UserError(f"img_size={img_size}: {error}") from error
     encoder.norm.requires_grad_(False)
-    if init == "pretrained" and not isinstance(encoder, CnnEncoder) and not isinstance(architecture, CnnArchitecture):
+    return _fill_encoder(encoder, name, state, architecture, init)
+
+
+def _fill_encoder(encoder: AnyEncoder, name: str, state: State, architecture: AnyArchitecture, init: str) -> AnyEncoder:
+    """Copy the tensors of a file into an encoder, in eval mode: all of them, or only those of its tokenizer.
+
+    Raises UserError if they do not fit.
+    """
+    if init == "random":
+        if isinstance(encoder, TokenEncoder):
+            fill(encoder.tokenizer, strip_prefix(state, "tokenizer."), name)
+        return encoder.eval()
+    if not isinstance(encoder, CnnEncoder) and not isinstance(architecture, CnnArchitecture):
         trained = "cls_token" in state if isinstance(encoder, Encoder) else architecture.attention.class_token
         if encoder.attention.class_token and not trained:
             raise UserError(f"attention: {name} was trained without a class token; expected class_token=false")
-    if init == "pretrained":
-        return fill(encoder, fit_encoder_state(state, architecture, encoder), name)
-    if isinstance(encoder, TokenEncoder):
-        fill(encoder.tokenizer, strip_prefix(state, "tokenizer."), name)
-    return encoder.eval()
+    return fill(encoder, fit_encoder_state(state, architecture, encoder), name)
+
+
+def _architecture_of_name(
+    name: str,
+    image_size: tuple[int, int] | None,
+    patch_size: int | None,
+    vqgan: Weights | None,
+    init: str,
+    wanted: InputChoice,
+) -> tuple[State, AnyArchitecture]:
+    """Return the architecture of a size in `VIT_SIZES`, with the tensors of its tokenizer if it has one, or of a CNN.
+
+    Raises UserError if an encoder cannot be built from the name and these arguments alone.
+    """
+    if name not in VIT_SIZES:
+        if vqgan is not None:
+            raise UserError(f"tokenizer={vqgan.source}: {name} is a CNN of timm, which reads pixels; leave the key out")
+        return {}, _cnn_architecture(name, image_size, init)
+    if init != "random":
+        width = VIT_SIZES[name]["width"]
+        raise UserError(
+            f"{name}: a size, which has no weights ({width} wide); expected init=random with it, or a checkpoint "
+            "(what a recipe of this name has trained is in its run folder)"
+        )
+    if image_size is None:
+        raise UserError(f"img_size: found none, and the size {name} has no images; expected pixels")
+    if wanted == "token" and vqgan is None:
+        raise UserError(f"input=token: {name} is a size, which has no tokenizer; expected tokenizer=<VQGAN file>")
+    return _architecture_of_size(name, image_size, patch_size or DEFAULT_PATCH_SIZE, vqgan)
+
+
+def _check_input(name: str, architecture: AnyArchitecture, wanted: InputChoice, patch_size: int | None) -> None:
+    """Raise UserError if an encoder reads something else than is wanted, or patches of another size."""
+    found: Input = "token" if isinstance(architecture, TokenEncoderArchitecture) else "pixels"
+    if wanted not in ("auto", found):
+        raise UserError(f"input={wanted}: {name} reads {INPUTS[found]}; expected {EXPECTED_INPUT[wanted]}")
+    if patch_size not in (None, architecture.patch_size):
+        raise UserError(f"patch_size: found {patch_size}, but {name} has {architecture.patch_size}; leave the key out")
 
 
 def _cnn_architecture(arch: str, size: tuple[int, int] | None, init: str) -> CnnArchitecture:

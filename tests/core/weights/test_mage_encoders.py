@@ -209,6 +209,8 @@ def test_the_input_can_be_demanded(tmp_path):
     assert_user_error(lambda: size(input="token"), "input=token: tiny is a size", "expected tokenizer=<VQGAN file>")
     assert_user_error(lambda: addp(input="token"), "input=token: ", "reads pixels", "expected a MAGE checkpoint")
     assert_user_error(lambda: mage(input="pixels"), "tokenizer=", "found input=pixels too")
+    cnn = partial(load_encoder, "resnet18", (64, 64), init="random", tokenizer=tokenizer)
+    assert_user_error(cnn, "tokenizer=", "resnet18 is a CNN of timm, which reads pixels")
     save_model(mage(), tmp_path / "e.safetensors")
     load = partial(load_encoder, tmp_path / "e.safetensors", (8, 12))
     assert_user_error(lambda: load(input="pixels"), "reads token ids", "expected an encoder of pixels")
