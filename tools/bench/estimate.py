@@ -150,14 +150,13 @@ def print_estimate(recipe: BenchRecipe, steps: Sequence[Step]) -> None:
     if wanted.img_s:
         estimates = estimate_steps(steps, GivenSpeeds(wanted.img_s))
     else:
-        origin = f"measured on {hardware()}, load average {os.getloadavg()[0]:.1f} before"
-        if gpus != processes:
-            origin += (
-                f", with {_count(processes, 'process', 'processes')}; more GPUs are taken to be faster in proportion"
-            )
+        load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory(prefix="addp-estimate-") as scratch:
             meter = Meter(Path(scratch), wanted.seconds, processes, has_gpu)
             estimates = estimate_steps(steps, MeasuredSpeeds(meter, gpus / processes))
+        origin = f"measured on {hardware()}, load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
+        if gpus != processes:
+            origin += f", with {_count(processes, 'process', 'processes')}: {gpus} are taken to be faster in proportion"
     on_gpu = has_gpu or bool(wanted.gpus or wanted.img_s)
     # without a GPU, runs at the same time share the cores, and each takes longer
     jobs = DeviceShares(recipe.jobs, processes).jobs if has_gpu else (recipe.jobs or 1) if on_gpu else 1

@@ -136,8 +136,8 @@ class Meter:
                 child.watch(process)
             finally:
                 _stop(process, self.processes)
-        if process.returncode > 0 and not child.complete:
-            raise UserError(last_lines(out / LOG).removeprefix("addp: "))
+        if child.ended and process.returncode and not child.complete:
+            raise UserError(_reason(process.returncode, out / LOG))
         return child
 
 
@@ -150,17 +150,18 @@ class _Child:
         self.timed: dict[str, float] = {}  # phase -> seconds
         self.start_up = 0.0
         self.complete = False  # whether every phase has been timed for long enough
+        self.ended = False  # whether the command has ended by itself
 
     def watch(self, process: "subprocess.Popen[bytes]") -> None:
         """Wait until all phases have been timed, the command has ended, or patience has."""
         began = time.time()
         while not self.complete and time.time() < began + PATIENCE:
-            ended = process.poll() is not None
+            self.ended = process.poll() is not None
             if TRAINING in self.phases:
                 self._look_at_steps(began)
             else:
                 self._look_at_marks(began)
-            if ended:
+            if self.ended:
                 break
             time.sleep(POLL)
 
@@ -214,6 +215,14 @@ def _timed(marks: Sequence[Mark]) -> tuple[float, float]:
         amount += sum(mark.amount for mark in steady[1:])
         seconds += steady[-1].time - steady[0].time
     return amount, seconds
+
+
+def _reason(code: int, output: Path) -> str:
+    """Return why a command has failed, by its exit code and its log."""
+    if code == -signal.SIGKILL:
+        return "the system has killed it, probably because the memory was full"
+    signaled = f"signal {-code}: " if code < 0 else ""
+    return signaled + last_lines(output).removeprefix("addp: ")
 
 
 def _with_stand_in(argument: str, stand_ins: Mapping[str, Path]) -> str:

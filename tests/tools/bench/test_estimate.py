@@ -27,6 +27,8 @@ with (notes / "started").open("a") as file:
     file.write(" ".join([verb, keys.get("train.steps", ""), keys.get("train.batch", "")]).strip() + chr(10))
 if (notes / "broken").exists():
     sys.exit("addp: model: cannot be read today")
+if (notes / "killed").exists():
+    os.kill(os.getpid(), 9)
 out.mkdir()
 if int(keys.get("train.steps", 0)) > 2:
     with (out / "metrics.jsonl").open("w") as file:
@@ -164,12 +166,19 @@ def test_a_large_batch_is_measured_with_fewer_images_on_a_cpu(toys, slow, tmp_pa
     assert phases["training"]["img_s"] == pytest.approx(3 * 50)  # in proportion to the GPUs
 
 
-def test_a_command_that_fails_is_named_with_its_error(toys, slow, tmp_path, capsys):
-    (slow / "broken").touch()
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("broken", "model: cannot be read today"),
+        ("killed", "the system has killed it, probably because the memory was full"),
+    ],
+)
+def test_a_command_that_fails_is_named_with_its_error(toys, slow, tmp_path, capsys, fault, error):
+    (slow / fault).touch()
     settings = [FINETUNE, "bench.only=finetune", "estimate=true"]
     assert main(bench_command(toys, tmp_path / "out", *settings, "random=false")) == 0
     output = capsys.readouterr().out
-    assert "finetune/a, finetune/b: cannot be estimated: model: cannot be read today\n" in output
+    assert f"finetune/a, finetune/b: cannot be estimated: {error}\n" in output
     assert (slow / "started").read_text().count("finetune") == 1
 
 
