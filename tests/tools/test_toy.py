@@ -205,7 +205,9 @@ def test_coco_can_have_the_categories_of_coco(tmp_path):
         entry["id"]: entry["name"] for entry in coco["categories"]
     }
     made_before = tmp_path / "digits" / "coco" / "toy.json"  # by a version without the key
-    made_before.write_text(json.dumps({k: v for k, v in json.loads(made_before.read_text()).items() if "name" not in k}))
+    made_before.write_text(
+        json.dumps({k: v for k, v in json.loads(made_before.read_text()).items() if "name" not in k})
+    )
     assert main(["toy", f"out={tmp_path / 'digits'}", *keys]) == 0
     assert main(["toy", f"out={tmp_path / 'digits'}", *keys, "coco_names=true"]) == 2
 

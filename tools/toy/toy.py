@@ -50,7 +50,10 @@ DATASETS: dict[DatasetName, ToyDataset] = {
         classification.write_imagenet, classification.class_sheet, ("size", "imagenet_train", "imagenet_val")
     ),
     "coco": ToyDataset(
-        coco.write_coco, coco.box_sheet, ("scene", "coco_train", "coco_val", "coco_rle", "coco_names"), coco.FORMAT_VERSION
+        coco.write_coco,
+        coco.box_sheet,
+        ("scene", "coco_train", "coco_val", "coco_rle", "coco_names"),
+        coco.FORMAT_VERSION,
     ),
     "ade20k": ToyDataset(ade20k.write_ade20k, ade20k.class_map_sheet, ("scene", "ade_train", "ade_val")),
     "imagenet-a": ToyDataset(classification.write_imagenet_a, classification.class_sheet, ("size", "variants")),
