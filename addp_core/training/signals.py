@@ -8,6 +8,8 @@ from typing import Any, ClassVar, TypeVar
 
 from addp_core.base.job import handled_signal
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 Handler = TypeVar("Handler", bound="SignalHandler")
 
 
@@ -19,7 +21,7 @@ class SignalHandler(ABC):
 
     def __enter__(self: Handler) -> Handler:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 

@@ -16,7 +16,7 @@ import logging
 import multiprocessing
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -43,13 +43,11 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
-from torch.utils.data import get_worker_info
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
-from addp_core.data.stream import ignore_signals
 from addp_core.networks.encoder import TransformerEncoder
-from addp_core.training.signals import StopSignals
+from addp_core.training.signals import STOP_SIGNALS, StopSignals
 from addp_core.weights.files import MODEL_FILE, read_tensors
 from addp_core.weights.pretrained import check_positions
 from det.config import DetectorArchitecture, DetectorConfig, describe_encoder
@@ -84,22 +82,29 @@ class StopOnSignal(HookBase):
             raise SystemExit(1 if any(interrupt for _, interrupt in requests) else 0)
 
 
-class SignalProofMapper:
-    """A dataset mapper whose loader's workers ignore signals: the group of processes receives what `timeout`, a
-    terminal or Slurm sends, and only the training process handles it, which needs its workers to finish its step.
+class SignalProofLoader:
+    """A data loader whose workers receive no signals: the group of processes receives what `timeout`, a terminal or
+    Slurm sends, and only the training process handles it, which needs its workers to finish its step.
 
-    detectron2's loaders have no argument for the initialization of workers, so the first image does it.
+    The workers inherit blocked signals from this process, which blocks them while the first batch starts the workers.
     """
 
-    def __init__(self, mapper: Callable[[dict[str, Any]], Any]):
-        self.mapper, self.initialized = mapper, False
+    def __init__(self, loader: Any):
+        self.loader = loader
 
-    def __call__(self, record: dict[str, Any]) -> Any:
-        worker = get_worker_info()
-        if worker is not None and not self.initialized:
-            ignore_signals(worker.id)
-            self.initialized = True
-        return self.mapper(record)
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            batches = iter(self.loader)
+            first = next(batches, None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if first is not None:
+            yield first
+            yield from batches
 
 
 def train(cfg: DictConfig, resume: bool) -> None:
@@ -154,17 +159,15 @@ def train_loader(cfg: DictConfig, start: int) -> Any:
     """
     options = dict(cfg.dataloader.train)
     dataset = options["dataset"] = instantiate(options["dataset"])
-    options["mapper"] = SignalProofMapper(instantiate(options["mapper"]))
     options["sampler"] = TrainingSampler(len(dataset), seed=seed_for(cfg.train.seed, "sampler", start))
     seed_all_rng(seed_for(cfg.train.seed, "continue", start, comm.get_rank()) % 2**31)
-    return instantiate(options)
+    return SignalProofLoader(instantiate(options))
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """Print and return detectron2's metrics, in percent."""
-    options = dict(cfg.dataloader.test)
-    options["mapper"] = SignalProofMapper(instantiate(options["mapper"]))
-    metrics = inference_on_dataset(model, instantiate(options), instantiate(cfg.dataloader.evaluator))
+    loader = SignalProofLoader(instantiate(cfg.dataloader.test))
+    metrics = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     print_csv_format(metrics)
     return metrics
 
@@ -262,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
 
 def end_workers() -> None:
     """End the workers of loaders that are still referenced: Python's exit would wait for them forever, because they
-    ignore its signal.
+    do not receive its signal.
     """
     workers = multiprocessing.active_children()
     if workers:
