@@ -144,7 +144,7 @@ def write_encoder(
         crop=crop,
         scale=(crop, 4 * crop),
         normalisation=normalisation,
-        class_token=True,
+        class_token=encoder.attention.class_token,
     )
     cfg = config_for(segmentor)
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": f"{{{{ fileDirname }}}}/{CHECKPOINT_FILE}"}

@@ -1,5 +1,6 @@
 """Fitting tensors to modules: copying them in, replacing parts, and resampling positions to other sizes."""
 
+import logging
 import re
 from typing import TypeVar, cast
 
@@ -14,6 +15,8 @@ from addp_core.networks.layers import Block
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import EncoderArchitecture, TokenEncoderArchitecture
 from addp_core.weights.files import State
+
+log = logging.getLogger("addp")
 
 POSITIONS = re.compile(r"(^|\.)(decoder_)?pos(_\w+)?_embed(_learned)?$|position_embeddings")
 
@@ -64,9 +67,9 @@ def resample_state(state: State, old: tuple[int, int], new: tuple[int, int]) -> 
 
 
 def fit_encoder_state(state: State, architecture: AnyArchitecture, encoder: AnyEncoder) -> State:
-    """Fit the tensors of a file's encoder to `encoder`: resample positions to its grid, drop parts that it lacks, and
-    add the relative positions that the file lacks, at their initial zeros. Of a CNN, the part that only pretraining has
-    is dropped.
+    """Fit the tensors of a file's encoder to `encoder`: resample positions to its grid, drop parts that it lacks (with
+    a warning for trained relative positions), and add the relative positions that the file lacks, at their initial
+    zeros. Of a CNN, the part that only pretraining has is dropped.
     """
     if isinstance(architecture, CnnArchitecture) or isinstance(encoder, CnnEncoder):
         return {key: value for key, value in state.items() if key.startswith("body.")}
@@ -75,7 +78,15 @@ def fit_encoder_state(state: State, architecture: AnyArchitecture, encoder: AnyE
         state = {key: value for key, value in state.items() if not key.startswith("tokenizer_norm.")}
     if not encoder.attention.class_token:
         state.pop("cls_token", None)
-    state = {key: value for key, value in state.items() if ".relative." not in key or key in expected}
+    dropped = {key for key in state if ".relative." in key and key not in expected}
+    if any(state[key].any() for key in dropped):
+        log.warning(
+            "relative positions: found relative=%s in the file, whose trained values are left out of an encoder with "
+            "relative=%s",
+            architecture.attention.relative,
+            encoder.attention.relative,
+        )
+    state = {key: value for key, value in state.items() if key not in dropped}
     for key, value in expected.items():
         if ".relative." in key:
             state[key] = _resample_relative(state[key], value, key, architecture, encoder) if key in state else value

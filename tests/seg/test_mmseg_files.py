@@ -19,9 +19,12 @@ from mmengine.config import Config
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 
 from addp_core.base.errors import UserError
+from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import FileContent
+from addp_core.weights.saving import save_model
 from seg.mmseg_checkpoint import read_config_text, read_runner_checkpoint
 from seg.scenes import find_pairs
 from seg.segmentor import load_segmentor
@@ -95,6 +98,14 @@ def test_errors_of_the_export(trained_run, encoder_file, tmp_path, capsys):
     assert "out: found file.pth, expected a folder" in user_error(
         capsys, "export", "layout=mmseg", f"model={trained_run}", f"out={tmp_path}/file.pth"
     )
+
+
+def test_an_encoder_without_a_class_token_is_exported_without(tmp_path):
+    encoder = Encoder(EncoderConfig(16, 4, 2), (32, 32), 8, AttentionConfig(window=2, class_token=False))
+    save_model(encoder, tmp_path / "detectors.safetensors")
+    model, folder = tmp_path / "detectors.safetensors", tmp_path / "exported"
+    assert main(["export", "layout=mmseg", f"model={model}", f"out={folder}", "img_size=32"]) == 0
+    assert Config.fromfile(folder / "config.py").model.backbone.class_token is False
 
 
 # -------------------- from mmseg to here

@@ -79,12 +79,12 @@ def _random_images(crop: int) -> Tensor:
 
 
 def _check(out: Path, name: str, compare: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Remove the export and raise RuntimeError if the outputs of mmseg's model are not those of ours."""
+    """Remove the export if mmseg's model cannot be built, or if its outputs are not those of ours (RuntimeError)."""
     from seg.mmseg_export import CHECKPOINT_FILE, CONFIG_FILE
 
     try:
         check_equal(out, name, *compare())
-    except RuntimeError:
+    except (RuntimeError, UserError):
         for file in (CONFIG_FILE, CHECKPOINT_FILE):
             (out / file).unlink(missing_ok=True)
         raise

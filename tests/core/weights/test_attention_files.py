@@ -27,7 +27,7 @@ def test_plain_weights_for_windows_and_relative_positions(tmp_path):
 
 @pytest.mark.parametrize("relative", ["decomposed", "table"])
 @pytest.mark.parametrize("window", [0, 3])
-def test_relative_positions_are_saved_and_resized(tmp_path, relative, window):
+def test_relative_positions_are_saved_and_resized(tmp_path, caplog, relative, window):
     attention = AttentionConfig(window=window, relative=relative, global_blocks=2, class_token=window == 0)
     model = tiny_encoder(attention)
     save_model(model, tmp_path / "e.safetensors")
@@ -42,10 +42,14 @@ def test_relative_positions_are_saved_and_resized(tmp_path, relative, window):
             else:
                 assert len(b) > len(a)
                 torch.testing.assert_close(b.mean(), a.mean(), atol=0.3, rtol=0.3)
+    assert not caplog.messages
     without_relative = load_encoder(
         tmp_path / "e.safetensors", (32, 40), attention=AttentionConfig(class_token=window == 0)
     )
     assert not any("relative" in key for key in without_relative.state_dict())
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        f"relative positions: found relative={relative} in the file"
+    ]
 
 
 def test_bias_tables_lose_the_entries_of_a_dropped_class_token(tmp_path):
