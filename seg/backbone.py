@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, cast, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from mmengine.model import BaseModule
@@ -24,6 +24,8 @@ from addp_core.weights.pretrained import check_positions
 from seg.architecture import check_arch, demand_arch, read_arch, read_pretrained
 from seg.keywords import pretrained_config, translate_keywords
 from seg.state_names import PREFIX, check_state, from_stored_names, to_stored_names
+
+Backbone = TypeVar("Backbone", bound="MmsegBackbone")
 
 RELATIVE_POSITIONS = get_args(get_args(get_type_hints(AttentionConfig, include_extras=True)["relative"])[0])
 
@@ -96,7 +98,7 @@ class MmsegBackbone(TransformerEncoder):
         """Normalized images Float[B,3,H,W] -> Float[B,W,H/patch,W/patch] for each of `out_indices`."""
         return tuple(self.forward_maps(images, self.out_indices))
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: Backbone, mode: bool = True) -> Backbone:
         """Set the training mode, in which the frozen blocks stay in evaluation mode."""
         super().train(mode)
         for block in self.blocks[: max(self.frozen_stages, 0)]:

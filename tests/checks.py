@@ -11,6 +11,10 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 
+shards_on_cpus = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 shards on GPUs only"
+)
+
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
     """Return whether two modules have equal state dicts."""

@@ -121,6 +121,8 @@ class CnnEncoder(FeatureEncoder):
         )
         self.maps = range(len(body.feature_info))[-STAGES:]  # which of timm's feature maps end a stage
         body.prune_intermediate_layers(list(self.maps), prune_norm=True, prune_head=True)
+        if hasattr(body, "head"):
+            body.head = nn.Identity()  # timm 1.0.26 leaves ConvNeXt's norm in it
         self.body = body
         self.patch_size = body.feature_info[-1]["reduction"]
         self.grid = _grid_at(self.image_size, self.patch_size)

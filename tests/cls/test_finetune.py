@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checks import shards_on_cpus
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -102,6 +103,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(images, pretrained, tmp_path, mo
     assert results[0] == results[1]
 
 
+@shards_on_cpus
 def test_sharded_blocks_train_as_on_one_process(images, pretrained, tmp_path):
     """With layer decay, recomputed activations and averaged weights in validation."""
     keys = ["train.steps=4", "train.log_every=1", "train.ema=0.9", "checkpointing=true", "drop_path=0"]

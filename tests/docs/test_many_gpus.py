@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checks import shards_on_cpus
 from ranks import free_port
 from transfers import NO_AUGMENTATION, write_color_images
 
@@ -45,7 +46,10 @@ def name_of(block: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS, ids=[name_of(block) for block in BLOCKS])
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, id=name_of(block), marks=[shards_on_cpus] if "fsdp" in block else []) for block in BLOCKS],
+)
 def test_each_command_trains_on_two_processes(block, tmp_path):
     write_color_images(tmp_path / "data", train=2, val=2)
     keys = {"model": "tiny", "init": "random", "patch_size": 4, "data": tmp_path / "data", "data.size": 12}

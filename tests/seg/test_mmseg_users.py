@@ -15,6 +15,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import load_checkpoint
 from mmseg.apis import init_model
 from mmseg.registry import MODELS
+from safetensors.torch import load_file
 
 from addp_core.base.errors import UserError
 from addp_core.networks.encoder import Encoder, EncoderConfig
@@ -140,11 +141,12 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, backbone, expecte
     assert expected in str(error.value)
 
 
-def test_a_pretrained_encoder_in_the_place_of_a_checkpoint_is_refused(scaled_file):
+def test_a_pretrained_encoder_in_the_place_of_a_checkpoint_is_refused(scaled_file, tmp_path):
     """As mmengine's `load_from`, of which nothing would be loaded: the training would start from random weights."""
-    model = build_part(segmentor_config(arch=ARCH | {"layer_scale": True}).model)
+    model, pickled = build_part(segmentor_config(arch=ARCH | {"layer_scale": True}).model), tmp_path / "model.pth"
+    torch.save(load_file(scaled_file), pickled)  # the oldest mmengine reads no safetensors
     with pytest.raises(UserError, match=r"^the checkpoint has an encoder .*; expected it in the backbone's init_cfg="):
-        load_checkpoint(model, str(scaled_file))
+        load_checkpoint(model, str(pickled))
     heads = {name: value for name, value in model.state_dict().items() if name.startswith("decode_head.")}
     model.load_state_dict(heads, strict=False)
 

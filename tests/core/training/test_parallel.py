@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checks import assert_user_error
+from checks import assert_user_error, shards_on_cpus
 from ranks import Fault, run_ranks
 from safetensors.torch import load_file
 from torch import nn
@@ -21,7 +21,6 @@ from addp_core.training.processes import process_state
 from addp_core.training.stage import SHARDED_OPTIMIZERS, TrainConfig
 
 SHARDED = "train.parallel=fsdp"
-on_cpus = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 shards on GPUs only")
 
 
 def toy(out: Path, *settings: str, n: int, fault: Fault | tuple[()] = (), before=None) -> str:
@@ -42,7 +41,7 @@ def assert_equal_to_rounding(out: Path, expected: Path) -> None:
             assert torch.allclose(ours[key], value, rtol=1e-4, atol=1e-6), (name, key)
 
 
-@on_cpus
+@shards_on_cpus
 def test_two_four_and_one_process_continue_a_run_of_one(tmp_path):
     """A run that begins without shards goes on with two and four of them, and ends on one process."""
     settings = [*ROUNDING_ONLY, "train.accumulate=2", "train.clip_grad=0.2"]
@@ -74,7 +73,7 @@ def lose_a_loss() -> None:
     patch.object(ToyStage, "loss", with_fault).start()
 
 
-@on_cpus
+@shards_on_cpus
 def test_a_sharded_run_continues_exactly(tmp_path):
     """With dropout, batch statistics, a moving average, a skipped step and a full disk on one process."""
     settings = [SHARDED, "train.log_every=1"]
@@ -139,7 +138,7 @@ def compare_optimizers() -> None:
     raise SystemExit(0)
 
 
-@on_cpus
+@shards_on_cpus
 def test_optimizers_compute_the_same_on_shards(tmp_path):
     ended = run_ranks([], tmp_path / "log", n=2, before=compare_optimizers)
     assert ended.codes == [0, 0], ended.text
