@@ -24,7 +24,6 @@ from addp_core.base.rng import generator
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.networks.classifier import Classifier, Pooling
-from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.compute import accelerate_model
 from addp_core.training.pace import mark_pace
 from addp_core.training.probes import LinearHeads, NearestNeighbors, train_heads
@@ -92,8 +91,6 @@ def _features(
     """Return the features of a dataset's center crops, and of their mirror images if `mirrored`."""
     config = recipe.fast
     mean, std = NORMALISATION[recipe.normalisation]
-    if isinstance(encoder, TokenEncoder):
-        encoder.mean, encoder.std = mean, std  # it undoes the normalization, and is not part of a classifier yet
     model = PooledFeatures(encoder, blocks, config.poolings, mirrored, recipe.norm)
     model.to(process_state().device).eval().requires_grad_(False)
     accelerate_model(model, recipe.train.compile, recipe.train.channels_last)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-import shutil
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -12,13 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from addp_core.base.errors import UserError
-from addp_core.base.files import atomic_replace
 from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import ReadErrors
@@ -26,13 +22,12 @@ from addp_core.networks.classifier import FeatureNorm, Pooling, check_pooling, p
 from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import FeatureEncoder
 from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.training.feature_files import STORAGE_DTYPES, FeatureFiles, to_storage
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.fitting import AnyEncoder
 from cls.evaluation import OutputBatch, check_unreadable, compute_outputs
 
 log = logging.getLogger("addp")
-
-STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 def truncate(encoder: AnyEncoder, block: int) -> None:
@@ -93,37 +88,21 @@ class PooledFeatures(nn.Module):
 
 
 class FeatureBank:
-    """The features of a dataset on disk: `<folder>/00000.safetensors`, ..., each with the labels of its images."""
+    """The features of a dataset on disk; each file holds the labels and the indices of its images too.
 
-    def __init__(self, folder: Path, shards: int):
-        self.key = folder.name  # identifies the weights, images and settings of the features
-        self._paths = [_shard_path(folder, number) for number in range(shards)]
-        self.labels = torch.cat([self._read(path, "labels") for path in self._paths])
-        self.indices = torch.cat([self._read(path, "indices") for path in self._paths])
+    `key` identifies the weights, images and settings of the features.
+    """
+
+    def __init__(self, files: FeatureFiles):
+        self.key, self._files = files.folder.name, files
+        self.labels, self.indices = files.concatenate_all("labels"), files.concatenate_all("indices")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def load(self, block: int, pooling: str) -> Tensor:
-        """Return [n,V,W] features in the type they are stored in.
-
-        The files are mapped into memory, so that only this block and pooling are read.
-        """
-        parts = (self._read(path, _tensor_name(block, pooling)) for path in self._paths)
-        first = next(parts)
-        features = torch.empty((len(self), *first.shape[1:]), dtype=first.dtype)
-        features[: len(first)], end = first, len(first)
-        for part in parts:
-            features[end : end + len(part)] = part
-            end += len(part)
-        return features
-
-    def _read(self, path: Path, name: str) -> Tensor:
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); remove it to compute it again") from error
+        """Return [n,V,W] features in the type they are stored in; only this block and pooling are read."""
+        return self._files.concatenate(_tensor_name(block, pooling), len(self))
 
 
 def compute_features(
@@ -152,13 +131,12 @@ def compute_features(
     """
     state = PartialState()
     folder = cache / f"{title}-{_cache_key(model, source, transform, store, shard, options)}"
-    shards = -(-len(source) // shard)
-    shared = [[number for number in range(shards) if not _shard_path(folder, number).exists()]]
-    broadcast_object_list(shared)  # rank 0's listing: the folder may fill while other processes look at it
-    if missing := shared[0]:
+    files = FeatureFiles(folder, -(-len(source) // shard))
+    if missing := files.missing():
         indices = [i for number in missing for i in _shard_indices(number, shard, source)]
         if state.is_main_process:
-            _create_folder(folder, model, len(indices), STORAGE_DTYPES[store].itemsize)
+            size = len(indices) * math.prod(model.shape) * STORAGE_DTYPES[store].itemsize
+            files.create_folder(size, "choose fewer fast.blocks or fast.poolings, or another fast.cache")
             log.info("%s: computing the features of %d of %d images: %s", title, len(indices), len(source), folder)
         bar = title if sys.stderr.isatty() else ""
         errors: ReadErrors = []
@@ -167,17 +145,13 @@ def compute_features(
             check_unreadable(errors, options["max_errors"], len(indices))
             gathered = gather_object([part])
             if state.is_main_process:
-                _write_shard(_shard_path(folder, number), gathered, model, STORAGE_DTYPES[store])
+                files.write(number, _tensors(gathered, model, STORAGE_DTYPES[store]))
     state.wait_for_everyone()
-    return FeatureBank(folder, shards)
+    return FeatureBank(files)
 
 
 def _shard_indices(number: int, shard: int, source: ImageSource) -> range:
     return range(number * shard, min((number + 1) * shard, len(source)))
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
 
 
 def _tensor_name(block: int, pooling: str) -> str:
@@ -200,22 +174,6 @@ def _cache_key(
     if source.labels is not None:
         digest.update(source.labels.tobytes())
     return digest.hexdigest()
-
-
-def _create_folder(folder: Path, model: PooledFeatures, images: int, itemsize: int) -> None:
-    """Create the folder; raise UserError if the features will not fit on its disk."""
-    views, blocks, poolings, width = model.shape
-    size = images * views * blocks * poolings * width * itemsize
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    if size > free:
-        raise UserError(
-            f"{folder}: the features need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
-            "choose fewer fast.blocks or fast.poolings, or another fast.cache"
-        )
 
 
 def _split_by_shard(
@@ -246,22 +204,13 @@ def _select(part: OutputBatch, which: Tensor) -> OutputBatch:
     return OutputBatch(part.outputs[which], part.labels[which], part.indices[which])
 
 
-def _write_shard(path: Path, parts: list[OutputBatch], model: PooledFeatures, dtype: torch.dtype) -> None:
+def _tensors(parts: list[OutputBatch], model: PooledFeatures, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of one file from the parts of all processes."""
     merged = _concatenate(parts)
     merged = _select(merged, merged.indices.argsort())
-    outputs = merged.outputs.to(dtype)
-    if not outputs.isfinite().all():
-        raise UserError(
-            f"fast.store: features up to {merged.outputs.abs().max():.3g} do not fit {dtype}; set fast.store=float32"
-        )
+    outputs = to_storage(merged.outputs, dtype, "fast.store")
     tensors = {"labels": merged.labels, "indices": merged.indices}
     for k, block in enumerate(model.blocks):
         for p, pooling in enumerate(model.poolings):
             tensors[_tensor_name(block, pooling)] = outputs[:, :, k, p].contiguous()
-    try:
-        with atomic_replace(path) as temporary:
-            save_file(tensors, temporary)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); free some space and repeat the command to continue"
-        ) from error
+    return tensors

@@ -7,29 +7,24 @@ class of most of its pixels, as in CAPI's code.
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import layer_norm
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import atomic_replace
 from addp_core.base.rng import generator
 from addp_core.data.stream import default_workers, ignore_signals
 from addp_core.networks.classifier import NORM_EPS, normalize
-from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.training.compute import accelerate_model, autocast
+from addp_core.training.feature_files import STORAGE_DTYPES, FeatureFiles, to_storage
 from addp_core.training.pace import mark_pace
 from addp_core.training.processes import process_state
 from addp_core.weights.fingerprint import fingerprint
@@ -40,12 +35,11 @@ from seg.scenes import IGNORED, SceneListing, ScenePair, read_class_map, read_im
 
 log = logging.getLogger("addp")
 
-STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 LABELS, IMAGES = "labels", "images"  # of each patch, beside its features in a file
 
 
 class PatchBank:
-    """The patch features of a split on disk: `<folder>/00000.safetensors`, ..., image by image, row by row.
+    """The patch features of a split on disk, image by image, row by row.
 
     Attributes:
         key: identifies the weights, images and settings of the features.
@@ -54,33 +48,17 @@ class PatchBank:
         images: the number of its image, Long[m].
     """
 
-    def __init__(self, folder: Path, shards: int):
-        self.key, self.shards = folder.name, shards
-        self._paths = [_shard_path(folder, number) for number in range(shards)]
-        self.labels = torch.cat([self._read(path, LABELS) for path in self._paths]).long()
-        self.images = torch.cat([self._read(path, IMAGES) for path in self._paths]).long()
+    def __init__(self, files: FeatureFiles):
+        self.key, self.shards, self._files = files.folder.name, files.count, files
+        self.labels, self.images = (files.concatenate_all(name).long() for name in (LABELS, IMAGES))
 
     def load(self, block: int) -> Tensor:
         """Return the features after a block, [m,W] in the type they are stored in."""
-        first = self.load_shard(0, block)
-        features = torch.empty((len(self.labels), first.shape[1]), dtype=first.dtype)
-        features[: len(first)], end = first, len(first)
-        for number in range(1, self.shards):
-            part = self.load_shard(number, block)
-            features[end : end + len(part)] = part
-            end += len(part)
-        return features
+        return self._files.concatenate(_tensor_name(block), len(self.labels))
 
     def load_shard(self, number: int, block: int) -> Tensor:
         """Return those of one file."""
-        return self._read(self._paths[number], _tensor_name(block))
-
-    def _read(self, path: Path, name: str) -> Tensor:
-        try:
-            with safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); remove it to compute it again") from error
+        return self._files.read(number, _tensor_name(block))
 
 
 def compute_bank(
@@ -98,23 +76,24 @@ def compute_bank(
     limit = min(config.patches or patches, patches) if split == "train" else None
     cache = Path(recipe.cache).expanduser() if recipe.cache else Path(recipe.out) / "features"
     folder = cache / f"{split}-{_cache_key(encoder, recipe, blocks, listing, classes, limit)}"
-    shards = -(-len(listing) // recipe.shard)
-    shared = [[number for number in range(shards) if not _shard_path(folder, number).exists()]]
-    broadcast_object_list(shared)  # rank 0's listing: the folder may fill while other processes look at it
-    if missing := shared[0]:
+    files = FeatureFiles(folder, -(-len(listing) // recipe.shard))
+    if missing := files.missing():
         mark_pace("validation", 0)
         if state.is_main_process:
             remaining = min(len(missing) * recipe.shard, len(listing))
             numbers = remaining * (limit or patches) * len(blocks) * encoder.width
-            _create_folder(folder, numbers * STORAGE_DTYPES[recipe.store].itemsize)
+            files.create_folder(
+                numbers * STORAGE_DTYPES[recipe.store].itemsize,
+                "choose fewer blocks or data.patches, a smaller data.size, or another cache",
+            )
             log.info("%s: computing the features of up to %d images: %s", split, remaining, folder)
         state.wait_for_everyone()
         for number in tqdm(missing[state.process_index :: state.num_processes], desc=split, leave=False, disable=None):
             images = range(number * recipe.shard, min((number + 1) * recipe.shard, len(listing)))
             tensors = _features(encoder, recipe, blocks, listing, classes, images, limit)
-            _write_shard(_shard_path(folder, number), tensors)
+            files.write(number, tensors)
     state.wait_for_everyone()
-    return PatchBank(folder, shards)
+    return PatchBank(files)
 
 
 def _features(
@@ -129,8 +108,6 @@ def _features(
     """Return the tensors of one file."""
     device, dtype = process_state().device, STORAGE_DTYPES[recipe.store]
     mean, std = NORMALISATION[recipe.normalisation]
-    if isinstance(encoder, TokenEncoder):
-        encoder.mean, encoder.std = mean, std  # it undoes the normalization
     batches = [images[first : first + recipe.eval_batch] for first in range(0, len(images), recipe.eval_batch)]
     loader = DataLoader(
         _SceneBatches(listing.pairs, batches, recipe.data.size, patch_grid(encoder, recipe.data.size), classes),
@@ -154,7 +131,7 @@ def _features(
             parts[IMAGES].append(torch.full((len(chosen),), image, dtype=torch.int32))
             for block, x in zip(blocks, tokens, strict=True):
                 patches = x[row, encoder.num_prefix_tokens :][chosen.to(x.device)]
-                parts[_tensor_name(block)].append(_stored(patches, dtype))
+                parts[_tensor_name(block)].append(to_storage(patches, dtype, "store").cpu())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -162,13 +139,6 @@ def _normed(encoder: AnyEncoder, tokens: Tensor, norm: str) -> Tensor:
     if norm == "pretrained":
         return encoder.norm(tokens)
     return layer_norm(tokens.float(), tokens.shape[-1:], eps=NORM_EPS) if norm == "layer" else tokens
-
-
-def _stored(features: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = features.to(dtype).cpu()
-    if not stored.isfinite().all():
-        raise UserError(f"store: features up to {features.abs().max():.3g} do not fit {dtype}; set store=float32")
-    return stored
 
 
 def _kept_patches(labels: Tensor, limit: int | None, image: int) -> Tensor:
@@ -218,11 +188,7 @@ def patch_labels(class_map: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return counts.argmax(1).astype(np.uint8)
 
 
-# -------------------- files
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
+# -------------------- what a file depends on
 
 
 def _tensor_name(block: int) -> str:
@@ -242,30 +208,6 @@ def _cache_key(
     settings += [recipe.data.size, limit, classes, recipe.norm, recipe.normalisation]
     settings += [recipe.train.precision, recipe.store, recipe.shard]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()
-
-
-def _create_folder(folder: Path, size: int) -> None:
-    """Create the folder; raise UserError if `size` bytes do not fit on its disk."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    if size > free:
-        raise UserError(
-            f"{folder}: the features need up to {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; choose "
-            "fewer blocks or data.patches, a smaller data.size, or another cache"
-        )
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        with atomic_replace(path) as temporary:
-            save_file(tensors, temporary)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); free some space and repeat the command to continue"
-        ) from error
 
 
 def patch_grid(encoder: AnyEncoder, size: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from transfers import write_color_images
 
 import cls.linprobe
 import cls.probing.fast
-import cls.probing.features
 import cls.probing.full
 from addp_core import load_encoder, save_model
 from addp_core.data.images import eval_transform
@@ -23,6 +22,7 @@ from addp_core.networks.classifier import normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
+from addp_core.training import feature_files
 from addp_core.training.optimization import make_optimizer
 from addp_core.training.stage import TrainConfig
 from addp_core.weights.frozen import spaced_blocks
@@ -119,8 +119,8 @@ class CountingWriter:
 
 
 def test_an_interrupted_fast_run_resumes_bit_for_bit(files, tmp_path, monkeypatch):
-    shards, heads = CountingWriter(cls.probing.features.save_file, 4), CountingWriter(cls.probing.fast.save_file, 2)
-    monkeypatch.setattr(cls.probing.features, "save_file", shards)
+    shards, heads = CountingWriter(feature_files.save_file, 4), CountingWriter(cls.probing.fast.save_file, 2)
+    monkeypatch.setattr(feature_files, "save_file", shards)
     monkeypatch.setattr(cls.probing.fast, "save_file", heads)
     interrupted, uninterrupted = tmp_path / "interrupted", tmp_path / "uninterrupted"
     settings = ("fast.mirrored=true", "data.max_errors=1")
@@ -139,8 +139,8 @@ def test_an_interrupted_fast_run_resumes_bit_for_bit(files, tmp_path, monkeypatc
 def test_cached_features_are_reused_only_for_the_same_settings(files, tmp_path, monkeypatch):
     cache = f"fast.cache={tmp_path / 'cache'}"
     assert fast(files, tmp_path / "a", cache, "fast.epochs=1") == 0
-    shards = CountingWriter(cls.probing.features.save_file)
-    monkeypatch.setattr(cls.probing.features, "save_file", shards)
+    shards = CountingWriter(feature_files.save_file)
+    monkeypatch.setattr(feature_files, "save_file", shards)
     assert fast(files, tmp_path / "b", cache, "fast.epochs=2", "fast.lrs=[0.1]") == 0
     assert shards.calls == 0
     assert fast(files, tmp_path / "c", cache, "fast.epochs=1", "tokenizer_norm=true") == 0
