@@ -44,7 +44,7 @@ InputChoice = Literal["auto"] | Input
 INPUTS: dict[Input, str] = {"pixels": "pixels", "token": "token ids"}
 EXPECTED_INPUT = {
     "pixels": "an encoder of pixels (ADDP, MAE, BEiT, ViT)",
-    "token": "a MAGE checkpoint, or a size with init=random and tokenizer=<VQGAN file>",
+    "token": "a MAGE checkpoint, or with init=random an ADDP checkpoint, or a size and tokenizer=<VQGAN file>",
 }
 
 
@@ -86,7 +86,8 @@ def load_encoder(
         patch_size: pixels, if `source` is a size (default 16).
         tokenizer: the VQGAN of a MAGE file, or of an encoder over token ids that is built by its size.
         input: "pixels" or "token", to demand what the encoder reads; "auto": what the file's encoder reads, and token
-            ids for a size with a `tokenizer`.
+            ids for a size with a `tokenizer`. With init="random", "token" also takes an ADDP file: blocks like those of
+            its encoder, over the ids of its tokenizer (the paper's Table 1).
         normalisation: of the images that the encoder will get; a tokenizer needs it undone.
         stages: the caller reads the four stages of a CNN, for which `attention` means nothing; otherwise a CNN is
             refused where `attention` is set.
@@ -104,6 +105,8 @@ def load_encoder(
         state, architecture = _architecture_of_name(name, size, patch_size, vqgan, init, input)
     else:
         name, state, architecture = _read_encoder(source, size, encoder_heads, weights, vqgan, init)
+        if input == "token" and init == "random" and isinstance(architecture, EncoderArchitecture):
+            state, architecture = _architecture_of_tokens(source, weights, architecture)
     _check_input(name, architecture, input, patch_size)
     lacks_norm = init == "pretrained" and "tokenizer_norm.weight" not in state
     if tokenizer_norm and (lacks_norm or isinstance(architecture, TokenEncoderArchitecture)):
@@ -216,7 +219,24 @@ def _architecture_of_size(
     codes: TokenizerConfig = vqgan.architecture.tokenizer
     predictor = PredictorConfig(width=numbers["width"], depth=numbers["depth"], heads=numbers["heads"])
     architecture = TokenEncoderArchitecture(predictor, Vocabulary(codes.codebook), codes, image_size)
-    return {f"tokenizer.{key}": value for key, value in _without_decoder(vqgan.state).items()}, architecture
+    return _encoding_part(vqgan.state), architecture
+
+
+def _architecture_of_tokens(
+    source: Source, wanted: str, pixels: EncoderArchitecture
+) -> tuple[State, TokenEncoderArchitecture | EncoderArchitecture]:
+    """Return blocks like those of a pixel encoder over the ids of the tokenizer in the same file, and its tensors.
+
+    If the file has no tokenizer, the pixel encoder is returned as it is.
+    """
+    weights = read_weights(source, wanted=wanted)
+    if weights.kind != "addp":
+        return {}, pixels
+    config: ADDPConfig = weights.architecture
+    shape = pixels.encoder
+    predictor = PredictorConfig(shape.width, shape.depth, shape.heads, decoder_heads=shape.heads)
+    architecture = TokenEncoderArchitecture(predictor, config.vocabulary, config.tokenizer, pixels.image_size)
+    return _encoding_part(weights.part("tokenizer.")), architecture
 
 
 def _read_encoder(
@@ -291,7 +311,7 @@ def _read_mage_encoder(
     size = (mage.grid[0] * codes.stride, mage.grid[1] * codes.stride)
     encoder_names = ("token_emb.", "blocks.", "norm.")
     state = {key: value for key, value in weights.state.items() if key.startswith(encoder_names)}
-    state |= {f"tokenizer.{key}": value for key, value in _without_decoder(vqgan.state).items()}
+    state |= _encoding_part(vqgan.state)
     return weights.source, state, TokenEncoderArchitecture(mage.predictor, mage.vocabulary, codes, size)
 
 
@@ -324,9 +344,9 @@ def _tokenizer_in_recipe(source: Source) -> str:
     return ""
 
 
-def _without_decoder(state: State) -> State:
-    """Drop the decoder from a tokenizer's tensors."""
-    return {key: value for key, value in state.items() if not key.startswith("decoder.")}
+def _encoding_part(state: State) -> State:
+    """Return the tensors of a tokenizer, without its decoder, under the names that they have in a token encoder."""
+    return {f"tokenizer.{key}": value for key, value in state.items() if not key.startswith("decoder.")}
 
 
 def _build_encoder(

@@ -219,6 +219,22 @@ def test_the_input_can_be_demanded(tmp_path):
     assert_user_error(lambda: mage(tokenizer=tmp_path / "other.safetensors"), "it has 20 codes", "predicts 24")
 
 
+def test_token_input_from_scratch_has_the_shape_and_the_tokenizer_of_an_addp_file(tmp_path):
+    model = tiny_addp()
+    save_model(model, tmp_path / "addp.safetensors")
+    pixels = load_encoder(tmp_path / "addp.safetensors", (8, 12), init="random")
+    tokens = load_encoder(tmp_path / "addp.safetensors", (8, 12), init="random", input="token")
+    assert tokens.kind == "token_encoder"
+    assert [value.shape for value in tokens.blocks.parameters()] == [
+        value.shape for value in pixels.blocks.parameters()
+    ]
+    encoding = {key: value for key, value in model.tokenizer.state_dict().items() if not key.startswith("decoder.")}
+    assert all(torch.equal(tokens.tokenizer.state_dict()[key], value) for key, value in encoding.items())
+    save_model(load_encoder(tmp_path / "addp.safetensors", (8, 12)), tmp_path / "encoder.safetensors")
+    without = partial(load_encoder, tmp_path / "encoder.safetensors", (8, 12), init="random", input="token")
+    assert_user_error(without, "input=token: ", "reads pixels", "with init=random an ADDP checkpoint")
+
+
 def test_mage_classifiers_round_trip(tmp_path):
     predictor, tokenizer = save_parts(tiny_addp(), tmp_path)
     encoder = load_encoder(predictor, (8, 12), tokenizer=tokenizer)
