@@ -4,16 +4,16 @@ import functools
 import hashlib
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from addp_core.base.errors import UserError
-from tools.bench.arguments import errors_name
+from addp_core.base.errors import UserError, did_you_mean
+from tools.bench.arguments import as_arguments, errors_name, verb_recipe
 from tools.bench.curves import read_metrics
 
 if TYPE_CHECKING:  # `addp report` does without torch
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -30,6 +30,7 @@ class Arm:
         name: Its key in `models`, or "random".
         model: Its run folder, file or hub path; of "random", the model whose architecture it has.
         init: "pretrained" or "random".
+        settings: Settings of its encoder in every transfer, such as {"input": "token"}.
         digest: Hash of architecture and weights.
         parameters: Number of parameters of the encoder, None if the file holds no encoder.
         image_size: (height, width) in pixels.
@@ -38,6 +39,7 @@ class Arm:
         random_digest: Digest of the arm "random" if it has this one's architecture.
         seeds: Seeds of its pretraining, if this bench does it; with several, {seed} in `model` stands for the seed.
         pretrained_by: The step of this bench that trains the model, "" if the model is given.
+        pretrained_with: The settings of that step's pretraining in which the bench's pretrainings can differ.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Arm:
     random_digest: str = ""
     seeds: tuple[int, ...] = ()
     pretrained_by: str = ""
+    settings: "Mapping[str, Any]" = field(default_factory=dict)
+    pretrained_with: "Mapping[str, Any]" = field(default_factory=dict)
 
     def model_of(self, seed: int) -> str:
         """Return the model that a transfer or generation with this seed takes."""
@@ -66,7 +70,9 @@ class Arm:
         the images seen, and the seconds of all stages together, unless steps of this bench have taken them.
         """
         parameters = _parameters(self.first_model) if self.pretrained_by else self.parameters
-        entry = {"model": self.model, "init": self.init, "parameters": parameters}
+        entry: dict[str, Any] = {"model": self.model, "init": self.init, "parameters": parameters}
+        settings = {**({} if self.init == "random" else self.pretrained_with), **self.settings}
+        entry |= {"settings": settings} if settings else {}
         entry |= {"images_seen": None, "run": None, "seconds": None}
         run, last_step = _pretraining_run(Path(self.first_model))
         if self.init == "random" or not (run / "metrics.jsonl").is_file():
@@ -99,28 +105,72 @@ def _budget(run: Path, last_step: float = math.inf) -> tuple[int, float]:
     return seen, seconds
 
 
-def open_arms(models: "Mapping[str, str]", random: bool, needed: "Collection[str] | None" = None) -> list[Arm]:
-    """Read every checkpoint once; with `random`, add the arm "random", which has the first one's architecture.
+def open_arm(name: str, model: str, settings: "Mapping[str, Any] | None" = None) -> Arm:
+    """Read the checkpoint of an arm once.
 
-    Raises UserError, with the key, if a checkpoint of an arm in `needed` (None: of any arm) cannot be read.
+    settings: of its encoder in every transfer. Raises UserError, with the key, if it cannot be read with them.
     """
-    arms = []
-    for name, model in models.items():
-        try:
-            with errors_name(f"models.{name}"):
-                arm = _open_arm(name, model)
-        except UserError as error:
-            if needed is None or name in needed:
-                raise
-            arm = Arm(name, model, PRETRAINED, "", None, (224, 224), False, str(error))
-        arms.append(arm)
-    return [*arms, random_arm(arms[0])] if random else arms
+    if settings:
+        return with_settings(_open_with_settings(name, model, settings), settings)
+    with errors_name(f"models.{name}"):
+        return _open_arm(name, model)
+
+
+def with_settings(arm: Arm, settings: "Mapping[str, Any]") -> Arm:
+    """Return an arm whose encoder has these settings in every transfer.
+
+    Raises UserError, with the key, if one is no key of transfers' encoders.
+    """
+    if not settings:
+        return arm
+    _check_settings(f"models.{arm.name}", settings)
+    paths = {key: _file_digest(str(value)) for key, value in settings.items() if key == "tokenizer" and value}
+    digest = hashlib.sha256(repr([arm.digest, sorted((dict(settings) | paths).items())]).encode()).hexdigest()
+    init = str(settings.get("init", arm.init))
+    random = {"digest": arm.random_digest, "generates": False} if init == "random" else {"digest": digest}
+    return replace(arm, init=init, settings=settings, **random)
 
 
 def random_arm(first: Arm) -> Arm:
     """Return the arm "random": fresh weights in the architecture of another arm."""
     digest = first.random_digest
     return replace(first, name="random", model=first.first_model, init="random", digest=digest, generates=False)
+
+
+def _check_settings(key: str, settings: "Mapping[str, Any]") -> None:
+    from addp_core.recipes.keys import keys_of
+    from addp_core.weights.pretrained import EncoderKeys
+
+    known = [name for name in keys_of(EncoderKeys) if name != "model"]
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{key}.{name}: no such key; expected one of {', '.join(known)}{did_you_mean(name, known)}")
+
+
+def _open_with_settings(name: str, model: str, settings: "Mapping[str, Any]") -> Arm:
+    """Read the encoder of an arm as transfers with these settings do, at the size of its file or else 224 pixels."""
+    key = f"models.{name}"
+    _check_settings(key, settings)
+    arguments = ["finetune", *as_arguments({"model": model, **settings, "data.source": "-", "out": "-"})]
+    keys = verb_recipe(arguments, key)
+    with errors_name(key):
+        try:
+            arm = _open_arm(name, model)
+        except UserError:  # the name of an architecture, which has no file
+            if keys.init != "random" or Path(model).exists():
+                raise
+            arm = Arm(name, model, "random", "", None, (224, 224), False)
+        encoder = keys.load_encoder(arm.image_size)
+    parameters = [each for name, each in encoder.named_parameters() if not name.startswith("tokenizer.")]
+    counted = sum(parameter.numel() for parameter in parameters)
+    return replace(arm, parameters=counted, random_digest=_random_digest(encoder))
+
+
+@functools.cache
+def _file_digest(source: str) -> str:
+    from addp_core.weights.reading import read_weights
+
+    return _digest("", read_weights(source).state)
 
 
 def _parameters(model: str) -> int | None:

@@ -30,12 +30,13 @@ from addp_core.training.run_folder import lock_out, release_out
 from tools.bench import pretraining
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.children import Children, Stopped, last_lines
+from tools.bench.comparison import compare_with_paper
 from tools.bench.devices import DeviceShares
 from tools.bench.estimate import check_given_speeds, print_estimate
 from tools.bench.plan import Plan, recipe_class
 from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.report import write_report
-from tools.bench.results import BENCH, bench_content, mean_and_sd, summary_table, write_record
+from tools.bench.results import BENCH, BenchResults, bench_content, mean_and_sd, summary_table, write_record
 from tools.bench.slurm import check_sbatch_options, jobs_in_queue, printed_commands, submit
 from tools.bench.step import LOG, STEP, Step, prepare_folder
 
@@ -57,7 +58,7 @@ def run(recipe: BenchRecipe) -> None:
     if recipe.replaced_models:
         log.info(
             "model: %s replaces the models of the recipe: %s",
-            *recipe.models.values(),
+            *map(recipe.model_of, recipe.models),
             ", ".join(recipe.replaced_models),
         )
     plan = Plan(recipe)
@@ -231,7 +232,9 @@ class Runner:
         return f", eta {sign}{time.strftime('%H:%M:%S', time.gmtime(sum(estimates)))}"
 
     def _content(self) -> dict[str, Any]:
-        return bench_content(self.recipe, self.plan.arms, list(self.steps.values()))
+        content = bench_content(self.recipe, self.plan.arms, list(self.steps.values()))
+        comparisons = compare_with_paper(BenchResults(self.out, content, None))
+        return content | {"against_paper": [each.entry() for each in comparisons]}
 
     def _write_report(self) -> Path:
         """Write bench.json, report.html and report.md; return the path of report.html."""

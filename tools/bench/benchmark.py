@@ -256,7 +256,8 @@ class Transfer(Benchmark):
         section = recipe.section(self.name)
         assert isinstance(section, TransferKeys)
         (dataset,) = self.datasets
-        arm_settings = {"model": step.arm.model} | ({"init": "random"} if step.arm.init == "random" else {})
+        random = {"init": "random"} if step.arm.init == "random" else {}
+        arm_settings = {"model": step.arm.model, **step.arm.settings, **random}
         common = {self.source: paths[dataset.key], **settings}
         arguments = [*self.verb.split(), *([section.recipe] if section.recipe else [])]
         arguments += [*as_arguments(common | arm_settings), f"out={step.folder}"]

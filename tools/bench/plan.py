@@ -9,10 +9,11 @@ from typing import Annotated
 from addp_core.base.errors import UserError, did_you_mean
 from tools import doctor
 from tools.bench.arguments import errors_name
-from tools.bench.arms import PRETRAINED, Arm, open_arms, random_arm
+from tools.bench.arms import PRETRAINED, Arm, open_arm, random_arm, with_settings
 from tools.bench.benchmark import Benchmark, Dataset
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.inputs import Inputs, listing_digest
+from tools.bench.paper import check_paper
 from tools.bench.pretraining import Pretraining
 from tools.bench.recipe import BEST_RUN, PRETRAIN, PRETRAINED_HERE, STAGES, BenchRecipe, DataPaths
 from tools.bench.step import Step
@@ -55,6 +56,7 @@ class Plan:
                 "models: none given; expected model=<run or file>, models={name: <run or file>, ...}, or pretraining "
                 "as in pretrain.recipe=tiny"
             )
+        check_paper(recipe.paper)
         self.only: Sequence[str] = recipe.bench.only
         arms = [*names, *(["random"] if recipe.random else [])]
         check_only(recipe, arms)
@@ -63,7 +65,7 @@ class Plan:
         needed_arms = {name.split("/")[1] for name in wanted}
         if "random" in needed_arms:  # which has the first model's architecture
             needed_arms.add(arms[0])
-        needed_arms |= {arm_of_run(recipe.models[name]) for name in needed_arms & recipe.models.keys()}
+        needed_arms |= {arm_of_run(recipe.model_of(name)) for name in needed_arms & recipe.models.keys()}
         pretraining = Pretraining(recipe, self.inputs, needed_arms)
         self.arms: list[Arm] = all_arms(recipe, pretraining, needed_arms)
         self.steps = plan_steps(recipe, self.arms, self.inputs, wanted, pretraining.steps)
@@ -125,12 +127,13 @@ def all_arms(recipe: BenchRecipe, pretraining: Pretraining, needed: Collection[s
     Raises UserError, with the key, if a checkpoint of an arm in `needed` cannot be read, or will not exist.
     """
     arms = list(pretraining.arms)
-    for name, model in recipe.models.items():
-        if not arm_of_run(model):
-            arms += open_arms({name: model}, random=False, needed=needed)
-            continue
+    for name in recipe.models:
+        model, settings = recipe.model_of(name), recipe.encoder_settings(name)
         try:
-            arms.append(pretraining.intermediate(name, model))
+            if arm_of_run(model):
+                arms.append(with_settings(pretraining.intermediate(name, model), settings))
+            else:
+                arms.append(open_arm(name, model, settings))
         except UserError as error:
             if name in needed:
                 raise

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
+from addp_core.base.errors import did_you_mean
+
 BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step with its first seed
 MODEL_ARM = "addp"  # the arm of the key `model`, and that of a pretraining without arms
 PRETRAIN = "pretrain"  # the section, the folder and the steps of pretraining
@@ -64,6 +66,35 @@ class PretrainKeys:
                 raise ValueError(
                     f"arms: {name!r}, expected a name of letters, digits, . + - _, other than random and {STAGES}"
                 )
+
+
+@dataclass
+class PaperKeys:
+    """The paper's numbers of the arms, which the report shows and compares with; no result depends on them."""
+
+    table: Annotated[str, "where the paper has them, as in Table 3"] = ""
+    baseline: Annotated[str, "the arm to which the differences of all others are; empty: none but `pairs`"] = ""
+    arms: Annotated[
+        dict[str, dict[str, dict[str, float]]],
+        "arm -> benchmark -> metric -> the paper's value, as in {z_t: {generation: {fid: 80.75}, finetune: {top1: "
+        "83.7}}}; an arm that this bench does not have is a row without differences",
+    ] = field(default_factory=dict)
+    pairs: Annotated[list[list[str]], "further differences: [a, b] is that of a to b"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.baseline and self.baseline not in self.arms:
+            expected = f"one of paper.arms ({', '.join(self.arms) or 'none'}){did_you_mean(self.baseline, self.arms)}"
+            raise ValueError(f"baseline: found {self.baseline!r}, expected {expected}")
+        for pair in self.pairs:
+            unknown = [name for name in pair if name not in self.arms]
+            if len(pair) != 2 or unknown:
+                hint = did_you_mean(unknown[0], self.arms) if unknown else ""
+                raise ValueError(f"pairs: found {pair}, expected two of paper.arms ({', '.join(self.arms)}){hint}")
+
+    def differences(self) -> list[tuple[str, str]]:
+        """Return (arm, the arm to which its difference is taken), those to the baseline first."""
+        to_baseline = [(arm, self.baseline) for arm in self.arms if self.baseline and arm != self.baseline]
+        return [*to_baseline, *((pair[0], pair[1]) for pair in self.pairs)]
 
 
 @dataclass
@@ -133,9 +164,10 @@ class BenchRecipe:
     model: Annotated[str, "short for models={addp: ...}; replaces the models of a recipe"] = ""
     pretrain: PretrainKeys = field(default_factory=PretrainKeys)
     models: Annotated[
-        dict[str, str],
+        dict[str, str | dict[str, Any]],
         "name -> a run folder, a file, hf://owner/repository/file, or pretrain:<arm>/models/step-<n> for an "
-        "intermediate checkpoint of an arm of `pretrain`: the rows of the table",
+        "intermediate checkpoint of an arm of `pretrain`: the rows of the table; or {model: <one of these>, <key>: "
+        "<value>, ...} with keys of every transfer's encoder, as in {model: base, init: random} or tokenizer: <file>",
     ] = field(default_factory=dict)
     random: Annotated[
         bool, "also train from random weights, with the first arm's architecture and the same settings"
@@ -150,6 +182,7 @@ class BenchRecipe:
         "runs at a time within a step, each with GPUs of its own; null: as many as there are GPUs for, two without one",
     ] = 1
     price_per_hour: Annotated[float | None, Ge(0), "price of an hour of this machine, for the report"] = None
+    paper: PaperKeys = field(default_factory=PaperKeys)
     bench: Launch = field(default_factory=Launch)
     estimate: Estimate = field(default_factory=Estimate)
     replaced_models: tuple[str, ...] = field(default=(), init=False)  # names of the recipe's models, if `model` is set
@@ -162,6 +195,8 @@ class BenchRecipe:
                 raise ValueError(f"models: {name!r}, expected a name of letters, digits, . + - _, other than random")
             if name in self.pretrain.arms:
                 raise ValueError(f"models: {name!r} is also in pretrain.arms, expected another name")
+            if not self.model_of(name):
+                raise ValueError(f"models.{name}: found no model, expected {{model: <run or file>, ...}}")
 
     def _replace_models(self) -> None:
         """Put `model` in the place of all models and of the pretraining, and in the place of each one that a section
@@ -174,6 +209,16 @@ class BenchRecipe:
             if isinstance(section, EvaluationKeys):
                 arms = (MODEL_ARM if name in self.replaced_models else name for name in section.arms)
                 section.arms = list(dict.fromkeys(arms))
+
+    def model_of(self, name: str) -> str:
+        """Return the run folder, file or the like of a model."""
+        value = self.models[name]
+        return value if isinstance(value, str) else str(value.get("model") or "")
+
+    def encoder_settings(self, name: str) -> dict[str, Any]:
+        """Return the settings of a model's encoder in every transfer."""
+        value = self.models[name]
+        return {} if isinstance(value, str) else {key: each for key, each in value.items() if key != "model"}
 
     def section(self, benchmark: str) -> EvaluationKeys:
         """Return the keys of a benchmark."""

@@ -1,9 +1,11 @@
-"""The arms of a bench: what a checkpoint says about its pretraining."""
+"""The arms of a bench: what a checkpoint says about its pretraining, and settings of its encoder."""
 
 import json
 from pathlib import Path
 
-from tools.bench.arms import open_arms
+from checks import assert_user_error
+
+from tools.bench.arms import open_arm, random_arm
 
 
 def test_the_budget_of_intermediate_checkpoints(toys, tmp_path):
@@ -18,11 +20,29 @@ def test_the_budget_of_intermediate_checkpoints(toys, tmp_path):
     for folder in (tmp_path, intermediate):
         (folder / "model.safetensors").write_bytes((toys / "a" / "model.safetensors").read_bytes())
     names = {"final": tmp_path, "half": intermediate, "file": tmp_path / "model.safetensors"}
-    final, half, file, _ = [arm.about() for arm in open_arms({k: str(v) for k, v in names.items()}, random=True)]
+    final, half, file = (open_arm(name, str(path)).about() for name, path in names.items())
+    assert random_arm(open_arm("final", str(tmp_path))).about()["images_seen"] is None
     assert (final["images_seen"], final["seconds"]) == (120, 60)
     assert (half["images_seen"], half["seconds"], half["run"]) == (80, 40, str(tmp_path))
     assert file == final | {"model": str(tmp_path / "model.safetensors")}
     write_metrics(tmp_path / "tokenizer", 12.0)  # 120 images
     write_metrics(tmp_path / "predictor", 24.0)
-    final, half = [arm.about() for arm in open_arms({"final": str(tmp_path), "half": str(intermediate)}, random=False)]
+    final, half = (open_arm(path.name, str(path)).about() for path in (tmp_path, intermediate))
     assert [(arm["images_seen"], arm["seconds"]) for arm in (final, half)] == [(120, 75), (80, 55)]
+
+
+def test_settings_of_the_encoder(toys):
+    model = str(toys / "a" / "model.safetensors")
+    pixels, tokens = (open_arm("x", model, {"init": "random", "input": each}) for each in ("pixels", "token"))
+    assert pixels.about()["settings"] == {"init": "random", "input": "pixels"}
+    assert (pixels.init, pixels.generates, pixels.digest) == ("random", False, open_arm("x", model).random_digest)
+    assert tokens.digest != pixels.digest
+    assert tokens.parameters < pixels.parameters + 10_000  # its frozen tokenizer does not count
+    with_norm = open_arm("x", model, {"tokenizer_norm": True})
+    assert (with_norm.init, with_norm.generates) == ("pretrained", True)
+    assert with_norm.digest != open_arm("x", model).digest
+    assert open_arm("x", "tiny", {"init": "random"}).parameters > 5e6
+    assert_user_error(lambda: open_arm("x", model, {"inptu": "token"}), "models.x.inptu: no such key", "mean 'input'?")
+    assert_user_error(lambda: open_arm("x", model, {"init": "none"}), "models.x: init: found 'none'")
+    assert_user_error(lambda: open_arm("x", model, {"input": "token"}), "models.x: input=token: ", "reads pixels")
+    assert_user_error(lambda: open_arm("x", "tiny", {"input": "pixels"}), "models.x: tiny: no such file")

@@ -45,6 +45,20 @@ def test_the_printed_commands_are_those_that_run(toys, fake, tmp_path, capsys):
     assert len(commands_run(fake, out)) == 4
 
 
+def test_models_with_settings_of_their_encoder(toys, fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    arms = {"pixels": {"model": str(toys / "a"), "init": "random"}}
+    arms["tokens"] = {**arms["pixels"], "input": "token"}
+    line = [*bench_command(toys, out, "random=false"), f"models={json.dumps(arms)}", "bench.only=finetune,det,seg"]
+    assert main([*line, "bench.launch=print"]) == 0
+    assert "# seg/tokens\n" in capsys.readouterr().out
+    for task in ("finetune", "det", "seg"):
+        sweep = yaml.safe_load((out / task / "tokens" / "sweep.yaml").read_text())
+        assert sweep["arms"] == {"tokens": arms["tokens"]}
+    assert main([*line, "models={a: {init: random}}"]) == 2
+    assert "models.a: found no model, expected {model: <run or file>, ...}" in last_line(capsys)
+
+
 def test_slurm_gets_a_job_for_each_step(toys, fake, slurm, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     line = bench_command(toys, out, "random=false", "bench.only=[robustness/a,det/a]", "bench.launch=slurm")
