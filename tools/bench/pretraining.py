@@ -7,7 +7,7 @@ on its seeds: a further seed keeps what exists.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,25 +237,13 @@ class Pretraining:
             raise UserError(f"{key}: {arm.problem}")
         _check_intermediate(key, path, self.trainings[arm_name])
         step = self.steps[arm.pretrained_by]
-        models = [f"{arm.model}/{path}", arm.digest, path]
         missing = [seed for seed in step.seeds if step.done and not Path(arm.model_of(seed), path).exists()]
         if missing:
             raise UserError(
                 f"{key}: {Path(arm.model_of(missing[0]), path)}: not there; the pretraining finished without it; "
                 f"expected train.export_every to be set before, or another out"
             )
-        return Arm(
-            name,
-            models[0],
-            PRETRAINED,
-            digest(models[1:]),
-            None,
-            arm.image_size,
-            generates=True,
-            random_digest=arm.random_digest,
-            seeds=arm.seeds,
-            pretrained_by=arm.pretrained_by,
-        )
+        return replace(arm, name=name, model=f"{arm.model}/{path}", digest=digest([arm.digest, path]))
 
 
 def read_outcome(step: Step) -> Outcome:
