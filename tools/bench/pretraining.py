@@ -103,6 +103,7 @@ class Pretraining:
             random_digest=digest(["random", encoder, training.data.hw, frozen.stride]),
             seeds=tuple(self.keys.seeds),
             pretrained_by=f"{PRETRAIN}/{name}",
+            pretrained_with=self._varied_settings(training),
         )
         step = Step(PRETRAIN, arm, self.out, list(self.keys.seeds), self.recipe.bench.processes, needs=frozen.needs)
         step.basis = basis
@@ -139,6 +140,14 @@ class Pretraining:
                 )
             settings["data.source"] = images
         return settings
+
+    def _varied_settings(self, training: "PretrainRecipe") -> Settings:
+        """Return the keys that some arm sets, and this one's values."""
+        from addp_core.training.run_recipe import RunRecipe
+
+        varied = {key for settings in self.keys.arms.values() for key in settings}
+        values = RunRecipe(training).values
+        return {key: value for key, value in values.items() if any(f"{key}.".startswith(f"{each}.") for each in varied)}
 
     def _resolve(self, settings: Settings, name: str) -> "PretrainRecipe":
         arguments = [*self._verb(), *as_arguments(settings | {"out": self.out / PRETRAIN / name})]

@@ -18,8 +18,10 @@ from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.children import last_lines
+from tools.bench.comparison import measured_difference
 from tools.bench.costs import costs, provenance
 from tools.bench.curves import Panel, draw, points, read_metrics
+from tools.bench.differences import against_the_paper, differing_settings, stand_ins
 from tools.bench.document import (
     NONE,
     Block,
@@ -35,7 +37,7 @@ from tools.bench.document import (
     to_markdown,
 )
 from tools.bench.metric import Metric
-from tools.bench.paper import ENCODER_PARAMETERS, SOURCE
+from tools.bench.paper import SOURCE
 from tools.bench.results import BenchResults, read_results
 from tools.bench.tables import FOLDER as TABLES
 from tools.bench.tables import write_tables
@@ -80,6 +82,8 @@ def write_report(out: Path, price_per_hour: float | None = None) -> Path:
 
 def _document(bench: BenchResults) -> Iterator[Block]:
     yield from _overview(bench)
+    yield from differing_settings(bench)
+    yield from against_the_paper(bench)
     yield from _failures(bench)
     yield from _scores_against_images_seen(bench)
     for benchmark in bench.included_benchmarks():
@@ -125,15 +129,22 @@ def _overview_table(bench: BenchResults) -> Table:
         for arm in bench.arms
     ]
     rows.append(Row(["chance", *(_chance(bench, *column) for column in columns), "", ""], "chance"))
-    for model in ENCODER_PARAMETERS:
+    for model in bench.published_models():
         published = (_published(bench, model, benchmark, metric) for benchmark, metric in columns)
         rows.append(Row([f"paper: {model}", *published, "", ""], "paper"))
+    caption = f"{_legend(bench)} {_about_paper_rows(bench, [metric for _, metric in columns])}"
     return Table(
         ["arm", *(metric.label for _, metric in columns), "encoder", "images seen"],
         rows,
         [("", 1), *groups, ("", 2)],
-        _legend(bench) + f" Rows named paper: {SOURCE}; its data, sizes and budgets, not measured here.",
+        f"{caption} They are of its data, sizes and budgets, not measured here.",
     )
+
+
+def _about_paper_rows(bench: BenchResults, metrics: Sequence[Metric]) -> str:
+    table = f"{bench.paper.table}, " if bench.paper.table else ""
+    sentences = [f"Rows named paper: {table}{SOURCE}.", stand_ins(bench, [metric.key for metric in metrics])]
+    return " ".join(filter(None, sentences))
 
 
 def _legend(bench: BenchResults) -> str:
@@ -173,13 +184,11 @@ def _cell(bench: BenchResults, benchmark: str, arm: str, metric: Metric) -> Cell
 
 def _difference(values: Sequence[float], baseline: Sequence[float], metric: Metric) -> tuple[str, str]:
     """Return the difference of the means and its tone: good, bad, or "" within twice its standard error."""
-    difference = statistics.mean(values) - statistics.mean(baseline)
+    difference = measured_difference(values, baseline)
     tone = ""
-    if min(len(values), len(baseline)) > 1:
-        error = (statistics.variance(values) / len(values) + statistics.variance(baseline) / len(baseline)) ** 0.5
-        if abs(difference) > 2 * error:
-            tone = "good" if (difference > 0) != metric.lower_is_better else "bad"
-    return f"{difference:+.{metric.digits}f}", tone
+    if difference.is_beyond_noise:
+        tone = "good" if (difference.value > 0) != metric.lower_is_better else "bad"
+    return f"{difference.value:+.{metric.digits}f}", tone
 
 
 def _chance(bench: BenchResults, benchmark: str, metric: Metric) -> str:
@@ -189,7 +198,9 @@ def _chance(bench: BenchResults, benchmark: str, metric: Metric) -> str:
 
 def _published(bench: BenchResults, model: str, benchmark: str, metric: Metric) -> str:
     value = bench.published(model, benchmark, metric)
-    return NONE if value is None else metric.format(value)
+    if value is None:
+        return NONE
+    return metric.format_published(value) if bench.paper.arms else metric.format(value)
 
 
 # -------------------- failures
@@ -252,11 +263,11 @@ def _benchmark_table(bench: BenchResults, name: str, metrics: Sequence[Metric]) 
         rows.append(Row([arm, *cells, *(column[arm] for column in columns.values())]))
     if any(bench.chance_level(name, metric) is not None for metric in metrics):
         rows.append(Row(["chance", *(_chance(bench, name, metric) for metric in metrics), *empty], "chance"))
-    for model in BENCHMARKS[name].published:
+    for model in bench.published_models(name):
         published = [_published(bench, model, name, metric) for metric in metrics]
         if any(text != NONE for text in published):
             rows.append(Row([f"paper: {model}", *published, *empty], "paper"))
-    caption = f"Rows named paper: {SOURCE}." if rows[-1].kind == "paper" else ""
+    caption = _about_paper_rows(bench, metrics) if rows[-1].kind == "paper" else ""
     return Table(["arm", *(metric.label for metric in metrics), *columns], rows, caption=caption)
 
 
@@ -270,8 +281,9 @@ def _against_paper(bench: BenchResults, benchmark: str, arm: str) -> str:
         values, published = bench.values(benchmark, arm, metric), bench.published(model, benchmark, metric)
         if values and published is not None:
             difference = statistics.mean(values) - published
-            differences.append(f"{metric.label.rstrip(' ↑↓')} {difference:+.{metric.digits}f}")
-    return f"{', '.join(differences)} ({model})" if differences else NONE
+            differences.append(f"{metric.name} {difference:+.{metric.digits}f}")
+    named = f" ({model})" if model != arm else ""
+    return f"{', '.join(differences)}{named}" if differences else NONE
 
 
 def _setting(step: Mapping[str, Any]) -> str:

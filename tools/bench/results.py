@@ -22,7 +22,7 @@ from tools.bench.benchmark import Scores
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.metric import Metric
 from tools.bench.paper import ENCODER_PARAMETERS
-from tools.bench.recipe import BenchRecipe
+from tools.bench.recipe import BenchRecipe, PaperKeys
 from tools.bench.step import LOG, STEP, Step
 
 BENCH = "bench.json"
@@ -142,6 +142,7 @@ class BenchResults:
         self.hardware: str = content.get("hardware", "")
         self.recipe_text: str = content.get("recipe", "")
         self.recipe: dict[str, Any] = yaml.safe_load(self.recipe_text) or {}
+        self.paper = PaperKeys(**self.recipe.get("paper") or {})
         self.price = self.recipe.get("price_per_hour") if price_per_hour is None else price_per_hour
         self.processes = int((self.recipe.get("bench") or {}).get("processes") or 1)
         self.random = next((name for name, arm in self.arms.items() if arm.get("init") == "random"), None)
@@ -176,15 +177,32 @@ class BenchResults:
     def chance_level(self, benchmark: str, metric: Metric) -> float | None:
         return BENCHMARKS[benchmark].complete_chance(self.chance.get(benchmark, {})).get(metric.key)
 
+    def published_models(self, benchmark: str | None = None) -> list[str]:
+        """Return the names of the rows with the paper's numbers: the arms of the recipe's section `paper` or, without
+        one, the paper's models; with a benchmark, those that the paper has there.
+        """
+        if self.paper.arms:
+            return [arm for arm, numbers in self.paper.arms.items() if benchmark is None or benchmark in numbers]
+        return list(ENCODER_PARAMETERS if benchmark is None else BENCHMARKS[benchmark].published)
+
     def published(self, model: str, benchmark: str, metric: Metric) -> float | None:
-        """Return the paper's value of a model, None if it has none or measured otherwise."""
+        """Return the paper's value of a model, None if it has none or measured otherwise.
+
+        A number in the recipe's section `paper` is also that of the metric which is measured in its place.
+        """
+        if self.paper.arms:
+            return self.paper.arms.get(model, {}).get(benchmark, {}).get(metric.stands_for or metric.key)
         if not BENCHMARKS[benchmark].comparable(self.metrics(benchmark)):
             return None
         return BENCHMARKS[benchmark].published.get(model, {}).get(metric.key)
 
     def counterpart(self, arm: str) -> str | None:
-        """Return the paper's model of a pretrained arm's size, None if the data are not the paper's."""
+        """Return the paper's model of an arm, by its name in the recipe's section `paper` or by its size; None if there
+        is none, or if the data are not the paper's.
+        """
         about = self.arms[arm]
+        if self.paper.arms:
+            return arm if arm in self.paper.arms and not self.unlike_paper() else None
         if about.get("init") == "random" or self.unlike_paper():
             return None
         parameters = about.get("parameters") or 0

@@ -33,9 +33,9 @@ class Generation(Benchmark):
     datasets = (IMAGENET,)
     metrics = (
         Metric("fid", "FID ↓", lower_is_better=True),
-        Metric("fd", "FD ↓", 2, lower_is_better=True, optional=True),
+        Metric("fd", "FD ↓", 2, lower_is_better=True, optional=True, stands_for="fid"),
         Metric("is", "IS ↑"),
-        Metric("cs", "CS ↑", 2, optional=True),
+        Metric("cs", "CS ↑", 2, optional=True, stands_for="is"),
         Metric("precision", "precision ↑", 2),
         Metric("recall", "recall ↑", 2),
     )
