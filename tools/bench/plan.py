@@ -57,11 +57,13 @@ class Plan:
                 "as in pretrain.recipe=tiny"
             )
         check_paper(recipe.paper)
+        check_benchmarks(recipe)
         self.only: Sequence[str] = recipe.bench.only
         arms = [*names, *(["random"] if recipe.random else [])]
         check_only(recipe, arms)
-        wanted = wanted_steps(recipe, arms)
-        self.inputs = check_datasets(recipe, {name.split("/")[0] for name in wanted})
+        wanted = wanted_steps(recipe, arms, self.only)
+        check_needed_keys(recipe, arms, benchmarks_of(wanted))
+        self.inputs = check_datasets(recipe, benchmarks_of(wanted))
         needed_arms = {name.split("/")[1] for name in wanted}
         if "random" in needed_arms:  # which has the first model's architecture
             needed_arms.add(arms[0])
@@ -105,15 +107,44 @@ def check_only(recipe: BenchRecipe, arms: Sequence[str], steps: Collection[str] 
     """Raise UserError if bench.only names neither benchmarks nor steps. Before there are `steps`, it is not known which
     of them train the tokenizers and predictors.
     """
-    pretrained = list(recipe.pretrain.arms)
-    kinds = [*([PRETRAIN] if pretrained else []), *BENCHMARKS]
+    pretrained, benchmarks = list(recipe.pretrain.arms), included_benchmarks(recipe, arms)
+    kinds = [*([PRETRAIN] if pretrained else []), *benchmarks]
     known = [*kinds, *(f"{PRETRAIN}/{arm}" for arm in pretrained)]
-    known += [f"{benchmark}/{arm}" for benchmark in BENCHMARKS for arm in arms]
+    known += [f"{benchmark}/{arm}" for benchmark in benchmarks for arm in arms]
     for name in recipe.bench.only:
         trains_stages = pretrained and name.startswith(f"{PRETRAIN}/{STAGES}")
         if name not in known and not (trains_stages and (steps is None or name in steps)):
             expected = f"benchmarks ({', '.join(kinds)}) or steps (as det/{arms[0]})"
             raise UserError(f"bench.only: found {name!r}, expected {expected}{did_you_mean(name, known)}")
+
+
+def check_benchmarks(recipe: BenchRecipe) -> None:
+    """Raise UserError if `benchmarks` names one that does not exist."""
+    for name in recipe.benchmarks:
+        if name not in BENCHMARKS:
+            expected = f"some of {', '.join(BENCHMARKS)}{did_you_mean(name, BENCHMARKS)}"
+            raise UserError(f"benchmarks: found {name!r}, expected {expected}")
+
+
+def check_needed_keys(recipe: BenchRecipe, arms: Sequence[str], wanted: Collection[str]) -> None:
+    """Raise UserError if data of one of `benchmarks` are not given; `wanted` names the benchmarks to run."""
+    for name in included_benchmarks(recipe, arms) if recipe.benchmarks else ():
+        if name in wanted and (missing := BENCHMARKS[name].missing_key(recipe)):
+            raise UserError(
+                f"{missing}: not given; expected {missing}=<path>, because {name} is among the benchmarks of this bench "
+                f"({', '.join(recipe.benchmarks)}) or needed by one, or others of them in bench.only"
+            )
+
+
+def included_benchmarks(recipe: BenchRecipe, arms: Sequence[str]) -> list[str]:
+    """Return the benchmarks of a recipe: those that it names and those that they need, or all."""
+    included = benchmarks_of(wanted_steps(recipe, arms, ()))
+    return [name for name in BENCHMARKS if not recipe.benchmarks or name in included]
+
+
+def benchmarks_of(steps: Collection[str]) -> set[str]:
+    """Return the benchmarks of steps, and "pretrain" if one of them is a pretraining."""
+    return {name.split("/")[0] for name in steps}
 
 
 def arm_of_run(model: str) -> str:
@@ -141,11 +172,14 @@ def all_arms(recipe: BenchRecipe, pretraining: Pretraining, needed: Collection[s
     return [*arms, random_arm(arms[0])] if recipe.random else arms
 
 
-def wanted_steps(recipe: BenchRecipe, arms: Sequence[str]) -> set[str]:
-    """Return the names of the steps that bench.only asks for, and of those that they need. Some may not exist."""
+def wanted_steps(recipe: BenchRecipe, arms: Sequence[str], only: Sequence[str]) -> set[str]:
+    """Return the names of the steps that `only` asks for (nothing: all), and of those that they need.
+
+    Some may not exist.
+    """
     pending: list[str] = []
     wanted: set[str] = set()
-    for name in recipe.bench.only or [PRETRAIN, *BENCHMARKS]:
+    for name in only or [PRETRAIN, *(recipe.benchmarks or BENCHMARKS)]:
         benchmark, _, arm = name.partition("/")
         if benchmark == PRETRAIN:
             wanted.update(f"{PRETRAIN}/{each}" for each in recipe.pretrain.arms if arm in ("", each))
@@ -196,6 +230,7 @@ def plan_steps(
     """
     names = [arm.name for arm in arms]
     steps = dict(pretraining)
+    included = included_benchmarks(recipe, names)
     for benchmark in BENCHMARKS.values():
         is_wanted = any(name.startswith(f"{benchmark.name}/") for name in wanted)
         for unknown in set(recipe.section(benchmark.name).arms) - set(names) if is_wanted else ():
@@ -203,7 +238,10 @@ def plan_steps(
             raise UserError(f"{benchmark.name}.arms: found {unknown!r}, expected {expected}")
         for arm in arms:
             try:
-                step = benchmark.plan(arm, recipe, inputs)
+                if benchmark.name in included:
+                    step = benchmark.plan(arm, recipe, inputs)
+                else:
+                    step = Step(benchmark.name, arm, Path(recipe.out), left_out="not one of benchmarks")
             except (UserError, ModuleNotFoundError) as error:
                 if is_wanted:
                     raise

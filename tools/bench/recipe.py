@@ -172,6 +172,9 @@ class BenchRecipe:
     random: Annotated[
         bool, "also train from random weights, with the first arm's architecture and the same settings"
     ] = True
+    benchmarks: Annotated[
+        list[str], "the benchmarks of this bench, whose data then have to be given; empty: all whose data are given"
+    ] = field(default_factory=list)
     data: DataPaths = field(default_factory=DataPaths)
     seeds: Annotated[list[int], MinLen(1), "seeds of every transfer; the first one searches the grid"] = field(
         default_factory=lambda: [0]

@@ -35,6 +35,19 @@ from tools.bench.inputs import listing_digest
         (["robustness.seeds=[7]"], "robustness.seeds: found 7, expected seeds of finetune: [0]"),
         (["generation.grid={{n: [1]}}"], "unknown key 'generation.grid'"),
         (["det.set={{model: 'best:finetune/c'}}"], "best:finetune/c: no such step"),
+        (["benchmarks=[seg,dett]"], "benchmarks: found 'dett', expected some of generation, finetune"),
+        (
+            ["benchmarks=[finetune,det]", "data.coco=", "bench.only="],
+            "data.coco: not given; expected data.coco=<path>, because det is among the benchmarks of this bench",
+        ),
+        (
+            ["benchmarks=[robustness]", "data.imagenet=", "bench.only="],
+            "data.imagenet: not given; expected data.imagenet=<path>, because finetune is among the benchmarks of this",
+        ),
+        (
+            ["benchmarks=[robustness]", "bench.only=linprobe"],
+            "bench.only: found 'linprobe', expected benchmarks (finetune, robustness)",
+        ),
     ],
 )
 def test_wrong_input(toys, fake, tmp_path, capsys, settings, message):
@@ -74,6 +87,16 @@ def test_what_is_not_asked_for_is_not_checked(toys, fake, tmp_path, capsys, sett
     assert {name.split("/")[0] for name in commands_run(fake, tmp_path / "out")} == {"sweep linprobe"}
     assert "left out: " in capsys.readouterr().err
     assert main(bench_command(toys, tmp_path / "out", *settings, "bench.only=[generation,robustness]")) == 2
+
+
+def test_a_recipe_can_choose_its_benchmarks(toys, fake, tmp_path, capsys):
+    line = bench_command(toys, tmp_path, "benchmarks=[seg,robustness]", "data.coco=", "bench.only=", "random=false")
+    assert main(line) == 0
+    needed = [f"{step}/{arm}" for step in ("sweep finetune", "robustness robustness") for arm in "ab"]
+    ran = [command.removesuffix("/seed0") for command in commands_run(fake, tmp_path) if "pictures" not in command]
+    assert sorted(ran) == sorted([*needed, "sweep seg/a", "sweep seg/b"])
+    assert "linprobe/a, linprobe/b" in capsys.readouterr().err
+    assert main([*line, "bench.only=seg", "data.imagenet_a="]) == 0  # data of what is not asked for need not be given
 
 
 def test_a_missing_package_is_named_before_the_first_step(toys, fake, tmp_path, capsys, monkeypatch):
