@@ -131,8 +131,8 @@ def check_needed_keys(recipe: BenchRecipe, arms: Sequence[str], wanted: Collecti
     for name in included_benchmarks(recipe, arms) if recipe.benchmarks else ():
         if name in wanted and (missing := BENCHMARKS[name].missing_key(recipe)):
             raise UserError(
-                f"{missing}: not given; expected {missing}=<path>, because {name} is among the benchmarks of this bench "
-                f"({', '.join(recipe.benchmarks)}) or needed by one, or others of them in bench.only"
+                f"{missing}: not given; expected {missing}=<path>, because {name} is among the benchmarks of this "
+                f"bench ({', '.join(recipe.benchmarks)}) or needed by one, or others of them in bench.only"
             )
 
 

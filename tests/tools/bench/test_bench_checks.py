@@ -38,7 +38,7 @@ from tools.bench.inputs import listing_digest
         (["benchmarks=[seg,dett]"], "benchmarks: found 'dett', expected some of generation, finetune"),
         (
             ["benchmarks=[finetune,det]", "data.coco=", "bench.only="],
-            "data.coco: not given; expected data.coco=<path>, because det is among the benchmarks of this bench",
+            "data.coco: not given; expected data.coco=<path>, because det is among the benchmarks of this bench (",
         ),
         (
             ["benchmarks=[robustness]", "data.imagenet=", "bench.only="],
