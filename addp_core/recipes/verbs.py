@@ -29,13 +29,14 @@ VERBS = {  # verb: (module, one line of help)
     "sweep": ("tools.bench.sweep", "compare initializations with the same small grid and seeds for each"),
     "report": ("tools.bench.report", "write report.html and report.md of a bench folder"),
     "throughput": ("tools.speed.throughput", "measure images/s, GFLOP, MFU and memory, part by part"),
+    "data": ("tools.datasets.data", "download, verify and unpack a public dataset"),
     "toy": ("tools.toy.toy", "write small datasets in the formats of ImageNet, COCO and ADE20K"),
     "export": ("tools.export.export", "write a checkpoint in another layout"),
     "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
 }
 
 # Verbs that run as one process, whatever the environment says; `bench` and `sweep` start the processes of others.
-ONE_PROCESS = {"app", "det cost", "seg cost", "bench", "sweep", "report", "throughput", "toy", "export", "doctor"}
+ONE_PROCESS = {"app", "det cost", "seg cost", "bench", "sweep", "report", "throughput", "data", "toy", "export", "doctor"}
 
 
 def verb_groups() -> dict[str, list[str]]:

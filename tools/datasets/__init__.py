@@ -1,0 +1,1 @@
+"""`addp data`: public datasets, downloaded, verified and unpacked."""
