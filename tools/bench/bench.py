@@ -29,7 +29,6 @@ from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench import pretraining
 from tools.bench.benchmarks import BENCHMARKS
-from tools.bench.children import Children, Stopped, last_lines
 from tools.bench.comparison import compare_with_paper
 from tools.bench.devices import DeviceShares
 from tools.bench.estimate import check_given_speeds, print_estimate
@@ -39,6 +38,7 @@ from tools.bench.report import write_report
 from tools.bench.results import BENCH, BenchResults, bench_content, mean_and_sd, summary_table, write_record
 from tools.bench.slurm import check_sbatch_options, jobs_in_queue, printed_commands, submit
 from tools.bench.step import LOG, STEP, Step, prepare_folder
+from tools.children import Children, Stopped, last_lines
 
 log = logging.getLogger("addp")
 

@@ -17,7 +17,6 @@ from annotated_types import Ge
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from tools.bench.benchmarks import BENCHMARKS
-from tools.bench.children import last_lines
 from tools.bench.comparison import measured_difference
 from tools.bench.costs import costs, provenance
 from tools.bench.curves import Panel, draw, points, read_metrics
@@ -41,6 +40,7 @@ from tools.bench.paper import SOURCE
 from tools.bench.results import BenchResults, read_results
 from tools.bench.tables import FOLDER as TABLES
 from tools.bench.tables import write_tables
+from tools.children import last_lines
 
 log = logging.getLogger("addp")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
-from tools.bench.children import ADDP
 from tools.bench.recipe import BenchRecipe
 from tools.bench.step import Step
+from tools.children import ADDP
 
 log = logging.getLogger("addp")
 

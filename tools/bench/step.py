@@ -14,8 +14,8 @@ from addp_core.recipes.config import dump
 from tools.bench import sweep
 from tools.bench.arguments import keys_without_effect
 from tools.bench.arms import Arm
-from tools.bench.children import command_line
 from tools.bench.metric import Metric
+from tools.children import command_line
 
 STEP, LOG, SWEEP = "step.json", "log.txt", "sweep.yaml"  # in a step's folder
 PREDICTIONS, INPAINTED = "pictures", "inpaint"  # and these, which hold nothing but images

@@ -28,9 +28,9 @@ from addp_core.base.files import write_atomically
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from tools.bench.arguments import as_argument
-from tools.bench.children import Children, Stopped, last_lines
 from tools.bench.devices import DeviceShares
 from tools.bench.preflight import check_commands
+from tools.children import Children, Stopped, last_lines
 
 log = logging.getLogger("addp")
 

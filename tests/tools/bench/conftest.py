@@ -9,7 +9,8 @@ from tiny import tiny_addp
 
 from addp_core import save_model
 from addp_core.recipes.cli import main
-from tools.bench import bench, children
+from tools import children
+from tools.bench import bench
 
 SBATCH = """#!/bin/bash
 echo "$@" >> $FAKE_ADDP/sbatch.txt

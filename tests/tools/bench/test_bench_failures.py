@@ -13,7 +13,7 @@ import pytest
 from bench_commands import bench_command, bench_json, commands_run, last_line, set_behavior, states
 
 from addp_core.recipes.cli import main
-from tools.bench import children
+from tools import children
 
 ONLY = "bench.only=[finetune,det/a,det/b]"
 
@@ -75,7 +75,7 @@ def start_bench(arguments: list[str]) -> subprocess.Popen:
     code = f"""
     import sys
     from addp_core.recipes.cli import main
-    from tools.bench import children
+    from tools import children
     children.ADDP = {children.ADDP!r}
     sys.exit(main({arguments!r}))
     """

@@ -11,7 +11,7 @@ from bench_commands import bench_json, commands_run, last_line, set_behavior, st
 from test_bench_real import run_here
 
 from addp_core.recipes.cli import main
-from tools.bench import children
+from tools import children
 
 TOKENIZER = """
 model: {width: 32, multipliers: [1, 1, 1], blocks: 1, codebook: 32, dim: 8}

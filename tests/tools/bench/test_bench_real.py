@@ -7,7 +7,7 @@ import yaml
 from bench_commands import bench_command, bench_json
 
 from addp_core.recipes.cli import main
-from tools.bench import children
+from tools import children
 from tools.bench.sweep import best_run
 
 SMALL = """

@@ -11,7 +11,7 @@ from transfers import NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 
 from addp_core.base.errors import UserError
 from addp_core.recipes.cli import main
-from tools.bench import children
+from tools import children
 from tools.bench.devices import DeviceShares
 
 # stands in for `addp finetune`: notes its GPUs, and ends when another one has done so

@@ -9,7 +9,7 @@ from bench_commands import bench_command, commands_run, last_line
 
 from addp_core.recipes.cli import main
 from addp_core.training.pace import PACE_FILE, read_pace
-from tools.bench import children
+from tools import children
 
 FINETUNE = (
     "finetune.set={train.batch: 10, train.epochs: 4, train.evaluate_every: 3, augment.mixup: 0, augment.cutmix: 0}"

@@ -9,7 +9,7 @@ import pytest
 from transfers import NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 
 from addp_core.recipes.cli import main
-from tools.bench import children
+from tools import children
 from tools.bench.arguments import as_argument
 from tools.bench.sweep import Recipe, SweepRun, _markdown_table
 
