@@ -9,10 +9,9 @@ channels to the decoder's width, and the final norm follows, as after the ViT.
 """
 
 import functools
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 import timm
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from addp_core.base.errors import did_you_mean
-from addp_core.networks.encoder import METADATA_KEY, FeatureEncoder
+from addp_core.networks.encoder import FeatureEncoder, describe_state, padded_grid
 from addp_core.networks.layers import LayerNorm, gather_tokens, init_transformer
 
 STAGES = 4  # feature maps that detectors and segmentors read
@@ -69,7 +68,7 @@ class CnnArchitecture:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the last map."""
-        return _grid_at(self.image_size, self.patch_size)
+        return padded_grid(self.image_size, self.patch_size)
 
     def build(self, image_size: tuple[int, int] | None = None, dynamic: bool = True) -> "CnnEncoder":
         """Build the encoder, with random weights, for images of this size (default: its own); it takes any."""
@@ -125,9 +124,9 @@ class CnnEncoder(FeatureEncoder):
             body.head = nn.Identity()  # timm 1.0.26 leaves ConvNeXt's norm in it
         self.body = body
         self.patch_size = body.feature_info[-1]["reduction"]
-        self.grid = _grid_at(self.image_size, self.patch_size)
+        self.grid = padded_grid(self.image_size, self.patch_size)
         self.norm: nn.Module = nn.Identity()
-        self.register_state_dict_post_hook(_describe)
+        self.register_state_dict_post_hook(describe_state)
 
     @property
     def width(self) -> int:
@@ -189,7 +188,7 @@ class CnnEncoder(FeatureEncoder):
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Return the rows and columns of the last map of images Float[B,3,H,W]."""
-        return _grid_at((images.shape[-2], images.shape[-1]), self.patch_size)
+        return padded_grid((images.shape[-2], images.shape[-1]), self.patch_size)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters, besides one-dimensional ones, without weight decay: none."""
@@ -244,14 +243,3 @@ class CnnGridEncoder(CnnEncoder):
             features = interpolate(features, self.token_grid, mode="bilinear")
         tokens = features.flatten(2).transpose(1, 2)
         return self.norm(self.projection(tokens if queries is None else gather_tokens(tokens, queries)))
-
-
-def _grid_at(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Return the rows and columns of a map of this stride; CNNs round up."""
-    return (-(-image_size[0] // stride), -(-image_size[1] // stride))
-
-
-def _describe(encoder: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
-    """Add the architecture to the metadata of a state dict."""
-    assert isinstance(encoder, CnnEncoder)
-    metadata[METADATA_KEY] = json.dumps({"kind": encoder.kind, "architecture": asdict(encoder.architecture)})

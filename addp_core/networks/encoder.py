@@ -100,6 +100,7 @@ SIZES_HELP = ", ".join(f"{name} ({size['width']} wide)" for name, size in VIT_SI
 class FeatureEncoder(nn.Module):
     """The interface through which tasks read features; subclasses set the attributes and define what is not."""
 
+    kind: str  # of the architecture, in files
     config: EncoderConfig
     image_size: tuple[int, int]  # height and width in pixels
     blocks: nn.ModuleList
@@ -107,6 +108,11 @@ class FeatureEncoder(nn.Module):
     patch_size: int
     num_prefix_tokens = 1  # tokens before the patches: the class token
     checkpointing = False  # in training, recompute the blocks' activations instead of storing them
+
+    @property
+    def architecture(self) -> Any:
+        """Everything that builds the encoder again, as a dataclass that files store."""
+        raise NotImplementedError
 
     @property
     def width(self) -> int:
@@ -190,7 +196,6 @@ class TransformerEncoder(FeatureEncoder):
             each call.
     """
 
-    kind: str  # of the architecture, in files
     stem: str  # a regular expression for the names of the input's parameters
     position_name: str  # of the parameter with the absolute positions, the class token's first
 
@@ -207,7 +212,7 @@ class TransformerEncoder(FeatureEncoder):
         self.config, self.image_size, self.patch_size = config, (height, width), patch_size
         self.attention, self.dynamic = attention, dynamic
         self.num_prefix_tokens = int(attention.class_token)
-        self.grid = (-(-height // patch_size), -(-width // patch_size))
+        self.grid = padded_grid(self.image_size, patch_size)
 
     def _add_blocks(self) -> None:
         """Add the blocks and the final norm, and initialize all linear layers."""
@@ -224,12 +229,7 @@ class TransformerEncoder(FeatureEncoder):
         )
         self.norm = LayerNorm(config.width)
         init_transformer(self)
-        self.register_state_dict_post_hook(_describe)
-
-    @property
-    def architecture(self) -> Any:
-        """Everything that builds the encoder again, as a dataclass that files store."""
-        raise NotImplementedError
+        self.register_state_dict_post_hook(describe_state)
 
     @property
     def positions(self) -> Tensor:
@@ -353,9 +353,14 @@ class Encoder(TransformerEncoder):
         return super().no_weight_decay() | {"cls_token"}
 
 
-def _describe(encoder: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
-    """Add the architecture to the metadata of a state dict."""
-    assert isinstance(encoder, TransformerEncoder)
+def padded_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return the rows and columns of an image (height, width) that is padded to multiples of the stride."""
+    return (-(-image_size[0] // stride), -(-image_size[1] // stride))
+
+
+def describe_state(encoder: nn.Module, _state: Any, _prefix: str, metadata: dict[str, Any]) -> None:
+    """Add an encoder's architecture to the metadata of its state dict: for `register_state_dict_post_hook`."""
+    assert isinstance(encoder, FeatureEncoder)
     metadata[METADATA_KEY] = json.dumps({"kind": encoder.kind, "architecture": asdict(encoder.architecture)})
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
-from addp_core.networks.encoder import EncoderConfig, TransformerEncoder
+from addp_core.networks.encoder import EncoderConfig, TransformerEncoder, padded_grid
 from addp_core.networks.predictor import PredictorConfig, TokenEmbeddings
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 
@@ -64,11 +64,6 @@ class TokenEncoderArchitecture:
             attention=self.attention,
             dynamic=dynamic,
         )
-
-
-def padded_grid(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Return the rows and columns of tokens of an image (height, width) that is padded to multiples of the stride."""
-    return (-(-image_size[0] // stride), -(-image_size[1] // stride))
 
 
 class TokenEncoder(TransformerEncoder):
