@@ -42,15 +42,44 @@ def global_attention(relative: str, class_token: bool) -> AttentionConfig:
     return AttentionConfig(relative=cast(Any, relative), class_token=class_token)
 
 
-class MmsegBackbone(TransformerEncoder):
+class PretrainedBackbone:
+    """Part of a backbone that loads its pretrained file as mmengine does: when `init_weights` is called."""
+
+    init_cfg: dict[str, Any] | None
+    _is_init: bool  # of mmengine: whether `init_weights` has been called
+
+    def init_weights(self) -> None:
+        """Load the pretrained file, in place of mmengine's initializers; the constructor has drawn random weights.
+
+        Draws nothing from torch's generators. Raises UserError if the file does not fit the config.
+        """
+        if self.init_cfg is None or self._is_init:
+            return
+        with torch.random.fork_rng(devices=[]):
+            self._load_pretrained(self.init_cfg["checkpoint"])
+        self._is_init = True
+
+    def _load_pretrained(self, source: str) -> None:
+        """Copy the weights of a file. Raises UserError if it does not fit the config."""
+        raise NotImplementedError
+
+
+def named_as_beit(cls: type[Backbone]) -> type[Backbone]:
+    """Append BEiT to the name of a class, after it is registered: a decorator.
+
+    mmseg's LearningRateDecayOptimizerConstructor takes layers from parameter names only in classes with BEiT or MAE in
+    their name; those of our backbones are named as BEiT's.
+    """
+    cls.__name__ += " (BEiT)"
+    return cls
+
+
+class MmsegBackbone(PretrainedBackbone, TransformerEncoder):
     """What an encoder has to have as a backbone of mmseg, whatever its input.
 
     Modules and parameters have the names of mmseg's BEiT and MAE (`layers.0...`), by which its
     LearningRateDecayOptimizerConstructor finds the layers; state dicts have the encoder's own (`encoder.blocks.0...`).
     """
-
-    init_cfg: dict[str, Any] | None
-    _is_init: bool  # of mmengine: whether `init_weights` has been called
 
     def _become_backbone(
         self, checkpointing: bool, out_indices: int | Sequence[int] | None, frozen_stages: int
@@ -133,6 +162,7 @@ class MmsegBackbone(TransformerEncoder):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, *args)
 
 
+@named_as_beit
 @MODELS.register_module()
 class AddpViT(MmsegBackbone, Encoder, BaseModule):  # type: ignore[misc]  # forward is a backbone's
     """The encoder over pixels as a backbone: the feature maps after the blocks `out_indices`.
@@ -206,35 +236,21 @@ class AddpViT(MmsegBackbone, Encoder, BaseModule):  # type: ignore[misc]  # forw
         self.init_cfg, self.encoder_heads, self.weights = init_cfg, encoder_heads, weights
         self._become_backbone(options["checkpointing"], out_indices, frozen_stages)
 
-    def init_weights(self) -> None:
-        """Load the pretrained file, in place of mmengine's initializers; the constructor has drawn random weights.
-
-        Draws nothing from torch's generators. Raises UserError if the file does not fit the config.
-        """
-        if self.init_cfg is None or self._is_init:
-            return
-        source = self.init_cfg["checkpoint"]
+    def _load_pretrained(self, source: str) -> None:
         found, weights = read_pretrained(source, self.image_size, self.encoder_heads, self.weights)
         check_arch(self.config, self.patch_size, found, weights)
-        with torch.random.fork_rng(devices=[]):
-            encoder = load_encoder(
-                source,
-                self.image_size,
-                encoder_heads=None if weights.stored else self.config.heads,
-                weights=self.weights,
-                tokenizer_norm=self.config.tokenizer_norm,
-                attention=self.attention,
-                dynamic=True,
-            )
+        encoder = load_encoder(
+            source,
+            self.image_size,
+            encoder_heads=None if weights.stored else self.config.heads,
+            weights=self.weights,
+            tokenizer_norm=self.config.tokenizer_norm,
+            attention=self.attention,
+            dynamic=True,
+        )
         assert isinstance(encoder, Encoder)  # as `read_pretrained` has found one
         check_positions(encoder, source, "relative")
         self.load_state_dict({PREFIX + name: value for name, value in encoder.state_dict().items()})
-        self._is_init = True
-
-
-# mmseg's LearningRateDecayOptimizerConstructor takes layers from parameter names only in classes with BEiT or MAE in
-# their name; those of this class are named as BEiT's.
-AddpViT.__name__ = "AddpViT (BEiT)"
 
 
 @MODELS.register_module()

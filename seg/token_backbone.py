@@ -15,13 +15,14 @@ from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.architectures import NORMALISATION, Normalisation
 from addp_core.weights.encoders import load_encoder
 from seg.architecture import check_tokens, read_arch, token_line
-from seg.backbone import MmsegBackbone, global_attention
+from seg.backbone import MmsegBackbone, global_attention, named_as_beit
 from seg.keywords import pretrained_config, translate_keywords
 from seg.state_names import PREFIX
 
 Config = TypeVar("Config")
 
 
+@named_as_beit
 @MODELS.register_module()
 class AddpTokenViT(MmsegBackbone, TokenEncoder, BaseModule):
     """A frozen tokenizer and the encoder over its ids as a backbone: the feature maps after the blocks `out_indices`.
@@ -96,15 +97,12 @@ class AddpTokenViT(MmsegBackbone, TokenEncoder, BaseModule):
         self.init_cfg, self.normalisation, self.source_options = pretrained, normalisation, source
         self._become_backbone(options["checkpointing"], out_indices, frozen_stages)
 
-    def init_weights(self) -> None:
-        """Load the pretrained file, or with init="random" its tokenizer, in place of mmengine's initializers.
+    def _load_pretrained(self, source: str) -> None:
+        """Copy the weights of a file, or with init="random" those of its tokenizer.
 
-        Draws nothing from torch's generators. Raises UserError if the file does not fit the config.
+        Raises UserError if it does not fit the config.
         """
-        if self.init_cfg is None or self._is_init:
-            return
-        source = self.init_cfg["checkpoint"]
-        encoder = _load_quietly(
+        encoder = _load_token_encoder(
             source,
             self.image_size,
             attention=self.attention,
@@ -117,12 +115,6 @@ class AddpTokenViT(MmsegBackbone, TokenEncoder, BaseModule):
             self.tokenizer.load_state_dict(encoder.tokenizer.state_dict())
         else:
             self.load_state_dict({PREFIX + name: value for name, value in encoder.state_dict().items()})
-        self._is_init = True
-
-
-# mmseg's LearningRateDecayOptimizerConstructor takes layers from parameter names only in classes with BEiT or MAE in
-# their name; those of this class are named as BEiT's.
-AddpTokenViT.__name__ = "AddpTokenViT (BEiT)"
 
 
 def _read_node(name: str, cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -133,10 +125,9 @@ def _read_node(name: str, cls: type[Config], values: Mapping[str, Any]) -> Confi
         raise UserError(f"{name}: {error}") from error
 
 
-def _load_quietly(source: str, size: tuple[int, int], **options: Any) -> TokenEncoder:
-    """Load an encoder over token ids without drawing from torch's generator."""
-    with torch.random.fork_rng(devices=[]):
-        encoder = load_encoder(source, size, input="token", **options)
+def _load_token_encoder(source: str, size: tuple[int, int], **options: Any) -> TokenEncoder:
+    """Load an encoder over token ids. Raises UserError if the source has another one."""
+    encoder = load_encoder(source, size, input="token", **options)
     assert isinstance(encoder, TokenEncoder)  # as demanded
     return encoder
 
@@ -149,5 +140,6 @@ def _demand_architecture(
     if init_cfg is None:
         return UserError(f"arch, tokenizer: not given, expected both, such as {token_line(example)}")
     source = init_cfg["checkpoint"]
-    found = _load_quietly(source, size, **{**options, "init": "random"}).architecture
+    with torch.random.fork_rng(devices=[]):
+        found = _load_token_encoder(source, size, **{**options, "init": "random"}).architecture
     return UserError(f"arch, tokenizer: not given, expected {token_line(found)}, which is what {source} has")
