@@ -230,7 +230,7 @@ def plan_steps(
     """
     names = [arm.name for arm in arms]
     steps = dict(pretraining)
-    included = included_benchmarks(recipe, names)
+    included = wanted_steps(recipe, names, ())
     for benchmark in BENCHMARKS.values():
         is_wanted = any(name.startswith(f"{benchmark.name}/") for name in wanted)
         for unknown in set(recipe.section(benchmark.name).arms) - set(names) if is_wanted else ():
@@ -238,10 +238,10 @@ def plan_steps(
             raise UserError(f"{benchmark.name}.arms: found {unknown!r}, expected {expected}")
         for arm in arms:
             try:
-                if benchmark.name in included:
-                    step = benchmark.plan(arm, recipe, inputs)
-                else:
+                if recipe.benchmarks and f"{benchmark.name}/{arm.name}" not in included:
                     step = Step(benchmark.name, arm, Path(recipe.out), left_out="not one of benchmarks")
+                else:
+                    step = benchmark.plan(arm, recipe, inputs)
             except (UserError, ModuleNotFoundError) as error:
                 if is_wanted:
                     raise

@@ -9,8 +9,6 @@ from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
 from tools.bench import bench
 from tools.bench.arguments import as_arguments, verb_recipe
-from tools.bench.benchmark import Transfer
-from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.inputs import listing_digest
 
 
@@ -105,21 +103,6 @@ def test_a_missing_package_is_named_before_the_first_step(toys, fake, tmp_path, 
     assert main(bench_command(toys, tmp_path / "out")) == 2
     assert "seg: the package 'mmcv' is not installed; add it with: " in last_line(capsys)
     assert main(bench_command(toys, tmp_path / "out", "bench.only=det/a", "random=false")) == 0
-
-
-@pytest.mark.parametrize("name", ["demo", "toy", "vit_b", "vit_l"])
-def test_named_recipes_have_keys_of_their_verbs(name):
-    recipe = load(bench.Recipe, find_recipe(bench, name))
-    for benchmark in BENCHMARKS.values():
-        if isinstance(benchmark, Transfer):
-            section = recipe.section(benchmark.name)
-            first = {key: values[0] for key, values in section.grid.items()}
-            settings = as_arguments({benchmark.source: "x", "out": "x", "model": "x", **section.set, **first})
-            named = [section.recipe] if section.recipe else []
-            verb_recipe([*benchmark.verb.split(), *named, *settings], benchmark.name)
-    given = ["out=x", "model=x"]
-    verb_recipe(["evaluate", *given, "reference=x", *as_arguments(recipe.section("generation").set)], "generation")
-    verb_recipe(["robustness", *given, *as_arguments(recipe.section("robustness").set)], "robustness")
 
 
 @pytest.mark.parametrize("name", ["vit_b", "vit_l"])
