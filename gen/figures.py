@@ -3,12 +3,13 @@
 steps (Fig. 8): images during generation, and which of their tokens are reliable. training (Fig. 9-11): the noisy images
 of training, for each of the three mappings. ratios (Fig. 12): the distribution of mask ratios in training. tokens
 (Fig. 16): the token embeddings of every step. metrics (Fig. 6): metrics by number of steps, from a report of
-`addp evaluate`.
+`addp evaluate`. denoising: noisy images of training, and what the network makes of them. features, attention,
+neighbors: what the encoder sees in natural images (encoder_figures.py); any other encoder has these, too.
 """
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,11 +19,8 @@ import torch
 from annotated_types import Ge
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.utils import make_grid
 
 from addp_core.base.errors import UserError, renaming_keys
-from addp_core.base.files import atomic_replace
 from addp_core.base.rng import generator
 from addp_core.data.config import DataConfig
 from addp_core.data.sources import open_source
@@ -32,13 +30,31 @@ from addp_core.method.diffusion import mask_ratios
 from addp_core.method.sampler import SampleConfig, SamplerState, sample
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
-from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_recipe_model
+from addp_core.weights.architectures import NORMALISATION, Normalisation
+from addp_core.weights.encoders import load_encoder
+from addp_core.weights.frozen import resolve_block
+from addp_core.weights.reading import read_weights
+from gen.drawing import (
+    add_title_and_caption,
+    draw_image_grid,
+    evenly_spaced,
+    principal_colors,
+    save_figure,
+    upsample_tokens,
+    write_contact_sheet,
+)
+from gen.encoder_figures import DRAW_ENCODER, Subject, default_blocks
+from gen.model import DecoderHeads, EncoderHeads, TokenizerSource, load_recipe_model
 from gen.report import METRIC_LABELS, read_report
 
 log = logging.getLogger("addp")
 
 # The mappings from the token predictor's probabilities to embeddings, and the number of the paper's figure of each.
 MAPPINGS: dict[Literal["weighted", "argmax", "sample"], int] = {"weighted": 9, "argmax": 10, "sample": 11}
+FigureName = Literal[
+    "steps", "training", "denoising", "ratios", "tokens", "metrics", "features", "attention", "neighbors"
+]
+SHEET = "contact.png"  # all figures on one picture
 # The metrics that are plotted against the number of steps.
 PLOTTED_METRICS = {
     "fid": "lower is better",
@@ -46,8 +62,6 @@ PLOTTED_METRICS = {
     "is_mean": "higher is better",
     "cs_mean": "higher is better",
 }
-IMAGE_INCHES = 1.25  # width of an image in a figure
-WIDTH_TO_GAP = 16  # width of an image over that of the gap beside it
 UNRELIABLE_GRAY = 0.88
 
 
@@ -55,19 +69,22 @@ UNRELIABLE_GRAY = 0.88
 class Recipe:
     """Keys of `addp figures`."""
 
-    model: ModelSource
+    model: Annotated[str, "an ADDP checkpoint, or any other encoder (MAE, DINO, timm) for its own figures alone"]
     out: Annotated[str, "folder for the PNG files"]
-    data: Annotated[str, "images for the figures of training: a folder, ImageNet root, .tar file or hub dataset"] = ""
+    data: Annotated[
+        str, "images for the figures of training and of the encoder: a folder, ImageNet root, .tar file or hub dataset"
+    ] = ""
     split: Annotated[str, "split of `data`, if it has splits"] = "val"
     evaluation: Annotated[
         str, "for the figure of metrics: the `out` of an `addp evaluate` with several sweep.steps"
     ] = ""
-    only: Annotated[
-        tuple[Literal["steps", "training", "ratios", "tokens", "metrics"], ...],
-        "figures to draw; by default all that the other keys allow",
-    ] = ()
+    only: Annotated[tuple[FigureName, ...], "figures to draw; by default all that the other keys allow"] = ()
     n: Annotated[int, Ge(1), "number of images in a figure"] = 4
     columns: Annotated[int, Ge(2), "maximum number of steps or mask ratios in a figure"] = 8
+    blocks: Annotated[list[int], "blocks of the encoder, from 1, or from the end if negative; empty: four"] = field(
+        default_factory=list
+    )
+    pool: Annotated[int, Ge(2), "number of images among which neighbors are looked for"] = 500
     seed: Annotated[int, "random seed of generated images and masks"] = 0
     sampling: SampleConfig = field(default_factory=SampleConfig)
     tokenizer: TokenizerSource = ""
@@ -76,17 +93,17 @@ class Recipe:
     ] = ""
     encoder_heads: EncoderHeads = None
     decoder_heads: DecoderHeads = None
+    normalisation: Annotated[Normalisation, "mean and std that the encoder expects: ImageNet's, or 0.5 (BEiT)"] = (
+        "imagenet"
+    )
 
 
 def run(recipe: Recipe) -> None:
-    """Draw the figures in `only`, or all that the other keys allow. Raises UserError if a figure's key is missing."""
-    required_keys = {"training": ("data", recipe.data), "metrics": ("evaluation", recipe.evaluation)}
-    names: list[str] = list(recipe.only or DRAW)
-    for name in [name for name in names if name in required_keys and not required_keys[name][1]]:
-        if recipe.only:
-            raise UserError(f"only: {name} needs {required_keys[name][0]}=")
-        log.info("figures: no %s without %s=", name, required_keys[name][0])
-        names.remove(name)
+    """Draw the figures in `only`, or all that the other keys allow, and one sheet with all of them.
+
+    Raises UserError if a figure's key is missing, or if the checkpoint has not what a figure shows.
+    """
+    names = figure_names(recipe)
     if "metrics" in names:  # the report is read before the other figures are drawn
         _, curves = read_curves(recipe)
         if problem := without_curve(recipe, curves):
@@ -94,66 +111,77 @@ def run(recipe: Recipe) -> None:
                 raise UserError(problem)
             log.warning("figures: no metrics: %s", problem)
             names.remove("metrics")
-    model = load_recipe_model(recipe, predictor=recipe.predictor or None).requires_grad_(False)
-    model = model.to(process_state().device)
-    accelerate_model(model)
-    out = Path(recipe.out)
-    for name in names:
-        for file_name, figure in DRAW[name](model, recipe).items():
-            save_figure(figure, out / f"{file_name}.png")
+    drawn: list[Path] = []
+    if model_names := [name for name in names if name in DRAW]:
+        model = load_recipe_model(recipe, predictor=recipe.predictor or None).requires_grad_(False)
+        model = model.to(process_state().device)
+        accelerate_model(model)
+        for name in model_names:
+            drawn += save_figures(DRAW[name](model, recipe), Path(recipe.out))
+        del model
+    if encoder_names := [name for name in names if name in DRAW_ENCODER]:
+        subject = open_subject(recipe)
+        for name in encoder_names:
+            try:
+                figures = DRAW_ENCODER[name](subject)
+            except ValueError as error:
+                if recipe.only:
+                    raise UserError(f"only: no {name} of {recipe.model}: {error}") from error
+                log.info("figures: no %s: %s", name, error)
+                continue
+            drawn += save_figures(figures, Path(recipe.out))
+    if len(drawn) > 1:
+        write_contact_sheet(drawn, Path(recipe.out, SHEET))
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_replace(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
-    except OSError as error:
-        raise UserError(f"out: {path} cannot be written ({error.strerror})") from error
-    log.info("%s", path)
+def figure_names(recipe: Recipe) -> list[str]:
+    """Return the figures to draw, as far as the recipe's keys tell. Raises UserError if a key of one is missing."""
+    needed = dict.fromkeys(("training", "denoising", *DRAW_ENCODER), ("data", recipe.data))
+    needed["metrics"] = ("evaluation", recipe.evaluation)
+    names: list[str] = list(recipe.only or [*DRAW, *DRAW_ENCODER])
+    kind = read_weights(recipe.model).kind
+    for name in list(names):
+        key, value = needed.get(name, ("", True))
+        if not value and recipe.only:
+            raise UserError(f"only: {name} needs {key}=")
+        if name in DRAW and kind != "addp":
+            if recipe.only:
+                expected = f"an ADDP checkpoint, or some of {', '.join(DRAW_ENCODER)}"
+                raise UserError(f"only: found {name}, but {recipe.model} is no ADDP checkpoint; expected {expected}")
+        elif not value:
+            log.info("figures: no %s without %s=", name, key)
+        else:
+            continue
+        names.remove(name)
+    if not names:
+        raise UserError(f"data: not given; expected images for {', '.join(DRAW_ENCODER)}")
+    return names
 
 
-# -------------------- images in rows
+def open_subject(recipe: Recipe) -> Subject:
+    """Return the encoder and the images of its figures. Raises UserError if one of them cannot be read."""
+    encoder = load_encoder(
+        recipe.model,
+        tokenizer=recipe.tokenizer if read_weights(recipe.model).kind != "addp" and recipe.tokenizer else None,
+        encoder_heads=recipe.encoder_heads,
+        normalisation=recipe.normalisation,
+    )
+    with renaming_keys({"data.source": "data", "data.split": "split"}):
+        source = open_source(recipe.data, recipe.split)
+    blocks = tuple(resolve_block(encoder, block, "blocks") for block in recipe.blocks)
+    encoder = encoder.to(process_state().device).requires_grad_(False)
+    mean, std = NORMALISATION[recipe.normalisation]
+    name = Path(recipe.model).name
+    return Subject(encoder, name, mean, std, source, blocks or default_blocks(encoder), recipe.n, recipe.pool)
 
 
-def draw_image_grid(
-    rows: Sequence[Sequence[Tensor]], column_titles: Sequence[str], row_labels: Sequence[str], title: str, caption: str
-) -> Figure:
-    """Draw images, Float[3,H,W], in a grid with titles above the columns and labels before the rows."""
-    height, width = rows[0][0].shape[-2:]
-    gap = max(width // WIDTH_TO_GAP, 1)
-    images = torch.stack([image.clamp(0, 1).cpu() for row in rows for image in row])
-    # One pair of axes for all images: with one for each image, matplotlib would take seconds for the layout.
-    tiled = make_grid(images, nrow=len(column_titles), padding=gap, pad_value=1.0).permute(1, 2, 0).numpy()
-    figure_height = IMAGE_INCHES * height / width * len(rows) + 1.3
-    figure = Figure((IMAGE_INCHES * len(column_titles) + 1, figure_height), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(tiled, interpolation="nearest")
-    x_ticks = [gap + width / 2 + i * (width + gap) for i in range(len(column_titles))]
-    y_ticks = [gap + height / 2 + i * (height + gap) for i in range(len(rows))]
-    axis.set_xticks(x_ticks, column_titles, fontsize=8)
-    axis.set_yticks(y_ticks, row_labels, fontsize=8, rotation=90, va="center")
-    axis.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False, left=False)
-    axis.spines[:].set_visible(False)
-    add_title_and_caption(figure, title, caption)
-    return figure
-
-
-def add_title_and_caption(figure: Figure, title: str, caption: str) -> None:
-    """Write the title above the figure and the caption below it."""
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    figure.supxlabel(caption, fontsize=8, wrap=True)
-
-
-def evenly_spaced(count: int, limit: int) -> list[int]:
-    """Return up to `limit` of the numbers 0 to `count` - 1, evenly spaced, with both ends."""
-    return sorted({round(x) for x in np.linspace(0, count - 1, min(limit, count))})
-
-
-def upsample_tokens(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
-    """[C,h,w] -> Float[C,H,W], in which each token is a square of one color."""
-    return F.interpolate(tokens[None].float(), hw, mode="nearest")[0]
+def save_figures(figures: dict[str, Figure], out: Path) -> list[Path]:
+    """Write figures as `out`/<name>.png; return their paths."""
+    paths = []
+    for name, figure in figures.items():
+        save_figure(figure, path := out / f"{name}.png")
+        paths.append(path)
+    return paths
 
 
 # -------------------- generation
@@ -205,13 +233,7 @@ def draw_tokens(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
     """Draw the token embeddings after each step by their first three principal components, and the images (Fig. 16)."""
     states, columns, titles = generate_steps(model, recipe)
     codes = torch.stack([model.tokenizer.quantize.embedding(states[i].ids) for i in columns], 1).float()  # [n,S,N,D]
-    flat = codes.flatten(0, 2)
-    flat = flat - flat.mean(0)
-    _, _, components = torch.linalg.svd(flat, full_matrices=False)
-    projected = flat @ components[:3].T
-    projected = F.pad(projected, (0, 3 - projected.shape[1])).view(*codes.shape[:3], 3)
-    low, high = torch.quantile(projected.flatten(0, 2), torch.tensor([0.02, 0.98], device=projected.device), dim=0)
-    colors = ((projected - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    colors = principal_colors(codes)
     rows, labels = [], []
     for row in range(recipe.n):
         maps = [colors[row, column].T.unflatten(1, model.config.grid) for column in range(len(columns))]
@@ -228,8 +250,28 @@ def draw_tokens(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
 # -------------------- training
 
 
-def draw_training(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
-    """Draw the noisy images that training sees, one figure for each mapping (Fig. 9-11)."""
+@dataclass(frozen=True)
+class Examples:
+    """Images of training at several mask ratios.
+
+    Attributes:
+        images: Float[n,3,H,W] in [0,1].
+        ids: Long[n,N].
+        masks: of each ratio, the unreliable positions at t and at the later step, Bool[n,N].
+        titles: of each ratio.
+    """
+
+    images: Tensor
+    ids: Tensor
+    masks: list[tuple[Tensor, Tensor]]
+    titles: list[str]
+
+
+def open_examples(model: ADDP, recipe: Recipe, columns: int) -> Examples:
+    """Return images of the recipe's data and up to `columns` of the mask ratios of training, evenly spaced.
+
+    Raises UserError if no image can be read, or the model has no token predictor.
+    """
     if model.predictor is None:
         raise UserError(
             f"predictor: {recipe.model} has no token predictor, which makes the noisy images; add predictor=<file>"
@@ -242,21 +284,30 @@ def draw_training(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
         raise UserError(f"data: none of the images tried in {recipe.data} can be read")
     images = images.to(next(model.parameters()).device)
     ids = model.encode_images(images)
-    reconstructed = model.render(torch.zeros(1, device=ids.device), ids, torch.zeros_like(ids, dtype=torch.bool))
     noise = torch.rand(ids.shape, generator=generator(recipe.seed, "figures"))
     rank = noise.argsort(1).argsort(1).to(ids.device)
-    ratios = mask_ratios(process)[0].tolist()
-    steps = evenly_spaced(len(ratios), max(recipe.columns - 2, 1))
-    titles = ["photograph", "tokenizer's\nreconstruction", *(f"{ratios[i]:.0%}\nunreliable" for i in steps)]
+    ratios, masks, titles = mask_ratios(process)[0].tolist(), [], []
+    for i in evenly_spaced(len(ratios), columns):
+        next_ratio = ratios[min(i + math.ceil(process.max_jump / 2), len(ratios) - 1)]
+        mask, next_mask = (rank < math.ceil(config.tokens * ratio) for ratio in (ratios[i], next_ratio))
+        masks.append((mask, next_mask))
+        titles.append(f"{ratios[i]:.0%}\nunreliable")
+    return Examples(images, ids, masks, titles)
+
+
+def draw_training(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
+    """Draw the noisy images that training sees, one figure for each mapping (Fig. 9-11)."""
+    config, process = model.config, model.config.process
+    examples = open_examples(model, recipe, max(recipe.columns - 2, 1))
+    images, ids = examples.images, examples.ids
+    reconstructed = model.render(torch.zeros(1, device=ids.device), ids, torch.zeros_like(ids, dtype=torch.bool))
+    titles = ["photograph", "tokenizer's\nreconstruction", *examples.titles]
     figures = {}
     for mapping, number in MAPPINGS.items():
         model.config = replace(config, process=replace(process, mapping=mapping))
         torch.manual_seed(recipe.seed)  # for the mapping that samples ids
         columns = [images, reconstructed]
-        for i in steps:
-            next_ratio = ratios[min(i + math.ceil(process.max_jump / 2), len(ratios) - 1)]
-            mask, next_mask = (rank < math.ceil(config.tokens * ratio) for ratio in (ratios[i], next_ratio))
-            columns.append(model.corrupt(ids, mask, next_mask).images)
+        columns += [model.corrupt(ids, *masks).images for masks in examples.masks]
         caption = (
             "What the encoder sees in training: the true codes where ids are reliable; elsewhere the token predictor's "
             f"output,\nmapped to an embedding by f = {mapping}. Condition {process.condition}"
@@ -266,6 +317,28 @@ def draw_training(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
         figures[f"training-{mapping}"] = draw_image_grid(rows, titles, [""] * len(rows), title, caption)
     model.config = config
     return figures
+
+
+def draw_denoising(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
+    """Draw noisy images of training, and below each what the network makes of it."""
+    examples = open_examples(model, recipe, recipe.columns)
+    ids = examples.ids
+    torch.manual_seed(recipe.seed)  # for the mapping that samples ids
+    noisy, reconstructed = [], []
+    for mask, next_mask in examples.masks:
+        images = model.corrupt(ids, mask, next_mask).images
+        probabilities = model.logits(images, ids, mask)[..., : model.config.tokenizer.codebook].float().softmax(-1)
+        noisy.append(images)
+        reconstructed.append(model.render(probabilities @ model.tokenizer.quantize.embedding.weight, ids, mask))
+    rows, labels = [], []
+    for row in range(len(ids)):
+        rows += [[column[row] for column in noisy], [column[row] for column in reconstructed]]
+        labels += ["noisy", "denoised"]
+    caption = (
+        "The noisy images of training, and what one step of the network makes of them: its distribution over codes at "
+        "the unreliable positions,\ndecoded together with the reliable ids"
+    )
+    return {"denoising": draw_image_grid(rows, examples.titles, labels, "Denoising", caption)}
 
 
 def draw_ratios(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
@@ -358,6 +431,7 @@ def curve_label(sampling: dict[str, Any]) -> str:
 DRAW: dict[str, Callable[[ADDP, Recipe], dict[str, Figure]]] = {
     "steps": draw_steps,
     "training": draw_training,
+    "denoising": draw_denoising,
     "ratios": draw_ratios,
     "tokens": draw_tokens,
     "metrics": draw_metrics,

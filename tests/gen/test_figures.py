@@ -43,6 +43,7 @@ def figures_command(inputs: Path, out: Path, *settings: str) -> list[str]:
 def test_all_figures_are_drawn(inputs, tmp_path):
     assert main(figures_command(inputs, tmp_path, f"data={inputs / 'photos'}", f"evaluation={inputs}")) == 0
     names = {"steps", "training-weighted", "training-argmax", "training-sample", "ratios", "tokens", "metrics"}
+    names |= {"denoising", "features", "attention", "neighbors", "contact"}
     assert {path.stem for path in tmp_path.iterdir()} == names
     for path in tmp_path.iterdir():
         image = np.array(Image.open(path).convert("L"))
@@ -52,7 +53,7 @@ def test_all_figures_are_drawn(inputs, tmp_path):
 
 def test_without_images_and_report_the_other_figures_are_drawn(inputs, tmp_path, capsys):
     assert main(figures_command(inputs, tmp_path, "sampling.order=halton")) == 0
-    assert {path.stem for path in tmp_path.iterdir()} == {"steps", "ratios", "tokens"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"steps", "ratios", "tokens", "contact"}
     log = capsys.readouterr().err
     assert "no training without data=" in log
     assert "no metrics without evaluation=" in log
@@ -65,7 +66,7 @@ def test_an_evaluation_without_a_sweep_of_steps_leaves_out_the_figure_of_metrics
         (tmp_path / "evaluation.json").write_text(json.dumps(report))
         out = tmp_path / name
         assert main(figures_command(inputs, out, f"evaluation={tmp_path}")) == 0
-        assert {path.stem for path in out.iterdir()} == {"steps", "ratios", "tokens"}
+        assert {path.stem for path in out.iterdir()} == {"steps", "ratios", "tokens", "contact"}
         log = capsys.readouterr().err
         assert "no metrics: evaluation: " in log
         assert "sweep.steps=[4,8,20]" in log
