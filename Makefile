@@ -14,11 +14,12 @@ STAMP := $(VENV)/.ready-$(EXTRAS)-$(words $(wildcard */__init__.py))-packages
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-oldest lint docs demo clean
+.PHONY: help setup test gpu-test test-oldest lint docs demo clean
 
 help:
 	@echo "make setup   install into $(VENV) (EXTRAS=$(EXTRAS), PYTHON=$(PYTHON))"
 	@echo "make test    make lint, then all tests, $(WORKERS) at a time (WORKERS=n)"
+	@echo "make gpu-test     the tests that need a GPU; fails where there is none"
 	@echo "make test-oldest  all tests with the oldest versions that pyproject.toml allows, in $(OLDEST) (PYTHON=$(PYTHON))"
 	@echo "make demo    toy datasets, pretraining, every benchmark and a report, under runs/demo; 15 minutes on two cores"
 	@echo "make lint    style, formatting, the contract of imports and types"
@@ -39,6 +40,12 @@ $(STAMP): pyproject.toml constraints.txt
 # One thread a worker: more would only fight over the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# The tests that `make test` skips without a GPU: the published numbers, and speed. Nothing tested is not a success.
+NO_GPU := make gpu-test: PyTorch sees no GPU here, so nothing was tested
+gpu-test: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "$(NO_GPU)")'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu -n 0
 
 # The same tests with the oldest versions that pyproject.toml allows. They have no release for Python 3.13 or newer.
 test-oldest: $(OLDEST)/.ready

@@ -1,7 +1,8 @@
-"""`addp doctor`: what is installed, what each task lacks, and the command that installs it.
+"""`addp doctor`: what is installed, what each task lacks, and the command that installs it; with `check=true`, whether
+this machine computes what it should (tools/selfcheck).
 
 What `addp` requires is read from the package's own metadata. torch is imported in a separate process, so that a broken
-installation is reported instead of crashing the command. The exit code is 0 whatever is found.
+installation is reported instead of crashing the command. The exit code is 0 whatever is found, unless a check fails.
 """
 
 import importlib.metadata
@@ -15,18 +16,21 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+from annotated_types import Gt
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import addp_core
 from addp_core.base.cpu import usable_cores
+from tools.selfcheck.check import check
+from tools.selfcheck.checks import CheckName
 
 PIP = f"{shlex.quote(sys.executable)} -m pip install"
 PROBE_SECONDS = 180
@@ -40,6 +44,23 @@ class Recipe:
     imports: Annotated[
         bool, "import every package too, which is slower and also finds packages that are installed but broken"
     ] = False
+    check: Annotated[
+        bool,
+        "compute on this machine for some minutes: are numbers right, do runs continue, how fast is it",
+    ] = False
+    checks: Annotated[list[CheckName], "checks to run, as in checks=[parity,resume]; all by default"] = field(
+        default_factory=list
+    )
+    device: Annotated[Literal["", "cpu", "cuda"], "where to check; empty: a GPU if there is one"] = ""
+    seconds: Annotated[float, Gt(0), "for all checks; those that would take longer are skipped"] = 600.0
+    out: Annotated[str, "file for what the checks found, versions and hardware, as JSON"] = "addp-check.json"
+
+    def __post_init__(self):
+        if self.check:
+            return
+        for name in ("checks", "device"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: found {getattr(self, name)} without check=true; add it")
 
 
 # -------------------- what addp requires
@@ -167,8 +188,11 @@ print(json.dumps(found))
 
 
 def run(recipe: Recipe) -> None:
-    """Examine the environment and print the report."""
+    """Examine the environment and print the report, or check it."""
     report = examine(recipe.imports)
+    if recipe.check:
+        check(recipe.checks, recipe.device, recipe.seconds, report, Path(recipe.out), recipe.json)
+        return
     sys.stdout.write(json.dumps(report, indent=2) + "\n" if recipe.json else as_text(report))
 
 

@@ -1,4 +1,4 @@
-"""The types of keys and fields that name something on disk."""
+"""The types of keys and fields that name something on disk, and the names of files in run folders."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -14,3 +14,6 @@ class PathKind:
 FilePath = Annotated[str, PathKind("file")]  # a file to read, or a run folder with it
 DatasetPath = Annotated[str, PathKind("dataset")]
 CachePath = Annotated[str, PathKind("cache")]  # a folder of what can be computed again
+
+MODEL_FILE = "model.safetensors"  # of a run folder
+RECIPE_FILE = "recipe.yaml"  # of a run folder, and of any other that a recipe filled

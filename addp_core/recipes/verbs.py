@@ -32,7 +32,7 @@ VERBS = {  # verb: (module, one line of help)
     "data": ("tools.datasets.data", "download, verify and unpack a public dataset"),
     "toy": ("tools.toy.toy", "write small datasets in the formats of ImageNet, COCO and ADE20K"),
     "export": ("tools.export.export", "write a checkpoint in another layout"),
-    "doctor": ("tools.doctor", "show what is installed, what each task lacks and how to add it"),
+    "doctor": ("tools.doctor", "show what is installed and what tasks lack, or check that this machine computes right"),
 }
 
 # Verbs that run as one process, whatever the environment says; `bench` and `sweep` start the processes of others.

@@ -90,12 +90,23 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory in bytes: of CUDA tensors, or on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # the fallback is in kilobytes, except on macOS
+    fallback = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _process_status("VmHWM") or fallback
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the memory in use in bytes: of CUDA tensors, or on a CPU of the process (0 where it is not known)."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _process_status("VmRSS")
+
+
+def _process_status(entry: str) -> int:
+    """Return an entry of /proc/self/status in bytes; 0 on systems other than Linux."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{entry}:"):
                 return int(line.split()[1]) * 1024
-    # in kilobytes, except on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> dict[int, float]:

@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.paths import MODEL_FILE
 from addp_core.networks.encoder import METADATA_KEY
 from addp_core.weights.assumptions import Assumption
 from addp_core.weights.entries import State, select_entry, without_tensors
 from addp_core.weights.unpickling import HARMLESS
 
-MODEL_FILE = "model.safetensors"  # of a run folder
 MODULES_KEY = "modules"  # in what our files store: the same for parts of a model, by the prefix of their tensors
 ZOO = Path(__file__).parent / "zoo"  # models that come with the package, as zoo:<name>
 

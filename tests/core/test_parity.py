@@ -1,4 +1,4 @@
-"""Parity of the public functions with the published implementation (tests/golden), in float32.
+"""Parity of the public functions with the published implementation (tests/golden), in float32, on the CPU and on a GPU.
 
 Tolerances: ids are equal; the largest error of a float tensor is below 1e-3 of its standard deviation; relative errors
 are below 1e-4 for the loss and below 1e-3 for gradient norms.
@@ -12,14 +12,21 @@ from safetensors.torch import load_file
 from addp_core import load_addp, load_encoder, sample
 from addp_core.method.diffusion import map_tokens
 from addp_core.networks.tokenizer import to_feature_map
+from addp_core.training.compute import tf32_for
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    with tf32_for("fp32"):
+        yield torch.device(request.param)
+
+
 @pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "outputs.safetensors")
+def golden(device):
+    return {name: value.to(device) for name, value in load_file(GOLDEN / "outputs.safetensors").items()}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +35,8 @@ def state():
 
 
 @pytest.fixture(scope="module")
-def model(state):
-    return load_addp(state, **HEADS)
+def model(state, device):
+    return load_addp(state, **HEADS).to(device)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def test_predictor(model, golden, ids):
     guess = model.predictor(ids, golden["mask_next"])
     codes = to_feature_map(map_tokens(guess, model.tokenizer.quantize.embedding.weight, "weighted"), (16, 16))
     close(codes[:, ::16], golden["z_pred"], "z_pred")
-    assert torch.allclose(guess.sum(-1), torch.ones(()), atol=1e-5)
+    assert torch.allclose(guess.sum(-1), guess.new_ones(()), atol=1e-5)
 
 
 def test_corruption(corrupted, golden):
@@ -104,6 +111,6 @@ def test_sampler(model, golden, schedule, steps):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [256, 224])
 def test_recognition_encoder(state, golden, images, size):
-    encoder = load_encoder(state, img_size=size, encoder_heads=HEADS["encoder_heads"])
-    features = encoder.forward_features((images[..., :size, :size] - MEAN) / STD)
+    encoder = load_encoder(state, img_size=size, encoder_heads=HEADS["encoder_heads"]).to(images.device)
+    features = encoder.forward_features((images[..., :size, :size] - MEAN.to(images)) / STD.to(images))
     close(features, golden[f"vit_features_{size}"], f"vit_features_{size}")

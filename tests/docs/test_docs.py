@@ -4,8 +4,12 @@ import ast
 import functools
 import importlib
 import itertools
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +132,19 @@ def test_every_make_target_exists(page):
     named = [words[1] for words in command_lines(page) if words[0] == "make"]
     named += [code.split()[1] for code in inline_code(page) if code.startswith("make ")]
     assert sorted(set(named) - set(targets)) == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_gpu_tests_without_a_gpu_fail_with_one_line():
+    """`make -n` prints the target's commands; the first of its own looks for a GPU."""
+    commands = subprocess.run(["make", "-n", "gpu-test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    check = next(line for line in commands.splitlines() if "cuda.is_available" in line)
+    script = shlex.split(check)[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "make gpu-test: PyTorch sees no GPU here, so nothing was tested\n"
 
 
 def test_the_architecture_page_names_every_module_of_the_core_and_every_package():

@@ -1,0 +1,1 @@
+"""`addp doctor check=true`: whether this machine computes what it should, and how fast."""
