@@ -18,6 +18,7 @@ import yaml
 from annotated_types import Interval
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
 from addp_core.networks.attention import AttentionConfig
@@ -109,7 +110,7 @@ def keep_settings_of_run(recipe: Recipe) -> Recipe:
     recorded: dict = {}
     interpolation = recipe.data.interpolation
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # prepare_out reports a broken file
-        recorded = dict(yaml.safe_load((Path(recipe.out) / "recipe.yaml").read_text()))
+        recorded = dict(yaml.safe_load((Path(recipe.out) / RECIPE_FILE).read_text()))
         if "interpolation" not in recorded["data"] and interpolation != FORMER_INTERPOLATION:
             log.info("out=%s: goes on with data.interpolation=%s, as it began", recipe.out, FORMER_INTERPOLATION)
             interpolation = FORMER_INTERPOLATION

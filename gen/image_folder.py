@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.data.images import write_png
 from addp_core.data.sources import ImageFiles, ImageSource, open_source
 from addp_core.method.addp import ADDP
@@ -38,7 +39,7 @@ def claim_folder(out: Path, recipe: Any, may_change: Set[str] = frozenset()) -> 
     Raises:
         UserError: if the folder cannot be written, or holds images made with other settings.
     """
-    path = out / "recipe.yaml"
+    path = out / RECIPE_FILE
     try:
         out.mkdir(parents=True, exist_ok=True)
         if path.exists():

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.dialect import write_yaml
 from addp_core.recipes.document import BASE, UNPARSED, Document
 from addp_core.recipes.keys import all_keys, keys_of
@@ -177,8 +178,8 @@ def find_recipe(module: ModuleType, recipe: str) -> Path:
         return named[recipe]
     if path.is_file():
         return path
-    if (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
+    if (path / RECIPE_FILE).is_file():
+        return path / RECIPE_FILE
     looks_like_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     problem = f"{recipe}: no such file" if looks_like_path else f"no recipe named {recipe!r}"
     suggestion = (

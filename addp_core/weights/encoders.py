@@ -10,6 +10,7 @@ import timm
 import yaml
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.cnn import CnnArchitecture, CnnConfig, CnnEncoder
@@ -36,8 +37,6 @@ from addp_core.weights.reading import Weights, as_user_error, describe_kind, rea
 
 DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
 DEFAULT_CNN_SIZE = 224  # pixels, of a CNN that is built by its name
-
-RECIPE_FILE = "recipe.yaml"  # of a run folder
 
 Input = Literal["pixels", "token"]
 InputChoice = Literal["auto"] | Input
@@ -212,12 +211,10 @@ def _architecture_of_size(
     size_name: str, image_size: tuple[int, int], patch_size: int, vqgan: Weights | None
 ) -> tuple[State, AnyArchitecture]:
     """Return the architecture of a size in `VIT_SIZES`, and the tensors of its tokenizer if it reads token ids."""
-    numbers = VIT_SIZES[size_name]
     if vqgan is None:
-        config = EncoderConfig(width=numbers["width"], depth=numbers["depth"], heads=numbers["heads"])
-        return {}, EncoderArchitecture(config, image_size, patch_size)
+        return {}, EncoderArchitecture(EncoderConfig(**VIT_SIZES[size_name]), image_size, patch_size)
     codes: TokenizerConfig = vqgan.architecture.tokenizer
-    predictor = PredictorConfig(width=numbers["width"], depth=numbers["depth"], heads=numbers["heads"])
+    predictor = PredictorConfig(**VIT_SIZES[size_name])
     architecture = TokenEncoderArchitecture(predictor, Vocabulary(codes.codebook), codes, image_size)
     return _encoding_part(vqgan.state), architecture
 

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import RECIPE_FILE
 from cls.variants.datasets import DatasetPart
 from cls.variants.evaluation import Counts
 
@@ -45,7 +46,7 @@ class ResultStore:
         if self.state.is_main_process:
             with write_errors(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.out / "recipe.yaml", recipe_text.encode())
+                write_atomically(self.out / RECIPE_FILE, recipe_text.encode())
                 shared = [self._read()]
         broadcast_object_list(shared)
         self._content = shared[0]

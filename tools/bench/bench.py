@@ -25,6 +25,7 @@ from typing import Any
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench import pretraining
@@ -75,7 +76,7 @@ def run(recipe: BenchRecipe) -> None:
     try:
         if not recipe.bench.share:
             complete = replace(recipe, bench=replace(recipe.bench, only=[]))
-            write_atomically(out / "recipe.yaml", dump(complete).encode())
+            write_atomically(out / RECIPE_FILE, dump(complete).encode())
         plan.inputs.write()
         if shares:
             Runner(plan, shares).run(pending)

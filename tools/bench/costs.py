@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from addp_core.base.paths import RECIPE_FILE
 from tools.bench.document import NONE, Block, Heading, Listing, Row, Table, Text
 from tools.bench.results import BenchResults
 
@@ -57,4 +58,4 @@ def provenance(bench: BenchResults) -> Iterator[Block]:
     versions = [Row([name, str(version)]) for name, version in bench.versions.items()]
     yield Table(["package", "version"], versions, left_aligned=True)
     yield Text(f"Hardware: {bench.hardware or 'not recorded'}.")
-    yield Listing("recipe.yaml", bench.recipe_text.rstrip("\n"))
+    yield Listing(RECIPE_FILE, bench.recipe_text.rstrip("\n"))

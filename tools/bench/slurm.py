@@ -12,6 +12,7 @@ from pathlib import Path
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import RECIPE_FILE
 from tools.bench.recipe import BenchRecipe
 from tools.bench.step import Step
 from tools.children import ADDP
@@ -88,7 +89,7 @@ def submit(recipe: BenchRecipe, steps: Sequence[Step], queued: Mapping[str, str]
     """
     out, jobs = Path(recipe.out), dict(queued)
     for step in steps:
-        arguments = ["bench", str(out / "recipe.yaml"), f"bench.only=[{step.name}]", "bench.launch=local"]
+        arguments = ["bench", str(out / RECIPE_FILE), f"bench.only=[{step.name}]", "bench.launch=local"]
         arguments.append("bench.share=true")
         before = [jobs[name] for name in step.needs if name in jobs]
         dependency = [f"--dependency=afterok:{':'.join(before)}", "--kill-on-invalid-dep=yes"] if before else []

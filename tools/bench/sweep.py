@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from tools.bench.arguments import as_argument
@@ -99,7 +100,7 @@ def run(recipe: Recipe) -> None:
     check_commands(recipe.verb, pending_commands(recipe))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "recipe.yaml", dump(recipe).encode())
+        write_atomically(out / RECIPE_FILE, dump(recipe).encode())
     except OSError as error:
         raise UserError(f"out: {out} cannot be written ({error.strerror}); choose another folder") from error
     try:
