@@ -23,16 +23,12 @@ from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
 from addp_core.weights.pretrained import check_positions
 from seg.architecture import check_arch, demand_arch, read_arch, read_pretrained
 from seg.keywords import pretrained_config, translate_keywords
+from seg.segmentor import default_out_indices
 from seg.state_names import PREFIX, check_state, from_stored_names, to_stored_names
 
 Backbone = TypeVar("Backbone", bound="MmsegBackbone")
 
 RELATIVE_POSITIONS = get_args(get_args(get_type_hints(AttentionConfig, include_extras=True)["relative"])[0])
-
-
-def default_out_indices(depth: int) -> tuple[int, ...]:
-    """Return the last blocks of the first third, half, two thirds and all of the depth; for 12: 3, 5, 7, 11."""
-    return tuple(max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1))
 
 
 def global_attention(relative: str, class_token: bool) -> AttentionConfig:

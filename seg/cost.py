@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, cast
 import torch
 from annotated_types import Ge
 
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.training.compute import accelerate_model, autocast
 from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 from seg.mmseg_config import fill_model, import_mmseg, read_config
 from seg.scenes import SceneConfig
 from seg.segmentor import Segmentor
 from seg.train import Recipe as TrainRecipe
-from seg.train import describe_segmentor, resolve
+from seg.train import describe_segmentor, load_model, resolve, resolve_for_cnn
 
 ADE20K_CLASSES = 150
 
@@ -31,7 +32,7 @@ class Recipe:
     """Keys of `addp seg cost`."""
 
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
-    model: Annotated[str, "a size, or a file whose architecture is used; by default the config's"] = ""
+    model: Annotated[str, "a size, a CNN of timm, or a file whose architecture is used; by default the config's"] = ""
     relative: Annotated[Literal["table", "none"] | None, "relative positions, as in `addp seg train`"] = None
     crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
     batch: Annotated[int, Ge(2), "crops in a training step"] = 2
@@ -118,7 +119,11 @@ def read_segmentor(recipe: Recipe) -> tuple[Any, Segmentor]:
         out="", data=data, config=recipe.config, model=recipe.model, init="random", relative=recipe.relative
     )
     class_names = tuple(map(str, range(ADE20K_CLASSES)))
-    return cfg, describe_segmentor(resolve(train_recipe, cfg), cfg, class_names)
+    resolved = resolve(train_recipe, cfg)
+    encoder = load_model(resolved, cfg)
+    if isinstance(encoder, CnnEncoder):
+        resolved = resolve_for_cnn(train_recipe, resolved, cfg)
+    return cfg, describe_segmentor(resolved, cfg, class_names, encoder)
 
 
 def random_labels(side: int, device: torch.device) -> Any:

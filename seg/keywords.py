@@ -1,4 +1,4 @@
-"""The keywords of mmseg's own ViTs (VisionTransformer, BEiT, MAE) as those of our backbone."""
+"""The keywords of mmseg's own backbones (VisionTransformer, BEiT, MAE; ResNet) as those of ours."""
 
 from collections.abc import Mapping
 from inspect import Parameter
@@ -43,11 +43,7 @@ def translate_keywords(
         if name in ARCH_SYNONYMS:
             arch[name] = value
         elif name in SYNONYMS or name == PRETRAINED:
-            own = SYNONYMS.get(name, "init_cfg")
-            value = {"type": "Pretrained", "checkpoint": value} if name == PRETRAINED and value else value
-            if options[own] not in (parameters[own].default, value):
-                raise UserError(f"{name}: found {own} too, which means the same; leave one of them out")
-            options[own] = value
+            _use_synonym(name, value, options, parameters)
         elif name in FIXED:
             if value != FIXED[name]:
                 raise UserError(f"{name}: found {value!r}, but the encoder has {FIXED[name]!r}; leave the keyword out")
@@ -57,6 +53,32 @@ def translate_keywords(
     if arch and options["arch"] is not None:
         raise UserError(f"{', '.join(arch)}: found arch too, which states the same; leave one of them out")
     return options | ({"arch": arch} if arch else {})
+
+
+def translate_cnn_keywords(
+    keywords: Mapping[str, Any], options: Mapping[str, Any], parameters: Mapping[str, Parameter]
+) -> dict[str, Any]:
+    """Return `options`, our own arguments, with the values that keywords of mmseg's CNNs give them.
+
+    The arguments are those of `translate_keywords`. Raises UserError if a keyword is unknown or contradicts one of our
+    own.
+    """
+    options = dict(options)
+    for name, value in keywords.items():
+        if SYNONYMS.get(name) not in options and name != PRETRAINED:
+            known = [key for key in parameters if key != "mmseg_keywords"] + [*SYNONYMS, PRETRAINED]
+            raise UserError(f"{name}: AddpCNN has no such keyword{did_you_mean(name, known) or '; leave it out'}")
+        _use_synonym(name, value, options, parameters)
+    return options
+
+
+def _use_synonym(name: str, value: Any, options: dict[str, Any], parameters: Mapping[str, Parameter]) -> None:
+    """Set the option that another name stands for. Raises UserError if it has another value already."""
+    own = SYNONYMS.get(name, "init_cfg")
+    value = {"type": "Pretrained", "checkpoint": value} if name == PRETRAINED and value else value
+    if options[own] not in (parameters[own].default, value):
+        raise UserError(f"{name}: found {own} too, which means the same; leave one of them out")
+    options[own] = value
 
 
 def pretrained_config(init_cfg: Any) -> dict[str, Any] | None:

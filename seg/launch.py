@@ -15,7 +15,13 @@ from torch import Tensor
 from addp_core.base.errors import UserError
 from addp_core.training.compute import autocast
 from addp_core.training.processes import process_state
-from seg import backbone, dataset, evaluation, token_backbone  # noqa: F401 (importing them registers their parts)
+from seg import (  # noqa: F401 (importing them registers their parts)
+    backbone,
+    cnn_backbone,
+    dataset,
+    evaluation,
+    token_backbone,
+)
 from seg.mmseg_checkpoint import MmsegSegmentor
 from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, read_base_config
 from seg.runner import AddpRunner

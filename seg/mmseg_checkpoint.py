@@ -17,7 +17,7 @@ from addp_core.weights.files import FileContent
 
 log = logging.getLogger("addp")
 
-BACKBONES = ("AddpViT", "AddpTokenViT")
+BACKBONES = ("AddpViT", "AddpTokenViT", "AddpCNN")
 HINT = "expected a checkpoint that mmengine's Runner wrote"
 
 
@@ -56,7 +56,7 @@ def read_runner_checkpoint(content: FileContent) -> tuple[MmsegSegmentor, dict[s
         raise UserError(f"{source}: its backbone is {backbone.get('type')!r}; expected {expected}")
     if not model.setdefault("data_preprocessor", cfg.get("data_preprocessor")):
         raise UserError(f"{source}: its config has no data_preprocessor, which normalizes images; {HINT}")
-    size = backbone.get("img_size", 512)
+    size = backbone.get("img_size") or model["data_preprocessor"].get("size") or 512
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise UserError(f"{source}: its img_size is {size}; expected square crops")

@@ -23,6 +23,8 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 BASE_CONFIG = CONFIG_FOLDER / "_base_" / "upernet_addp_ade20k.py"
 MMSEG_CONFIG = CONFIG_FOLDER / "_base_" / "upernet_addp_mmseg.py"
 
+CNN_BACKBONE = "AddpCNN"  # in a config for CNNs
+
 
 @dataclass
 class InferenceConfig:
@@ -100,9 +102,25 @@ def fill_model(cfg: Any, segmentor: Segmentor | MmsegSegmentor) -> None:
     crop = (s.crop, s.crop)
     mean, std = ([255 * value for value in channels] for channels in NORMALISATION[s.normalisation])
     model.data_preprocessor.update(mean=mean, std=std, size=crop, test_cfg={"size_divisor": s.patch_size})
+    norm = {"type": "SyncBN" if torch.cuda.is_available() and world_size() > 1 else "BN", "requires_grad": True}
+    if s.cnn is None:
+        _fill_vit(model, s, norm)
+    else:
+        _fill_cnn(model, s, s.cnn.arch, norm)
+    channels = [s.width] * 4 if s.cnn is None else list(s.cnn.channels)
+    classes = len(s.classes)
+    model.decode_head.update(in_channels=channels, channels=s.channels, num_classes=classes, norm_cfg=norm)
+    third = channels[model.auxiliary_head.in_index]
+    model.auxiliary_head.update(in_channels=third, channels=s.aux_channels, num_classes=classes, norm_cfg=norm)
+    model.test_cfg.update(crop_size=crop, stride=(s.crop * 2 // 3,) * 2)
+    fill_sizes(cfg, crop, s.scale)
+
+
+def _fill_vit(model: Any, s: Segmentor, norm: dict[str, Any]) -> None:
+    """Write a backbone over pixels or token ids, and the pyramid over its maps of one scale, into a model's config."""
     model.backbone.update(
         arch={"width": s.width, "depth": s.depth, "heads": s.heads, "layer_scale": s.layer_scale},
-        img_size=crop,
+        img_size=(s.crop, s.crop),
         patch_size=s.patch_size,
         out_indices=s.out_indices,
         relative=s.relative,
@@ -114,13 +132,14 @@ def fill_model(cfg: Any, segmentor: Segmentor | MmsegSegmentor) -> None:
         for key in ("patch_size", "tokenizer_norm"):
             model.backbone.pop(key)
         model.backbone.update(type="AddpTokenViT", normalisation=s.normalisation, **asdict(s.tokens))
-    norm = {"type": "SyncBN" if torch.cuda.is_available() and world_size() > 1 else "BN", "requires_grad": True}
     model.neck.update(embed_dim=s.width, norm_cfg=norm)
-    classes = len(s.classes)
-    model.decode_head.update(in_channels=[s.width] * 4, channels=s.channels, num_classes=classes, norm_cfg=norm)
-    model.auxiliary_head.update(in_channels=s.width, channels=s.aux_channels, num_classes=classes, norm_cfg=norm)
-    model.test_cfg.update(crop_size=crop, stride=(s.crop * 2 // 3,) * 2)
-    fill_sizes(cfg, crop, s.scale)
+
+
+def _fill_cnn(model: Any, s: Segmentor, arch: str, norm: dict[str, Any]) -> None:
+    """Write a CNN, whose stages need no pyramid, into a model's config."""
+    model.pop("neck", None)
+    sizes = {"img_size": (s.crop, s.crop), "out_indices": s.out_indices, "norm_cfg": norm}
+    model.backbone = {"type": CNN_BACKBONE, "arch": arch, **sizes, "init_cfg": None}
 
 
 def fill_sizes(cfg: Any, crop: tuple[int, int], scale: tuple[int, int]) -> None:

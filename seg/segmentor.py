@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.networks.token_encoder import TokenInput
+from addp_core.networks.cnn import STAGES, CnnConfig, CnnEncoder
+from addp_core.networks.encoder import EncoderConfig
+from addp_core.networks.token_encoder import TokenEncoder, TokenInput
 from addp_core.weights.architectures import ARCHITECTURES, parse_architecture
 from addp_core.weights.files import read_file
+from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.saving import save_state
 from seg.mmseg_checkpoint import MmsegSegmentor, is_runner_checkpoint, read_runner_checkpoint
 
@@ -37,6 +40,7 @@ class Segmentor:
     normalisation: Literal["imagenet", "half"] = "imagenet"
     class_token: bool | None = None  # None in files from before this field: see `has_class_token`
     tokens: TokenInput | None = None  # of an encoder that reads the ids of a frozen tokenizer
+    cnn: CnnConfig | None = None  # of a CNN, which has no blocks, heads, patches or relative positions
 
     @property
     def has_class_token(self) -> bool:
@@ -51,13 +55,67 @@ class Segmentor:
             )
         if len(self.out_indices) not in (1, 4):
             raise UserError(f"out_indices: found {list(self.out_indices)}, expected four blocks or one")
-        if self.crop % self.patch_size:
+        if self.cnn is None and self.crop % self.patch_size:
             raise UserError(
                 f"data.crop: found {self.crop}, expected a multiple of the model's patch size {self.patch_size}"
             )
 
 
 ARCHITECTURES[SEGMENTOR_KIND] = Segmentor  # lets `parse_architecture` read a segmentor's file
+
+
+class EncoderFields(TypedDict):
+    """What `Segmentor` stores about the encoder."""
+
+    width: int
+    depth: int
+    heads: int
+    layer_scale: bool
+    patch_size: int
+    tokenizer_norm: bool
+    out_indices: tuple[int, ...]
+    tokens: TokenInput | None
+    cnn: CnnConfig | None
+
+
+def default_out_indices(depth: int) -> tuple[int, ...]:
+    """Return the last blocks of the first third, half, two thirds and all of the depth; for 12: 3, 5, 7, 11."""
+    return tuple(max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 1))
+
+
+def describe_vit(config: EncoderConfig, patch_size: int, tokens: TokenInput | None = None) -> EncoderFields:
+    """Return what `Segmentor` stores about a ViT of pixels or, with their description, of token ids."""
+    return EncoderFields(
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        layer_scale=config.layer_scale,
+        patch_size=patch_size,
+        tokenizer_norm=config.tokenizer_norm,
+        out_indices=default_out_indices(config.depth),
+        tokens=tokens,
+        cnn=None,
+    )
+
+
+def describe_encoder(encoder: AnyEncoder) -> EncoderFields:
+    """Return what `Segmentor` stores about an encoder."""
+    if isinstance(encoder, CnnEncoder):
+        return EncoderFields(
+            width=encoder.width,
+            depth=STAGES,
+            heads=1,
+            layer_scale=False,
+            patch_size=encoder.patch_size,
+            tokenizer_norm=False,
+            out_indices=tuple(range(STAGES)),
+            tokens=None,
+            cnn=encoder.config,
+        )
+    tokens = None
+    if isinstance(encoder, TokenEncoder):
+        tokens = TokenInput(encoder.vocabulary, encoder.tokenizer.config)
+    return describe_vit(encoder.config, encoder.patch_size, tokens)
 
 
 def save_segmentor(segmentor: Segmentor, state: dict[str, Tensor], path: Path) -> None:

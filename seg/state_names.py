@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from addp_core.base.errors import UserError
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import METADATA_KEY, Encoder, TransformerEncoder
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.weights.pretrained import has_encoder
+from addp_core.weights.pretrained import has_cnn, has_encoder
 
 PREFIX = "encoder."
 _MODULE, _STORED = "layers.", "blocks."
@@ -61,11 +62,7 @@ def check_state(
     from_stored_names(expected, "")
     if not found:
         if has_encoder(unexpected):
-            raise UserError(
-                "the checkpoint has an encoder under other names, and nothing under those of this backbone "
-                f"({prefix}{PREFIX}...); expected it in the backbone's init_cfg=dict(type='Pretrained', "
-                "checkpoint=<file>), with no load_from; `addp export layout=mmseg` writes a file that can be one"
-            )
+            raise _misplaced_encoder(prefix)
         return
     mine, theirs = describe(expected, backbone.config.heads), describe(found, stored_heads(metadata))
     differences = [
@@ -80,6 +77,40 @@ def check_state(
             f"backbone: the checkpoint has {reason}; expected the arch, patch_size, img_size, relative, "
             "class_token and tokenizer_norm of its training"
         )
+
+
+def check_cnn_state(
+    encoder: CnnEncoder, state: Mapping[str, Any], prefix: str, unexpected: Collection[str] = ()
+) -> None:
+    """Raise UserError if a state dict has another CNN than the config, or one under other names.
+
+    Args:
+        state: with the names of the backbone; without any of its tensors, only `unexpected` is checked.
+        prefix: of the backbone's tensors.
+        unexpected: names in the whole state dict that no module takes.
+    """
+    start = prefix + PREFIX
+    found = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+    if not found:
+        if has_cnn(unexpected, encoder):
+            raise _misplaced_encoder(prefix)
+        return
+    expected = encoder.state_dict()
+    unfit = sorted(key for key in expected.keys() | found.keys() if shape(expected.get(key)) != shape(found.get(key)))
+    if unfit:
+        raise UserError(
+            f"backbone: the checkpoint has other tensors: {', '.join(unfit[:3])}; expected the arch of its training, "
+            f"found arch={encoder.config.arch!r}"
+        )
+
+
+def _misplaced_encoder(prefix: str) -> UserError:
+    """Return the error for a pretrained encoder that is loaded as a segmentor."""
+    return UserError(
+        f"the checkpoint has an encoder under other names, and nothing under those of this backbone ({prefix}{PREFIX}"
+        "...); expected it in the backbone's init_cfg=dict(type='Pretrained', checkpoint=<file>), with no load_from; "
+        "`addp export layout=mmseg` writes a file that can be one"
+    )
 
 
 def shape(tensor: Any) -> tuple[int, ...] | None:

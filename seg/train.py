@@ -6,6 +6,7 @@ mmseg's own tools (`config.py`, `model.pth`), and with mIoU, aAcc and mAcc on th
 continues a stopped run.
 """
 
+import functools
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,19 +20,22 @@ from addp_core.base.launch import rank, world_size
 from addp_core.base.paths import FilePath
 from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
-from addp_core.networks.token_encoder import TokenEncoder, TokenInput
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 from addp_core.training.run_recipe import read_values
+from addp_core.weights.encoders import DEFAULT_PATCH_SIZE
 from addp_core.weights.files import MODEL_FILE
+from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.pretrained import EncoderKeys
-from seg.mmseg_config import InferenceConfig, fill_model, fill_runtime, read_config
+from seg.mmseg_config import CNN_BACKBONE, InferenceConfig, fill_model, fill_runtime, read_config
 from seg.scenes import SceneConfig, SceneListing, check_scenes, read_class_names
-from seg.segmentor import Segmentor, save_segmentor
+from seg.segmentor import Segmentor, describe_encoder, describe_vit, save_segmentor
 
 log = logging.getLogger("addp")
 
 T = TypeVar("T")
+
+VIT_KEYS = ("relative", "class_token")
 
 
 @dataclass
@@ -71,8 +75,9 @@ class Recipe(EncoderKeys):
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
     model: Annotated[
         FilePath,
-        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, timm ViT) or "
-        f"hf://owner/repository/file; with init=random also a size, {SIZES_HELP}, or empty for the config's size",
+        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, ViT or ResNet of timm) or "
+        f"hf://owner/repository/file; with init=random also a size, {SIZES_HELP}, a CNN of timm such as resnet50, or "
+        "empty for the config's",
     ] = ""
     patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size or empty (default: the config's)"] = None
     relative: Annotated[
@@ -86,7 +91,8 @@ class Recipe(EncoderKeys):
     ] = None
     out_indices: Annotated[
         list[int] | None,
-        "the blocks whose feature maps are used, four or one; null: those at 1/3, 1/2, 2/3 and all of the depth",
+        "the blocks whose feature maps are used, four or one; null: those at 1/3, 1/2, 2/3 and all of the depth, or "
+        "the four stages of a CNN",
     ] = None
     channels: Annotated[int | None, Ge(1), "channels of the UperNet head"] = None
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -95,12 +101,14 @@ class Recipe(EncoderKeys):
 
 def run(recipe: Recipe) -> None:
     """Train, or continue. Raises UserError if the recipe or the dataset cannot be trained on, before training."""
-    cfg = read_config(recipe.config)
-    keep_null = recipe.class_token is None and holds_run_without_class_token_key(recipe.out)
-    recipe = resolve(recipe, cfg)
-    if keep_null:
+    cfg, given, recorded = read_config(recipe.config), recipe, values_of_run(recipe.out)
+    recipe = resolve(given, cfg)
+    if given.class_token is None and recorded is not None and recorded.get("class_token") is None:
         recipe = replace(recipe, class_token=None)
     check_settings(recipe)
+    load = functools.cache(functools.partial(load_model, recipe, cfg))
+    if isinstance(load(), CnnEncoder) if recorded is None else recorded.get("relative", "") is None:
+        recipe = resolve_for_cnn(given, recipe, cfg)
     if prepare_out(
         recipe.out, recipe, lambda: {split: SceneListing(recipe.data.source, split) for split in ("train", "val")}
     ):
@@ -109,7 +117,7 @@ def run(recipe: Recipe) -> None:
         classes = read_class_names(recipe.data.source, recipe.data.classes)
         if rank() == 0:
             check_scenes(recipe.data, classes)
-        segmentor = describe_segmentor(recipe, cfg, classes)
+        segmentor = describe_segmentor(recipe, cfg, classes, load())
         fill_config(cfg, recipe, segmentor)
         train(cfg, segmentor, Path(recipe.out), recipe)
     finally:
@@ -130,7 +138,7 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
         "evaluate_every": cfg.train_cfg.val_interval,
         "checkpoint_every": cfg.default_hooks.checkpoint.interval,
     }
-    defaults = {key: backbone[key] for key in ("relative", "class_token")}
+    defaults = {} if backbone.type == CNN_BACKBONE else {key: backbone[key] for key in VIT_KEYS}
     defaults["channels"] = cfg.model.decode_head.channels
     train = replace(recipe.train, **_values_for_null_keys(recipe.train, train_defaults))
     data = replace(
@@ -139,7 +147,9 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
         scale=recipe.data.scale or (cfg.scale[1], cfg.scale[0]),
     )
     model = recipe.model
-    if not model and recipe.init == "random" and (recipe.input == "token" or recipe.tokenizer):
+    if not model and recipe.init == "random" and backbone.type == CNN_BACKBONE:
+        model = backbone.arch
+    elif not model and recipe.init == "random" and (recipe.input == "token" or recipe.tokenizer):
         if not isinstance(backbone.arch, str):
             sizes = ", ".join(VIT_SIZES)
             raise UserError(f"model: not given, and the config's size has no name; expected one of {sizes}, or a file")
@@ -147,14 +157,32 @@ def resolve(recipe: Recipe, cfg: Any) -> Recipe:
     return replace(recipe, train=train, data=data, model=model, **_values_for_null_keys(recipe, defaults))
 
 
-def holds_run_without_class_token_key(out: str) -> bool:
-    """Check whether the folder holds a run that began before the key `class_token` existed."""
+def resolve_for_cnn(given: Recipe, recipe: Recipe, cfg: Any) -> Recipe:
+    """Return a resolved recipe without the keys of ViTs. A config for ViTs has no layer decay and no drop path then.
+
+    Raises UserError if a key of ViTs is set in the recipe as it was given.
+    """
+    for key in (*VIT_KEYS, "out_indices"):
+        if (value := getattr(given, key)) is not None:
+            raise UserError(
+                f"{key}: found {value}, but {recipe.model} is a CNN, which is read at its four stages and has neither "
+                "relative positions nor a class token; leave the key out"
+            )
+    train = recipe.train
+    if cfg.model.backbone.type != CNN_BACKBONE:
+        train = replace(train, **_values_for_null_keys(given.train, {"layer_decay": 1.0, "drop_path": 0.0}))
+    return replace(recipe, train=train, relative=None, class_token=None)
+
+
+def values_of_run(out: str) -> dict[str, Any] | None:
+    """Return the keys of the run that the folder holds, which may be from before some of them existed; None: no run."""
     folder = Path(out)
-    begun = (folder / "finished.json").exists() or any(folder.glob("checkpoints/step-*"))
+    if not (folder / "finished.json").exists() and not any(folder.glob("checkpoints/step-*")):
+        return None
     try:
-        return begun and read_values((folder / "recipe.yaml").read_text()).get("class_token") is None
-    except (OSError, yaml.YAMLError, AttributeError):
-        return False  # `prepare_out` reports it
+        return dict(read_values((folder / "recipe.yaml").read_text()))
+    except (OSError, yaml.YAMLError, TypeError, ValueError):
+        return None  # `prepare_out` reports it
 
 
 def _values_for_null_keys(section: Any, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -187,43 +215,52 @@ def check_settings(recipe: Recipe) -> None:
         raise UserError("model: not given; expected model=<run or file>, or init=random")
 
 
-def describe_segmentor(recipe: Recipe, cfg: Any, classes: tuple[str, ...]) -> Segmentor:
-    """Return the segmentor that a resolved recipe trains. Raises UserError if its checkpoint cannot be used."""
-    from seg.backbone import default_out_indices
+def load_model(recipe: Recipe, cfg: Any) -> AnyEncoder | None:
+    """Build the encoder of a resolved recipe, for its architecture alone; None if that is the config's.
 
-    backbone, crop = cfg.model.backbone, resolved(recipe.data.crop)
-    patch_size = recipe.patch_size or backbone.patch_size
-    tokens: TokenInput | None = None
-    if recipe.model:
-        is_size_of_pixels = recipe.model in VIT_SIZES and not recipe.tokenizer
-        encoder_keys = replace(recipe, init="random", patch_size=patch_size if is_size_of_pixels else recipe.patch_size)
-        with renaming_keys({"data.size": "data.crop"}):
-            encoder = encoder_keys.load_encoder(crop)
-        if isinstance(encoder, CnnEncoder):
-            raise UserError(f"model: {recipe.model} is a {encoder.config.arch}; expected a ViT, which AddpViT needs")
-        config, patch_size = encoder.config, encoder.patch_size
-        if isinstance(encoder, TokenEncoder):
-            tokens = TokenInput(encoder.vocabulary, encoder.tokenizer.config)
-    else:
+    Raises UserError if its checkpoint cannot be used, or is no CNN although the config is for one.
+    """
+    if not recipe.model:
+        return None
+    backbone, patch_size = cfg.model.backbone, recipe.patch_size
+    if recipe.model in VIT_SIZES and not recipe.tokenizer:
+        patch_size = patch_size or backbone.get("patch_size", DEFAULT_PATCH_SIZE)
+    with renaming_keys({"data.size": "data.crop"}):
+        encoder = replace(recipe, init="random", patch_size=patch_size).load_encoder(resolved(recipe.data.crop))
+    if backbone.type == CNN_BACKBONE and not isinstance(encoder, CnnEncoder):
+        raise UserError(
+            f"config: {recipe.config} is for CNNs, and {recipe.model} is a ViT; expected another config, such as "
+            f"{Recipe.config}"
+        )
+    return encoder
+
+
+def describe_segmentor(
+    recipe: Recipe, cfg: Any, classes: tuple[str, ...], encoder: AnyEncoder | None = None
+) -> Segmentor:
+    """Return the segmentor that a resolved recipe trains over an encoder; None stands for the config's."""
+    backbone = cfg.model.backbone
+    if encoder is None:
         arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
         config = EncoderConfig(**arch, tokenizer_norm=recipe.tokenizer_norm)
+        fields = describe_vit(config, recipe.patch_size or backbone.patch_size)
+    else:
+        fields = describe_encoder(encoder)
+    if recipe.out_indices:
+        fields["out_indices"] = tuple(recipe.out_indices)
+    if isinstance(encoder, CnnEncoder):
+        strides = ", ".join(map(str, encoder.config.strides))
+        log.info("seg: %s: UperNet over its stages of strides %s", encoder.config.arch, strides)
     return Segmentor(
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        layer_scale=config.layer_scale,
-        patch_size=patch_size,
-        tokenizer_norm=config.tokenizer_norm,
-        relative=resolved(recipe.relative),
-        out_indices=tuple(recipe.out_indices or default_out_indices(config.depth)),
+        **fields,
+        relative=recipe.relative or "none",
         channels=resolved(recipe.channels),
         aux_channels=cfg.model.auxiliary_head.channels,
         classes=classes,
-        crop=crop,
+        crop=resolved(recipe.data.crop),
         scale=resolved(recipe.data.scale),
         normalisation=recipe.normalisation,
         class_token=recipe.class_token,
-        tokens=tokens,
     )
 
 
@@ -234,7 +271,9 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
     backbone: dict[str, Any] = {"drop_path": train.drop_path, "checkpointing": train.checkpointing}
     if recipe.init == "pretrained" or segmentor.tokens is not None:
         init_cfg = {"type": "Pretrained", "checkpoint": recipe.model}
-        backbone |= {"init_cfg": init_cfg, "encoder_heads": recipe.encoder_heads, "weights": recipe.weights}
+        backbone |= {"init_cfg": init_cfg, "weights": recipe.weights}
+        if segmentor.cnn is None:
+            backbone["encoder_heads"] = recipe.encoder_heads
     if segmentor.tokens is not None:
         backbone |= {"init": recipe.init, "tokenizer_source": recipe.tokenizer}
     cfg.model.backbone.update(backbone)
@@ -293,7 +332,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
     from mmengine.dist import barrier
 
     from seg.launch import data_workers, start_runner
-    from seg.mmseg_export import write_segmentor
+    from seg.mmseg_export import CHECKPOINT_FILE, CONFIG_FILE, write_segmentor
 
     runner = start_runner(cfg)
     run_folder = runner.run_folder
@@ -309,7 +348,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
             save_segmentor(segmentor, state, out / MODEL_FILE)
             write_segmentor(segmentor, state, out, recipe.data.source, recipe.data.classes)
             mark_finished(out, recipe, {"step": runner.iter // run_folder.accumulate, **run_folder.metrics})
-            log.info("seg: finished: %s", out / MODEL_FILE)
+            log.info("seg: finished: %s (for mmseg's tools: %s and %s)", out / MODEL_FILE, CONFIG_FILE, CHECKPOINT_FILE)
         barrier()  # no process may end before the file has been written
     except OSError as error:
         raise UserError(

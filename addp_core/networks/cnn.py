@@ -17,6 +17,7 @@ from typing import Annotated, Any, cast
 import timm
 import torch
 from annotated_types import Ge, Interval
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -111,6 +112,7 @@ class CnnEncoder(FeatureEncoder):
     num_prefix_tokens = 0
     dynamic = True
     frozen_statistics = False
+    frozen_stages = 0  # of the stem and the stages
 
     def __init__(self, config: CnnConfig, image_size: tuple[int, int], output_stride: int = OUTPUT_STRIDES[-1]):
         super().__init__()
@@ -156,13 +158,31 @@ class CnnEncoder(FeatureEncoder):
         self.frozen_statistics = True
         self.train(self.training)
 
+    def freeze_stages(self, count: int) -> None:
+        """Freeze the stem and the first stages, `count` of them together: weights, and statistics of batch norms.
+
+        Raises ValueError if the CNN has no so many, or its layers are not counted as a stem and four stages.
+        """
+        layers = self.layers(coarse=True)
+        if not 0 <= count <= 1 + STAGES or set(layers.values()) != {*range(1 + STAGES)}:
+            raise ValueError(f"found {count}, expected 0 to {1 + STAGES} of the stem and the stages of a ResNet")
+        self.frozen_stages = count
+        for name, parameter in self.named_parameters():
+            if layers.get(name, STAGES) < count:
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def layers(self, coarse: bool = False) -> dict[str, int]:
+        """Return the layer of each parameter of the CNN: 0 for the stem, then that of its block, or of its stage."""
+        return group_parameters(self, self.group_matcher(coarse), reverse=True)
+
     def train(self, mode: bool = True) -> "CnnEncoder":
-        """Set the mode; batch norms with frozen statistics stay in eval mode."""
+        """Set the mode; batch norms with frozen statistics and frozen stages stay in eval mode."""
         super().train(mode)
-        if self.frozen_statistics:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.modules():
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if (self.frozen_statistics and is_norm) or (self.frozen_stages and _is_frozen(module)):
+                module.eval()
         return self
 
     def forward_maps(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
@@ -243,3 +263,9 @@ class CnnGridEncoder(CnnEncoder):
             features = interpolate(features, self.token_grid, mode="bilinear")
         tokens = features.flatten(2).transpose(1, 2)
         return self.norm(self.projection(tokens if queries is None else gather_tokens(tokens, queries)))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Return whether a module has parameters, none of which is trained."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(trained) and not any(trained)

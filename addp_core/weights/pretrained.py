@@ -8,6 +8,7 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError
 from addp_core.base.paths import FilePath
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.networks.encoder import SIZES_HELP, Encoder
 from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.architectures import NORMALISATION as NORMALISATION
@@ -78,6 +79,12 @@ class EncoderKeys:
 def has_encoder(names: Iterable[str]) -> bool:
     """Return whether the tensors of a checkpoint, by their names, are or include those of a pretrained ViT."""
     return any(name.endswith("blocks.0.attn.qkv.weight") for name in names)
+
+
+def has_cnn(names: Iterable[str], encoder: CnnEncoder) -> bool:
+    """Return whether the tensors of a checkpoint, by their names, are or include those of a CNN like `encoder`."""
+    *_, last = (name.removeprefix("body.") for name, _ in encoder.named_parameters())
+    return any(name.endswith(last) for name in names)
 
 
 def check_positions(encoder: Encoder | TokenEncoder, source: str, key: str) -> None:

@@ -3,7 +3,9 @@
 # and metrics. The files of `addp export layout=mmseg` and the config.py of a run folder are made from it.
 _base_ = "../upernet_addp-b_80k_ade20k-512x512.py"
 
-custom_imports = dict(imports=["seg.backbone", "seg.token_backbone", "seg.dataset"], allow_failed_imports=False)
+custom_imports = dict(
+    imports=["seg.backbone", "seg.token_backbone", "seg.cnn_backbone", "seg.dataset"], allow_failed_imports=False
+)
 runner_type = "Runner"
 
 train_pipeline = [
