@@ -238,8 +238,8 @@ def load_model(recipe: Recipe, cfg: Any) -> AnyEncoder | None:
 def describe_segmentor(
     recipe: Recipe, cfg: Any, classes: tuple[str, ...], encoder: AnyEncoder | None = None
 ) -> Segmentor:
-    """Return the segmentor that a resolved recipe trains over an encoder; None stands for the config's."""
-    backbone = cfg.model.backbone
+    """Return the segmentor that a resolved recipe trains over an encoder, by default that of `load_model`."""
+    backbone, encoder = cfg.model.backbone, encoder or load_model(recipe, cfg)
     if encoder is None:
         arch = VIT_SIZES[backbone.arch] if isinstance(backbone.arch, str) else backbone.arch
         config = EncoderConfig(**arch, tokenizer_norm=recipe.tokenizer_norm)

@@ -1,5 +1,5 @@
 # ruff: noqa: C408 (mmengine's configs are written with calls of dict)
-# UperNet over ResNet-50 (or another CNN), 80k iterations, batch 16: heads as in mmseg's upernet_r50, optimizer as in its
+# UperNet over ResNet-50 or another CNN, 80k iterations, batch 16: heads as in upernet_r50 of mmseg, optimizer as in its
 # UperNet over ConvNeXt, without layer decay and drop path, as our recipes for fine-tuning ResNet-50. The paper has no
 # segmentation over a CNN.
 _base_ = "_base_/upernet_addp_ade20k.py"
