@@ -12,7 +12,7 @@ from addp_core.weights.encoders import load_encoder
 from addp_core.weights.reading import read_weights
 from det.config import vitdet_attention
 from det.model import DETECTRON2_CONFIG, DETECTRON2_WEIGHTS, KIND, load_detector
-from tools.export.compare import check_equal, given_heads
+from tools.export.compare import FIXED_KEYS, check_equal, given_heads, refuse_keys, removed_on_failure
 from tools.export.recipe import Recipe
 
 
@@ -26,9 +26,7 @@ def export_detectron2(recipe: Recipe, out: Path) -> None:
     from det.native.export import write_detector, write_encoder
 
     if read_weights(recipe.model, heads=given_heads(recipe), wanted=recipe.weights).kind == KIND:
-        for key in ("img_size", "normalisation", "tokenizer_norm", "weights", "encoder_heads"):
-            if getattr(recipe, key):
-                raise UserError(f"{key}: {recipe.model} is a detector with a fixed architecture; leave the key out")
+        refuse_keys(recipe, FIXED_KEYS, "detector")
         detector = load_detector(recipe.model)
         if detector.architecture.cnn_encoder is not None:
             raise UserError(f"model: {recipe.model} is a detector over a CNN; layout=detectron2 holds those over ViTs")
@@ -53,9 +51,5 @@ def export_detectron2(recipe: Recipe, out: Path) -> None:
 
 def _check(out: Path, found: Tensor, expected: Tensor) -> None:
     """Remove the export and raise RuntimeError if the maps of detectron2's model are not those of ours."""
-    try:
+    with removed_on_failure(out / DETECTRON2_CONFIG, out / DETECTRON2_WEIGHTS):
         check_equal(out, "feature maps", expected, found)
-    except RuntimeError:
-        for name in (DETECTRON2_CONFIG, DETECTRON2_WEIGHTS):
-            (out / name).unlink(missing_ok=True)
-        raise

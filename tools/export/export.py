@@ -9,12 +9,13 @@ from pathlib import Path
 
 from addp_core.base.errors import UserError
 from addp_core.recipes.keys import keys_of
+from tools.export.hub import prepare_push, push
 from tools.export.layouts import LAYOUTS
 from tools.export.recipe import Recipe as Recipe
 
 log = logging.getLogger("addp")
 
-ALWAYS = ("model", "out", "layout")  # keys of every layout
+ALWAYS = ("model", "out", "layout", "push", "private", "license", "bench")  # keys of every layout
 
 
 def run(recipe: Recipe) -> None:
@@ -34,6 +35,7 @@ def run(recipe: Recipe) -> None:
         if key not in (*ALWAYS, *layout.keys) and getattr(recipe, key) not in (None, False, ""):
             others = " or ".join(name for name, other in LAYOUTS.items() if key in other.keys)
             raise UserError(f"{key}: layout={recipe.layout} does not use it; expected layout={others}, or no {key}")
+    prepare_push(recipe)
     try:
         layout.write(recipe, out)
     except ValueError as error:
@@ -44,3 +46,5 @@ def run(recipe: Recipe) -> None:
         ) from error
     size = sum(p.stat().st_size for p in out.iterdir()) if out.is_dir() else out.stat().st_size
     log.info("%s: %.1f MB", out, size / 1e6)
+    if recipe.push:
+        push(recipe, out)

@@ -16,7 +16,7 @@ from addp_core.weights.files import read_file
 from addp_core.weights.reading import read_weights
 from seg.mmseg_checkpoint import is_runner_checkpoint
 from seg.segmentor import SEGMENTOR_KIND, load_segmentor
-from tools.export.compare import check_equal, given_heads
+from tools.export.compare import FIXED_KEYS, check_equal, given_heads, refuse_keys, removed_on_failure
 from tools.export.recipe import Recipe
 
 CROP = 512  # pixels: of the training on ADE20K
@@ -40,9 +40,7 @@ def _export_segmentor(recipe: Recipe, out: Path) -> None:
     from seg.mmseg_checkpoint import MmsegSegmentor
     from seg.mmseg_export import compare_segmentor, write_segmentor
 
-    for key in ("img_size", "normalisation", "tokenizer_norm", "weights", "encoder_heads"):
-        if getattr(recipe, key):
-            raise UserError(f"{key}: {recipe.model} is a segmentor with a fixed architecture; leave the key out")
+    refuse_keys(recipe, FIXED_KEYS, "segmentor")
     segmentor, state = load_segmentor(recipe.model)
     assert not isinstance(segmentor, MmsegSegmentor)  # as the file has a description
     out.mkdir(parents=True, exist_ok=True)
@@ -82,9 +80,5 @@ def _check(out: Path, name: str, compare: Callable[[], tuple[Tensor, Tensor]]) -
     """Remove the export if mmseg's model cannot be built, or if its outputs are not those of ours (RuntimeError)."""
     from seg.mmseg_export import CHECKPOINT_FILE, CONFIG_FILE
 
-    try:
+    with removed_on_failure(out / CONFIG_FILE, out / CHECKPOINT_FILE):
         check_equal(out, name, *compare())
-    except (RuntimeError, UserError):
-        for file in (CONFIG_FILE, CHECKPOINT_FILE):
-            (out / file).unlink(missing_ok=True)
-        raise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
 from addp_core.networks.classifier import Classifier
-from tools.export.compare import check_equal, load_exported, random_images
+from tools.export.compare import check_equal, load_exported, random_images, removed_on_failure
 from tools.export.recipe import Recipe
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -55,7 +55,7 @@ def export_onnx(recipe: Recipe, out: Path) -> None:
     for batch in (1, 3):
         images = random_images(model, batch)
         (output,) = session.run([name], {"images": images.numpy()})
-        with torch.inference_mode():
+        with removed_on_failure(out), torch.inference_mode():
             check_equal(out, f"{name} of {batch}", module(images), torch.from_numpy(output))
 
 

@@ -14,9 +14,9 @@ class Recipe:
 
     model: Annotated[
         str,
-        "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository/file; for encoder, timm "
-        "and onnx also a run of `addp finetune` or `addp linprobe`, or the file of a ViT, with its head if it has one; "
-        "for mmseg and detectron2 a run of `addp seg|det train` or anything with an encoder",
+        "a run of `addp pretrain`, an ADDP file (ours or published), or hf://owner/repository[/file]; for encoder, "
+        "timm and onnx also a run of `addp finetune` or `addp linprobe`, or the file of a ViT, with its head if it has "
+        "one; for mmseg and detectron2 a run of `addp seg|det train` or anything with an encoder",
     ]
     out: Annotated[
         str,
@@ -56,3 +56,11 @@ class Recipe:
         int | None, Ge(1), "heads of a foreign file, if not those of published ViTs of its width"
     ] = None
     predictor_decoder_heads: Annotated[int | None, Ge(1), "decoder heads of a published file, if not 16"] = None
+    push: Annotated[
+        str,
+        "also upload the export, with a model card, to this repository (owner/name) of the Hugging Face Hub, which is "
+        "created if it is new",
+    ] = ""
+    private: Annotated[bool, "push: create the repository as a private one"] = False
+    license: Annotated[str, "push: license of the weights in the model card, such as apache-2.0"] = ""
+    bench: Annotated[str, "push: folder of an `addp bench` whose scores of this model the model card shows"] = ""

@@ -15,8 +15,10 @@ from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.layouts.cnn import cnn_to_timm
 from addp_core.weights.layouts.vit import to_timm
 from cls.data import classifier_crop
-from tools.export.compare import check_equal, load_exported, random_images
+from tools.export.compare import check_equal, load_exported, random_images, removed_on_failure
 from tools.export.recipe import Recipe
+
+CONFIG_FILE = "config.json"  # where timm looks for it
 
 
 def export_timm(recipe: Recipe, out: Path) -> None:
@@ -63,9 +65,9 @@ def export_timm(recipe: Recipe, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with atomic_replace(out / MODEL_FILE) as temporary:
         save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata={"format": "pt"})
-    write_atomically(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(out / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
     again: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    with torch.inference_mode():
+    with removed_on_failure(out / MODEL_FILE, out / CONFIG_FILE), torch.inference_mode():
         images = random_images(model, 2)
         features = again.forward_features(images)
         tokens = features.flatten(2).transpose(1, 2) if is_cnn else features
