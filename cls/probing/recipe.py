@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 
-from addp_core.base.paths import CachePath, DatasetPath
+from addp_core.base.paths import DatasetPath
 from addp_core.data.config import DataConfig
-from addp_core.networks.classifier import FeatureNorm, Pooling
-from addp_core.training.stage import TrainConfig
-from addp_core.weights.pretrained import EncoderKeys
-from cls.data import EvaluationCrop
+from addp_core.networks.config import FeatureNorm, Pooling
+from addp_core.training.config import TrainConfig
+from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
+from addp_core.weights.config import EncoderKeys
+from cls.recipe import EvaluationCrop
 
 
 @dataclass
@@ -22,12 +23,7 @@ class FastConfig:
         tuple[int, ...],
         "blocks whose features are probed, counted from 1, or from the end as -1, -2, ...; empty: as `spaced` says",
     ] = ()
-    spaced: Annotated[
-        int | None,
-        Ge(1),
-        "if `blocks` is empty: probe this many blocks, evenly spaced up to the last one, or all of a shallower encoder "
-        "(default: all blocks)",
-    ] = None
+    spaced: SpacedBlocks = None
     poolings: Annotated[
         tuple[Pooling, ...], MinLen(1), "features to probe: mean of the patch tokens, class token, or both"
     ] = ("avg",)
@@ -38,8 +34,8 @@ class FastConfig:
     )
     epochs: Annotated[int, Ge(1), "passes over the features, with a cosine learning rate schedule"] = 50
     batch: Annotated[int, Ge(1), "images of one step"] = 256
-    momentum: Annotated[float, Interval(ge=0, lt=1), "momentum of SGD"] = 0.9
-    weight_decay: Annotated[float, Ge(0), "weight decay of the heads' weights"] = 0.0
+    momentum: HeadMomentum = 0.9
+    weight_decay: HeadDecay = 0.0
     held_out: Annotated[
         float,
         Ge(0),
@@ -48,10 +44,8 @@ class FastConfig:
         "which biases the result upwards",
     ] = 0.1
     knn: Annotated[int, Ge(0), "neighbors of the k-NN classifier; 0: no k-NN"] = 20
-    cache: Annotated[
-        CachePath, "folder for the features, which several runs may share (default: the folder `features` in `out`)"
-    ] = ""
-    store: Annotated[Literal["float16", "float32"], "type that the features are stored in"] = "float16"
+    cache: FeatureFolder = ""
+    store: FeatureType = "float16"
     shard: Annotated[int, Ge(1), "images in one file of features"] = 4096
 
     def __post_init__(self) -> None:
