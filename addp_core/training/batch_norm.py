@@ -5,6 +5,7 @@ however it is split. torch cannot do so on CPUs; there, each process normalizes 
 statistics are averaged after every step, so that they neither drift apart nor follow one process alone.
 """
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -31,7 +32,9 @@ def local_statistics(model: nn.Module) -> list[Tensor]:
 
 def average_statistics(model: nn.Module, accelerator: Accelerator) -> None:
     """Give all processes the mean of their moving statistics; `Stage.after_step` is the place for it."""
-    if accelerator.num_processes == 1:
+    statistics = local_statistics(model)
+    if accelerator.num_processes == 1 or not statistics:
         return
-    for statistic in local_statistics(model):
-        statistic.copy_(accelerator.reduce(statistic, "mean"))
+    means = accelerator.reduce(torch.cat(statistics), "mean")  # in one all-reduce: there may be a hundred of them
+    for statistic, mean in zip(statistics, means.split([len(each) for each in statistics]), strict=True):
+        statistic.copy_(mean)
