@@ -8,10 +8,8 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Annotated, TypeAlias
 
 import numpy as np
-from annotated_types import Gt, Le
 
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
@@ -21,19 +19,13 @@ from addp_core.data.sources import explain_missing_classes, open_source
 from addp_core.data.splits import MissingSplitError
 from addp_core.data.stream import Batch, Stream
 from addp_core.networks.classifier import Classifier
+from cls.recipe import EvaluationCrop as EvaluationCrop
 
 log = logging.getLogger("addp")
 
 HOLD_OUT_HINT = "val_share=0.1 to hold out a tenth of the training images of each class"
 # The published evaluation crop (App. D.2): this fraction of the shorter side up to 224 px, the whole side above.
 CROP_FRACTION, MAX_CROPPED_SIZE = 0.875, 224
-
-EvaluationCrop: TypeAlias = Annotated[
-    float | None,
-    Gt(0),
-    Le(1),
-    "fraction of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
-]
 
 
 def open_splits(

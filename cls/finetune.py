@@ -6,102 +6,38 @@ last one in model.safetensors; `addp robustness` and `addp export` read both.
 
 import functools
 import logging
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from annotated_types import Ge, Gt, Interval, Le, Lt
 from timm.data import Mixup, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import group_parameters
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.base.paths import DatasetPath
-from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch
-from addp_core.networks.classifier import Classifier, Pooling, finetuning_norm
+from addp_core.networks.classifier import Classifier, finetuning_norm
 from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
 from addp_core.training.engine import train
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.weights.files import read_tensors
-from addp_core.weights.pretrained import NORMALISATION, EncoderKeys
+from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.reading import read_weights
 from addp_core.weights.saving import save_model
-from cls.data import EvaluationCrop, LabeledStream, cache_for_evaluation, evaluation_crop, open_splits
+from cls.augment import CroppedFirst
+from cls.data import LabeledStream, cache_for_evaluation, evaluation_crop, open_splits
 from cls.evaluation import evaluate_classifier
+from cls.recipe import AugmentConfig as AugmentConfig
+from cls.recipe import FinetuneRecipe as Recipe
 from cls.results import CONFUSION, keep_best, write_confusion
 
 log = logging.getLogger("addp")
-
-
-@dataclass
-class AugmentConfig:
-    """timm's augmentation; the random crop and the mirror image are set in `data`."""
-
-    auto: Annotated[str, "RandAugment or AutoAugment policy in timm's notation; empty: none"] = "rand-m9-mstd0.5-inc1"
-    color_jitter: Annotated[float, Ge(0), "strength of color jitter, used if `auto` is empty"] = 0.0
-    erase: Annotated[float, Interval(ge=0, le=1), "probability of random erasing"] = 0.25
-    mixup: Annotated[float, Ge(0), "alpha of Mixup; 0: off"] = 0.8
-    cutmix: Annotated[float, Ge(0), "alpha of CutMix; 0: off"] = 1.0
-    mix_probability: Annotated[float, Interval(ge=0, le=1), "probability of mixing a batch"] = 1.0
-    switch_probability: Annotated[
-        float, Interval(ge=0, le=1), "probability of CutMix instead of Mixup, if both are on"
-    ] = 0.5
-    smoothing: Annotated[float, Ge(0), Lt(1), "label smoothing"] = 0.1
-    repeats: Annotated[int, Ge(1), "times that each image appears in a row, each time with a new augmentation"] = 1
-
-    @property
-    def mixes(self) -> bool:
-        """Whether Mixup or CutMix is on."""
-        return self.mixup > 0 or self.cutmix > 0
-
-
-@dataclass(kw_only=True)
-class Recipe(EncoderKeys):
-    """Keys of `addp finetune`."""
-
-    out: Annotated[str, "run folder"]
-    data: DataConfig = field(default_factory=partial(DataConfig, size=224, scale=(0.08, 1.0)))
-    val: Annotated[DatasetPath, "images to validate on (default: the `val` split of `data`)"] = ""
-    val_share: Annotated[
-        float, Ge(0), Lt(1), "hold out this share of the training images of each class for validation; 0: none"
-    ] = 0.0
-    pooling: Annotated[Pooling, "input of the head: the mean of the patch tokens, or the class token"] = "avg"
-    drop_path: Annotated[
-        float, Interval(ge=0, lt=1), "stochastic depth rate of the last block, increasing linearly from 0"
-    ] = 0.1
-    dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in attention and MLP"] = 0.0
-    checkpointing: Annotated[
-        bool, "recompute activations in the backward pass to save memory (gradient checkpointing; compute only)"
-    ] = False
-    loss: Annotated[Literal["ce", "bce"], "cross-entropy, or binary cross-entropy of each class"] = "ce"
-    bce_threshold: Annotated[
-        float | None, Gt(0), Le(1), "loss=bce: mixed targets above this value count as 1 (default: unchanged targets)"
-    ] = None
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    train: TrainConfig = field(
-        default_factory=partial(
-            TrainConfig,
-            batch=1024,
-            betas=(0.9, 0.999),
-            base_lr=1e-3,
-            min_lr=1e-6,
-            layer_decay=0.65,
-            warmup_epochs=5.0,
-            clip_grad=None,
-        )
-    )
-    eval_crop: EvaluationCrop = None
-    eval_batch: Annotated[int, Ge(1), "images at a time on each process, in validation"] = 64
-    confusion: Annotated[bool, "write confusion.csv and images/confusion.png at each validation"] = False
 
 
 def run(recipe: Recipe) -> None:
@@ -121,9 +57,10 @@ def run(recipe: Recipe) -> None:
     )
     crop = evaluation_crop(recipe.data.hw, recipe.eval_crop)
     stage = FinetuneStage(model, recipe, cache_for_evaluation(val_set, recipe.data, crop), crop)
+    transform = train_transform(recipe)
     stream = LabeledStream(
         train_set,
-        train_transform(recipe),
+        CroppedFirst(transform) if recipe.data.resize == "torch" else transform,
         recipe.data,
         seed=recipe.train.seed,
         batch=recipe.train.micro_batch,

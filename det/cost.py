@@ -12,18 +12,15 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from multiprocessing import get_context
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge
 
 from addp_core.base.errors import UserError
-from addp_core.networks.attention import AttentionConfig
-from addp_core.networks.encoder import SIZES_HELP
 from addp_core.training.compute import accelerate_model, autocast
 from addp_core.training.optimization import make_optimizer
+from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.stage import TrainConfig
 from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 from det.augment import DetectionSample
@@ -31,34 +28,14 @@ from det.config import (
     Category,
     CocoConfig,
     DetectorArchitecture,
-    DetectorConfig,
-    EngineChoice,
     describe_encoder,
-    vitdet_attention,
 )
 from det.model import Detector, build_detector
+from det.recipe import CostRecipe as Recipe
 from det.train import Recipe as TrainRecipe
 from det.train import build_encoder, resolve_engine
 
 COCO_CLASSES = 80
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp det cost`."""
-
-    model: Annotated[str, f"{SIZES_HELP}, or a checkpoint whose architecture is used"] = "base"
-    engine: Annotated[EngineChoice, "as in `addp det train`"] = "torchvision"
-    size: Annotated[int, Ge(16), "side of the square training image in pixels"] = 1024
-    batch: Annotated[int, Ge(1), "images per step"] = 1
-    objects: Annotated[int, Ge(1), "objects per image"] = 7
-    warmup: Annotated[int, Ge(0), "steps before the timed ones"] = 1
-    steps: Annotated[int, Ge(1), "timed steps"] = 3
-    checkpointing: Annotated[Literal["both", "on", "off"], "activation checkpointing to measure"] = "both"
-    attention: AttentionConfig = field(default_factory=vitdet_attention)
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "precision of matrix products"] = "fp32"
-    json: Annotated[bool, "print JSON instead of text"] = False
 
 
 def run(recipe: Recipe) -> None:
@@ -98,6 +75,7 @@ def measure(recipe: Recipe, checkpointing: bool) -> dict[str, Any]:
     reset_peak_memory(device)
     model = make_model(recipe, checkpointing).to(device).train()
     accelerate_model(model)
+    precision = resolve_precision(recipe.precision, device, matrix_width(model))
     optimizer = make_optimizer(model, TrainConfig(layer_decay=0.8))
     samples, parts = make_samples(recipe, device), PartTimer(device)
     seconds: list[float] = []
@@ -106,7 +84,7 @@ def measure(recipe: Recipe, checkpointing: bool) -> dict[str, Any]:
         torch.manual_seed(step)
         begin = time.process_time()
         with parts("step"):
-            with autocast(recipe.precision, device):
+            with autocast(precision, device):
                 loss = sum(model(samples).values())
             loss.backward()
             optimizer.step()
@@ -115,6 +93,7 @@ def measure(recipe: Recipe, checkpointing: bool) -> dict[str, Any]:
         cpu_seconds.append((time.process_time() - begin) / recipe.batch)
     timed = seconds[recipe.warmup :]
     return {
+        "precision": precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "seconds_per_image": statistics.median(timed),
         "low": min(timed),

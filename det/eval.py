@@ -7,29 +7,16 @@ COCO's results format.
 
 import json
 import sys
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
 
 from addp_core.base.tables import text_table
-from addp_core.training.compute import accelerate_model
+from addp_core.training.compute import accelerate_model, autocast
+from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
 from det.coco import open_coco
-from det.config import CocoFiles
 from det.inference import check_categories, evaluate_detector
 from det.model import load_detector
 from det.output import make_folder, write_json
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp det eval`."""
-
-    model: Annotated[str, "run of `addp det train`, or its model file"]
-    data: CocoFiles = field(default_factory=CocoFiles)
-    split: Annotated[Literal["val", "train"], "split of the dataset to evaluate"] = "val"
-    per_class: Annotated[bool, "report the average precision of each category too"] = False
-    out: Annotated[str, "folder for figures.json and results.json; empty: write no files"] = ""
-    json: Annotated[bool, "print JSON instead of a table"] = False
+from det.recipe import EvalRecipe as Recipe
 
 
 def run(recipe: Recipe) -> None:
@@ -41,7 +28,9 @@ def run(recipe: Recipe) -> None:
     check_categories(model, dataset)
     model = model.to(state.device).requires_grad_(False)
     accelerate_model(model)
-    metrics, results = evaluate_detector(model, dataset, recipe.per_class)
+    precision = resolve_precision(recipe.precision, state.device, matrix_width(model))
+    with autocast(precision, state.device):
+        metrics, results = evaluate_detector(model, dataset, recipe.per_class)
     if not state.is_main_process:
         return
     if out:

@@ -6,39 +6,26 @@ with its `file_name`), and images.json with the ids of the images and the catego
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from accelerate.utils import gather_object
-from annotated_types import Ge, Interval
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
 from addp_core.data.sources import open_source
-from addp_core.training.compute import accelerate_model
+from addp_core.training.compute import accelerate_model, autocast
+from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
 from det.drawing import draw_detections
 from det.inference import image_to_tensor
 from det.model import load_detector
 from det.output import make_folder, write_json
+from det.recipe import PredictRecipe as Recipe
 
 log = logging.getLogger("addp")
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp det predict`."""
-
-    model: Annotated[str, "run of `addp det train`, or its model file"]
-    images: Annotated[str, "folder of images, flat or nested"]
-    out: Annotated[str, "folder for the drawn images and the JSON files"]
-    score: Annotated[
-        float, Interval(ge=0, le=1), "minimum score of the detections that are drawn; the JSON holds all detections"
-    ] = 0.5
-    most: Annotated[int, Ge(1), "maximum number of detections drawn per image, highest score first"] = 100
 
 
 def run(recipe: Recipe) -> None:
@@ -49,6 +36,7 @@ def run(recipe: Recipe) -> None:
         source = open_source(recipe.images)
     model = load_detector(recipe.model).to(state.device).requires_grad_(False)
     accelerate_model(model)
+    precision = resolve_precision(recipe.precision, state.device, matrix_width(model))
     root = Path(recipe.images).expanduser()
     categories = model.architecture.categories
     entries: list[dict[str, Any]] = []
@@ -63,7 +51,8 @@ def run(recipe: Recipe) -> None:
             log.warning("%s: %s; skipped", source.name(index), error)
             unreadable.append(name)
             continue
-        (detections,) = model.detect([image.to(state.device)])
+        with autocast(precision, state.device):
+            (detections,) = model.detect([image.to(state.device)])
         height, width = image.shape[-2:]
         entries.append({"id": index + 1, "file_name": name, "height": height, "width": width})
         results += [{**result, "file_name": name} for result in detections.to_results(index + 1, categories)]

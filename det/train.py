@@ -8,25 +8,21 @@ files and write the same run folder.
 import contextlib
 import functools
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import yaml
-from annotated_types import Interval
 
 from addp_core.base.errors import UserError
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
-from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.cnn import CnnEncoder
 from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
-from addp_core.training.stage import TrainConfig
-from addp_core.weights.pretrained import EncoderKeys, check_positions
+from addp_core.weights.pretrained import check_positions
 from det.augment import LargeScaleJitter, collate
 from det.coco import CocoDataset, open_coco
 from det.config import (
@@ -39,34 +35,14 @@ from det.config import (
     Interpolation,
     MaskChoice,
     describe_encoder,
-    vitdet_attention,
 )
 from det.model import build_detector
+from det.recipe import TrainRecipe as Recipe
 from det.stage import DetStage
 
 log = logging.getLogger("addp")
 
 FORMER_INTERPOLATION: Interpolation = "bicubic"  # of all runs before the key data.interpolation existed
-
-
-@dataclass(kw_only=True)
-class Recipe(EncoderKeys):
-    """Keys of `addp det train`."""
-
-    out: Annotated[str, "run folder"]
-    engine: Annotated[EngineChoice, "auto: detectron2 if it is installed, else torchvision"] = "auto"
-    data: CocoConfig = field(default_factory=CocoConfig)
-    drop_path: Annotated[
-        float, Interval(ge=0, lt=1), "stochastic depth rate of the last block; earlier blocks have less, the first 0"
-    ] = 0.1
-    attention: AttentionConfig = field(default_factory=vitdet_attention)
-    checkpointing: Annotated[bool, "activation checkpointing in the encoder: less memory, more computation"] = False
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self) -> None:
-        if self.train.compile:  # proposals, matching and sampling depend on the data: dozens of graphs, and no gain
-            raise ValueError("train.compile: found true, expected false: a detector breaks into dozens of small graphs")
 
 
 def run(recipe: Recipe) -> None:

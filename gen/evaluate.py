@@ -9,24 +9,21 @@ are defined on Inception's features.
 import logging
 import shutil
 import sys
-from dataclasses import dataclass, field, fields, replace
-from itertools import product
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from accelerate import PartialState
-from annotated_types import Ge, Gt, Interval
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.files import TEMPORARY_PREFIX
 from addp_core.data.images import ImageError
 from addp_core.data.sources import ImageSource
 from addp_core.method.sampler import SampleConfig
-from addp_core.training.compute import Precision
 from addp_core.training.processes import process_state
 from gen import generate
 from gen.extractors import Extractor, open_extractor, open_vgg16
-from gen.features import FeatureSet, Interpolation, RequireSize, ResizeAndCrop, extract_features
+from gen.features import FeatureSet, RequireSize, ResizeAndCrop, extract_features
 from gen.image_folder import open_images
 from gen.metrics import (
     NEIGHBORS,
@@ -36,86 +33,15 @@ from gen.metrics import (
     kernel_distance,
     precision_recall,
 )
-from gen.model import DecoderHeads, EncoderHeads, TokenizerSource, load_recipe_model
+from gen.model import load_recipe_model
+from gen.recipe import EvaluateRecipe as Recipe
+from gen.recipe import Sweep as Sweep
 from gen.reference import Reference, digest_of_images, load_reference, open_reference
-from gen.report import REPORT_FILE, format_report, write_report
+from gen.report import format_report, write_report
 
 log = logging.getLogger("addp")
 
 ENOUGH_IMAGES = 10_000  # with fewer, FID is biased upwards
-
-
-@dataclass
-class Sweep:
-    """Sampling settings to compare, in every combination; a setting without values is that of `sampling`."""
-
-    steps: Annotated[tuple[Annotated[int, Ge(1)], ...], "as in steps=[4,8,20]"] = ()
-    schedule: tuple[Literal["cosine", "linear"], ...] = ()
-    temperature: tuple[Annotated[float, Ge(0)], ...] = ()
-    top_p: tuple[Annotated[float, Interval(ge=0, le=1)], ...] = ()
-    top_k: tuple[Annotated[int, Ge(0)], ...] = ()
-    order: tuple[Literal["confidence", "halton"], ...] = ()
-    pairwise: Annotated[
-        bool, "the first value of each setting together, then the second ones, and so on, instead of every combination"
-    ] = False
-
-    def __post_init__(self) -> None:
-        counts = {name: len(values) for name, values in self.values().items()}
-        if self.pairwise and len(set(counts.values())) > 1:
-            listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
-            raise ValueError(f"pairwise: found {listed}, expected as many values of each setting")
-
-    def values(self) -> dict[str, tuple[Any, ...]]:
-        """Return the settings that have values."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "pairwise"}
-        return {name: values for name, values in settings.items() if values}
-
-    def combinations(self) -> list[dict[str, Any]]:
-        """Return the settings of each row."""
-        values = self.values()
-        rows = zip(*values.values(), strict=True) if self.pairwise and values else product(*values.values())
-        return [dict(zip(values, row, strict=True)) for row in rows]
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp evaluate`."""
-
-    out: Annotated[str, f"folder for {REPORT_FILE} and, with `model`, for the generated images"]
-    reference: Annotated[
-        str,
-        "images to compare with: a folder, ImageNet root, .tar file or hub dataset, center-cropped to the size of the "
-        "generated images; or statistics: a folder of the cache, or an .npz file with mu and sigma",
-    ]
-    split: Annotated[str, "split of the reference, if it has splits"] = "val"
-    reference_resize: Annotated[
-        Interpolation, "interpolation that resizes the reference's images; published: bilinear"
-    ] = "bilinear"
-    images: Annotated[str, "folder of generated images, all of one size"] = ""
-    model: Annotated[
-        str, "instead of `images`: a run or ADDP file, from which missing images are generated into folders in `out`"
-    ] = ""
-    n: Annotated[int, Ge(1), "number of images to generate; published metrics use 50000"] = 50_000
-    seed: Annotated[int, "random seed of the generated images"] = 0
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    sweep: Sweep = field(default_factory=Sweep)
-    inception: Annotated[str, "file of torch-fidelity's Inception-v3 weights; empty: download it"] = ""
-    extractor: Annotated[str, "instead of Inception-v3: a run of `addp finetune` on labeled images, or its file"] = ""
-    prc_features: Annotated[
-        Literal["extractor", "vgg16"],
-        "features of precision and recall: those of FID (Inception's pool3, as in ADM's evaluator), or VGG16's "
-        "(torch-fidelity's default)",
-    ] = "extractor"
-    vgg16: Annotated[str, "file of torchvision's VGG16 weights, for prc_features=vgg16; empty: download it"] = ""
-    is_splits: Annotated[int, Ge(1), "parts over which the score's mean and standard deviation are taken"] = 10
-    kid_subset: Annotated[int, Ge(2), "images in each of KID's 100 subsets, or all images if there are fewer"] = 1000
-    cache: Annotated[str, "folder that keeps the features of references"] = "~/.cache/addp/features"
-    batch: Annotated[int, Gt(0), "images generated at a time by each process"] = 16
-    workers: Annotated[int, Ge(0), "data loading processes of each process"] = 2
-    precision: Precision = "fp32"
-    tokenizer: TokenizerSource = ""
-    encoder_heads: EncoderHeads = None
-    decoder_heads: DecoderHeads = None
 
 
 def run(recipe: Recipe) -> None:

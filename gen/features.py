@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,12 +22,12 @@ from addp_core.data.images import ImageError, LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.training.pace import mark_pace
 from gen.extractors import Extractor
+from gen.recipe import Interpolation as Interpolation
 
 EXTRACTOR_BATCH = 32  # images
 ROWS_IN_MEMORY = 2048  # of features
 ARRAYS = ("features", "logits")  # what an extractor returns, each a file
 
-Interpolation = Literal["bilinear", "bicubic", "lanczos", "box"]  # torchvision's names
 Prepare = Callable[[LazyImage], Tensor]  # an image -> UInt8[3,h,w]; may raise ImageError
 
 

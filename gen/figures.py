@@ -10,13 +10,12 @@ neighbors: what the encoder sees in natural images (encoder_figures.py); any oth
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from addp_core.method.diffusion import mask_ratios
 from addp_core.method.sampler import SampleConfig, SamplerState, sample
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
-from addp_core.weights.architectures import NORMALISATION, Normalisation
+from addp_core.weights.architectures import NORMALISATION
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.frozen import resolve_block
 from addp_core.weights.reading import read_weights
@@ -44,16 +43,17 @@ from gen.drawing import (
     write_contact_sheet,
 )
 from gen.encoder_figures import DRAW_ENCODER, Subject, default_blocks
-from gen.model import DecoderHeads, EncoderHeads, TokenizerSource, load_recipe_model
+from gen.model import load_recipe_model
+from gen.recipe import FigureName as FigureName
+from gen.recipe import FiguresRecipe as Recipe
 from gen.report import METRIC_LABELS, read_report
 
 log = logging.getLogger("addp")
 
 # The mappings from the token predictor's probabilities to embeddings, and the number of the paper's figure of each.
 MAPPINGS: dict[Literal["weighted", "argmax", "sample"], int] = {"weighted": 9, "argmax": 10, "sample": 11}
-FigureName = Literal[
-    "steps", "training", "denoising", "ratios", "tokens", "metrics", "features", "attention", "neighbors"
-]
+FROM_PREDICTOR = ("training", "denoising")
+WITHOUT_PREDICTOR = "the file has no token predictor, which makes the noisy images"
 SHEET = "contact.png"  # all figures on one picture
 # The metrics that are plotted against the number of steps.
 PLOTTED_METRICS = {
@@ -63,39 +63,6 @@ PLOTTED_METRICS = {
     "cs_mean": "higher is better",
 }
 UNRELIABLE_GRAY = 0.88
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp figures`."""
-
-    model: Annotated[str, "an ADDP checkpoint, or any other encoder (MAE, DINO, timm) for its own figures alone"]
-    out: Annotated[str, "folder for the PNG files"]
-    data: Annotated[
-        str, "images for the figures of training and of the encoder: a folder, ImageNet root, .tar file or hub dataset"
-    ] = ""
-    split: Annotated[str, "split of `data`, if it has splits"] = "val"
-    evaluation: Annotated[
-        str, "for the figure of metrics: the `out` of an `addp evaluate` with several sweep.steps"
-    ] = ""
-    only: Annotated[tuple[FigureName, ...], "figures to draw; by default all that the other keys allow"] = ()
-    n: Annotated[int, Ge(1), "number of images in a figure"] = 4
-    columns: Annotated[int, Ge(2), "maximum number of steps or mask ratios in a figure"] = 8
-    blocks: Annotated[list[int], "blocks of the encoder, from 1, or from the end if negative; empty: four"] = field(
-        default_factory=list
-    )
-    pool: Annotated[int, Ge(2), "number of images among which neighbors are looked for"] = 500
-    seed: Annotated[int, "random seed of generated images and masks"] = 0
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    tokenizer: TokenizerSource = ""
-    predictor: Annotated[
-        str, "token predictor file, which the figures of training need if the model file does not include one"
-    ] = ""
-    encoder_heads: EncoderHeads = None
-    decoder_heads: DecoderHeads = None
-    normalisation: Annotated[Normalisation, "mean and std that the encoder expects: ImageNet's, or 0.5 (BEiT)"] = (
-        "imagenet"
-    )
 
 
 def run(recipe: Recipe) -> None:
@@ -116,6 +83,10 @@ def run(recipe: Recipe) -> None:
         model = load_recipe_model(recipe, predictor=recipe.predictor or None).requires_grad_(False)
         model = model.to(process_state().device)
         accelerate_model(model)
+        for name in [name for name in model_names if name in FROM_PREDICTOR]:
+            if model.predictor is None and not recipe.only:
+                log.info("figures: no %s: %s; predictor=<file> adds it", name, WITHOUT_PREDICTOR)
+                model_names.remove(name)
         for name in model_names:
             drawn += save_figures(DRAW[name](model, recipe), Path(recipe.out))
         del model
@@ -273,9 +244,7 @@ def open_examples(model: ADDP, recipe: Recipe, columns: int) -> Examples:
     Raises UserError if no image can be read, or the model has no token predictor.
     """
     if model.predictor is None:
-        raise UserError(
-            f"predictor: {recipe.model} has no token predictor, which makes the noisy images; add predictor=<file>"
-        )
+        raise UserError(f"predictor: {recipe.model}: {WITHOUT_PREDICTOR}; add predictor=<file>")
     config, process = model.config, model.config.process
     with renaming_keys({"data.source": "data", "data.split": "split"}):
         source = open_source(recipe.data, recipe.split)

@@ -5,40 +5,21 @@ continues an interrupted run.
 """
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from accelerate.utils import broadcast_object_list
-from annotated_types import Ge, Gt
 from tqdm import tqdm
 
-from addp_core.method.sampler import SampleConfig, sample
-from addp_core.training.compute import Precision, autocast
+from addp_core.method.sampler import sample
+from addp_core.training.compute import autocast
 from addp_core.training.pace import mark_pace
 from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, claim_weights, image_path, write_grid, write_image
-from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling
+from gen.model import load_for_sampling
+from gen.recipe import GenerateRecipe as Recipe
 
 log = logging.getLogger("addp")
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp generate`."""
-
-    model: ModelSource
-    out: Annotated[str, "folder for 000000.png, 000001.png, ... and grid.png"]
-    n: Annotated[int, Ge(1), "number of images"] = 64
-    seed: Annotated[int, "random seed; image i depends on it and on i alone"] = 0
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    batch: Annotated[int, Gt(0), "images generated at a time by each process"] = 16
-    grid: Annotated[int, Ge(0), "number of images in grid.png, the first ones; 0 for no grid"] = 64
-    precision: Precision = "fp32"
-    tokenizer: TokenizerSource = ""
-    encoder_heads: EncoderHeads = None
-    decoder_heads: DecoderHeads = None
 
 
 def run(recipe: Recipe) -> None:

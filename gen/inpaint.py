@@ -10,13 +10,10 @@ Variation i depends on the seed and on i alone.
 
 import logging
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,46 +23,18 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform, wrap_image_errors
 from addp_core.method.addp import ADDPConfig
-from addp_core.method.sampler import SampleConfig, inpaint
-from addp_core.training.compute import Precision, autocast
+from addp_core.method.sampler import inpaint
+from addp_core.training.compute import autocast
 from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, image_path, write_image
-from gen.model import DecoderHeads, EncoderHeads, ModelSource, TokenizerSource, load_for_sampling, load_recipe_model
+from gen.model import load_for_sampling, load_recipe_model
+from gen.recipe import Box as Box
+from gen.recipe import InpaintRecipe as Recipe
 
 log = logging.getLogger("addp")
 
 GRAY = 0.5  # color of the hole in input.png
 TOKEN_WARNING_FACTOR = 4  # times the tokens of training, above which positions are stretched too far for good images
-
-Box = tuple[int, int, int, int]
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp inpaint`."""
-
-    model: ModelSource
-    image: Annotated[str, "image file to fill a part of"]
-    out: Annotated[str, "folder for 000000.png, 000001.png, ..., grid.png, input.png and mask.png"]
-    mask: Annotated[str, "image file of the same size; what is white is filled, what is black is kept"] = ""
-    box: Annotated[Box | None, "left, top, right, bottom of a box to fill, in pixels; adds to the mask"] = None
-    outside: Annotated[bool, "fill what lies outside of mask and box instead"] = False
-    extend: Annotated[
-        tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)], Annotated[int, Ge(0)], Annotated[int, Ge(0)]],
-        "pixels to add and fill at the left, top, right and bottom, counted after `size` is applied",
-    ] = (0, 0, 0, 0)
-    size: Annotated[
-        int | tuple[int, int] | None,
-        "center-crop and resize the image to this first: one side, or [height, width]; null: leave it as it is",
-    ] = None
-    n: Annotated[int, Ge(1), "number of variations"] = 4
-    seed: Annotated[int, "random seed; variation i depends on it and on i alone"] = 0
-    blend: Annotated[int, Ge(0), "width in pixels, inside the hole, over which its seam is blended"] = 8
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    precision: Precision = "fp32"
-    tokenizer: TokenizerSource = ""
-    encoder_heads: EncoderHeads = None
-    decoder_heads: DecoderHeads = None
 
 
 def run(recipe: Recipe) -> None:

@@ -1,23 +1,17 @@
 """The keys with which the verbs of this package name a model, and loading that model."""
 
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from annotated_types import Ge
 
 from addp_core.method.addp import ADDP
 from addp_core.training.compute import accelerate_model
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.loading import load_addp
-
-ModelSource = Annotated[
-    str, "a run folder of `addp pretrain`, an ADDP file (ours or published), zoo:cifar10, or hf://owner/repository/file"
-]
-TokenizerSource = Annotated[str, "tokenizer file, for a model file that does not include its tokenizer"]
-EncoderHeads = Annotated[
-    int | None, Ge(1), "encoder heads of a published file, if not those of published ViTs of its width"
-]
-DecoderHeads = Annotated[int | None, Ge(1), "decoder heads of a published file, where they are not 16"]
+from gen.recipe import DecoderHeads as DecoderHeads
+from gen.recipe import EncoderHeads as EncoderHeads
+from gen.recipe import ModelSource as ModelSource
+from gen.recipe import TokenizerSource as TokenizerSource
 
 
 class ModelKeys(Protocol):

@@ -4,28 +4,25 @@ If one of these two is not given and the recipe sets `stages`, it is trained fir
 """
 
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from annotated_types import Ge
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.base.paths import FilePath
-from addp_core.data.config import DataConfig
 from addp_core.data.stream import Batch
-from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig, check_ids_to
-from addp_core.method.diffusion import ProcessConfig, draw_masks
+from addp_core.method.addp import ADDP, ADDPConfig
+from addp_core.method.diffusion import draw_masks
 from addp_core.method.sampler import sample
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.recipes.config import find_recipe, load, recipes_of
 from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
-from addp_core.training.stage import MicroStep, Stage, TrainConfig
+from addp_core.training.stage import MicroStep, Stage
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fingerprint import fingerprint
@@ -34,6 +31,7 @@ from addp_core.weights.saving import save_model
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
 from pretrain.common import load_frozen_tokenizer, run_stage
+from pretrain.recipe import PretrainRecipe as Recipe
 
 PREVIEW_IMAGES = 16
 FROZEN_STAGES: dict[str, ModuleType] = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}
@@ -42,34 +40,6 @@ PUBLISHED = {
     "predictor": "the published mage-vitb-1600.pth / mage-vitl-1600.pth, Google Drive ids "
     "1Q6tbt3vF0bSrv5sPrjpFu8ksG3vTsVX2 / 15xBPa8EIa0IRUiRYtXiYOC9JZVyMIFrB",
 }
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp pretrain`."""
-
-    out: Annotated[str, "run folder"]
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: Annotated[FilePath, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"] = ""
-    predictor: Annotated[FilePath, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
-    stages: Annotated[
-        FilePath,
-        "how to train the tokenizer and predictor if they are not given: the name of a recipe that `addp tokenizer` "
-        "and `addp predictor` both have, or a folder with tokenizer.yaml and predictor.yaml",
-    ] = ""
-    predictor_heads: Annotated[int | None, Ge(1), "for a MAGE file whose heads are not width/64"] = None
-    predictor_decoder_heads: Annotated[int | None, Ge(1), "for a MAGE file whose decoder heads are not 16"] = None
-    model: DenoiserConfig = field(default_factory=DenoiserConfig)
-    process: ProcessConfig = field(default_factory=ProcessConfig)
-    draw: Annotated[
-        Literal["batch", "process"],
-        "one mask ratio for the whole batch (the same numbers for any number of processes), "
-        "or one for each process (as published)",
-    ] = "batch"
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    def __post_init__(self) -> None:
-        check_ids_to(self.model, self.process)
 
 
 def run(recipe: Recipe) -> None:
@@ -137,7 +107,7 @@ class PretrainStage(Stage):
     def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Compute the loss of one training step (Sec. 3.3). `model` is the denoiser as the engine wrapped it."""
         addp, shared = self.addp, self.one_ratio_per_batch
-        mask_rows = micro_step.batch if shared else len(batch.images)
+        mask_rows = micro_step.batch if shared else len(batch)
         rows = micro_step.rows if shared else slice(None)
         generator = micro_step.generator("mask", shared=shared)
         masks = draw_masks(addp.config.process, mask_rows, addp.config.tokens, generator)

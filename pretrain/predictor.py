@@ -5,78 +5,27 @@ the positions at all.
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
-from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addp_core.base.paths import FilePath
-from addp_core.data.config import DataConfig
-from addp_core.data.images import Interpolation
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
 from addp_core.method.diffusion import map_tokens
 from addp_core.networks.layers import MaskPositions, count_visible, gather_tokens
-from addp_core.networks.predictor import PredictorConfig, TokenPredictor
+from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
-from addp_core.training.stage import MicroStep, Stage, TrainConfig
+from addp_core.training.stage import MicroStep, Stage
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
+from pretrain.recipe import MaskingConfig as MaskingConfig
+from pretrain.recipe import PredictorRecipe as Recipe
 
 PREVIEW_IMAGES = 8
-
-
-@dataclass
-class MaskingConfig:
-    """MAGE's masking and loss: mask ratios from a truncated normal distribution, and label smoothing."""
-
-    ratio_mean: Annotated[float, Interval(gt=0, lt=1), "peak of the truncated normal of mask ratios"] = 0.55
-    ratio_std: Annotated[float, Interval(gt=0), "standard deviation of the normal before truncation"] = 0.25
-    ratio_min: Annotated[
-        float, Interval(ge=0, lt=1), "smallest ratio; this share of positions is dropped from the encoder's input"
-    ] = 0.5
-    ratio_max: Annotated[float, Interval(gt=0, le=1), "largest ratio"] = 1.0
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1), "over all ids of `loss_over`"] = 0.1
-    loss_over: Annotated[
-        Literal["vocabulary", "codebook"],
-        "ids among which the loss expects the answer: all, or only those that can occur, as in MAGE's later version",
-    ] = "vocabulary"
-
-    def __post_init__(self) -> None:
-        if self.ratio_min >= self.ratio_max:
-            raise ValueError(f"ratio_min: found {self.ratio_min}, expected less than ratio_max = {self.ratio_max}")
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp predictor`."""
-
-    out: Annotated[str, "run folder"]
-    tokenizer: Annotated[
-        FilePath, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"
-    ]
-    data: DataConfig = field(default_factory=DataConfig)
-    model: PredictorConfig = field(default_factory=PredictorConfig)
-    unused_ids: Annotated[
-        int,
-        Ge(1),
-        "ids besides those of the codebook and the mask id; one of them is the class slot. Published: 1000 (MaskGIT's "
-        "classes). They are never the right answer, which a small network needs thousands of steps to learn unless "
-        "masking.loss_over=codebook leaves them out",
-    ] = Vocabulary.unused
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    draw: Annotated[
-        Literal["batch", "process"],
-        "one mask ratio for the whole batch (the same numbers for any number of processes), "
-        "or one for each process (as MAGE)",
-    ] = "batch"
-    interpolation: Annotated[Interpolation, "how crops are resized; bilinear in MAGE"] = "bicubic"
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def run(recipe: Recipe) -> None:

@@ -6,86 +6,30 @@ been used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
-from annotated_types import Ge, Interval, MultipleOf
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
-from addp_core.base.paths import FilePath
-from addp_core.data.config import DataConfig
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
-from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, to_feature_map
-from addp_core.training.stage import MicroStep, Stage, TrainConfig
+from addp_core.networks.tokenizer import Tokenizer, to_feature_map
+from addp_core.training.stage import MicroStep, Stage
 from addp_core.weights.saving import save_model
 from pretrain.common import run_stage, token_grid
 from pretrain.losses import PatchDiscriminator, PerceptualDistance, hinge_loss
+from pretrain.recipe import LossConfig as LossConfig
+from pretrain.recipe import TokenizerRecipe as Recipe
 
 PREVIEW_IMAGES = 16
 MAX_GRADIENT_RATIO = 1e4  # of the adaptive adversarial weight
 NEVER_USED = 2**40  # steps since the last use of a code that has never been used
-
-
-@dataclass
-class LossConfig:
-    """Terms of the loss, and how the codebook follows the encoder."""
-
-    l1: Annotated[float, Ge(0), "weight of the mean absolute error"] = 1.0
-    l2: Annotated[float, Ge(0), "weight of the mean squared error"] = 0.0
-    commitment: Annotated[float, Ge(0), "weight of the squared distance from encoder outputs to their codes (beta)"] = (
-        0.25
-    )
-    codebook_decay: Annotated[float, Interval(ge=0, lt=1), "decay of the codes' moving averages, per step"] = 0.99
-    revive_after: Annotated[
-        int | None, Ge(1), "steps until an unused code is moved to an encoder output; null: never"
-    ] = 100
-    perceptual_weights: Annotated[
-        FilePath, "local file of torchvision's vgg16 state dict; empty: no perceptual term"
-    ] = ""
-    perceptual: Annotated[float, Ge(0), "weight of the perceptual term"] = 0.1
-    perceptual_depth: Annotated[int, Interval(ge=1, le=5), "VGG blocks whose features are compared"] = 5
-    adversarial: Annotated[float, Ge(0), "weight of the adversarial term; 0: no discriminator"] = 0.0
-    adversarial_start: Annotated[int, Ge(0), "step from which the discriminator is trained and used"] = 0
-    adversarial_balance: Annotated[
-        Literal["fixed", "adaptive"],
-        "adaptive: scale the weight by the ratio of the other terms' gradient to the adversarial term's at the last "
-        "layer (VQGAN, Eq. 7)",
-    ] = "fixed"
-    discriminator_width: Annotated[int, Ge(32), MultipleOf(32), "channels of the discriminator's first layer"] = 64
-    discriminator_layers: Annotated[int, Ge(1), "layers after the first; all of these but one halve the image"] = 3
-
-    def __post_init__(self) -> None:
-        if not (self.l1 or self.l2 or (self.perceptual and self.perceptual_weights)):
-            raise ValueError(
-                "l1: found 0, and no other term compares images; expected one of l1, l2, perceptual above 0"
-            )
-
-
-def _train_defaults() -> TrainConfig:
-    return TrainConfig(betas=(0.9, 0.99), weight_decay=0.0, clip_grad=1.0)
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp tokenizer`."""
-
-    out: Annotated[str, "run folder"]
-    data: DataConfig = field(default_factory=DataConfig)
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=_train_defaults)
-
-    def __post_init__(self) -> None:
-        if self.train.compile and self.loss.adversarial and self.loss.adversarial_balance == "adaptive":
-            raise ValueError("train.compile: found true, expected false with loss.adversarial_balance=adaptive")
 
 
 def run(recipe: Recipe) -> None:

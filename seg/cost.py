@@ -9,37 +9,22 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from annotated_types import Ge
 
 from addp_core.networks.cnn import CnnEncoder
 from addp_core.training.compute import accelerate_model, autocast
+from addp_core.training.precision import resolve_precision
 from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 from seg.mmseg_config import fill_model, import_mmseg, read_config
+from seg.recipe import CostRecipe as Recipe
 from seg.scenes import SceneConfig
 from seg.segmentor import Segmentor
 from seg.train import Recipe as TrainRecipe
 from seg.train import describe_segmentor, load_model, resolve, resolve_for_cnn
 
 ADE20K_CLASSES = 150
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp seg cost`."""
-
-    config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
-    model: Annotated[str, "a size, a CNN of timm, or a file whose architecture is used; by default the config's"] = ""
-    relative: Annotated[Literal["table", "none"] | None, "relative positions, as in `addp seg train`"] = None
-    crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
-    batch: Annotated[int, Ge(2), "crops in a training step"] = 2
-    steps: Annotated[int, Ge(1), "number of timed steps, after one that is not timed"] = 3
-    checkpointing: Annotated[bool, "compute the blocks twice to save memory"] = False
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of matrix products"] = "fp32"
-    json: Annotated[bool, "print JSON instead of text"] = False
 
 
 def run(recipe: Recipe) -> None:
@@ -69,6 +54,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     model = cast(Any, build_model(cfg).to(device))  # an mmseg EncoderDecoder
     model.backbone.encoder.checkpointing = recipe.checkpointing
     accelerate_model(model)
+    precision = resolve_precision(recipe.precision, device, segmentor.width)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     crop = segmentor.crop
     images = torch.rand(recipe.batch, 3, crop, crop, device=device)
@@ -77,11 +63,11 @@ def measure(recipe: Recipe) -> dict[str, Any]:
         sample.gt_sem_seg = random_labels(crop, device)
 
     def test() -> None:
-        with torch.inference_mode(), autocast(recipe.precision, device):
+        with torch.inference_mode(), autocast(precision, device):
             model.eval().encode_decode(images[:1], [samples[0].metainfo])
 
     def train() -> None:
-        with autocast(recipe.precision, device):
+        with autocast(precision, device):
             losses = model.train().loss(images, samples)
             total = sum(value for name, value in losses.items() if "loss" in name)
         total.backward()
@@ -90,7 +76,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     costs = {"test": time_step(recipe, device, test, 1), "train": time_step(recipe, device, train, recipe.batch)}
-    return {"device": name, "crop": crop, **costs}
+    return {"device": name, "crop": crop, "precision": precision, **costs}
 
 
 def time_step(recipe: Recipe, device: torch.device, step: Callable[[], None], crops: int) -> dict[str, float]:

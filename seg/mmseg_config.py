@@ -4,12 +4,11 @@ import contextlib
 import importlib
 import io
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Gt
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.launch import world_size
@@ -17,6 +16,8 @@ from addp_core.data.stream import default_workers
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE
 from addp_core.weights.pretrained import NORMALISATION
 from seg.mmseg_checkpoint import MmsegSegmentor
+from seg.recipe import AugmentedInferenceConfig as AugmentedInferenceConfig
+from seg.recipe import InferenceConfig as InferenceConfig
 from seg.segmentor import Segmentor
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -24,26 +25,6 @@ BASE_CONFIG = CONFIG_FOLDER / "_base_" / "upernet_addp_ade20k.py"
 MMSEG_CONFIG = CONFIG_FOLDER / "_base_" / "upernet_addp_mmseg.py"
 
 CNN_BACKBONE = "AddpCNN"  # in a config for CNNs
-
-
-@dataclass
-class InferenceConfig:
-    """How class maps are predicted for whole images."""
-
-    mode: Annotated[
-        Literal["slide", "whole"],
-        "slide: average over crops that overlap by a third; whole: the resized image at once",
-    ] = "slide"
-
-
-@dataclass
-class AugmentedInferenceConfig(InferenceConfig):
-    """How class maps are predicted for whole images, with test-time augmentation."""
-
-    flip: Annotated[bool, "average with the prediction for the mirrored image"] = False
-    scales: Annotated[
-        tuple[Annotated[float, Gt(0)], ...], "factors on the image size whose predictions are averaged"
-    ] = (1.0,)
 
 
 # -------------------- reading configs

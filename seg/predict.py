@@ -8,13 +8,10 @@ unused, the first class is 1) and the legend's colors. Images that share a name 
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 from accelerate.utils import gather_object
-from annotated_types import Ge, Interval
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -22,25 +19,13 @@ from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
 from addp_core.data.sources import ImageFiles, ImageSource, open_source
 from addp_core.training.processes import process_state
-from seg.mmseg_config import AugmentedInferenceConfig, import_mmseg
+from seg.mmseg_config import import_mmseg
+from seg.recipe import PredictRecipe as Recipe
 from seg.scenes import class_colors, to_class_map
 from seg.segmentor import load_segmentor
 from seg.test import MAPS_FOLDER
 
 log = logging.getLogger("addp")
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp seg predict`."""
-
-    model: Annotated[str, "a run of `addp seg train` or its model.safetensors"]
-    images: Annotated[str, "an image or a folder of images, which may be nested"]
-    out: Annotated[str, "folder for the results"]
-    n: Annotated[int | None, Ge(1), "number of images, the first ones of the folder; null: all"] = None
-    test: AugmentedInferenceConfig = field(default_factory=AugmentedInferenceConfig)
-    paint: Annotated[float, Interval(ge=0, le=1), "opacity of the class colors over the image"] = 0.6
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of the network"] = "fp32"
 
 
 def run(recipe: Recipe) -> None:

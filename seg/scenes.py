@@ -13,58 +13,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from annotated_types import Ge
 from PIL import Image
 
 from addp_core.base.errors import UserError
-from addp_core.base.paths import DatasetPath, FilePath
 from addp_core.data.image_source import ImageFiles
 from addp_core.data.images import COMMON_EXTENSIONS, ImageError, LazyImage, wrap_image_errors
 from addp_core.data.listing import Listing, count_text, list_folder
+from seg.recipe import SceneConfig as SceneConfig
+from seg.recipe import SceneFiles as SceneFiles
 
 log = logging.getLogger("addp")
 
 SPLIT_FOLDERS = {"train": "training", "val": "validation"}
 CLASS_TABLES = ("objectInfo150.txt", "objectInfo.txt")
 IGNORED = 255  # the label that mmseg neither learns nor evaluates; no class has it, as there are at most 254
-
-
-@dataclass
-class SceneFiles:
-    """The dataset."""
-
-    __shorthand__ = "source"
-
-    source: Annotated[
-        DatasetPath,
-        "ADE20K's folder (ADEChallengeData2016), with training/ and validation/ in images/ and in annotations/",
-    ]
-    classes: Annotated[
-        FilePath, "table of the classes; by default objectInfo150.txt or objectInfo.txt in the dataset's folder"
-    ] = ""
-    workers: Annotated[
-        int | None, Ge(0), "data loading processes; by default one, or with a GPU one for each CPU core"
-    ] = None
-    check: Annotated[
-        int,
-        Ge(0),
-        "number of pairs in each split, evenly spaced, whose sizes and labels are checked before training (and further "
-        "ones, until two classes have been found)",
-    ] = 1000
-
-
-@dataclass
-class SceneConfig(SceneFiles):
-    """The dataset, and the sizes of its images."""
-
-    crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
-    scale: Annotated[
-        tuple[int, int] | None,
-        "shorter and longest side of resized images, in training times a factor of 0.5 to 2; null: the config's",
-    ] = None
 
 
 @dataclass(frozen=True)

@@ -7,44 +7,28 @@ level: the mIoU of predicting the most frequent class everywhere.
 import json
 import logging
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.base.launch import rank
 from addp_core.base.tables import text_table
+from addp_core.training.precision import matrix_width, resolve_precision
 from seg.mmseg_config import (
-    AugmentedInferenceConfig,
     fill_inference,
     fill_model,
     fill_runtime,
     read_base_config,
 )
-from seg.scenes import SceneConfig, check_pairs, class_map_folder, find_pairs, read_class_names
+from seg.recipe import TestRecipe as Recipe
+from seg.scenes import check_pairs, class_map_folder, find_pairs, read_class_names
 from seg.segmentor import load_segmentor, load_tensors
 
 log = logging.getLogger("addp")
 
 MAPS_FOLDER = "maps"  # in `out`
-
-
-@dataclass
-class Recipe:
-    """Keys of `addp seg test`."""
-
-    out: Annotated[str, "folder for metrics.json"]
-    data: SceneConfig
-    model: Annotated[str, "a run of `addp seg train` or its model.safetensors"] = ""
-    predictions: Annotated[
-        str, "instead of a model: a folder of class maps, with the annotations' relative paths and labels"
-    ] = ""
-    test: AugmentedInferenceConfig = field(default_factory=AugmentedInferenceConfig)
-    precision: Annotated[Literal["fp32", "fp16"], "arithmetic of the network; fp16 needs a GPU"] = "fp32"
-    maps: Annotated[
-        bool, "also write the class maps to <out>/maps, with the annotations' relative paths and labels"
-    ] = False
 
 
 def run(recipe: Recipe) -> None:
@@ -53,8 +37,8 @@ def run(recipe: Recipe) -> None:
 
     if bool(recipe.model) == bool(recipe.predictions):
         raise UserError("model: expected either model=<run of addp seg train> or predictions=<folder of class maps>")
-    if recipe.precision != "fp32" and not torch.cuda.is_available():
-        raise UserError(f"precision={recipe.precision}: needs a GPU, but none is available; use fp32")
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(f"precision={recipe.precision}: needs a GPU, but none is available; use bf16 or fp32")
     data, out = recipe.data, Path(recipe.out)
     classes = read_class_names(data.source, data.classes)
     pairs = find_pairs(data.source, "val", log_dropped=rank() == 0)
@@ -88,7 +72,7 @@ def run(recipe: Recipe) -> None:
 
 def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[dict[str, float], dict[str, Any]]:
     """Run mmengine's test loop; return the means in percent, and the metrics of each class (empty but on rank 0)."""
-    from seg.launch import data_workers, start_runner
+    from seg.launch import compute_in, data_workers, start_runner
 
     for part in ("train", "val"):
         for key in (f"{part}_dataloader", f"{part}_cfg"):
@@ -103,7 +87,11 @@ def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[di
     runner = start_runner(cfg)
     if state is not None:
         model = runner.unwrapped_model
-        load_tensors(getattr(model, "module", model), state, recipe.model)  # the segmentor in a SegTTAModel
+        network = getattr(model, "module", model)  # the segmentor in a SegTTAModel
+        load_tensors(network, state, recipe.model)
+        width = matrix_width(network)
+        if resolve_precision(recipe.precision, next(network.parameters()).device, width) == "bf16":
+            compute_in("bf16", network, training=False)
     with data_workers(runner):
         metrics = runner.test()
     [metric] = runner.test_loop.evaluator.metrics

@@ -8,95 +8,36 @@ continues a stopped run.
 
 import functools
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from annotated_types import Ge, Gt, Interval, Le
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.launch import rank, world_size
-from addp_core.base.paths import FilePath
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.networks.cnn import CnnEncoder
-from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
+from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.training.optimization import warn_if_warmup_is_too_long
-from addp_core.training.run_folder import mark_finished, prepare_out, release_out
+from addp_core.training.run_folder import mark_finished, prepare_out, release_out, settle_precision
 from addp_core.training.run_recipe import read_values
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fitting import AnyEncoder
-from addp_core.weights.pretrained import EncoderKeys
-from seg.mmseg_config import CNN_BACKBONE, InferenceConfig, fill_model, fill_runtime, read_config
-from seg.scenes import SceneConfig, SceneListing, check_scenes, read_class_names
+from seg.mmseg_config import CNN_BACKBONE, fill_model, fill_runtime, read_config
+from seg.recipe import TrainConfig as TrainConfig
+from seg.recipe import TrainRecipe as Recipe
+from seg.scenes import SceneListing, check_scenes, read_class_names
 from seg.segmentor import Segmentor, describe_encoder, describe_vit, save_segmentor
 
 log = logging.getLogger("addp")
 
 T = TypeVar("T")
 
+AMP_WRAPPER = "AmpOptimWrapper"  # mmengine's mixed precision, on GPUs only
+
 VIT_KEYS = ("relative", "class_token")
-
-
-@dataclass
-class TrainConfig:
-    """Length, optimization and logging of the training; null stands for the config's value."""
-
-    steps: Annotated[int | None, Ge(1), "number of optimizer steps"] = None
-    batch: Annotated[int | None, Ge(2), "images in a step, over all processes"] = None
-    accumulate: Annotated[int, Ge(1), "parts in which each step's images are processed, to save memory"] = 1
-    lr: Annotated[float | None, Gt(0), "peak learning rate of the heads"] = None
-    warmup_steps: Annotated[int | None, Ge(0), "steps over which the learning rate rises from 0"] = None
-    weight_decay: Annotated[float | None, Ge(0), "weight decay; 0 for biases, norms and positions"] = None
-    layer_decay: Annotated[
-        float | None, Gt(0), Le(1), "factor on the learning rate from each block to the one below"
-    ] = None
-    drop_path: Annotated[float | None, Interval(ge=0, lt=1), "stochastic depth of the last block"] = None
-    clip_grad: Annotated[float | None, Gt(0), "maximum norm of the gradient; null: no clipping"] = None
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "arithmetic of matrix products; bf16 and fp16 need a GPU"] = (
-        "fp32"
-    )
-    checkpointing: Annotated[bool, "compute the blocks twice to save memory (does not change results)"] = False
-    seed: Annotated[int, Ge(0), "random seed"] = 0
-    log_every: Annotated[int, Ge(1), "steps between two lines of metrics"] = 50
-    evaluate_every: Annotated[int | None, Ge(1), "steps between evaluations; the last step is always evaluated"] = None
-    checkpoint_every: Annotated[
-        int | None, Ge(0), "steps between checkpoints; 0: only at the end and after a signal"
-    ] = None
-    keep: Annotated[int, Ge(1), "number of checkpoints to keep"] = 2
-
-
-@dataclass(kw_only=True)
-class Recipe(EncoderKeys):
-    """Keys of `addp seg train`."""
-
-    out: Annotated[str, "run folder"]
-    data: SceneConfig
-    config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
-    model: Annotated[
-        FilePath,
-        "checkpoint: a run folder, a file (ADDP, classifier, MAE, BEiT, MAGE, ViT or ResNet of timm) or "
-        f"hf://owner/repository/file; with init=random also a size, {SIZES_HELP}, a CNN of timm such as resnet50, or "
-        "empty for the config's",
-    ] = ""
-    patch_size: Annotated[int | None, Ge(1), "pixels, if `model` is a size or empty (default: the config's)"] = None
-    relative: Annotated[
-        Literal["table", "none"] | None,
-        "table: BEiT's relative positions in each block; none: the plain ViT",
-    ] = None
-    class_token: Annotated[
-        bool | None,
-        "keep the class token in attention (with three more entries in each table), as in the segmentation of BEiT and "
-        "MAE; null: yes, unless `out` holds a run with relative positions from before this key",
-    ] = None
-    out_indices: Annotated[
-        list[int] | None,
-        "the blocks whose feature maps are used, four or one; null: those at 1/3, 1/2, 2/3 and all of the depth, or "
-        "the four stages of a CNN",
-    ] = None
-    channels: Annotated[int | None, Ge(1), "channels of the UperNet head"] = None
-    train: TrainConfig = field(default_factory=TrainConfig)
-    test: InferenceConfig = field(default_factory=InferenceConfig)
 
 
 def run(recipe: Recipe) -> None:
@@ -118,6 +59,7 @@ def run(recipe: Recipe) -> None:
         if rank() == 0:
             check_scenes(recipe.data, classes)
         segmentor = describe_segmentor(recipe, cfg, classes, load())
+        settle_precision(recipe.out, recipe, recipe.train, segmentor.width)
         fill_config(cfg, recipe, segmentor)
         train(cfg, segmentor, Path(recipe.out), recipe)
     finally:
@@ -180,7 +122,7 @@ def values_of_run(out: str) -> dict[str, Any] | None:
     if not (folder / "finished.json").exists() and not any(folder.glob("checkpoints/step-*")):
         return None
     try:
-        return dict(read_values((folder / "recipe.yaml").read_text()))
+        return dict(read_values((folder / RECIPE_FILE).read_text()))
     except (OSError, yaml.YAMLError, TypeError, ValueError):
         return None  # `prepare_out` reports it
 
@@ -209,8 +151,8 @@ def check_settings(recipe: Recipe) -> None:
         )
     if rank() == 0:
         warn_if_warmup_is_too_long(resolved(train.warmup_steps), resolved(train.steps))
-    if train.precision != "fp32" and not torch.cuda.is_available():
-        raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use fp32")
+    if train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use bf16 or fp32")
     if not recipe.model and recipe.init == "pretrained":
         raise UserError("model: not given; expected model=<run or file>, or init=random")
 
@@ -284,6 +226,8 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
 
 def fill_training(cfg: Any, train: TrainConfig, out: Path) -> None:
     """Write batches, optimization, schedule and checkpoints into the config."""
+    import torch
+
     accumulate, batch = train.accumulate, resolved(train.batch)
     process_batch = batch // (world_size() * accumulate)
     cfg.train_dataloader.update(
@@ -297,8 +241,8 @@ def fill_training(cfg: Any, train: TrainConfig, out: Path) -> None:
         accumulative_counts=accumulate,
         clip_grad={"max_norm": train.clip_grad} if train.clip_grad else None,
     )
-    if train.precision != "fp32":
-        wrapper.update(type="AmpOptimWrapper", dtype={"bf16": "bfloat16", "fp16": "float16"}[train.precision])
+    if train.precision == "fp16" or (train.precision == "bf16" and torch.cuda.is_available()):
+        wrapper.update(type=AMP_WRAPPER, dtype={"bf16": "bfloat16", "fp16": "float16"}[train.precision])
         cfg.val_cfg.fp16 = train.precision == "fp16"  # mmengine's validation loop does not support bf16
     iterations, warmup = resolved(train.steps) * accumulate, resolved(train.warmup_steps) * accumulate
     val_interval = min(resolved(train.evaluate_every) * accumulate, iterations)
@@ -308,6 +252,8 @@ def fill_training(cfg: Any, train: TrainConfig, out: Path) -> None:
         interval=train.checkpoint_every,
         keep=train.keep,
         log_every=train.log_every,
+        trackers=list(train.trackers),
+        tracker_project=train.tracker_project,
         seed=train.seed,
         accumulate=accumulate,
         out=str(out),
@@ -331,10 +277,12 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
     """Run mmengine's Runner to the end, evaluate, and write the model file."""
     from mmengine.dist import barrier
 
-    from seg.launch import data_workers, start_runner
+    from seg.launch import compute_in, data_workers, start_runner
     from seg.mmseg_export import CHECKPOINT_FILE, CONFIG_FILE, write_segmentor
 
     runner = start_runner(cfg)
+    if recipe.train.precision == "bf16" and cfg.optim_wrapper.type != AMP_WRAPPER:
+        compute_in("bf16", runner.unwrapped_model, training=True)
     run_folder = runner.run_folder
     try:
         with data_workers(runner):
@@ -343,7 +291,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
                 runner.val_loop.run()
         if runner.rank == 0:
             if run_folder.run_logger:
-                run_folder.run_logger.plot_curves()
+                run_folder.run_logger.finish()
             state = runner.unwrapped_model.state_dict()
             save_segmentor(segmentor, state, out / MODEL_FILE)
             write_segmentor(segmentor, state, out, recipe.data.source, recipe.data.classes)

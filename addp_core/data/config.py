@@ -7,6 +7,10 @@ from annotated_types import Ge, Gt
 
 from addp_core.base.paths import DatasetPath, FilePath
 
+Interpolation = Literal["bicubic", "bilinear"]
+Resize = Literal["torch", "pillow"]  # what resizes the crops of training
+DEFAULT_RESIZE: Resize = "torch"
+
 
 @dataclass
 class DataConfig:
@@ -25,6 +29,11 @@ class DataConfig:
         tuple[float, float], "range of the random crop's aspect ratio (width / height), relative to that of `size`"
     ] = (0.75, 4 / 3)
     flip: Annotated[bool, "mirror images horizontally with probability 1/2"] = True
+    resize: Annotated[
+        Resize | None,
+        "what resizes training's crops: torch, or pillow, which is slower and takes in pixels just outside of the crop "
+        "(default: torch; pillow in a run that was begun before this key existed)",
+    ] = None
     max_errors: Annotated[
         float, Ge(0), "unreadable images to tolerate: a count, or below 1 a fraction of the dataset"
     ] = 0.01

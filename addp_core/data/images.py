@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
-from addp_core.data.config import DataConfig
+from addp_core.data.config import DEFAULT_RESIZE, DataConfig, Resize
+from addp_core.data.config import Interpolation as Interpolation
+from addp_core.data.pixels import decode_jpeg, resize_part, to_float
 
 # The formats that Pillow may try. Its other formats are no photographs, and one of them (EPS) starts a program.
 Image.init()
@@ -43,7 +45,6 @@ TRANSPOSES = {  # value of the EXIF orientation -> operation that makes the imag
 SWAPS_SIDES = {TRANSPOSES[5], TRANSPOSES[6], TRANSPOSES[7], TRANSPOSES[8]}
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Interpolation = Literal["bicubic", "bilinear"]
 RESAMPLING: dict[Interpolation, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -84,11 +85,13 @@ class LazyImage:
             encoded: the bytes of a file, or a Pillow image.
             size: width and height of the original, if the Pillow image is a downscaled copy.
         """
+        file = encoded if isinstance(encoded, bytes) else None
         with wrap_image_errors():
             if isinstance(encoded, bytes):
                 if not encoded:
                     raise ImageError("the file is empty")
                 encoded = Image.open(io.BytesIO(encoded), formats=FORMATS)
+            self._encoded = file
             if encoded.width * encoded.height > MAX_PIXELS:
                 raise ImageError(
                     f"{encoded.width} x {encoded.height} pixels, more than the limit of {MAX_PIXELS} pixels: "
@@ -110,6 +113,18 @@ class LazyImage:
             image = self._image.transpose(self._transpose) if self._transpose is not None else self._image
             return _to_rgb(image, self._white_is_zero)
 
+    def pixels(self) -> Tensor:
+        """Return the whole upright image as UInt8[3,h,w] with channels last in memory: the pixels of `decode`, sooner.
+
+        JPEGs are decoded by torchvision, unless they are turned, CMYK or damaged, and all others by Pillow.
+        """
+        image = self._image
+        if self._encoded and image.format == "JPEG" and image.mode in ("RGB", "L") and self._transpose is None:
+            decoded = decode_jpeg(self._encoded)
+            if decoded is not None:
+                return decoded
+        return _as_tensor(self.decode())
+
     def crop(
         self,
         box: Box,
@@ -119,24 +134,53 @@ class LazyImage:
     ) -> Image.Image:
         """Return a part of the upright image, resized to `size` (width, height), as 8-bit RGB."""
         with wrap_image_errors():
-            image = self._image
-            left, top, right, bottom = box
-            enough = (
-                math.ceil(2 * size[0] * self.width / (right - left)),
-                math.ceil(2 * size[1] * self.height / (bottom - top)),
-            )
-            width = image.width
-            draft = image.draft(None, enough[::-1] if self._transpose in SWAPS_SIDES else enough)
-            scale = draft[1][2] / width if draft else 1.0  # exact even where the reduced size is rounded up
-            x, y = scale * self._decoded_size[0] / self.width, scale * self._decoded_size[1] / self.height
-            if self._transpose is not None:
-                image = image.transpose(self._transpose)
-            if image.mode not in ("RGB", "L") or "transparency" in image.info:
-                image = _to_rgb(image, self._white_is_zero)
-            image = image.resize(size, resample, box=(left * x, top * y, right * x, bottom * y))
-            if flip:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            return image.convert("RGB")
+            return self._resize(self._reduce(box, size), size, flip, resample)
+
+    def _resize(self, box: Box, size: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
+        """Return `crop`'s result for a box in pixels of the size at which the image is decoded."""
+        image = self._image
+        if self._transpose is not None:
+            image = image.transpose(self._transpose)
+        if image.mode not in ("RGB", "L") or "transparency" in image.info:
+            image = _to_rgb(image, self._white_is_zero)
+        image = image.resize(size, resample, box=box)
+        if flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image.convert("RGB")
+
+    def crop_pixels(
+        self, box: Box, size: tuple[int, int], interpolation: Interpolation = "bicubic", resize: Resize = "pillow"
+    ) -> Tensor:
+        """Return a part of the upright image, resized to `size` (width, height), as UInt8[3,h,w].
+
+        With resize="torch", the part is cut out and resized by torch, unless the image is decoded at a reduced size or
+        the box does not lie on whole pixels. Pillow's resize also weighs in pixels just outside of the box.
+        """
+        with wrap_image_errors():
+            scaled = self._reduce(box, size)
+            whole = (int(box[0]), int(box[1]), int(box[2]), int(box[3]))
+            if resize == "torch" and whole == box == scaled:
+                return resize_part(self.pixels(), whole, size, interpolation)
+            return _as_tensor(self._resize(scaled, size, False, RESAMPLING[interpolation]))
+
+    def _reduce(self, box: Box, size: tuple[int, int]) -> Box:
+        """Have a JPEG decoded at the smallest size that suffices for a crop; return the box in pixels of that size."""
+        image = self._image
+        left, top, right, bottom = box
+        enough = (
+            math.ceil(2 * size[0] * self.width / (right - left)),
+            math.ceil(2 * size[1] * self.height / (bottom - top)),
+        )
+        width = image.width
+        draft = image.draft(None, enough[::-1] if self._transpose in SWAPS_SIDES else enough)
+        scale = draft[1][2] / width if draft else 1.0  # exact even where the reduced size is rounded up
+        x, y = scale * self._decoded_size[0] / self.width, scale * self._decoded_size[1] / self.height
+        return left * x, top * y, right * x, bottom * y
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    """Pillow RGB image -> UInt8[3,h,w] with channels last in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -171,14 +215,39 @@ def _to_rgb(image: Image.Image, white_is_zero: bool = False) -> Image.Image:
     return image.convert("RGB")
 
 
-class Crop:
+class Cut(NamedTuple):
+    """The pixels of a crop, and whether they are still to be mirrored, which the device does."""
+
+    pixels: Tensor  # UInt8[3,h,w], channels last in memory
+    mirrored: bool
+
+
+class LazyTransform:
+    """A transform that a `Stream` calls with an image of which only the header is decoded."""
+
+    def seed(self, seed: int) -> None:
+        """Seed what `sample` draws from, which the stream does for each image: Python's `random`."""
+        random.seed(seed)
+
+    def sample(self, image: LazyImage) -> Any:
+        """Return the sample of an image, of which the stream's `collate` makes batches."""
+        raise NotImplementedError
+
+
+class Crop(LazyTransform):
     """A crop, a resize and possibly a horizontal flip: a Pillow image or a `LazyImage` -> Float[3,h,w] in [0,1].
 
-    A `Stream` calls `pixels` instead: an image is decoded no further than its crop needs, and workers send bytes.
+    A `Stream` calls `sample` instead: an image is decoded no further than its crop needs, workers send bytes, and the
+    device mirrors them.
+
+    Args:
+        hw: height and width of the result.
+        interpolation: of the resize.
+        resize: what resizes; see `LazyImage.crop_pixels`.
     """
 
-    def __init__(self, hw: tuple[int, int], interpolation: Interpolation = "bicubic"):
-        self.hw, self.resample = hw, RESAMPLING[interpolation]
+    def __init__(self, hw: tuple[int, int], interpolation: Interpolation = "bicubic", resize: Resize = "pillow"):
+        self.hw, self.interpolation, self.resize = hw, interpolation, resize
 
     def box(self, width: int, height: int) -> Box:
         """Return the crop's (left, top, right, bottom) in an image of this size."""
@@ -188,16 +257,21 @@ class Crop:
         """Return whether to mirror the crop."""
         return False
 
-    def pixels(self, image: LazyImage) -> Tensor:
-        """Return the crop as UInt8[3,h,w]."""
+    def sample(self, image: LazyImage) -> Cut:
+        """Return the crop, not yet mirrored."""
         box = self.box(image.width, image.height)
-        crop = image.crop(box, self.hw[::-1], self.flip(), self.resample)
-        return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+        mirrored = self.flip()
+        return Cut(image.crop_pixels(box, self.hw[::-1], self.interpolation, self.resize), mirrored)
+
+    def pixels(self, image: LazyImage) -> Tensor:
+        """Return the crop as UInt8[3,h,w] with channels last in memory."""
+        pixels, mirrored = self.sample(image)
+        return pixels.flip(-1) if mirrored else pixels
 
     def __call__(self, image: Image.Image | LazyImage) -> Tensor:
         """Return the crop as Float[3,h,w] in [0,1]."""
         lazy = image if isinstance(image, LazyImage) else LazyImage(image)
-        return self.pixels(lazy).contiguous().float().div_(255)
+        return to_float(self.pixels(lazy)[None])[0]
 
 
 class RandomCrop(Crop):
@@ -214,8 +288,9 @@ class RandomCrop(Crop):
         ratio: tuple[float, float] = (0.75, 4 / 3),
         flip: bool = True,
         interpolation: Interpolation = "bicubic",
+        resize: Resize = "pillow",
     ):
-        super().__init__(hw, interpolation)
+        super().__init__(hw, interpolation, resize)
         self.scale, self.ratio, self.may_flip = scale, ratio, flip
 
     def box(self, width: int, height: int) -> Box:
@@ -255,7 +330,8 @@ def _center_box(width: int, height: int, aspect: float, fraction: float = 1.0) -
 
 def pretrain_transform(config: DataConfig, interpolation: Interpolation = "bicubic") -> RandomCrop:
     """Return the random crop and flip of pretraining (App. D: area 0.2-1, bicubic) -> Float[3,h,w] in [0,1]."""
-    return RandomCrop(config.hw, config.scale, config.ratio, config.flip, interpolation)
+    resize = config.resize or DEFAULT_RESIZE
+    return RandomCrop(config.hw, config.scale, config.ratio, config.flip, interpolation, resize)
 
 
 def eval_transform(size: int | tuple[int, int], fraction: float = 1.0) -> CenterCrop:

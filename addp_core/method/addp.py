@@ -6,64 +6,22 @@ distribution of the unreliable ids.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from addp_core.method.diffusion import ProcessConfig, draw_masks, map_tokens, soft_cross_entropy, training_target
+from addp_core.method.config import ADDPConfig as ADDPConfig
+from addp_core.method.config import DenoiserConfig as DenoiserConfig
+from addp_core.method.config import check_ids_to as check_ids_to
+from addp_core.method.diffusion import draw_masks, map_tokens, soft_cross_entropy, training_target
 from addp_core.networks.cnn import CnnConfig, CnnGridEncoder
-from addp_core.networks.decoder import DecoderConfig, TokenDecoder
-from addp_core.networks.encoder import Encoder, EncoderConfig
-from addp_core.networks.layers import MaskPositions, check_heads, count_visible, gather_tokens, normal_parameter
-from addp_core.networks.predictor import PredictorConfig, TokenPredictor
-from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary, to_feature_map
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """Architecture of the part that ADDP trains; the defaults are those of ViT-B."""
-
-    encoder: EncoderConfig | CnnConfig = field(default_factory=lambda: EncoderConfig(dropout=0.1, tokenizer_norm=True))
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-    def __post_init__(self) -> None:
-        check_heads("decoder.heads", self.decoder.heads, self.encoder.width)
-
-
-@dataclass(frozen=True)
-class ADDPConfig:
-    """The whole model: image size in pixels (height, width), its parts, and the process."""
-
-    image_size: tuple[int, int] = (256, 256)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary(TokenizerConfig.codebook))
-    predictor: PredictorConfig | None = field(default_factory=PredictorConfig)  # None: a model for sampling only
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    process: ProcessConfig = field(default_factory=ProcessConfig)
-
-    def __post_init__(self) -> None:
-        check_ids_to(self.denoiser, self.process)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.tokenizer.grid(self.image_size)
-
-    @property
-    def tokens(self) -> int:
-        """N, the number of tokens per image."""
-        return self.grid[0] * self.grid[1]
-
-
-def check_ids_to(denoiser: DenoiserConfig, process: ProcessConfig) -> None:
-    """Raise ValueError if the process gives ids to an encoder that cannot take them."""
-    if process.ids_to == "encoder+decoder" and isinstance(denoiser.encoder, CnnConfig):
-        raise ValueError(
-            f"process.ids_to: found encoder+decoder, but {denoiser.encoder.arch} takes pixels alone; "
-            "expected decoder or none"
-        )
+from addp_core.networks.decoder import TokenDecoder
+from addp_core.networks.encoder import Encoder
+from addp_core.networks.layers import MaskPositions, count_visible, gather_tokens, normal_parameter
+from addp_core.networks.predictor import TokenPredictor
+from addp_core.networks.tokenizer import Tokenizer, to_feature_map
 
 
 @dataclass(frozen=True)

@@ -6,52 +6,14 @@ At step t a fraction of the token ids is unreliable; the fraction grows with t u
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval
 from torch import Tensor
 from torch.nn import functional as F
 
-TokenMapping = Literal["weighted", "argmax", "sample"]
-TargetKind = Literal["q(z|z_t)", "z_0", "both"]
-
-
-@dataclass(frozen=True)
-class ProcessConfig:
-    """The process and the training target; for ablations see Table 5 and App. B of the paper."""
-
-    condition: Annotated[
-        Literal["z_t+1", "z_t"],
-        "ids from which the noisy image is predicted: those still reliable one step later, or those at t",
-    ] = "z_t+1"
-    mapping: Annotated[TokenMapping, "f: from a distribution over codes to an embedding (Eq. 5)"] = "weighted"
-    ids_to: Annotated[
-        Literal["decoder", "encoder+decoder", "none"], "networks that see the reliable ids beside the image"
-    ] = "decoder"
-    target: Annotated[
-        TargetKind, "prediction target: the token predictor's distribution, the true ids, or the mean of both"
-    ] = "q(z|z_t)"
-    ratios: Annotated[
-        Literal["truncnorm", "fixed"],
-        "mask ratios: a truncated normal distribution over the cosine schedule, or always `ratio_mean`",
-    ] = "truncnorm"
-    ratio_mean: Annotated[
-        float, Interval(gt=0, le=1), "mode of the truncated normal distribution (0.5 for the paper's fixed ratio)"
-    ] = 0.55
-    ratio_std: Annotated[float, Interval(gt=0), "standard deviation before truncation"] = 0.25
-    ratio_min: Annotated[float, Interval(ge=0, lt=1), "smallest mask ratio (inclusive)"] = 0.5
-    ratio_max: Annotated[float, Interval(gt=0, le=1), "largest mask ratio (exclusive)"] = 1.0
-    timesteps: Annotated[int, Ge(1), "T: number of steps of the cosine schedule"] = 100
-    max_jump: Annotated[int, Ge(1), "the later step lies 1 to this many steps after t"] = 5
-    label_smoothing: Annotated[float, Interval(ge=0, lt=1), "label smoothing over the whole vocabulary"] = 0.1
-
-    def __post_init__(self) -> None:
-        if self.ratio_min >= self.ratio_max:
-            raise ValueError(f"ratio_min: found {self.ratio_min}, expected less than ratio_max = {self.ratio_max}")
-        if not len(mask_ratios(self)[0]):
-            raise ValueError(f"timesteps: {self.timesteps} leave no mask ratio in [{self.ratio_min}, {self.ratio_max})")
+from addp_core.method.config import ProcessConfig as ProcessConfig
+from addp_core.method.config import TargetKind as TargetKind
+from addp_core.method.config import TokenMapping as TokenMapping
 
 
 def mask_ratios(config: ProcessConfig) -> tuple[Tensor, Tensor]:

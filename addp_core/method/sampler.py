@@ -12,52 +12,19 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
 
 import torch
-from annotated_types import Ge, Interval
 from torch import Tensor
 from torch.nn import functional as F
 
 from addp_core.base.rng import generator
 from addp_core.method.addp import ADDP
+from addp_core.method.config import ORDERS as ORDERS
+from addp_core.method.config import Order as Order
+from addp_core.method.config import SampleConfig as SampleConfig
+from addp_core.method.config import Schedule as Schedule
 from addp_core.method.diffusion import SCHEDULES, map_tokens
 from addp_core.networks.layers import MaskPositions
-
-Schedule = Literal["cosine", "linear"]
-Order = Literal["confidence", "halton"]
-ORDERS: tuple[Order, ...] = get_args(Order)
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Sampling options; the defaults are the paper's (which takes 256 steps with the linear schedule)."""
-
-    steps: Annotated[int, Ge(1), "denoising steps"] = 20
-    schedule: Annotated[Schedule, "fraction of tokens still masked after each step"] = "cosine"
-    temperature: Annotated[
-        float, Ge(0), "temperature of the Gumbel noise on the confidence; it falls to 0 at the last step"
-    ] = 6.0
-    top_p: Annotated[
-        float, Interval(ge=0, le=1), "nucleus from which ids are drawn: 1 is all ids, 0 the most probable one"
-    ] = 1.0
-    top_k: Annotated[int, Ge(0), "draw ids from this many of the most probable ones; 0: from all"] = 0
-    order: Annotated[
-        Order,
-        "ids that a step keeps: the most confident, or those at well spread positions (which ignores temperature)",
-    ] = "confidence"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: found {self.steps}, expected a whole number >= 1")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: found {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
-        if self.temperature < 0 or not 0 <= self.top_p <= 1:
-            raise ValueError(f"temperature, top_p: found {self.temperature}, {self.top_p}; expected >= 0 and in [0, 1]")
-        if self.top_k < 0 or self.order not in ORDERS:
-            raise ValueError(
-                f"top_k, order: found {self.top_k}, {self.order!r}; expected >= 0 and one of {', '.join(ORDERS)}"
-            )
 
 
 @dataclass(frozen=True)

@@ -3,42 +3,15 @@
 References: ViTDet (arXiv 2203.16527) for windows and decomposed positions, BEiT (2106.08254) for the bias table.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge
 from timm.layers import RelPosBias, gen_relative_position_index
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """What each block attends to; the defaults are those of a plain ViT."""
-
-    window: Annotated[int, Ge(0), "side of the square attention windows, in patches; 0: global attention"] = 0
-    global_blocks: Annotated[
-        int, Ge(0), "number of evenly spaced blocks with global attention (the last block is one of them)"
-    ] = 4
-    relative: Annotated[
-        Literal["none", "decomposed", "table"],
-        "relative positions: none, one term per axis (ViTDet), or one bias per offset (BEiT)",
-    ] = "none"
-    class_token: Annotated[bool, "keep the class token in attention; must be false with windows"] = True
-
-    def __post_init__(self) -> None:
-        if self.window and self.class_token:
-            raise ValueError("class_token: found true, expected false where window > 0")
-
-    def windows(self, depth: int) -> list[int]:
-        """Return the window of each of `depth` blocks; 0 for the last block of each of `global_blocks` groups."""
-        global_indices = {round(depth * (i + 1) / self.global_blocks) - 1 for i in range(self.global_blocks)}
-        return [0 if i in global_indices else self.window for i in range(depth)]
-
-
-PLAIN_ATTENTION = AttentionConfig()
+from addp_core.networks.config import PLAIN_ATTENTION as PLAIN_ATTENTION
+from addp_core.networks.config import AttentionConfig as AttentionConfig
 
 
 class DecomposedRelativePositions(nn.Module):
@@ -55,12 +28,33 @@ class DecomposedRelativePositions(nn.Module):
 
     def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map the queries of a grid, Float[B,heads,L,d], to biases of the attention scores, Float[B,heads,L,L]."""
+        vertical, horizontal = (x[:, :, self.prefix_tokens :] for x in self.terms(q, grid))
+        bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).flatten(3)
+        return F.pad(bias, (self.prefix_tokens, 0, self.prefix_tokens, 0))
+
+    def terms(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Map the queries of a grid, Float[B,heads,L,d], to Float[B,heads,L,rows] and Float[B,heads,L,columns].
+
+        The bias of a query and a key is the sum of the entries for the key's row and column.
+        """
         rows, columns = grid
         patches = q[:, :, self.prefix_tokens :].unflatten(2, grid)
         vertical = torch.einsum("bnhwd,hkd->bnhwk", patches, _embeddings_by_pair(self.rel_pos_h, rows))
         horizontal = torch.einsum("bnhwd,wkd->bnhwk", patches, _embeddings_by_pair(self.rel_pos_w, columns))
-        bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).flatten(4).flatten(2, 3)
-        return F.pad(bias, (self.prefix_tokens, 0, self.prefix_tokens, 0))
+        prefix = (0, 0, self.prefix_tokens, 0)
+        return F.pad(vertical.flatten(2, 3), prefix), F.pad(horizontal.flatten(2, 3), prefix)
+
+    def product(self, q: Tensor, k: Tensor, scale: float, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return wider queries and keys, Float[B,heads,L,d+rows+columns], whose products are the scores with biases.
+
+        They are [scale q, terms] and [k, one for the key's row, one for its column], so that an attention kernel
+        without a bias serves. q, k: Float[B,heads,L,d].
+        """
+        rows, columns = (torch.eye(size, dtype=k.dtype, device=k.device) for size in grid)
+        places = torch.cat([rows.repeat_interleave(grid[1], 0), columns.repeat(grid[0], 1)], 1)
+        places = F.pad(places, (0, 0, self.prefix_tokens, 0)).expand(*k.shape[:2], -1, -1)
+        terms = (term.to(q.dtype) for term in self.terms(q, grid))
+        return torch.cat([q * scale, *terms], -1), torch.cat([k, places], -1)
 
 
 def _embeddings_by_pair(table: Tensor, size: int) -> Tensor:

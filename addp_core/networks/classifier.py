@@ -4,7 +4,7 @@ In timm, `cls/registry.py` builds the same model from timm's own ViT.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,16 +13,15 @@ from torch.nn.functional import layer_norm
 
 from addp_core.base.errors import UserError
 from addp_core.networks.cnn import CnnEncoder
+from addp_core.networks.config import FeatureNorm as FeatureNorm
+from addp_core.networks.config import HeadNorm as HeadNorm
+from addp_core.networks.config import Pooling as Pooling
 from addp_core.networks.encoder import FeatureEncoder
 from addp_core.networks.layers import LayerNorm
 from addp_core.networks.token_encoder import RGB, TokenEncoder
 
 NORM_EPS = 1e-6  # of the norms before the head
 HEAD_STD = 2e-5  # standard deviation of a new head's weights, as in the published fine-tuning
-
-Pooling = Literal["avg", "token"]  # the mean of the patch tokens, or the class token
-FeatureNorm = Literal["none", "layer", "pretrained"]
-HeadNorm = Literal["layer", "batch", "none"]
 
 
 class Classifier(nn.Module):

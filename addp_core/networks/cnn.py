@@ -8,50 +8,24 @@ stride and cost. A learned upsampling would have to be thrown away with what it 
 channels to the decoder's width, and the final norm follows, as after the ViT.
 """
 
-import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import timm
-import torch
-from annotated_types import Ge, Interval
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from addp_core.base.errors import did_you_mean
+from addp_core.networks.config import OUTPUT_STRIDES as OUTPUT_STRIDES
+from addp_core.networks.config import STAGES as STAGES
+from addp_core.networks.config import CnnConfig as CnnConfig
+from addp_core.networks.config import cnn_stages as cnn_stages
 from addp_core.networks.encoder import FeatureEncoder, describe_state, padded_grid
 from addp_core.networks.layers import LayerNorm, gather_tokens, init_transformer
 
-STAGES = 4  # feature maps that detectors and segmentors read
 START = re.compile(r"(?<![^|])\^")  # of the alternatives of a pattern
-OUTPUT_STRIDES = (8, 16, 32)  # those that timm can dilate a CNN to
-
-
-@dataclass(frozen=True)
-class CnnConfig:
-    """Architecture of a CNN of timm with the width that pretraining's decoder has over it."""
-
-    arch: Annotated[str, "in place of the ViT: a CNN of timm, such as resnet50 or convnext_tiny"]
-    width: Annotated[int, Ge(1), "features per token in the decoder"] = 768
-    drop_path: Annotated[
-        float, Interval(ge=0, lt=1), "stochastic depth of the last block; it grows linearly from 0"
-    ] = 0.0
-
-    def __post_init__(self) -> None:
-        cnn_stages(self.arch)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of the four stages' maps."""
-        return tuple(channels for _, channels in cnn_stages(self.arch))
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides of the four stages' maps in pixels."""
-        return tuple(stride for stride, _ in cnn_stages(self.arch))
 
 
 @dataclass(frozen=True)
@@ -74,28 +48,6 @@ class CnnArchitecture:
     def build(self, image_size: tuple[int, int] | None = None, dynamic: bool = True) -> "CnnEncoder":
         """Build the encoder, with random weights, for images of this size (default: its own); it takes any."""
         return CnnEncoder(self.encoder, image_size or self.image_size)
-
-
-@functools.cache
-def cnn_stages(arch: str) -> tuple[tuple[int, int], ...]:
-    """Return stride and channels of the last four maps of a CNN of timm.
-
-    Raises ValueError if timm has no such model, or the model is no CNN whose stages can be dilated.
-    """
-    if not timm.is_model(arch):
-        hint = did_you_mean(arch, timm.list_models())
-        raise ValueError(f"arch: found {arch!r}, expected a CNN of timm, such as resnet50{hint}")
-    try:
-        with torch.device("meta"):
-            body: Any = timm.create_model(arch, num_classes=0, output_stride=OUTPUT_STRIDES[-1])
-        body.forward_intermediates  # noqa: B018 (which timm cannot read stage by stage lacks it)
-        stages = [(info["reduction"], info["num_chs"]) for info in body.feature_info][-STAGES:]
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"arch: found {arch!r}, which is no CNN of timm that can be dilated; expected one such as resnet50, "
-            "convnext_tiny, regnety_032 or efficientnet_b0"
-        ) from error
-    return tuple(stages)
 
 
 class CnnEncoder(FeatureEncoder):

@@ -1,12 +1,9 @@
 """The token decoder: from the encoder's features and the reliable ids to logits at every position (Sec. 3.3)."""
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import torch
-from annotated_types import Ge, Interval
 from torch import Tensor, nn
 
+from addp_core.networks.config import DecoderConfig as DecoderConfig
 from addp_core.networks.layers import (
     INIT_STD,
     LayerNorm,
@@ -18,15 +15,6 @@ from addp_core.networks.layers import (
     transformer_blocks,
 )
 from addp_core.networks.tokenizer import Vocabulary
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Architecture of the token decoder; its width is the encoder's."""
-
-    depth: Annotated[int, Ge(1), "number of blocks"] = 8
-    heads: Annotated[int, Ge(1), "attention heads"] = 16
-    dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in attention and MLP"] = 0.1
 
 
 class TokenDecoder(nn.Module):

@@ -11,19 +11,21 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import torch
-from annotated_types import Ge, Interval
 from timm.layers import PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
+from addp_core.networks.config import SIZES_HELP as SIZES_HELP
+from addp_core.networks.config import VIT_SIZES as VIT_SIZES
+from addp_core.networks.config import EncoderConfig as EncoderConfig
+from addp_core.networks.config import ViTSize as ViTSize
 from addp_core.networks.layers import (
     Dropout,
     LayerNorm,
-    check_heads,
     gather_tokens,
     init_transformer,
     normal_parameter,
@@ -32,30 +34,6 @@ from addp_core.networks.layers import (
 from addp_core.networks.tokenizer import to_feature_map
 
 METADATA_KEY = "addp"  # under which files and state dicts store the kind and architecture of a model as JSON
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Architecture of the ViT; the defaults are those of ViT-B."""
-
-    width: Annotated[int, Ge(1), "features per token"] = 768
-    depth: Annotated[int, Ge(1), "number of blocks"] = 12
-    heads: Annotated[int, Ge(1), "attention heads"] = 12
-    dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in attention and MLP"] = 0.0
-    drop_path: Annotated[
-        float, Interval(ge=0, lt=1), "stochastic depth of the last block; it grows linearly from 0"
-    ] = 0.0
-    tokenizer_norm: Annotated[
-        bool, "LayerNorm on the embedded patches: on in pretraining, off by default in transfer"
-    ] = False
-    input_dropout: Annotated[float, Interval(ge=0, lt=1), "dropout after `tokenizer_norm`, if that is on"] = 0.1
-    layer_scale: Annotated[bool, "learned scales on the branches of each block (BEiT has them, ADDP does not)"] = False
-    pre_norm: Annotated[
-        bool, "`tokenizer_norm` belongs to the ViT itself (CLIP), so transfer keeps it (it drops ADDP's)"
-    ] = False
-
-    def __post_init__(self) -> None:
-        check_heads("heads", self.heads, self.width)
 
 
 @dataclass(frozen=True)
@@ -78,23 +56,6 @@ class EncoderArchitecture:
         Raises ValueError if the patch size does not divide the image size.
         """
         return Encoder(self.encoder, image_size or self.image_size, self.patch_size, self.attention, dynamic)
-
-
-class ViTSize(TypedDict):
-    """The keys of `EncoderConfig` in which the named sizes differ."""
-
-    width: int
-    depth: int
-    heads: int
-
-
-VIT_SIZES: dict[str, ViTSize] = {
-    "tiny": {"width": 192, "depth": 12, "heads": 3},
-    "small": {"width": 384, "depth": 12, "heads": 6},
-    "base": {"width": 768, "depth": 12, "heads": 12},
-    "large": {"width": 1024, "depth": 24, "heads": 16},
-}
-SIZES_HELP = ", ".join(f"{name} ({size['width']} wide)" for name, size in VIT_SIZES.items())
 
 
 class FeatureEncoder(nn.Module):

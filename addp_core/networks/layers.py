@@ -25,16 +25,13 @@ from addp_core.networks.attention import (
     from_windows,
     to_windows,
 )
+from addp_core.networks.chunked_attention import chunked_attention
+from addp_core.networks.config import check_heads as check_heads
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 MIN_DYNAMIC_SIZE = 2  # of a dimension whose size may vary within a graph of torch.compile
+FLASH_WIDTH = 256  # the widest queries and keys that torch's flash attention takes
 INIT_STD = 0.02  # of position embeddings, mask token, class token and token embeddings
-
-
-def check_heads(key: str, heads: int, width: int) -> None:
-    """Raise ValueError, naming `key`, if the number of attention heads does not divide the width."""
-    if width % heads:
-        raise ValueError(f"{key}: found {heads}, expected a divisor of the width {width}")
 
 
 def transformer_blocks(
@@ -107,16 +104,9 @@ class Block(vision_transformer.Block):
             queries: Long[B,Q], the positions to compute. A last block need not compute what nothing reads.
             grid: rows and columns of the patches, for windows and relative positions.
         """
-        h = self.norm1(x)
+        h = self.attn(self.norm1(x), attn_mask, queries, self.relative, grid, self.window)
         if queries is not None:
             x = gather_tokens(x, queries)
-        if self.window:
-            assert grid is not None, "windows need the grid"
-            h = to_windows(h, grid, self.window)
-            h = self.attn(h, relative=self.relative, grid=(self.window, self.window))
-            h = from_windows(h, grid, self.window)
-        else:
-            h = self.attn(h, attn_mask, queries, self.relative, grid)
         x = x + self.drop_path1(self.ls1(h))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -137,6 +127,7 @@ class SelfAttention(nn.Module):
         queries: Tensor | None = None,
         relative: nn.Module | None = None,
         grid: tuple[int, int] | None = None,
+        window: int = 0,
     ) -> Tensor:
         """Map Float[B,L,W] to Float[B,L,W], or to Float[B,Q,W] for the positions `queries` only.
 
@@ -144,11 +135,16 @@ class SelfAttention(nn.Module):
             h: normalized tokens.
             attn_mask: Bool, broadcast to [B,heads,L,L]; True where a key may be attended to.
             queries: Long[B,Q], the positions to compute.
-            relative: maps queries Float[B,heads,L,D] and `grid` to a bias, which takes the place of `attn_mask`.
+            relative: relative positions, whose bias takes the place of `attn_mask`.
             grid: rows and columns of the patches.
+            window: attend within windows of this side in patches; 0: globally. Then only `h`, `relative` and `grid`
+                may be given.
         """
-        width, mask = h.shape[-1], attn_mask
-        if queries is None:
+        width = h.shape[-1]
+        if window:
+            assert grid is not None, "windows need the grid"
+            q, k, v = self._windows_of_qkv(h, grid, window).chunk(3, -1)
+        elif queries is None:
             q, k, v = self.qkv(h).chunk(3, -1)
         else:
             (w_q, w_kv), (b_q, b_kv) = (p.split((width, 2 * width)) for p in (self.qkv.weight, self.qkv.bias))
@@ -156,16 +152,63 @@ class SelfAttention(nn.Module):
             k, v = F.linear(h, w_kv, b_kv).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         if relative is not None:
-            mask = relative(q, grid).to(q.dtype)
-        if h.device.type == "cpu" and self.attn_drop.is_active:
+            x = self._attend_with_positions(q, k, v, relative, (window, window) if window else grid)
+        else:
+            x = self._attend(q, k, v, attn_mask)
+        x = x.transpose(1, 2).flatten(2)
+        if window and grid is not None:
+            x = from_windows(x, grid, window)
+        return self.proj_drop(self.proj(x))
+
+    def _windows_of_qkv(self, h: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+        """Map Float[B,h*w,W] to queries, keys and values in windows, Float[B*n,window*window,3W].
+
+        Beyond the edge of the grid, tokens are zero, so that their queries, keys and values are the layer's bias, and
+        the layer need not be computed there.
+        """
+        qkv = to_windows(self.qkv(h), grid, window)
+        if not (grid[0] % window or grid[1] % window):
+            return qkv
+        inside = to_windows(h.new_ones(1, grid[0] * grid[1], 1), grid, window)
+        outside = (1 - inside).to(qkv.dtype).unsqueeze(0)
+        return (qkv.unflatten(0, (-1, len(inside))) + outside * self.qkv.bias.to(qkv.dtype)).flatten(0, 1)
+
+    def _attend_with_positions(
+        self, q: Tensor, k: Tensor, v: Tensor, relative: nn.Module, grid: tuple[int, int] | None
+    ) -> Tensor:
+        """Attend with relative positions: all are Float[B,heads,L,D].
+
+        What is fastest was measured on a CPU (docs/speed.md). On a GPU, half precision goes through a product of wider
+        queries and keys: torch's flash attention takes no bias, and the bias would need as much memory as the scores.
+        """
+        is_half = q.dtype in (torch.bfloat16, torch.float16)
+        is_decomposed = isinstance(relative, DecomposedRelativePositions)
+        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        if self.attn_drop.is_active or (q.device.type == "cpu" and not is_eager):
+            return self._attend(q, k, v, relative(q, grid).to(q.dtype))
+        if q.device.type == "cpu":
+            if not is_decomposed:
+                return chunked_attention(q * self.scale, k, v, relative(q, grid))
+            # In half precision, adding short rows is slower than a wider product.
+            if relative.prefix_tokens or (is_half and sum(grid) < q.shape[-1]):
+                return chunked_attention(*relative.product(q, k, self.scale, grid), v)
+            terms = (term.to(q.dtype) for term in relative.terms(q, grid))
+            return chunked_attention(q * self.scale, k, v, None, *terms)
+        if is_decomposed and is_half and q.shape[-1] + sum(grid) <= FLASH_WIDTH:
+            wide_q, wide_k = relative.product(q, k, self.scale, grid)
+            wide_v = F.pad(v, (0, wide_q.shape[-1] - v.shape[-1]))  # flash attention wants one width
+            return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., : v.shape[-1]]
+        return self._attend(q, k, v, relative(q, grid).to(q.dtype))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with a mask (Bool) or bias (Float), broadcast to [B,heads,Q,L]: all are Float[B,heads,L,D]."""
+        if q.device.type == "cpu" and self.attn_drop.is_active:
             # On the CPU torch has no fused attention with dropout, and its dropout is slow.
             scores = (q * self.scale) @ k.transpose(-2, -1)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-            x = self.attn_drop(scores.softmax(-1)) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, mask, self.attn_drop.p if self.attn_drop.is_active else 0.0)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+            return self.attn_drop(scores.softmax(-1)) @ v
+        return F.scaled_dot_product_attention(q, k, v, mask, self.attn_drop.p if self.attn_drop.is_active else 0.0)
 
 
 class Dropout(nn.Dropout):

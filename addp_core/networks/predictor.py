@@ -3,21 +3,17 @@
 It is frozen while ADDP trains (Sec. 3.2); `addp predictor` trains it. Reference: MAGE (arXiv 2211.09117).
 """
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import torch
-from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addp_core.networks.config import PredictorConfig as PredictorConfig
 from addp_core.networks.layers import (
     INIT_STD,
     Dropout,
     LayerNorm,
     MaskPositions,
     TokenHead,
-    check_heads,
     gather_tokens,
     init_transformer,
     normal_parameter,
@@ -25,22 +21,6 @@ from addp_core.networks.layers import (
     transformer_blocks,
 )
 from addp_core.networks.tokenizer import Vocabulary
-
-
-@dataclass(frozen=True)
-class PredictorConfig:
-    """Architecture of MAGE; the defaults are those of MAGE ViT-B."""
-
-    width: Annotated[int, Ge(1), "features per token"] = 768
-    depth: Annotated[int, Ge(1), "encoder blocks"] = 12
-    heads: Annotated[int, Ge(1), "attention heads of the encoder; width/64 in published checkpoints"] = 12
-    decoder_depth: Annotated[int, Ge(1), "decoder blocks"] = 8
-    decoder_heads: Annotated[int, Ge(1), "attention heads of the decoder"] = 16
-    dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in embeddings, attention and MLP"] = 0.1
-
-    def __post_init__(self) -> None:
-        check_heads("heads", self.heads, self.width)
-        check_heads("decoder_heads", self.decoder_heads, self.width)
 
 
 class TokenPredictor(nn.Module):

@@ -8,89 +8,17 @@ checkpoints.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addp_core.networks.config import TokenizerConfig as TokenizerConfig
+from addp_core.networks.config import Vocabulary as Vocabulary
 from addp_core.networks.kernels import Conv3x3, avg_pool_2x2, norm_swish
 
 NORM_EPS = 1e-6  # of every GroupNorm
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """Architecture of the VQGAN; the defaults are the published one (54.5 M parameters)."""
-
-    width: Annotated[int, Ge(1), "channels at full resolution, a multiple of groups"] = 128
-    multipliers: Annotated[
-        tuple[int, ...], "width multiplier of each level; every level except the last halves the resolution"
-    ] = (1, 1, 2, 2, 4)
-    blocks: Annotated[int, Ge(1), "residual blocks per level"] = 2
-    codebook: Annotated[int, Ge(2), "number of codes"] = 1024
-    dim: Annotated[int, Ge(1), "features per code"] = 256
-    # With one channel per group, the decoder can hardly tell dark from bright images; published models have four.
-    groups: Annotated[int, Ge(1), "groups of every GroupNorm; width / 4 works well for narrow models"] = 32
-
-    def __post_init__(self) -> None:
-        if self.width % self.groups:
-            raise ValueError(f"width: found {self.width}, expected a multiple of groups = {self.groups}")
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))  # from any kind of sequence
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers: found {self.multipliers}, expected one whole number >= 1 for each level")
-
-    @property
-    def stride(self) -> int:
-        """Pixels per token, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
-
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of tokens of an image (height, width).
-
-        Raises ValueError if the stride does not divide the image size.
-        """
-        height, width = image_size
-        if height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image size {height} x {width}: expected multiples of the tokenizer's stride {self.stride}"
-            )
-        return height // self.stride, width // self.stride
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids of the transformers: the codebook's, unused slots (MaskGIT's 1000 classes), and last the mask id."""
-
-    codebook: int
-    unused: int = 1000
-    class_slot: int = 76  # the unused slot that stands first in the sequence: id 1100 in published checkpoints
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.class_slot < self.unused:
-            raise ValueError(f"class_slot: found {self.class_slot}, expected one of the {self.unused} unused slots")
-
-    @classmethod
-    def with_slots(cls, codebook: int, unused: int) -> "Vocabulary":
-        """Return a vocabulary with `unused` slots and the published class slot, or the last slot if there are fewer."""
-        return cls(codebook, unused, min(cls.class_slot, unused - 1))
-
-    @property
-    def size(self) -> int:
-        """V, the number of ids."""
-        return self.codebook + self.unused + 1
-
-    @property
-    def class_id(self) -> int:
-        """The id of the class slot."""
-        return self.codebook + self.class_slot
-
-    @property
-    def mask_id(self) -> int:
-        """The id of masked tokens."""
-        return self.size - 1
 
 
 class Tokenizer(nn.Module):
@@ -283,9 +211,16 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float[B,C,h,w] -> Float[B,C,2h,2w]."""
+        h, w = x.shape[-2:]
+        if self.conv.uses_winograd(x, 2 * h, 2 * w, self._enlarged, self._folded):
+            return self._enlarged(x)
+        return self._folded(x)
+
+    def _enlarged(self, x: Tensor) -> Tensor:
+        return self.conv.winograd_convolution(F.interpolate(x.float(), scale_factor=2.0, mode="nearest"))
+
+    def _folded(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        if self.conv.uses_winograd(x, 2 * h, 2 * w):
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         kernels = torch.einsum("pyi,qxj,ocij->pqocyx", self.fold, self.fold, self.conv.weight)
         padded = F.pad(x, (1, 1, 1, 1))
         phases = [

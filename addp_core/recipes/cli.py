@@ -20,7 +20,7 @@ from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.launch import rank, run_alone
 from addp_core.recipes.config import load_recipe, show_recipe
 from addp_core.recipes.help import group_help, overview, verb_help
-from addp_core.recipes.verbs import ONE_PROCESS, VERBS, verb_groups
+from addp_core.recipes.verbs import ONE_PROCESS, VERBS, recipe_module, verb_groups
 
 HELP = ("-h", "--help")
 PRINT_CONFIG = "--print-config"
@@ -86,7 +86,7 @@ def run(argv: list[str]) -> int:
     elif not wants_help and PRINT_CONFIG not in arguments:
         job.join()
     with _naming_missing_packages(verb):
-        module = importlib.import_module(VERBS[verb][0])
+        module = recipe_module(verb)
         if wants_help:
             sys.stdout.write(verb_help(verb, module))
             return 0
@@ -94,7 +94,8 @@ def run(argv: list[str]) -> int:
         if PRINT_CONFIG in arguments:
             sys.stdout.write(show_recipe(module, recipe, settings))
             return 0
-        module.run(load_recipe(module, recipe, settings))
+        resolved = load_recipe(module, recipe, settings)
+        importlib.import_module(VERBS[verb][0]).run(resolved)
     return 0
 
 

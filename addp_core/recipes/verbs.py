@@ -1,8 +1,16 @@
 """The verbs of the command line.
 
 Each verb names the module whose `Recipe` it reads and whose `run(recipe)` it calls. A module is imported when its verb
-is used.
+runs. Help and the checks of a recipe need its dataclass alone, which lies in a module without torch if the verb's
+imports torch: that takes seconds.
 """
+
+import ast
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 VERBS = {  # verb: (module, one line of help)
     "tokenizer": ("pretrain.tokenizer", "stage 1: train a VQGAN tokenizer on your images"),
@@ -36,7 +44,81 @@ VERBS = {  # verb: (module, one line of help)
 }
 
 # Verbs that run as one process, whatever the environment says; `bench` and `sweep` start the processes of others.
-ONE_PROCESS = {"app", "det cost", "seg cost", "bench", "sweep", "report", "throughput", "data", "toy", "export", "doctor"}
+ONE_PROCESS = {
+    "app",
+    "det cost",
+    "seg cost",
+    "bench",
+    "sweep",
+    "report",
+    "throughput",
+    "data",
+    "toy",
+    "export",
+    "doctor",
+}
+
+RECIPES = {  # verb: the dataclass of its recipe, if its module imports torch
+    "tokenizer": "pretrain.recipe:TokenizerRecipe",
+    "predictor": "pretrain.recipe:PredictorRecipe",
+    "pretrain": "pretrain.recipe:PretrainRecipe",
+    "generate": "gen.recipe:GenerateRecipe",
+    "inpaint": "gen.recipe:InpaintRecipe",
+    "figures": "gen.recipe:FiguresRecipe",
+    "app": "gen.recipe:AppRecipe",
+    "evaluate": "gen.recipe:EvaluateRecipe",
+    "finetune": "cls.recipe:FinetuneRecipe",
+    "linprobe": "cls.probing.recipe:Recipe",
+    "robustness": "cls.variants.recipe:Recipe",
+    "det train": "det.recipe:TrainRecipe",
+    "det eval": "det.recipe:EvalRecipe",
+    "det predict": "det.recipe:PredictRecipe",
+    "det cost": "det.recipe:CostRecipe",
+    "seg train": "seg.recipe:TrainRecipe",
+    "seg test": "seg.recipe:TestRecipe",
+    "seg predict": "seg.recipe:PredictRecipe",
+    "seg probe": "seg.probing.recipe:Recipe",
+    "seg cost": "seg.recipe:CostRecipe",
+    "bench": "tools.bench.plan:Recipe",
+    "throughput": "tools.speed.recipe:Recipe",
+    "toy": "tools.toy.recipe:Recipe",
+    "export": "tools.export.recipe:Recipe",
+}
+
+_reading_recipe = False
+
+
+def recipe_module(verb: str) -> ModuleType:
+    """Return the verb's module or, if that would import torch, a stand-in with its docstring and its `Recipe` alone."""
+    name = VERBS[verb][0]
+    if verb not in RECIPES or name in sys.modules:
+        return importlib.import_module(name)
+    module_name, _, class_name = RECIPES[verb].partition(":")
+    with _recipes_only():
+        recipe = getattr(importlib.import_module(module_name), class_name)
+        spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as file:
+        module = ModuleType(name, ast.get_docstring(ast.parse(file.read())))
+    module.__file__ = spec.origin
+    module.Recipe = recipe  # type: ignore[attr-defined]
+    return module
+
+
+@contextlib.contextmanager
+def _recipes_only() -> Iterator[None]:
+    global _reading_recipe
+    before, _reading_recipe = _reading_recipe, "timm" not in sys.modules
+    try:
+        yield
+    finally:
+        _reading_recipe = before
+
+
+def reading_recipe() -> bool:
+    """Check whether a package is being imported for the keys of its verbs alone, by a process without timm."""
+    return _reading_recipe
 
 
 def verb_groups() -> dict[str, list[str]]:

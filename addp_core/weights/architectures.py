@@ -5,7 +5,7 @@ The names of the fields are keys in files: they stay as they are.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from timm.data import (
@@ -19,6 +19,7 @@ from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.classifier import FeatureNorm, HeadNorm, Pooling
 from addp_core.networks.cnn import CnnArchitecture, CnnConfig
+from addp_core.networks.config import Normalisation as Normalisation
 from addp_core.networks.encoder import EncoderArchitecture as EncoderArchitecture
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.token_encoder import TokenEncoderArchitecture as TokenEncoderArchitecture
@@ -26,7 +27,6 @@ from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.files import first_line
 from addp_core.weights.stated import STATED_KIND, Stated
 
-Normalisation = Literal["imagenet", "half"]
 NORMALISATION: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     # values of the key `normalisation`: mean and std of images in [0,1]
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),

@@ -14,6 +14,8 @@ from addp_core.base.paths import RECIPE_FILE
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.cnn import CnnArchitecture, CnnConfig, CnnEncoder
+from addp_core.networks.config import Input as Input
+from addp_core.networks.config import InputChoice as InputChoice
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.token_encoder import TokenEncoder
@@ -38,8 +40,6 @@ from addp_core.weights.reading import Weights, as_user_error, describe_kind, rea
 DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
 DEFAULT_CNN_SIZE = 224  # pixels, of a CNN that is built by its name
 
-Input = Literal["pixels", "token"]
-InputChoice = Literal["auto"] | Input
 INPUTS: dict[Input, str] = {"pixels": "pixels", "token": "token ids"}
 EXPECTED_INPUT = {
     "pixels": "an encoder of pixels (ADDP, MAE, BEiT, ViT)",

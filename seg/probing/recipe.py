@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 
-from addp_core.base.paths import CachePath
-from addp_core.networks.classifier import FeatureNorm
-from addp_core.weights.pretrained import EncoderKeys
-from seg.scenes import SceneFiles
+from addp_core.networks.config import FeatureNorm
+from addp_core.training.precision import PrecisionChoice
+from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
+from addp_core.weights.config import EncoderKeys
+from seg.recipe import SceneFiles
 
 
 @dataclass
@@ -35,8 +36,8 @@ class ProbeTraining:
     )
     epochs: Annotated[int, Ge(1), "passes over the patches, with a cosine learning rate schedule"] = 10
     batch: Annotated[int, Ge(1), "patches of one step"] = 4096
-    momentum: Annotated[float, Interval(ge=0, lt=1), "momentum of SGD"] = 0.9
-    weight_decay: Annotated[float, Ge(0), "weight decay of the heads' weights"] = 0.0
+    momentum: HeadMomentum = 0.9
+    weight_decay: HeadDecay = 0.0
     held_out: Annotated[
         float,
         Ge(0),
@@ -45,7 +46,7 @@ class ProbeTraining:
         "the validation images, which biases the result upwards",
     ] = 0.1
     seed: Annotated[int, Ge(0), "of the held-out images and of the order of the patches"] = 0
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "of the encoder's matrix products"] = "fp32"
+    precision: PrecisionChoice = "auto"
 
 
 @dataclass(kw_only=True)
@@ -61,12 +62,7 @@ class Recipe(EncoderKeys):
         tuple[int, ...],
         "blocks whose patch tokens are probed, counted from 1, or from the end as -1, -2, ...; empty: as `spaced` says",
     ] = ()
-    spaced: Annotated[
-        int | None,
-        Ge(1),
-        "if `blocks` is empty: probe this many blocks, evenly spaced up to the last one, or all of a shallower encoder "
-        "(default: all blocks)",
-    ] = None
+    spaced: SpacedBlocks = None
     norm: Annotated[
         FeatureNorm,
         "norm of each token before the batch norm; layer: a LayerNorm without parameters; pretrained: the encoder's "
@@ -77,10 +73,8 @@ class Recipe(EncoderKeys):
         int | None, Ge(1), "patches among which neighbors are searched, drawn from the training patches; null: all"
     ] = 1_000_000
     train: ProbeTraining = field(default_factory=ProbeTraining)
-    cache: Annotated[
-        CachePath, "folder for the features, which several runs may share (default: the folder `features` in `out`)"
-    ] = ""
-    store: Annotated[Literal["float16", "float32"], "type that the features are stored in"] = "float16"
+    cache: FeatureFolder = ""
+    store: FeatureType = "float16"
     shard: Annotated[int, Ge(1), "images in one file of features"] = 256
     eval_batch: Annotated[int, Ge(1), "images at a time when features are computed"] = 32
     maps: Annotated[bool, "also write each probe's class maps of the validation split to <out>/maps"] = False

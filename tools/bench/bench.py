@@ -33,7 +33,8 @@ from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.comparison import compare_with_paper
 from tools.bench.devices import DeviceShares
 from tools.bench.estimate import check_given_speeds, print_estimate
-from tools.bench.plan import Plan, recipe_class
+from tools.bench.plan import Plan
+from tools.bench.plan import Recipe as Recipe
 from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.report import write_report
 from tools.bench.results import BENCH, BenchResults, bench_content, mean_and_sd, summary_table, write_record
@@ -44,8 +45,6 @@ from tools.children import Children, Stopped, last_lines
 log = logging.getLogger("addp")
 
 ERROR_LENGTH = 1000  # characters of a failed step's last line
-
-Recipe = recipe_class(BENCHMARKS.values())
 
 
 def run(recipe: BenchRecipe) -> None:

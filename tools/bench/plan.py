@@ -42,6 +42,9 @@ def datasets_of(benchmarks: Iterable[Benchmark]) -> list[Dataset]:
     return list(dict.fromkeys(dataset for benchmark in benchmarks for dataset in benchmark.datasets))
 
 
+Recipe = recipe_class(BENCHMARKS.values())
+
+
 class Plan:
     """The steps of a recipe, after all of its inputs have been checked.
 

@@ -28,12 +28,9 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
+from tools.speed.recipe import IMAGE_SIZE as IMAGE_SIZE
+from tools.speed.recipe import MODELS as MODELS
 
-MODELS = {  # size: (name of the authors' ADDP, name of their token predictor)
-    "base": ("addp_vit_base_patch16", "mage_vit_base_patch16"),
-    "large": ("addp_vit_large_patch16", "mage_vit_large_patch16"),
-}
-IMAGE_SIZE = 256  # the only one that the authors' code supports
 OPTIONS = {  # of the authors' pretraining and generation scripts, as the published commands set them
     "drop_out_rate": 0.1,
     "decoder_depth": 8,

@@ -1,5 +1,6 @@
 """`addp throughput`: images per second of a training step and of sampling, where the time goes, and how much of the
-machine's peak this is. With `published=<clone of the authors' repository>`, their loops are timed in turns with ours.
+machine's peak this is. With `published=<clone of the authors' repository>`, their loops are timed in turns with ours;
+with `data=<images>`, so is loading, in turns with timm's and torchvision's pipelines.
 
 MFU, the model FLOP utilization, is the model's FLOP per second (tools/speed/flops.py) divided by those of the fastest
 matrix product, measured in the same run and precision. It can exceed 1, since Winograd convolutions need fewer FLOP.
@@ -14,13 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge, Interval, MultipleOf
 from torch import nn
 
 from addp_core.base.cpu import cpu_name
@@ -31,15 +30,19 @@ from addp_core.base.tables import text_table
 from addp_core.method.addp import ADDP, ADDPConfig, DenoiserConfig
 from addp_core.method.sampler import sample
 from addp_core.networks.decoder import DecoderConfig
-from addp_core.networks.encoder import SIZES_HELP, VIT_SIZES, EncoderConfig
+from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.training.compute import DTYPES, accelerate_model, autocast
 from addp_core.training.optimization import make_optimizer
+from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.stage import TrainConfig
 from addp_core.training.timing import PartTimer, matmul_peak, peak_memory, reset_peak_memory
 from addp_core.weights.loading import load_addp
 from tools.speed import published
 from tools.speed.flops import fixed_masks, sampling_flop, training_flop
+from tools.speed.loading import loading_table, measure_loading
+from tools.speed.recipe import Recipe as Recipe
+from tools.speed.spread import spread
 
 log = logging.getLogger("addp")
 
@@ -48,43 +51,25 @@ TimedStep = Callable[[], dict[str, float]]  # returns the seconds of each part, 
 PARTS = ("vq_encode", "predictor", "vq_decode", "encoder", "decoder", "denoiser", "backward", "optimizer", "other")
 
 
-@dataclass
-class Recipe:
-    """Keys of `addp throughput`."""
-
-    model: Annotated[str, f"{SIZES_HELP}, with random weights, or a run or file of `addp pretrain`"] = "base"
-    batch: Annotated[int, Ge(1), "images per step"] = 4
-    size: Annotated[int | None, Ge(16), MultipleOf(16), "side of the images in pixels; null: the file's, or 256"] = None
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], "of matrix products, through autocast"] = "fp32"
-    device: Annotated[str, "cpu, cuda or cuda:<n>; empty: a GPU if there is one"] = ""
-    train: Annotated[bool, "time training steps"] = True
-    sample: Annotated[bool, "time sampling"] = True
-    mask_ratio: Annotated[float, Interval(gt=0, lt=1), "share of unreliable tokens in training steps"] = 0.75
-    steps: Annotated[int, Ge(1), "sampling steps, with the cosine schedule"] = 20
-    repeats: Annotated[int, Ge(1), "timed repeats; the median is reported"] = 5
-    warmup: Annotated[int, Ge(0), "repeats that are run before and not timed"] = 1
-    accelerate: Annotated[bool, "use the fast paths of addp_core/training/compute.py; false shows what they gain"] = (
-        True
-    )
-    compile: Annotated[bool, "compile the networks with torch.compile"] = False
-    channels_last: Annotated[bool, "channels_last memory format of convolutions"] = False
-    published: Annotated[str, "a clone of the authors' repository, timed in turns (base and large at 256 px)"] = ""
-    json: Annotated[str, "file for all metrics"] = ""
-
-    def __post_init__(self):
-        if not (self.train or self.sample):
-            raise ValueError("train: found false, and sample is false too; expected at least one to be true")
-        if self.published and self.model not in published.MODELS:
-            sizes = " or ".join(published.MODELS)
-            raise ValueError(f"published: found model={self.model}; expected {sizes}, which the authors' code has")
-        if self.published and self.size not in (None, published.IMAGE_SIZE):
-            raise ValueError(f"published: found size={self.size}; expected {published.IMAGE_SIZE}, all it supports")
-
-
 def run(recipe: Recipe) -> None:
-    """Measure, write the JSON file and print the table."""
+    """Measure, write the JSON file and print the tables."""
+    report: dict[str, Any] = {"settings": dataclasses.asdict(recipe) | machine()}
+    if recipe.train or recipe.sample:
+        report = measure_model(recipe)
+    if recipe.data:
+        size = report["settings"]["size"] or ADDPConfig.image_size
+        hw = (size, size) if isinstance(size, int) else size
+        report["loading"] = measure_loading(recipe.data, hw, recipe.repeats, recipe.warmup)
+    if recipe.json:
+        write_json(Path(recipe.json), report)
+    sys.stdout.write(as_text(report))
+
+
+def measure_model(recipe: Recipe) -> dict[str, Any]:
+    """Return the metrics of training steps and of sampling."""
     device = pick_device(recipe)
     model = build(recipe)
+    recipe = dataclasses.replace(recipe, precision=resolve_precision(recipe.precision, device, matrix_width(model)))
     flop = {"train": training_flop(model, recipe.mask_ratio)} if recipe.train else {}
     if recipe.sample:
         flop["sample"] = sampling_flop(model, recipe.steps)
@@ -93,13 +78,10 @@ def run(recipe: Recipe) -> None:
     if recipe.published:
         theirs = published.PublishedCode(recipe.published, recipe.model, recipe.batch, device, recipe.precision)
     try:
-        report = measure(ours, theirs, recipe, flop)
+        return measure(ours, theirs, recipe, flop)
     finally:
         if theirs:
             theirs.close()
-    if recipe.json:
-        write_json(Path(recipe.json), report)
-    sys.stdout.write(as_text(report))
 
 
 def pick_device(recipe: Recipe) -> torch.device:
@@ -251,19 +233,20 @@ def summarize(rows: list[dict[str, float]], batch: int) -> dict[str, Any]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Return the median, the lowest and the highest value."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def settings(ours: OurCode, recipe: Recipe) -> dict[str, Any]:
     """Return the recipe, the model's size and the hardware."""
-    gpu = ours.device.type == "cuda"
     return dataclasses.asdict(recipe) | {
         "device": str(ours.device),
         "size": ours.model.config.image_size,
         "trained_parameters": sum(p.numel() for p in ours.model.denoiser.parameters() if p.requires_grad),
-        "hardware": torch.cuda.get_device_name(ours.device) if gpu else cpu_name(),
+        **machine(ours.device),
+    }
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what is measured on, by which version of torch, and when. device: None for the CPU."""
+    return {
+        "hardware": torch.cuda.get_device_name(device) if device and device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -283,12 +266,20 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 def as_text(report: dict[str, Any]) -> str:
     """Return the report as text for a terminal."""
+    settings = report["settings"]
+    text = f"{settings['hardware']}, {settings['threads']} CPU threads, torch {settings['torch']}\n"
+    if "matmul_gflop_per_s" in report:
+        text += _model_text(report)
+    return text + (f"\n{loading_table(report['loading'])}" if "loading" in report else "")
+
+
+def _model_text(report: dict[str, Any]) -> str:
+    """Return the part on training steps and sampling."""
     settings, peak = report["settings"], report["matmul_gflop_per_s"]
     side = max(peak, key=peak.get)
     height, width = settings["size"]
     text = (
         f"{settings['model']}, {height} x {width} px, batch {settings['batch']}, {settings['precision']}\n"
-        f"{settings['hardware']}, {settings['threads']} CPU threads, torch {settings['torch']}\n"
         f"best matrix product: {peak[side]:.1f} GFLOP/s at {side} x {side}\n"
     )
     titles = {"train": "training step", "sample": f"sampling, {settings['steps']} steps"}

@@ -1,10 +1,12 @@
 """The keys of `addp toy`, and the random numbers of an image as a function of the seed, the dataset and a number."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from annotated_types import Ge, Interval
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DatasetName = Literal["imagenet", "coco", "ade20k", "imagenet-a", "imagenet-r", "sketch", "imagenet-c"]
 
@@ -38,9 +40,11 @@ class Recipe:
     corrupted: Annotated[int, Ge(1), "images of each corruption and severity in imagenet-c"] = 30
 
 
-def rng_for(recipe: Recipe, *parts: int | str) -> np.random.Generator:
+def rng_for(recipe: Recipe, *parts: int | str) -> "np.random.Generator":
     """Return the generator of one image: it depends on the seed and on `parts` (dataset, split, number) alone."""
-    # Imported late: torch is slow to load, and `addp toy --help` does not need it.
+    # Imported late: they are slow to load, and `addp toy --help` does not need them.
+    import numpy as np
+
     from addp_core.base.rng import seed_for
 
     return np.random.default_rng(seed_for(recipe.seed, "toy", *parts))

@@ -1,0 +1,142 @@
+"""The keys of `addp tokenizer`, `addp predictor` and `addp pretrain`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Interval, MultipleOf
+
+from addp_core.base.paths import FilePath
+from addp_core.data.config import DataConfig, Interpolation
+from addp_core.method.config import DenoiserConfig, ProcessConfig, check_ids_to
+from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
+from addp_core.training.config import TrainConfig
+
+
+@dataclass
+class LossConfig:
+    """Terms of the loss, and how the codebook follows the encoder."""
+
+    l1: Annotated[float, Ge(0), "weight of the mean absolute error"] = 1.0
+    l2: Annotated[float, Ge(0), "weight of the mean squared error"] = 0.0
+    commitment: Annotated[float, Ge(0), "weight of the squared distance from encoder outputs to their codes (beta)"] = (
+        0.25
+    )
+    codebook_decay: Annotated[float, Interval(ge=0, lt=1), "decay of the codes' moving averages, per step"] = 0.99
+    revive_after: Annotated[
+        int | None, Ge(1), "steps until an unused code is moved to an encoder output; null: never"
+    ] = 100
+    perceptual_weights: Annotated[
+        FilePath, "local file of torchvision's vgg16 state dict; empty: no perceptual term"
+    ] = ""
+    perceptual: Annotated[float, Ge(0), "weight of the perceptual term"] = 0.1
+    perceptual_depth: Annotated[int, Interval(ge=1, le=5), "VGG blocks whose features are compared"] = 5
+    adversarial: Annotated[float, Ge(0), "weight of the adversarial term; 0: no discriminator"] = 0.0
+    adversarial_start: Annotated[int, Ge(0), "step from which the discriminator is trained and used"] = 0
+    adversarial_balance: Annotated[
+        Literal["fixed", "adaptive"],
+        "adaptive: scale the weight by the ratio of the other terms' gradient to the adversarial term's at the last "
+        "layer (VQGAN, Eq. 7)",
+    ] = "fixed"
+    discriminator_width: Annotated[int, Ge(32), MultipleOf(32), "channels of the discriminator's first layer"] = 64
+    discriminator_layers: Annotated[int, Ge(1), "layers after the first; all of these but one halve the image"] = 3
+
+    def __post_init__(self) -> None:
+        if not (self.l1 or self.l2 or (self.perceptual and self.perceptual_weights)):
+            raise ValueError(
+                "l1: found 0, and no other term compares images; expected one of l1, l2, perceptual above 0"
+            )
+
+
+def _train_defaults() -> TrainConfig:
+    return TrainConfig(betas=(0.9, 0.99), weight_decay=0.0, clip_grad=1.0)
+
+
+@dataclass
+class TokenizerRecipe:
+    """Keys of `addp tokenizer`."""
+
+    out: Annotated[str, "run folder"]
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=_train_defaults)
+
+    def __post_init__(self) -> None:
+        if self.train.compile and self.loss.adversarial and self.loss.adversarial_balance == "adaptive":
+            raise ValueError("train.compile: found true, expected false with loss.adversarial_balance=adaptive")
+
+
+@dataclass
+class MaskingConfig:
+    """MAGE's masking and loss: mask ratios from a truncated normal distribution, and label smoothing."""
+
+    ratio_mean: Annotated[float, Interval(gt=0, lt=1), "peak of the truncated normal of mask ratios"] = 0.55
+    ratio_std: Annotated[float, Interval(gt=0), "standard deviation of the normal before truncation"] = 0.25
+    ratio_min: Annotated[
+        float, Interval(ge=0, lt=1), "smallest ratio; this share of positions is dropped from the encoder's input"
+    ] = 0.5
+    ratio_max: Annotated[float, Interval(gt=0, le=1), "largest ratio"] = 1.0
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1), "over all ids of `loss_over`"] = 0.1
+    loss_over: Annotated[
+        Literal["vocabulary", "codebook"],
+        "ids among which the loss expects the answer: all, or only those that can occur, as in MAGE's later version",
+    ] = "vocabulary"
+
+    def __post_init__(self) -> None:
+        if self.ratio_min >= self.ratio_max:
+            raise ValueError(f"ratio_min: found {self.ratio_min}, expected less than ratio_max = {self.ratio_max}")
+
+
+@dataclass
+class PredictorRecipe:
+    """Keys of `addp predictor`."""
+
+    out: Annotated[str, "run folder"]
+    tokenizer: Annotated[
+        FilePath, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"
+    ]
+    data: DataConfig = field(default_factory=DataConfig)
+    model: PredictorConfig = field(default_factory=PredictorConfig)
+    unused_ids: Annotated[
+        int,
+        Ge(1),
+        "ids besides those of the codebook and the mask id; one of them is the class slot. Published: 1000 (MaskGIT's "
+        "classes). They are never the right answer, which a small network needs thousands of steps to learn unless "
+        "masking.loss_over=codebook leaves them out",
+    ] = Vocabulary.unused
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    draw: Annotated[
+        Literal["batch", "process"],
+        "one mask ratio for the whole batch (the same numbers for any number of processes), "
+        "or one for each process (as MAGE)",
+    ] = "batch"
+    interpolation: Annotated[Interpolation, "how crops are resized; bilinear in MAGE"] = "bicubic"
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class PretrainRecipe:
+    """Keys of `addp pretrain`."""
+
+    out: Annotated[str, "run folder"]
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: Annotated[FilePath, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"] = ""
+    predictor: Annotated[FilePath, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
+    stages: Annotated[
+        FilePath,
+        "how to train the tokenizer and predictor if they are not given: the name of a recipe that `addp tokenizer` "
+        "and `addp predictor` both have, or a folder with tokenizer.yaml and predictor.yaml",
+    ] = ""
+    predictor_heads: Annotated[int | None, Ge(1), "for a MAGE file whose heads are not width/64"] = None
+    predictor_decoder_heads: Annotated[int | None, Ge(1), "for a MAGE file whose decoder heads are not 16"] = None
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    draw: Annotated[
+        Literal["batch", "process"],
+        "one mask ratio for the whole batch (the same numbers for any number of processes), "
+        "or one for each process (as published)",
+    ] = "batch"
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_ids_to(self.model, self.process)
