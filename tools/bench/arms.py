@@ -224,4 +224,4 @@ def _random_digest(encoder: "FeatureEncoder") -> str:
     about = [type(encoder).__name__, described.config, described.image_size, described.patch_size]
     if tokenizer := getattr(encoder, "tokenizer", None):
         return _digest(f"random {about} {described.vocabulary}", tokenizer.state_dict())
-    return _digest(f"random {about} {described.attention}", {})
+    return _digest(f"random {about} {getattr(encoder, 'attention', None)}", {})  # a CNN has no attention

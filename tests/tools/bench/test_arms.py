@@ -1,10 +1,14 @@
 """The arms of a bench: what a checkpoint says about its pretraining, and settings of its encoder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from checks import assert_user_error
+from tiny import TOKENIZER, tiny_addp, tiny_cnn_addp
 
+from addp_core import save_model
+from addp_core.networks.tokenizer import Tokenizer
 from tools.bench.arms import open_arm, random_arm
 
 
@@ -29,6 +33,29 @@ def test_the_budget_of_intermediate_checkpoints(toys, tmp_path):
     write_metrics(tmp_path / "predictor", 24.0)
     final, half = (open_arm(path.name, str(path)).about() for path in (tmp_path, intermediate))
     assert [(arm["images_seen"], arm["seconds"]) for arm in (final, half)] == [(120, 75), (80, 55)]
+
+
+def test_a_cnn_is_an_arm_and_reads_pixels_alone(toys, tmp_path):
+    file = tmp_path / "cnn.safetensors"
+    save_model(tiny_cnn_addp(), file)
+    arm = open_arm("x", str(file))
+    assert arm.generates
+    assert arm.digest != random_arm(arm).digest
+    assert_user_error(
+        lambda: open_arm("x", str(file), {"input": "token", "tokenizer": str(toys / "a")}), "models.x: tokenizer=", "is no MAGE checkpoint"
+    )
+
+
+def test_ids_of_another_codebook_are_refused(tmp_path):
+    predictor, tokenizer = tmp_path / "mage.safetensors", tmp_path / "tokenizer.safetensors"
+    save_model(tiny_addp((8, 8)).predictor, predictor, grid=(4, 4))
+    save_model(Tokenizer(replace(TOKENIZER, codebook=32)), tokenizer)
+    settings = {"tokenizer": str(tokenizer)}
+    assert_user_error(
+        lambda: open_arm("x", str(predictor), settings),
+        "models.x: tokenizer=",
+        "it has 32 codes, but the model predicts 24",
+    )
 
 
 def test_settings_of_the_encoder(toys):
