@@ -133,3 +133,11 @@ def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
         "predictor",
         "no token predictor",
     )
+
+
+def test_without_a_predictor_the_figures_of_training_are_left_out(inputs, tmp_path, capsys):
+    line = [*figures_command(inputs, tmp_path), f"model={inputs / 'sampler.safetensors'}", f"data={inputs / 'photos'}"]
+    assert main(line) == 0
+    names = {"steps", "ratios", "tokens", "features", "attention", "neighbors", "contact"}
+    assert {path.stem for path in tmp_path.iterdir()} == names
+    assert "no training: the file has no token predictor" in capsys.readouterr().err
