@@ -9,11 +9,13 @@ results.json.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from addp_core.base.errors import UserError
 from addp_core.recipes.config import dump
 from addp_core.training.compute import accelerate_model
+from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
 from cls.variants.classifiers import open_classifier
 from cls.variants.datasets import DATASETS, IMAGENET_C_KEYS, DatasetPart
@@ -38,6 +40,8 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"{', '.join(IMAGENET_C_KEYS)}: found both, expected one: their results are never mixed")
     state = process_state()
     classifier = open_classifier(recipe)
+    width = matrix_width(classifier.model)
+    recipe = replace(recipe, precision=resolve_precision(recipe.precision, state.device, width))
     evaluator = Evaluator(recipe, classifier)
     parts = evaluator.parts(keys)
     store = ResultStore(Path(recipe.out), state)

@@ -1,7 +1,7 @@
 """From a filled config to a runner or a model: starting processes, registering our parts, reporting data errors."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.training.compute import autocast
+from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
 from seg import (  # noqa: F401 (importing them registers their parts)
     backbone,
@@ -32,6 +33,22 @@ def start_runner(cfg: Any) -> AddpRunner:
     """Create a runner on all processes of the launcher, on GPUs if there are any."""
     process_state()  # mmengine alone would not detect processes on CPUs
     return AddpRunner.from_cfg(cfg)
+
+
+def compute_in(precision: str, model: nn.Module, training: bool) -> None:
+    """Let a model compute in this precision whenever it is called in training mode, or whenever it is not.
+
+    mmengine's own mixed precision needs a GPU to train, and does not know bf16 in its evaluations.
+    """
+    device = process_state().device
+    contexts: list[AbstractContextManager[None]] = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        contexts.append(autocast(precision, device) if module.training is training else nullcontext())
+        contexts[-1].__enter__()
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(lambda *_: contexts.pop().__exit__(None, None, None), always_call=True)
 
 
 @contextmanager
@@ -73,7 +90,7 @@ class ClassMapPredictor:
         state: its tensors.
         source: where the tensors come from, for error messages.
         inference: how class maps are predicted for whole images.
-        precision: of the network's arithmetic.
+        precision: of the network's arithmetic, or "auto".
     """
 
     def __init__(
@@ -91,7 +108,8 @@ class ClassMapPredictor:
         model = build_model(cfg)  # before Compose, since it sets the scope in which transforms are looked up
         self.pipeline, self.collate = Compose(for_loaded_images(cfg.test_dataloader.dataset.pipeline)), pseudo_collate
         load_tensors(getattr(model, "module", model), state, source)
-        self.model, self.precision = model.to(self.device).eval(), precision
+        self.model = model.to(self.device).eval()
+        self.precision = resolve_precision(precision, self.device, matrix_width(self.model))
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 
 from addp_core.base.launch import rank
 from addp_core.training.pace import mark_pace
+from addp_core.training.precision import matrix_width
 from addp_core.training.processes import process_state
-from addp_core.training.run_folder import mark_finished, prepare_out, release_out
+from addp_core.training.run_folder import mark_finished, prepare_out, release_out, settle_precision
 from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.frozen import check_pretrained_norm, resolve_block, spaced_blocks
 from seg.mmseg_config import import_mmseg
@@ -64,6 +65,7 @@ def probe(recipe: Recipe, encoder: AnyEncoder, listings: dict[str, SceneListing]
     out, state = Path(recipe.out), process_state()
     requested = recipe.blocks or spaced_blocks(encoder.depth, recipe.spaced, encoder.first_wide_block)
     blocks = sorted({resolve_block(encoder, block, "blocks") for block in requested})
+    settle_precision(out, recipe, recipe.train, matrix_width(encoder))
     prepare_encoder(encoder, recipe)
     banks = [compute_bank(encoder, recipe, blocks, split, listings[split], len(classes)) for split in ("train", "val")]
     scenes = Scenes(banks[0], banks[1], listings["val"], classes, patch_grid(encoder, recipe.data.size), state.device)

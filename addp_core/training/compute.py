@@ -7,7 +7,6 @@ import ctypes
 import functools
 import platform
 from collections.abc import Iterator
-from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -16,8 +15,8 @@ from addp_core.method.addp import Denoiser
 from addp_core.networks.kernels import HAS_WINOGRAD, Conv3x3
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
+from addp_core.training.kernel_choices import kernel_choices
 
-Precision = Annotated[Literal["fp32", "bf16", "fp16"], "precision of the networks' matrix products"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_CHUNK = 8  # images that a tokenizer processes at a time on a CPU; more take memory and are no faster
 
@@ -47,7 +46,7 @@ def accelerate_model(model: nn.Module, compile: bool = False, channels_last: boo
         if isinstance(module, Tokenizer):
             module.chunk_size = TOKENIZER_CHUNK
         if isinstance(module, Conv3x3):
-            module.winograd = winograd
+            module.winograd, module.faster = winograd, kernel_choices().faster
 
 
 @contextlib.contextmanager

@@ -29,11 +29,13 @@ from addp_core.base.files import atomic_replace
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.compute import accelerate_model, tf32_for
 from addp_core.training.evaluation import EvaluationStopped
+from addp_core.training.kernel_choices import kernel_choices
 from addp_core.training.metrics import RunLogger
 from addp_core.training.optimization import learning_rate, warn_if_warmup_is_too_long
 from addp_core.training.parallel import full_tensor
+from addp_core.training.precision import matrix_width
 from addp_core.training.processes import make_accelerator, move_to_device, seed_everything
-from addp_core.training.run_folder import INTERMEDIATE_MODELS, mark_finished, prepare_out, release_out
+from addp_core.training.run_folder import INTERMEDIATE_MODELS, mark_finished, prepare_out, release_out, settle_precision
 from addp_core.training.signals import StopSignals
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.training.state import Counters, TrainingState
@@ -43,6 +45,7 @@ from addp_core.weights.fingerprint import fingerprint
 log = logging.getLogger("addp")
 
 MAX_FAILED_CHECKPOINTS = 3  # in a row, until the run stops
+KERNELS = "kernels"  # in state.json: the choices of `kernel_choices`
 SEE_RANK_0 = "see rank 0's log"
 
 
@@ -61,7 +64,7 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
         stream: `stream.batches(start, rank, world)` yields this process's rows of the micro-batches `start`,
             `start` + 1, ... without end, each with the `errors` of images that could not be read; `len(stream)` is the
             number of images. See `Stream`.
-        config: the section `train` of the recipe.
+        config: the section `train` of the recipe; `precision=auto` becomes, in place, what it stands for here.
         out: the run folder.
         recipe: an instance of the task's dataclass of keys, or its YAML.
 
@@ -74,6 +77,7 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
     if finished:
         return finished
     try:
+        settle_precision(out, recipe, config, matrix_width(stage.model, *stage.frozen))
         with StopSignals() as signals, tf32_for(config.precision):
             return _Run(stage, stream, config, out, recipe, signals).run()
     finally:
@@ -99,8 +103,7 @@ class _Run:
         if self.is_main:
             warn_if_warmup_is_too_long(self.warmup, self.total)
         self.window_seconds = 0.0  # since the last log line
-        self.failed_checkpoints = 0
-        self.saved_step = 0  # of the newest checkpoint
+        self.failed_checkpoints, self.saved_step = 0, 0  # in a row; of the newest checkpoint
         self.checkpoints = Checkpoints(out, config.keep)
         self.logger: RunLogger | None = None  # on rank 0
 
@@ -126,8 +129,10 @@ class _Run:
             broadcast_object_list(newest)
         (step,) = newest
         if step is None:
+            kernel_choices().begin({})
             return TrainingState(self.stage.model, self.config, self.accelerator, None, None), Counters()
         payload, stored = self.checkpoints.read(step)
+        kernel_choices().begin(stored.get(KERNELS))
         if stored["frozen"] != self.frozen:
             raise UserError(
                 f"out={self.out}: was started with other weights in its frozen parts than this command gives; "
@@ -146,7 +151,7 @@ class _Run:
         """Train to the last step, then preview, evaluate and export; return the path of the model."""
         config, counters = self.config, self.counters
         if self.is_main:
-            self.logger = RunLogger(self.out, self.stage.name, counters.step, self.total)
+            self.logger = RunLogger(self.out, self.stage.name, counters.step, self.total, *config.tracking)
             begin = f"continues from step {counters.step}" if counters.step else "starts"
             log.info("%s: %s, %d steps of %d images, %s", self.stage.name, begin, self.total, config.batch, self.device)
         batches = iter(self.stream.batches(counters.step * config.accumulate, self.rank, self.world))
@@ -160,7 +165,7 @@ class _Run:
             self._preview()
             self._evaluate()
             if self.logger:
-                self.logger.plot_curves()
+                self.logger.finish()
             self._export(self.out)
             if self.is_main:
                 log.info("%s: finished after %d steps: %s", self.stage.name, counters.step, self.out / MODEL_FILE)
@@ -336,7 +341,8 @@ class _Run:
             if self.is_main:
                 log.warning(message)
             return
-        payload, counters, error = self.state.payload(), {**asdict(self.counters), "frozen": self.frozen}, None
+        payload, error = self.state.payload(), None
+        counters = {**asdict(self.counters), "frozen": self.frozen, KERNELS: kernel_choices().table}
         if self.state.sharded:
             error = _os_error(partial(self.checkpoints.write_sharded, step, payload, counters))
         elif self.is_main:

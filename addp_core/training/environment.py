@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from addp_core.base.errors import UserError
+from addp_core.training.precision import AUTO
 
 OFF = ("", "0", "false", "no", "off", "n", "f")
 NO_REPLACEMENT = "it is not supported"
@@ -42,8 +43,10 @@ def check_environment(recipe: Mapping[str, Any]) -> None:
     if os.environ.get(ACCUMULATION, "1") not in ("", "1"):
         raise _contradiction(ACCUMULATION, "train.accumulate is the number of micro-steps")
     precision = recipe.get("train.precision")
-    if precision and os.environ.get(PRECISION, "no").lower() not in ("", "no", precision):
-        raise _contradiction(PRECISION, f"train.precision={precision} is what the recipe says")
+    launched = os.environ.get(PRECISION, "no").lower()
+    if precision and launched not in ("", "no", precision):
+        instead = f"={launched} asks for it" if precision == AUTO else f"={precision} is what the recipe says"
+        raise _contradiction(PRECISION, f"train.precision{instead}")
 
 
 def _contradiction(name: str, instead: str) -> UserError:

@@ -94,11 +94,11 @@ def resolve_precision(choice: str, device: "torch.device", width: int, key: str 
 
 
 def warn_if_not_native(precision: str, device: "torch.device") -> None:
-    """Log that a run continues in bf16 on a device that has to emulate it, as after a move to another machine."""
+    """Log that a run computes in bf16 on a device that has to emulate it, as after a move from another machine."""
     if precision == "bf16" and not has_native_bf16(device):
         log.warning(
-            "train.precision=bf16: the run began with it, and goes on with it for the same numbers up to rounding, but "
-            "this %s does not multiply bf16 natively and is slow",
+            "train.precision=bf16: this %s does not multiply bf16 natively and is slow at it; a run that has begun "
+            "goes on with it, for the same numbers up to rounding",
             device.type,
         )
 

@@ -18,6 +18,7 @@ from addp_core.base.errors import UserError
 from addp_core.base.launch import world_size
 from addp_core.training.compute import turn_off_tf32
 from addp_core.training.environment import check_environment
+from addp_core.training.precision import warn_if_not_native
 
 # How long ranks wait for another, such as for rank 0 while it decodes or evaluates; dead ones are noticed by `job`.
 GROUP_TIMEOUT = datetime.timedelta(hours=2)
@@ -38,7 +39,7 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
     mixed_precision = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; a bench may train with two
-    _join_group()
+    join_group()
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
@@ -49,6 +50,8 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
         if precision == "fp32":
             raise
         raise UserError(f"train.precision={precision}: not supported on this device ({error}); try fp32") from error
+    if accelerator.is_main_process:
+        warn_if_not_native(precision, accelerator.device)
     return accelerator
 
 
@@ -58,10 +61,10 @@ def process_state() -> PartialState:
     The first call turns TF32 off; training and `compute.autocast` allow it again for the precisions that may use it.
     """
     turn_off_tf32()
-    return _join_group()
+    return join_group()
 
 
-def _join_group() -> PartialState:
+def join_group() -> PartialState:
     """Join torch's process group, if there are several processes, and leave it when this one ends.
 
     Raises UserError if the group is not that of the environment, or the environment says against the recipe what

@@ -2,6 +2,7 @@
 
     <out>/recipe.yaml            the resolved recipe
     <out>/metrics.jsonl          a line of metrics every `log_every` steps; `tb/` holds the same for TensorBoard
+    <out>/trackers.json          the run in other trackers, if `train.trackers` names any
     <out>/images/                previews and, at the end, the curves of all metrics
     <out>/checkpoints/step-N/    training.pt (tensors) and state.json (step, size and checksum of training.pt); with
                                  train.parallel=fsdp, each process has a training-<rank>.pt
@@ -32,10 +33,22 @@ import yaml
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
 from addp_core.base.launch import check_launch, rank
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.training.checkpoints import LAST_CHECKPOINT
 from addp_core.training.environment import check_environment
 from addp_core.training.inputs import Inputs, OpenDatasets
-from addp_core.training.run_recipe import LENGTH_KEYS, RunRecipe, Values, digest, read_values
+from addp_core.training.precision import AUTO, resolve_precision
+from addp_core.training.run_recipe import (
+    LENGTH_KEYS,
+    PRECISION,
+    RunRecipe,
+    Values,
+    digest,
+    keep_precision,
+    read_values,
+    settle_resize,
+)
+from addp_core.training.tracker_backends import check_installed
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
@@ -56,7 +69,8 @@ def prepare_out(
 
     Args:
         out: the run folder.
-        recipe: an instance of the task's dataclass of keys, or its YAML.
+        recipe: an instance of the task's dataclass of keys, in which `train.precision=auto` becomes the precision of a
+            run that has begun in the folder, as does a `data.resize` that is not set; or its YAML.
         datasets: opens the datasets of the run, which are compared with those that it began with. It may be called more
             than once, unless the run has finished.
         result: the file in `out` without which the run has not finished.
@@ -69,6 +83,9 @@ def prepare_out(
             the recipe or the data differ, or the checkpoints have been deleted.
     """
     out = Path(out)
+    if (previous := _previous_values(out)) is not None:
+        keep_precision(recipe, previous)
+    settle_resize(recipe, _stored_values(out))
     run_recipe = RunRecipe(recipe)
     check_environment(run_recipe.values)
     check_launch()  # a process that wrongly takes itself for another rank would not see the lock
@@ -89,6 +106,23 @@ def prepare_out(
         raise
 
 
+def settle_precision(out: str | Path, recipe: Any, section: Any, width: int) -> None:
+    """Replace `auto` in `section.precision`, in place, by what it stands for here, and store it for when the run
+    continues. All processes of the run have to call this.
+
+    Args:
+        out: the run folder, which `prepare_out` has claimed.
+        recipe: of the run.
+        section: its section `train`.
+        width: of the networks' matrix products (`matrix_width`).
+    """
+    from addp_core.training.processes import join_group
+
+    if section.precision == AUTO:
+        section.precision = resolve_precision(AUTO, join_group().device, width, key=PRECISION)
+        prepare_out(out, recipe)
+
+
 def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result: str) -> Path | None:
     """Do the work of `prepare_out` in the locked folder."""
     _remove_leftovers(out)
@@ -102,13 +136,14 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
         log.info("out=%s: this run has already finished: %s", out, finished)
         release_out(out)
         return finished
+    check_installed(recipe.values.get("train.trackers") or ())
     if previous is not None:
         _check_checkpoints(out)
         _log_new_length(recipe, previous)
     if datasets:
         inputs.record_files()
         inputs.check_datasets(datasets())
-    write_atomically(out / "recipe.yaml", recipe.text.encode())
+    write_atomically(out / RECIPE_FILE, recipe.text.encode())
     return None
 
 
@@ -173,9 +208,14 @@ def _remove_leftovers(out: Path) -> None:
 
 def _previous_values(out: Path) -> Values | None:
     """Return the recipe of what has been computed in the folder, or None if nothing has: it may then be corrected."""
-    path = out / "recipe.yaml"
-    traces = [*(out / "checkpoints").iterdir(), out / FINISHED, out / LAST_CHECKPOINT]
-    if not path.exists() or not any(trace.exists() for trace in traces):
+    traces = [*(out / "checkpoints").glob("*"), out / FINISHED, out / LAST_CHECKPOINT]
+    return _stored_values(out) if any(trace.exists() for trace in traces) else None
+
+
+def _stored_values(out: Path) -> Values | None:
+    """Return the recipe that the folder holds, or None. Raises UserError if it is not one."""
+    path = out / RECIPE_FILE
+    if not path.exists():
         return None
     try:
         return read_values(path.read_text())
@@ -236,7 +276,7 @@ def _finished_result(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None
         return path
     # The run's own recipe has the digest, and may mean the same: with other paths, or from before some keys existed.
     try:
-        previous = read_values((out / "recipe.yaml").read_text())
+        previous = read_values((out / RECIPE_FILE).read_text())
     except (OSError, yaml.YAMLError, AttributeError):
         return None
     lengths = {key: recipe.values[key] for key in LENGTH_KEYS & recipe.values.keys()}

@@ -9,18 +9,24 @@ from typing import Any
 
 import yaml
 
+from addp_core.data.config import DEFAULT_RESIZE, DataConfig
 from addp_core.recipes.config import dump
 from addp_core.recipes.keys import all_keys
 from addp_core.recipes.tree import default_tree, plain_tree
+from addp_core.training.precision import AUTO
 
 # Keys that change how a run is monitored, stored or computed, but not its result: a run may continue with other values.
 COMPUTE_ONLY_KEYS = frozenset(
     {"out", "checkpointing", "eval_batch", "confusion", "data.workers", "data.prefetch", "data.max_errors"}
     | {f"train.{key}" for key in ("compile", "channels_last", "parallel", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
+    | {f"train.{key}" for key in ("trackers", "tracker_project")}
 )
 # Keys that set a run's length: a run may be extended, and then counts as unfinished until it reaches the new end.
 LENGTH_KEYS = frozenset({"train.steps", "train.epochs"})
+
+PRECISION, FORMER_PRECISION = "train.precision", "fp32"  # the default until `auto` existed
+RESIZE, FORMER_RESIZE = "data.resize", "pillow"  # what all runs had until the key existed
 
 Values = dict[str, Any]  # full name of a key ('train.batch') -> value
 
@@ -40,6 +46,10 @@ class RunRecipe:
         cls = type(recipe)
         declared = dataclasses.is_dataclass(cls)
         self.defaults = flatten(plain_tree(cls, default_tree(cls))) if declared else {}
+        if PRECISION in self.defaults:
+            self.defaults[PRECISION] = FORMER_PRECISION
+        if RESIZE in self.defaults:
+            self.defaults[RESIZE] = FORMER_RESIZE
         kinds = {name: key.path_kind for name, key in all_keys(cls)} if declared else {}
         self.paths = {name: kind for name, kind in kinds.items() if kind and name in self.values}
 
@@ -85,6 +95,24 @@ def _path_from_run(values: Values, key: str) -> str | None:
         return None
     relative = os.path.relpath(_full_path(path), _full_path(out))
     return None if relative.startswith(os.path.join("..", "..")) else relative
+
+
+def keep_precision(recipe: Any, previous: Values) -> None:
+    """Give `train.precision=auto` in a recipe, in place, the value of the run with the values `previous`."""
+    section = getattr(recipe, "train", None)
+    if section is not None and getattr(section, "precision", None) == AUTO:
+        section.precision = previous.get(PRECISION, FORMER_PRECISION)
+
+
+def settle_resize(recipe: Any, previous: Values | None) -> None:
+    """Give a `data.resize` that is not set, in place, the value of the run with the values `previous`, or the default.
+
+    previous: None for a new run.
+    """
+    section = getattr(recipe, "data", None)
+    if isinstance(section, DataConfig) and section.resize is None:
+        former = None if previous is None else previous.get(RESIZE, FORMER_RESIZE)
+        section.resize = former or DEFAULT_RESIZE
 
 
 def read_values(text: str) -> Values:

@@ -26,9 +26,10 @@ from addp_core.data.sources import ImageSource
 from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.training.compute import accelerate_model
 from addp_core.training.pace import mark_pace
+from addp_core.training.precision import matrix_width
 from addp_core.training.probes import LinearHeads, NearestNeighbors, train_heads
 from addp_core.training.processes import process_state
-from addp_core.training.run_folder import mark_finished, release_out
+from addp_core.training.run_folder import mark_finished, release_out, settle_precision
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.frozen import resolve_block, spaced_blocks
@@ -49,6 +50,7 @@ def run_fast(recipe: Recipe, encoder: AnyEncoder, train_set: ImageSource, val_se
     """Compute what is not on disk yet; end with a table on stdout and the best classifier in the run folder."""
     config, out = recipe.fast, Path(recipe.out)
     state = process_state()
+    settle_precision(out, recipe, recipe.train, matrix_width(encoder))
     requested = config.blocks or spaced_blocks(encoder.depth, config.spaced, encoder.first_wide_block)
     blocks = sorted({resolve_block(encoder, block, "fast.blocks") for block in requested})
     classes = len(train_set.classes)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from addp_core.base.paths import FilePath
-from addp_core.training.compute import Precision
+from addp_core.training.precision import PrecisionChoice
 
 
 @dataclass
@@ -66,4 +66,4 @@ class Recipe:
     max_errors: Annotated[
         float, Ge(0), "unreadable images to tolerate: a count, or below 1 a fraction of a dataset"
     ] = 0.01
-    precision: Precision = "fp32"
+    precision: PrecisionChoice = "auto"

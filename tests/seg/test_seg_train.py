@@ -203,9 +203,9 @@ def test_a_bad_class_map_met_in_training_ends_with_one_line(scenes_copy, encoder
         ("test.flip=true", "unknown key 'test.flip'"),
         ("config=upernet_addp-q", "upernet_addp-b_80k"),
         pytest.param(
-            "train.precision=bf16",
+            "train.precision=fp16",
             "needs a GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 needs no error where there is a GPU"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 needs no error where there is a GPU"),
         ),
     ],
 )

@@ -52,6 +52,9 @@ def keys_without_effect() -> frozenset[str]:
 
 def result_settings(recipe: Any) -> dict[str, Any]:
     """Return a verb's recipe as nested dictionaries, without `keys_without_effect`."""
+    from addp_core.training.precision import AUTO
+    from addp_core.training.run_recipe import FORMER_PRECISION
+
     tree = yaml.safe_load(dump(recipe))
     for key in keys_without_effect():
         *sections, last = key.split(".")
@@ -59,6 +62,12 @@ def result_settings(recipe: Any) -> dict[str, Any]:
         for name in sections:
             section = section.get(name) or {}
         section.pop(last, None)
+    for section in (tree, tree.get("train") or {}):
+        if section.get("precision") == AUTO:  # a result from before `auto` existed still holds: runs keep what they had
+            section["precision"] = FORMER_PRECISION
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("resize", "") is None:  # nor does one from before this key existed change
+        del data["resize"]
     return tree
 
 

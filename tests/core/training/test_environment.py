@@ -16,7 +16,8 @@ from addp_core.training.environment import check_environment
     [
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", [], "train.accumulate"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", ["train.accumulate=4"], "train.accumulate"),  # 4 x 4 otherwise
-        ("ACCELERATE_MIXED_PRECISION", "bf16", [], "train.precision=fp32"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", [], "train.precision=bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", ["train.precision=fp32"], "train.precision=fp32"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", ["train.precision=bf16"], "train.precision=bf16"),
         ("ACCELERATE_USE_FSDP", "true", [], "train.parallel=fsdp"),
         ("ACCELERATE_USE_FSDP", "true", ["train.parallel=fsdp"], "train.parallel=fsdp"),
