@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError
 from addp_core.data.images import Crop, ImageError
+from addp_core.data.pixels import stack_pixels, to_float
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import ReadErrors, default_workers, error_limit, ignore_signals
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import autocast
 from addp_core.training.evaluation import check_evaluation
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import VALIDATION, mark_pace
 from addp_core.training.processes import process_state
 
 log = logging.getLogger("addp")
@@ -118,7 +119,7 @@ def compute_outputs(
     device = next(model.parameters()).device
     rounds = math.ceil(math.ceil(len(selected) / state.num_processes) / batch)  # of the process with most images
     hidden = not (title and state.is_main_process)
-    mark_pace("validation", 0)
+    mark_pace(VALIDATION, 0)
     with tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False) as bar:
         for images, labels, batch_indices, new_errors in loader:
             for name, reason in new_errors:
@@ -128,12 +129,12 @@ def compute_outputs(
                 check_unreadable(errors, max_errors, len(selected))
             if len(batch_indices):
                 _check_image_labels(labels, batch_indices, source)
-                pixels = normalize(images.to(device, non_blocking=True).float() / 255, mean, std)
+                pixels = normalize(to_float(images.to(device, non_blocking=True)), mean, std)
                 with torch.inference_mode(), autocast(precision, device):
                     outputs = model(pixels)
                 yield OutputBatch(outputs.float().cpu(), labels, batch_indices)
             bar.update(len(batch_indices) + len(new_errors))
-            mark_pace("validation", (len(batch_indices) + len(new_errors)) * state.num_processes)
+            mark_pace(VALIDATION, (len(batch_indices) + len(new_errors)) * state.num_processes)
     for _ in range(rounds - len(batches) if count_together else 0):
         check_unreadable(errors, max_errors, len(selected))
 
@@ -184,7 +185,7 @@ class _ImageBatches(Dataset):
                 indices.append(index)
             except ImageError as error:
                 errors.append((self.source.name(index), str(error)))
-        stacked = torch.stack(images) if images else torch.empty(0)
+        stacked = stack_pixels(images) if images else torch.empty(0)
         return stacked, torch.tensor(labels, dtype=torch.long), torch.tensor(indices, dtype=torch.long), errors
 
 

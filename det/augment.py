@@ -12,12 +12,11 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional as F
 
-from addp_core.data.images import Crop
+from addp_core.data.images import RESAMPLING, LazyTransform
 from det.coco import AnnotatedImage
 from det.config import Interpolation
 from det.masks import Segmentation, bounding_box, to_rle
 
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MIN_SIDE = 1.0  # pixels; smaller boxes without a mask are dropped from a crop, as masks of no pixel are
 
 
@@ -87,7 +86,7 @@ def _pad(image: Tensor, side: int) -> Tensor:
     return F.pad(image, (0, side - image.shape[-1], 0, side - image.shape[-2]))
 
 
-class LargeScaleJitter(Crop):
+class LargeScaleJitter(LazyTransform):
     """`AnnotatedImage` -> `DetectionSample` of at most `size` x `size` pixels. Draws from Python's `random`.
 
     The longer side becomes `size` times a random number from the range `scale`. An image that is larger than the square
@@ -102,13 +101,13 @@ class LargeScaleJitter(Crop):
         masks: bool = True,
         interpolation: Interpolation = "bicubic",
     ):
-        super().__init__((size, size))
-        self.scale, self.random_flip, self.masks, self.interpolation = scale, flip, masks, interpolation
+        self.size, self.scale, self.random_flip = size, scale, flip
+        self.masks, self.interpolation = masks, interpolation
 
-    # the dataset of the stream yields AnnotatedImage, and `collate` takes the samples
-    def pixels(self, image: AnnotatedImage) -> DetectionSample:  # type: ignore[override]
+    # the dataset of the stream yields AnnotatedImage
+    def sample(self, image: AnnotatedImage) -> DetectionSample:  # type: ignore[override]
         """Return the jittered image with the objects that are still visible."""
-        size = self.hw[0]
+        size = self.size
         factor = size * random.uniform(*self.scale) / max(image.width, image.height)
         window = CropWindow.sample(image.width, image.height, factor, size, self.random_flip)
         hw = (window.height, window.width)

@@ -25,20 +25,21 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from addp_core.base.cpu import usable_cores
 from addp_core.base.errors import UserError
 from addp_core.base.rng import generator, seed_for
 from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
-from addp_core.data.images import Crop, ImageError, eval_transform
+from addp_core.data.images import Cut, ImageError, LazyTransform, eval_transform
+from addp_core.data.pixels import stack_pixels, to_float
 from addp_core.data.sources import ImageSource
 
 log = logging.getLogger("addp")
@@ -50,37 +51,28 @@ ReadErrors = list[tuple[str, str]]  # (name, reason) of images that could not be
 
 @dataclass
 class Batch:
-    """One process's rows of a micro-batch."""
+    """One process's rows of a micro-batch, as data loading processes send them: images are bytes until the device."""
 
-    images: Tensor  # Float[b,3,h,w]; in [0,1] from the crops of `addp_core.data.images`
+    pixels: Tensor  # UInt8[b,3,h,w] of the crops of `addp_core.data.images`; Float[b,3,h,w] of other transforms
     labels: Tensor  # Long[b], -1 where an image has no label
     indices: Tensor  # Long[b], into the source; replacements of unreadable images have their own index
     errors: ReadErrors
+    mirrored: Tensor | None = None  # Bool[b], which of the crops are still to be mirrored
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def images(self) -> Tensor:
+        """Float[b,3,h,w], in [0,1] from crops: converted and mirrored on the device that the pixels are on."""
+        return to_float(self.pixels, self.mirrored) if self.pixels.dtype == torch.uint8 else self.pixels
 
-@dataclass
-class _WorkerBatch:
-    """A batch as a worker sends it: images as bytes if the transform returns bytes, a quarter of the traffic.
-
-    `images` is empty if `MAX_REPLACEMENTS` images in a row could not be read.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    errors: ReadErrors
-
-    def to_batch(self) -> Batch:
-        images = self.images.float().div_(255) if self.images.dtype == torch.uint8 else self.images
-        return Batch(images, self.labels, self.indices, self.errors)
-
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """Return the batch in pinned memory; the loader calls this in its own thread if there is a GPU."""
-        batch = self.to_batch()
-        return Batch(batch.images.pin_memory(), batch.labels.pin_memory(), batch.indices.pin_memory(), batch.errors)
+        tensors = (self.pixels, self.labels, self.indices)
+        pixels, labels, indices = (tensor.pin_memory() for tensor in tensors)
+        mirrored = None if self.mirrored is None else self.mirrored.pin_memory()
+        return Batch(pixels, labels, indices, self.errors, mirrored)
 
 
 class _MicroBatches(Dataset):
@@ -89,7 +81,7 @@ class _MicroBatches(Dataset):
     def __init__(
         self,
         source: ImageSource,
-        transform: Callable[[Any], Any],
+        transform: LazyTransform | Callable[[Any], Any],
         collate: Callable[..., Any],
         seed: int,
         batch: int,
@@ -116,7 +108,7 @@ class _MicroBatches(Dataset):
             for position in range(step * self.batch + self.rows.start, step * self.batch + self.rows.stop):
                 sample = self._read_sample(position, errors)
                 if sample is None:
-                    return _WorkerBatch(torch.empty(0), torch.empty(0), torch.empty(0), errors)
+                    return Batch(torch.empty(0), torch.empty(0), torch.empty(0), errors)
                 samples.append(sample[0])
                 labels.append(sample[1])
                 indices.append(sample[2])
@@ -133,9 +125,9 @@ class _MicroBatches(Dataset):
             index = int(order[(first + offset) % len(order)])
             try:
                 image, label = self.source.open_image(index)
-                if isinstance(self.transform, Crop):
-                    seed_cpu(seed_for(self.seed, "augment", position))
-                    return self.transform.pixels(image), label, index
+                if isinstance(self.transform, LazyTransform):
+                    self.transform.seed(seed_for(self.seed, "augment", position))
+                    return self.transform.sample(image), label, index
                 decoded = image.decode()
                 seed_cpu(seed_for(self.seed, "augment", position))
                 return self.transform(decoded), label, index
@@ -144,11 +136,12 @@ class _MicroBatches(Dataset):
         return None
 
 
-def _stack_images(images: list[Tensor], labels: Tensor, indices: Tensor, errors: ReadErrors) -> _WorkerBatch:
-    stacked = torch.empty((len(images), *images[0].shape), dtype=images[0].dtype)  # contiguous, unlike the images
-    for row, image in zip(stacked, images, strict=True):
-        row.copy_(image)
-    return _WorkerBatch(stacked, labels, indices, errors)
+def _stack_images(samples: list[Cut] | list[Tensor], labels: Tensor, indices: Tensor, errors: ReadErrors) -> Batch:
+    """Build a batch from the crops, or from the images Float[3,h,w] of another transform."""
+    if isinstance(samples[0], Cut):
+        pixels = stack_pixels([sample.pixels for sample in samples])
+        return Batch(pixels, labels, indices, errors, torch.tensor([sample.mirrored for sample in samples]))
+    return Batch(default_collate(samples), labels, indices, errors)
 
 
 @contextmanager
@@ -182,8 +175,8 @@ class Stream:
 
     Args:
         source: the images.
-        transform: a `Crop`, or any function of an RGB Pillow image that returns Float[3,h,w]. It may draw from
-            `random`, numpy and torch, which are seeded for each image.
+        transform: a `LazyTransform` such as a `Crop`, or any function of an RGB Pillow image that returns Float[3,h,w].
+            It may draw from `random`, numpy and torch, which are seeded for each image.
         config: of its keys, those about loading; the transform knows about cropping.
         seed: of order and augmentation.
         batch: number of images of one micro-step over all processes.
@@ -197,7 +190,7 @@ class Stream:
     def __init__(
         self,
         source: ImageSource,
-        transform: Callable[[Any], Any],
+        transform: LazyTransform | Callable[[Any], Any],
         config: DataConfig,
         *,
         seed: int,
@@ -257,7 +250,7 @@ class Stream:
                 if not loader:
                     loader.append(iter(self._loader(dataset, step, workers)))
                 try:
-                    loaded = next(loader[0])
+                    batch = next(loader[0])
                 except RuntimeError as error:
                     if not str(error).startswith("DataLoader worker (pid"):  # an error in a worker, not its death
                         raise
@@ -270,7 +263,6 @@ class Stream:
                         ) from error
                     log.warning("restarting the data workers at micro-step %d: %s", step, error)
                     continue
-                batch = loaded.to_batch() if isinstance(loaded, _WorkerBatch) else loaded
                 self._count_errors(batch)
                 yield batch
                 step, deaths = step + 1, 0

@@ -17,7 +17,7 @@ from det.masks import bounding_box, to_rle
 
 def jittered(image: AnnotatedImage, seed: int, **options) -> DetectionSample:
     random.seed(seed)
-    return LargeScaleJitter(32, **options).pixels(image)
+    return LargeScaleJitter(32, **options).sample(image)
 
 
 @pytest.mark.parametrize("seed", range(12))
