@@ -16,7 +16,7 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError
 from addp_core.data.stream import ReadErrors, error_limit
 from addp_core.training.evaluation import check_evaluation
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import VALIDATION, mark_pace
 from det.average_precision import coco_metrics
 from det.coco import CocoDataset
 from det.model import Detector
@@ -37,7 +37,7 @@ def detect_dataset(model: Detector, dataset: CocoDataset) -> list[dict[str, Any]
     limit = error_limit(dataset.max_errors, len(dataset))
     rounds = range(0, len(dataset), state.num_processes)  # each process has an image in each round but the last
     hidden = None if state.is_main_process else True
-    mark_pace("validation", 0)
+    mark_pace(VALIDATION, 0)
     with tqdm(total=len(dataset), desc="detect", unit="img", disable=hidden) as bar:
         for first in rounds:
             if (index := first + state.process_index) < len(dataset):
@@ -51,7 +51,7 @@ def detect_dataset(model: Detector, dataset: CocoDataset) -> list[dict[str, Any]
                     results += detections.to_results(dataset.ids[index], dataset.categories)
             dataset.check_errors(check_evaluation(errors, limit))
             bar.update(min(state.num_processes, len(dataset) - first))
-            mark_pace("validation", min(state.num_processes, len(dataset) - first))
+            mark_pace(VALIDATION, min(state.num_processes, len(dataset) - first))
     return gather_object(results)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import FEATURES, mark_pace
 from gen.extractors import Extractor
 from gen.recipe import Interpolation as Interpolation
 
@@ -98,7 +98,7 @@ def _extract_part(loader: DataLoader, extractor: Extractor, folder: Path, bar: t
     """Write this process's rows to files of its own: several machines cannot map one file of a network disk."""
     state, rows, begin = PartialState(), len(loader.dataset), 0  # type: ignore[arg-type]
     files: list[np.memmap] = []
-    mark_pace("features", 0)
+    mark_pace(FEATURES, 0)
     for batch in loader:
         for problem in filter(lambda item: isinstance(item, str), batch):
             raise UserError(problem)
@@ -111,7 +111,7 @@ def _extract_part(loader: DataLoader, extractor: Extractor, folder: Path, bar: t
             file[begin : begin + len(batch)] = values
         begin += len(batch)
         bar.update(len(batch))
-        mark_pace("features", len(batch) * state.num_processes)
+        mark_pace(FEATURES, len(batch) * state.num_processes)
     for file in files:
         file.flush()
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from addp_core.method.sampler import sample
 from addp_core.training.compute import autocast
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import SAMPLING, mark_pace
 from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, claim_weights, image_path, write_grid, write_image
 from gen.model import load_for_sampling
@@ -51,7 +51,7 @@ def run(recipe: Recipe) -> None:
         share,
         state.num_processes,
     )
-    mark_pace("sampling", 0)
+    mark_pace(SAMPLING, 0)
     with tqdm(total=share, unit="img", disable=not state.is_main_process) as bar:
         for batch in assigned:
             numbers = image_numbers(recipe, batch)
@@ -65,7 +65,7 @@ def run(recipe: Recipe) -> None:
             for i, image in zip(numbers, images, strict=False):
                 write_image(image, image_path(out, i))
             bar.update(len(numbers))
-            mark_pace("sampling", len(numbers) * state.num_processes)
+            mark_pace(SAMPLING, len(numbers) * state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
         if recipe.grid:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from addp_core.base.launch import rank
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import HEADS, mark_pace
 from addp_core.training.precision import matrix_width
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out, settle_precision
@@ -71,14 +71,14 @@ def probe(recipe: Recipe, encoder: AnyEncoder, listings: dict[str, SceneListing]
     scenes = Scenes(banks[0], banks[1], listings["val"], classes, patch_grid(encoder, recipe.data.size), state.device)
     key = probe_key(recipe, scenes)
     settings = [(block, name) for block in blocks for name in recipe.probes]
-    mark_pace("heads", 0)
+    mark_pace(HEADS, 0)
     for block, name in settings[state.process_index :: state.num_processes]:
         path = probe_path(out, block, name)
         if read_row(path, key) is None:
             row, tensors = probe_block(recipe, scenes, block, name)
             write_probe(path, row, tensors, key)
             log.info("block %d %s: mIoU %.2f", block, name, row["mIoU"])
-        mark_pace("heads", state.num_processes / len(settings))
+        mark_pace(HEADS, state.num_processes / len(settings))
     state.wait_for_everyone()
     if state.is_main_process:
         stored = [read_row(probe_path(out, block, name), key) for block, name in settings]

@@ -13,10 +13,13 @@ from addp_core.base.launch import rank
 
 PACE_FILE = "ADDP_PACE_FILE"  # the variable that names the file
 
+# Phases. What they count are images, of `heads` the share of all heads that are trained on features.
+VALIDATION, SAMPLING, FEATURES, HEADS = "validation", "sampling", "features", "heads"
+
 
 @dataclass(frozen=True)
 class Mark:
-    """So much more has been processed in a phase, at this time (seconds since 1970)."""
+    """So much more has been processed in a phase, one of those above, at this time (seconds since 1970)."""
 
     phase: str
     amount: float

@@ -25,7 +25,7 @@ from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.networks.classifier import Classifier, Pooling
 from addp_core.training.compute import accelerate_model
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import HEADS, mark_pace
 from addp_core.training.precision import matrix_width
 from addp_core.training.probes import LinearHeads, NearestNeighbors, train_heads
 from addp_core.training.processes import process_state
@@ -59,7 +59,7 @@ def run_fast(recipe: Recipe, encoder: AnyEncoder, train_set: ImageSource, val_se
 
     key = _head_key(recipe, train_bank, val_bank, classes)
     settings = [(block, pooling) for block in blocks for pooling in config.poolings]
-    mark_pace("heads", 0)
+    mark_pace(HEADS, 0)
     for block, pooling in settings[state.process_index :: state.num_processes]:
         path = _head_path(out, block, pooling)
         if _read_row(path, key) is None:
@@ -67,7 +67,7 @@ def run_fast(recipe: Recipe, encoder: AnyEncoder, train_set: ImageSource, val_se
             _write_head(path, row, head, key)
             metrics = ", ".join(f"{name} {row[name]:.2f}" for name in metric_names(row))
             log.info("block %d %s: %s", block, pooling, metrics)
-        mark_pace("heads", state.num_processes / len(settings))
+        mark_pace(HEADS, state.num_processes / len(settings))
     state.wait_for_everyone()
     if state.is_main_process:
         stored = [_read_row(_head_path(out, block, pooling), key) for block, pooling in settings]

@@ -25,7 +25,7 @@ from addp_core.data.stream import default_workers, ignore_signals
 from addp_core.networks.classifier import NORM_EPS, normalize
 from addp_core.training.compute import accelerate_model, autocast
 from addp_core.training.feature_files import STORAGE_DTYPES, FeatureFiles, to_storage
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import VALIDATION, mark_pace
 from addp_core.training.processes import process_state
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.fitting import AnyEncoder
@@ -78,7 +78,7 @@ def compute_bank(
     folder = cache / f"{split}-{_cache_key(encoder, recipe, blocks, listing, classes, limit)}"
     files = FeatureFiles(folder, -(-len(listing) // recipe.shard))
     if missing := files.missing():
-        mark_pace("validation", 0)
+        mark_pace(VALIDATION, 0)
         if state.is_main_process:
             remaining = min(len(missing) * recipe.shard, len(listing))
             numbers = remaining * (limit or patches) * len(blocks) * encoder.width
@@ -124,7 +124,7 @@ def _features(
         with torch.inference_mode(), autocast(recipe.train.precision, device):
             x = normalize(pixels.to(device, non_blocking=True).float() / 255, mean, std)
             tokens = [_normed(encoder, x, recipe.norm) for x in encoder.forward_tokens(x, [b - 1 for b in blocks])]
-        mark_pace("validation", len(batch) * process_state().num_processes)
+        mark_pace(VALIDATION, len(batch) * process_state().num_processes)
         kept = [_kept_patches(row, limit, image) for row, image in zip(labels, batch, strict=True)]
         for row, (image, chosen) in enumerate(zip(batch, kept, strict=True)):
             parts[LABELS].append(labels[row, chosen])

@@ -11,10 +11,10 @@ import yaml
 from addp_core.base.errors import UserError
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
+from addp_core.training.pace import FEATURES, HEADS, SAMPLING, VALIDATION
 from tools.bench.arguments import verb_recipe
 
-# What a phase counts are images, of `heads` the share of all heads that are trained on features.
-TRAINING, VALIDATION, SAMPLING, FEATURES, HEADS = "training", "validation", "sampling", "features", "heads"
+TRAINING = "training"  # a phase whose pace is in metrics.jsonl
 REFERENCE = "reference"  # images whose features are extracted once
 PHASES = (TRAINING, VALIDATION, SAMPLING, FEATURES)  # that count images
 PREDICTING = ("det predict", "seg predict", "inpaint")  # on a few sample images, which takes seconds
