@@ -26,6 +26,7 @@ from addp_core.weights.architectures import NORMALISATION
 from addp_core.weights.assumptions import settle
 from addp_core.weights.files import MODEL_FILE, State, first_line, read_file
 from addp_core.weights.loading import load_classifier
+from cls import registry as registry  # model=timm:addp_vit_... are names that it registers
 from cls.data import classifier_crop
 from cls.variants.recipe import Recipe
 
