@@ -18,6 +18,8 @@ from addp_core.data.stream import Batch
 from addp_core.method.addp import ADDP, ADDPConfig
 from addp_core.method.diffusion import draw_masks
 from addp_core.method.sampler import sample
+from addp_core.networks.cnn import CnnGridEncoder
+from addp_core.networks.layers import checkpoint_blocks
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.recipes.config import find_recipe, load, recipes_of
@@ -69,6 +71,9 @@ def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
     assert model.predictor is not None
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.predictor.load_state_dict(predictor.state_dict())
+    checkpoint_blocks(model.denoiser, recipe.train.checkpointing)
+    if isinstance(model.denoiser.encoder, CnnGridEncoder):  # which has no such blocks
+        model.denoiser.encoder.checkpointing = recipe.train.checkpointing
     return model
 
 

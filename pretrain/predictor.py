@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
 from addp_core.method.diffusion import map_tokens
-from addp_core.networks.layers import MaskPositions, count_visible, gather_tokens
+from addp_core.networks.layers import MaskPositions, checkpoint_blocks, count_visible, gather_tokens
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
 from addp_core.training.stage import MicroStep, Stage
@@ -40,6 +40,7 @@ def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":
     vocabulary = Vocabulary.with_slots(tokenizer.config.codebook, recipe.unused_ids)
     predictor = TokenPredictor(recipe.model, grid[0] * grid[1], vocabulary)
     predictor.trained_on = fingerprint(tokenizer)
+    checkpoint_blocks(predictor, recipe.train.checkpointing)
     examples = example_images(source, recipe.data, PREVIEW_IMAGES)
     return PredictorStage(predictor, tokenizer, grid, recipe.masking, examples, recipe.draw)
 

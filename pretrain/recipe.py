@@ -67,6 +67,17 @@ class TokenizerRecipe:
 
 
 @dataclass
+class TransformerTraining(TrainConfig):
+    """The section `train` of the stages that train transformers."""
+
+    checkpointing: Annotated[
+        bool,
+        "recompute the activations of each block in the backward pass to save memory (gradient checkpointing; compute "
+        "only)",
+    ] = False
+
+
+@dataclass
 class MaskingConfig:
     """MAGE's masking and loss: mask ratios from a truncated normal distribution, and label smoothing."""
 
@@ -111,7 +122,7 @@ class PredictorRecipe:
         "or one for each process (as MAGE)",
     ] = "batch"
     interpolation: Annotated[Interpolation, "how crops are resized; bilinear in MAGE"] = "bicubic"
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TransformerTraining = field(default_factory=TransformerTraining)
 
 
 @dataclass
@@ -136,7 +147,7 @@ class PretrainRecipe:
         "one mask ratio for the whole batch (the same numbers for any number of processes), "
         "or one for each process (as published)",
     ] = "batch"
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TransformerTraining = field(default_factory=TransformerTraining)
 
     def __post_init__(self) -> None:
         check_ids_to(self.model, self.process)

@@ -10,6 +10,7 @@ from hypothesis import settings
 # Set before torch is imported, here and in every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ADDP_MEASURE_KERNELS"] = "0"  # the same kernels in each run of the tests, and no file in the user's cache
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)

@@ -40,7 +40,7 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float[B,C,h,w] -> Float[B,C',h,w]."""
-        if self.uses_winograd(x, x.shape[2], x.shape[3], self.winograd_convolution, super().forward):
+        if self.uses_winograd(x, x.shape[2], x.shape[3]):
             return self.winograd_convolution(x)
         return super().forward(x)
 
@@ -60,13 +60,15 @@ class Conv3x3(nn.Conv2d):
     def _nnpack(self, x: Tensor) -> Tensor:
         return torch._nnpack_spatial_convolution(x, self.weight, self.bias, [1, 1], [1, 1])
 
-    def uses_winograd(self, x: Tensor, h: int, w: int, winograd: Implementation, direct: Implementation) -> bool:
+    def uses_winograd(
+        self, x: Tensor, h: int, w: int, winograd: Implementation | None = None, direct: Implementation | None = None
+    ) -> bool:
         """Return whether the map of x takes the Winograd convolution.
 
         Args:
             x: the input, Float[B,C,h',w'].
             h, w: rows and columns of the output.
-            winograd, direct: compute the output in either way.
+            winograd, direct: compute the output in either way (default: this convolution).
         """
         possible = (
             self.winograd
@@ -80,6 +82,7 @@ class Conv3x3(nn.Conv2d):
         if self.faster is None:
             return False
         shape = f"{self.in_channels} x {x.shape[2]} x {x.shape[3]} to {self.out_channels} x {h} x {w}"
+        winograd, direct = winograd or self.winograd_convolution, direct or super().forward
         return self.faster(shape, {WINOGRAD: lambda: winograd(x), DIRECT: lambda: direct(x)}) == WINOGRAD
 
 

@@ -16,6 +16,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch._dynamo import maybe_mark_dynamic
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from addp_core.networks.attention import (
     PLAIN_ATTENTION,
@@ -74,6 +75,7 @@ class Block(vision_transformer.Block):
     attn: "SelfAttention"  # type: ignore[assignment]  # with timm's layers in it
     mlp: Mlp
     window = 0  # side of the attention windows in patches; 0: global attention
+    checkpointing = False  # compute only: in training, recompute the block's activations instead of storing them
 
     def __init__(self, width: int, heads: int, dropout: float, drop_path: float, layer_scale: bool = False):
         super().__init__(
@@ -104,11 +106,28 @@ class Block(vision_transformer.Block):
             queries: Long[B,Q], the positions to compute. A last block need not compute what nothing reads.
             grid: rows and columns of the patches, for windows and relative positions.
         """
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, attn_mask, queries, grid, use_reentrant=False)
+        return self._compute(x, attn_mask, queries, grid)
+
+    def _compute(
+        self, x: Tensor, attn_mask: Tensor | None, queries: Tensor | None, grid: tuple[int, int] | None
+    ) -> Tensor:
         h = self.attn(self.norm1(x), attn_mask, queries, self.relative, grid, self.window)
         if queries is not None:
             x = gather_tokens(x, queries)
         x = x + self.drop_path1(self.ls1(h))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def checkpoint_blocks(model: nn.Module, checkpointing: bool) -> None:
+    """Let all transformer blocks of a model recompute their activations in the backward pass, or store them.
+
+    Random numbers are drawn again as they were, so the gradients are the same to the last bit.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.checkpointing = checkpointing
 
 
 class SelfAttention(nn.Module):

@@ -22,6 +22,8 @@ COMPUTE_ONLY_KEYS = frozenset(
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
     | {f"train.{key}" for key in ("trackers", "tracker_project")}
 )
+# Compute only too; the digests of segmentation runs, which had this key first, contain it.
+CHECKPOINTING = "train.checkpointing"
 # Keys that set a run's length: a run may be extended, and then counts as unfinished until it reaches the new end.
 LENGTH_KEYS = frozenset({"train.steps", "train.epochs"})
 
@@ -66,8 +68,8 @@ class RunRecipe:
             old, new = before.get(key, absent), self.values.get(key, absent)
             return old == new or (key in self.paths and _full_path(old) == _full_path(new))
 
-        keys = previous.keys() | self.values.keys()
-        return [key for key in sorted(keys) if key not in COMPUTE_ONLY_KEYS | LENGTH_KEYS and not same(key)]
+        keys, ignored = previous.keys() | self.values.keys(), COMPUTE_ONLY_KEYS | LENGTH_KEYS | {CHECKPOINTING}
+        return [key for key in sorted(keys) if key not in ignored and not same(key)]
 
     def moved_with_run(self, key: str, previous: Values) -> bool:
         """Check whether a path leads to the same place in the run folder or beside it, as when both were moved.

@@ -291,14 +291,21 @@ def _stage_arguments(training: "PretrainRecipe", part: str, recipe: Any, out: Pa
 def _result_values(recipe: Any, *without: str) -> dict[str, Any]:
     """Return the keys that a run's result depends on, and their values."""
     from addp_core.training.precision import AUTO
-    from addp_core.training.run_recipe import COMPUTE_ONLY_KEYS, FORMER_PRECISION, PRECISION, RESIZE, RunRecipe
+    from addp_core.training.run_recipe import (
+        CHECKPOINTING,
+        COMPUTE_ONLY_KEYS,
+        FORMER_PRECISION,
+        PRECISION,
+        RESIZE,
+        RunRecipe,
+    )
 
     values = RunRecipe(recipe).values
     if values[PRECISION] == AUTO:  # a result from before `auto` existed still holds: runs keep what they had
         values[PRECISION] = FORMER_PRECISION
     if values.get(RESIZE) is None:  # nor does one from before this key existed change
         values.pop(RESIZE, None)
-    return {key: value for key, value in values.items() if key not in COMPUTE_ONLY_KEYS | set(without)}
+    return {key: value for key, value in values.items() if key not in COMPUTE_ONLY_KEYS | {CHECKPOINTING, *without}}
 
 
 def _key(name: str) -> str:

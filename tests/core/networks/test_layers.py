@@ -1,11 +1,20 @@
 """Dropout, transformer blocks that compute some positions only, and positions of masks."""
 
+from functools import partial
+
 import pytest
 import torch
 from timm.models import vision_transformer
-from tiny import random_tensor
+from tiny import nested_masks, random_images, random_tensor, tiny_addp
 
-from addp_core.networks.layers import Block, Dropout, MaskPositions, gather_tokens, scatter_tokens
+from addp_core.networks.layers import (
+    Block,
+    Dropout,
+    MaskPositions,
+    checkpoint_blocks,
+    gather_tokens,
+    scatter_tokens,
+)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -76,3 +85,31 @@ def test_mask_positions_with_rows_of_different_length():
     torch.testing.assert_close(
         scatter_tokens(gather_tokens(x[:1], single_row.visible), single_row.visible, 4), x[:1] * ~mask[:1, :, None]
     )
+
+
+def count_elements(counts, tensor):
+    """Remember the size of a tensor that is stored for the backward pass."""
+    counts.append(tensor.numel())
+    return tensor
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_checkpointing_gives_the_same_gradients_and_stores_less(precision):
+    """With dropout, and with the padding of rows that differ in their number of reliable ids."""
+    model, masks = tiny_addp(dropout=0.1), nested_masks()
+    masks[0][0, masks[0][0].nonzero()[0]] = False
+    found: dict[bool, tuple[int, list[torch.Tensor]]] = {}
+    for checkpointing in (False, True):
+        stored: list[int] = []
+        model.train().zero_grad()
+        checkpoint_blocks(model.denoiser, checkpointing)
+        torch.manual_seed(0)
+        count = torch.autograd.graph.saved_tensors_hooks(partial(count_elements, stored), lambda x: x)
+        with count, torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = model.training_loss(model.denoiser, random_images(), *masks)
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.denoiser.parameters() if p.grad is not None]
+        found[checkpointing] = sum(stored), [loss.detach(), *gradients]
+    for stored, checkpointed in zip(found[False][1], found[True][1], strict=True):
+        assert torch.equal(stored, checkpointed)
+    assert found[True][0] < 0.6 * found[False][0]
