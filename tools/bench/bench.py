@@ -11,6 +11,7 @@ submits a job for each step, and one for the report at the end. A benchmark whos
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import shutil
@@ -29,17 +30,20 @@ from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench import pretraining
+from tools.bench.arguments import errors_name
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.comparison import compare_with_paper
 from tools.bench.devices import DeviceShares
 from tools.bench.estimate import check_given_speeds, print_estimate
 from tools.bench.plan import Plan
 from tools.bench.plan import Recipe as Recipe
+from tools.bench.preflight import check_encoder
 from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.report import write_report
 from tools.bench.results import BENCH, BenchResults, bench_content, mean_and_sd, summary_table, write_record
 from tools.bench.slurm import check_sbatch_options, jobs_in_queue, printed_commands, submit
 from tools.bench.step import LOG, STEP, Step, prepare_folder
+from tools.bench.sweep import pending_commands
 from tools.children import Children, Stopped, last_lines
 
 log = logging.getLogger("addp")
@@ -64,6 +68,7 @@ def run(recipe: BenchRecipe) -> None:
     plan = Plan(recipe)
     out = plan.out
     pending = _pending_steps(plan)
+    _check_encoders(pending)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if recipe.estimate.enabled:
@@ -101,6 +106,15 @@ def _pending_steps(plan: Plan) -> list[Step]:
     pending = [step for step in chosen if not step.done]
     log.info("%d steps, %d of them finished before", len(chosen), len(chosen) - len(pending))
     return pending
+
+
+def _check_encoders(pending: Sequence[Step]) -> None:
+    """Raise UserError if a training would refuse the encoder of its arm, of those that exist before the first step."""
+    for step in pending:
+        if step.trials and not step.arm.pretrained_by:
+            for _, arguments in itertools.islice(pending_commands(step.trials), 1):
+                with errors_name(step.name):
+                    check_encoder(step.trials.verb, arguments)
 
 
 def _without_queued(pending: Sequence[Step], queued: Mapping[str, str]) -> list[Step]:

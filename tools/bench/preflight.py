@@ -1,6 +1,7 @@
 """What `addp sweep` checks before its first run: the keys, checkpoints and datasets of all runs that are still to do.
 
-A training that is going to fail over a missing file takes seconds to say so, and a sweep has dozens of trainings.
+`addp bench` checks before its first step whether they accept the encoders that exist by then. A training that is going
+to fail over a missing file takes seconds to say so, and a sweep has dozens of trainings.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,6 +35,15 @@ def check_commands(verb: str, commands: Iterable[tuple[str, list[str]]]) -> None
         checked |= {dataset, model}
 
 
+def check_encoder(verb: str, arguments: list[str]) -> None:
+    """Build the encoder of one training as it will, if it may refuse what others accept, as a detector a CNN.
+
+    Raises UserError, with the key, if it refuses the encoder of its model.
+    """
+    if verb in ENCODER_CHECKS:
+        ENCODER_CHECKS[verb](verb_recipe(arguments, verb))
+
+
 def _check_model(training: Any) -> None:
     """Read the checkpoint of a training. Raises UserError if it is missing, damaged or of no known layout."""
     from addp_core.networks.encoder import VIT_SIZES
@@ -59,6 +69,20 @@ def _check_coco(training: Any) -> None:
         locate_coco(training.data, split)  # only located: reading hundreds of megabytes is left to the training
 
 
+def _check_encoder_of_detector(training: Any) -> None:
+    from det.train import build_encoder
+
+    build_encoder(training)
+
+
+def _check_encoder_of_segmentor(training: Any) -> None:
+    from seg.mmseg_config import read_config
+    from seg.train import load_model, resolve
+
+    config = read_config(training.config)
+    load_model(resolve(training, config), config)
+
+
 def _check_scenes(training: Any) -> None:
     from seg.scenes import find_pairs, read_class_names
 
@@ -67,6 +91,10 @@ def _check_scenes(training: Any) -> None:
         find_pairs(training.data.source, split)
 
 
+ENCODER_CHECKS: dict[str, Callable[[Any], None]] = {
+    "det train": _check_encoder_of_detector,
+    "seg train": _check_encoder_of_segmentor,
+}
 DATASET_CHECKS: dict[str, Callable[[Any], None]] = {
     "finetune": _check_labeled_images,
     "linprobe": _check_labeled_images,

@@ -41,9 +41,8 @@ def test_a_cnn_is_an_arm_and_reads_pixels_alone(toys, tmp_path):
     arm = open_arm("x", str(file))
     assert arm.generates
     assert arm.digest != random_arm(arm).digest
-    assert_user_error(
-        lambda: open_arm("x", str(file), {"input": "token", "tokenizer": str(toys / "a")}), "models.x: tokenizer=", "is no MAGE checkpoint"
-    )
+    settings = {"input": "token", "tokenizer": str(toys / "a")}
+    assert_user_error(lambda: open_arm("x", str(file), settings), "models.x: tokenizer=", "is no MAGE checkpoint")
 
 
 def test_ids_of_another_codebook_are_refused(tmp_path):

@@ -4,7 +4,9 @@ import importlib.util
 
 import pytest
 from bench_commands import bench_command, bench_json, commands_run, last_line
+from tiny import tiny_cnn_addp
 
+from addp_core import save_model
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
 from tools.bench import bench
@@ -95,6 +97,18 @@ def test_a_recipe_can_choose_its_benchmarks(toys, fake, tmp_path, capsys):
     assert sorted(ran) == sorted([*needed, "sweep seg/a", "sweep seg/b"])
     assert "linprobe/a, linprobe/b" in capsys.readouterr().err
     assert main([*line, "bench.only=seg", "data.imagenet_a="]) == 0  # data of what is not asked for need not be given
+
+
+def test_a_cnn_where_a_vit_is_expected_is_named_before_the_first_step(toys, fake, tmp_path, capsys):
+    save_model(tiny_cnn_addp(), tmp_path / "cnn.safetensors")
+    line = bench_command(toys, tmp_path / "out", f"models={{cnn: {tmp_path}/cnn.safetensors}}", "det.recipe=tiny")
+    assert main([*line, "bench.only=finetune,det"]) == 2
+    expected = (
+        "det/cnn: detector.scales: found [1.0, 0.5], but the maps of test_resnet have strides 4, 8, 16, 32; leave"
+    )
+    assert expected in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+    assert commands_run(fake, tmp_path / "out") == []
 
 
 def test_a_missing_package_is_named_before_the_first_step(toys, fake, tmp_path, capsys, monkeypatch):
