@@ -9,6 +9,7 @@ plain values alone, are written atomically, and are refused if they contain anyt
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,8 +33,9 @@ from addp_core.base.rng import seed_for
 from addp_core.training.batch_norm import local_statistics
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.metrics import RunLogger
-from addp_core.training.pace import mark_pace
+from addp_core.training.pace import VALIDATION, mark_pace
 from addp_core.training.signals import StopSignals
+from addp_core.training.tracker_backends import TrackerName
 from addp_core.weights.files import read_tensors
 from seg.segmentor import load_tensors
 
@@ -123,6 +125,8 @@ class RunFolder(Hook):
         accumulate: iterations of a step.
         out: the run folder; empty for the runner's work_dir.
         batch: images of a step, over all processes.
+        trackers: where the run is logged besides metrics.jsonl.
+        tracker_project: its name in trackers that have projects.
     """
 
     priority = "LOWEST"  # after the schedulers' step, which the checkpoint has to include
@@ -136,9 +140,12 @@ class RunFolder(Hook):
         accumulate: int = 1,
         out: str = "",
         batch: int = 32,
+        trackers: Sequence[TrackerName] = ("tensorboard",),
+        tracker_project: str = "",
     ):
         self.interval, self.keep, self.log_every, self.seed = interval, keep, log_every, seed
         self.accumulate, self.out, self.batch = accumulate, out, batch
+        self.trackers, self.tracker_project = trackers, tracker_project
         self.signals = StopSignals()
         self.run_logger: RunLogger | None = None  # on rank 0, while training
         # Sums of the losses, number of iterations and start time since the last line of metrics.
@@ -157,7 +164,8 @@ class RunFolder(Hook):
         self.rank, self.world_size = get_dist_info()
         if is_main_process():
             total, step = runner.max_iters // self.accumulate, runner.iter // self.accumulate
-            self.run_logger = RunLogger(self.checkpoints.folder.parent, "seg", step, total)
+            out = self.checkpoints.folder.parent
+            self.run_logger = RunLogger(out, "seg", step, total, self.trackers, self.tracker_project)
         self.batch_statistics = [] if self.world_size == 1 else local_statistics(runner.model)
         self._make_up_for_evaluation(runner)
         self.window_start = time.perf_counter()
@@ -190,10 +198,10 @@ class RunFolder(Hook):
             self._exit(step, interrupt)
 
     def before_val_epoch(self, runner: AddpRunner) -> None:
-        mark_pace("validation", 0)
+        mark_pace(VALIDATION, 0)
 
     def after_val_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        mark_pace("validation", len(outputs or ()) * self.world_size)
+        mark_pace(VALIDATION, len(outputs or ()) * self.world_size)
         stop, interrupt = self._on_any_rank(self.signals.stop), self._on_any_rank(self.signals.interrupt)
         if stop or interrupt:
             self.save(runner, runner.iter)

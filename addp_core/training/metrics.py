@@ -1,17 +1,21 @@
-"""What a run shows of itself: metrics.jsonl, TensorBoard, progress, previews and curves."""
+"""What a run shows of itself: metrics.jsonl, trackers, progress, previews and curves."""
 
 import contextlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.training.run_folder import log_write_errors
+from addp_core.training.run_recipe import read_values
+from addp_core.training.tracker_backends import TrackedRun, TrackerName
+from addp_core.training.trackers import Trackers, is_training, rows, tagged
 
 log = logging.getLogger("addp")
 
@@ -21,17 +25,34 @@ NOT_PLOTTED = ("epoch", "images")  # metrics that only count
 class RunLogger:
     """Logs the metrics, progress and images of a run. A full disk costs their files, but does not stop the run."""
 
-    def __init__(self, out: Path, name: str, step: int, total: int):
-        """Start logging after `step` of `total` steps; metrics of later steps, left by a stopped run, are dropped."""
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        step: int,
+        total: int,
+        trackers: Sequence[TrackerName] = ("tensorboard",),
+        project: str = "",
+    ):
+        """Start logging after `step` of `total` steps; metrics of later steps, left by a stopped run, are dropped.
+
+        Args:
+            out: the run folder, with its recipe.yaml.
+            name: what is trained.
+            trackers: where the run is logged besides metrics.jsonl.
+            project: its name in trackers that have projects.
+        """
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         self.out, self.total = out, total
         self.metrics = out / "metrics.jsonl"
-        write_atomically(self.metrics, b"".join(_lines_until(self.metrics, step, total)))
+        lines = list(_lines_until(self.metrics, step, total))
+        write_atomically(self.metrics, b"".join(lines))
         self.file = self.metrics.open("a")
-        self.board = SummaryWriter(str(out / "tb"), purge_step=step + 1)
+        recipe = out / RECIPE_FILE
+        run = TrackedRun(out, name, project, step, read_values(recipe.read_text()) if recipe.exists() else {})
+        self.trackers = Trackers(run, trackers, rows(map(json.loads, lines), out / "images", step))
         terminal = sys.stderr.isatty()
         self.bar = tqdm(desc=name, total=total, initial=step, unit="step", dynamic_ncols=True) if terminal else None
         self.redirection = contextlib.ExitStack()
@@ -40,7 +61,8 @@ class RunLogger:
             self.redirection.enter_context(logging_redirect_tqdm(loggers))
 
     def advance(self) -> None:
-        """Count one step in the progress bar."""
+        """Count one step in the progress bar; the metrics of the step before are complete."""
+        self.trackers.advance()
         if self.bar is not None:
             self.bar.update()
 
@@ -49,7 +71,7 @@ class RunLogger:
 
         `eta` is the expected time to the end in seconds.
         """
-        self._write("train", metrics)
+        self._write(int(metrics["step"] or 0), metrics)
         loss = "-" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         text = f"loss {loss}  lr {metrics['lr']:.3g}  {metrics['img_s']:.1f} img/s"
         if self.bar is not None:
@@ -62,7 +84,7 @@ class RunLogger:
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an evaluation."""
-        self._write("evaluate", {"step": step, **metrics})
+        self._write(step, {"step": step, **metrics})
         log.info("step %d  %s", step, "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
     def save_images(self, step: int, images: Mapping[str, Tensor]) -> None:
@@ -73,12 +95,14 @@ class RunLogger:
             columns = max(1, round(len(batch) ** 0.5))
             with self._log_write_errors(f"images/{name}-{step}.png"):
                 batch = batch.detach().float().clamp(0, 1).cpu()
-                save_image(batch, self.out / "images" / f"{name}-{step}.png", nrow=columns)
+                path = self.out / "images" / f"{name}-{step}.png"
+                save_image(batch, path, nrow=columns)
+                self.trackers.add(step, images={name: path})
 
     def has_evaluation(self, step: int) -> bool:
         """Check whether the evaluation after this step has been logged."""
         lines = map(json.loads, self.metrics.read_bytes().splitlines())
-        return any(line["step"] == step and not _is_training(line) for line in lines)
+        return any(line["step"] == step and not is_training(line) for line in lines)
 
     def has_images(self, step: int) -> bool:
         """Check whether images of this step have been saved."""
@@ -108,6 +132,11 @@ class RunLogger:
         with self._log_write_errors("images/curves.png"):
             figure.savefig(self.out / "images" / "curves.png", dpi=100)
 
+    def finish(self) -> None:
+        """Say that the run has reached its end, and plot its curves."""
+        self.trackers.finish()
+        self.plot_curves()
+
     def close(self) -> None:
         """Flush and close all files."""
         if self.bar is not None:
@@ -115,26 +144,16 @@ class RunLogger:
         self.redirection.close()
         with self._log_write_errors("metrics.jsonl"):
             self.file.close()
-        with self._log_write_errors("tb"):
-            self.board.close()
+        self.trackers.close()
 
-    def _write(self, group: str, metrics: Mapping[str, float | None]) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         with self._log_write_errors("metrics.jsonl"):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
-        with self._log_write_errors("tb"):
-            for key, value in metrics.items():
-                if key != "step" and value is not None:
-                    self.board.add_scalar(f"{group}/{key}", value, metrics["step"])
-            self.board.flush()
+        self.trackers.add(step, tagged(metrics))
 
     def _log_write_errors(self, name: str) -> contextlib.AbstractContextManager[None]:
         return log_write_errors(self.out / name)
-
-
-def _is_training(line: Mapping[str, float]) -> bool:
-    """Tell the metrics of training from those of an evaluation."""
-    return "img_s" in line
 
 
 def _lines_until(metrics: Path, step: int, total: int) -> Iterator[bytes]:
@@ -144,6 +163,6 @@ def _lines_until(metrics: Path, step: int, total: int) -> Iterator[bytes]:
     for line in metrics.read_bytes().splitlines(keepends=True):
         with contextlib.suppress(ValueError):  # a line that was cut off when the process was killed
             values = json.loads(line)
-            final_evaluation = values["step"] == total and not _is_training(values)  # repeated by the continued run
+            final_evaluation = values["step"] == total and not is_training(values)  # repeated by the continued run
             if line.endswith(b"\n") and values["step"] <= step and not final_evaluation:
                 yield line

@@ -86,7 +86,8 @@ class Meter:
             batch = min(batch, max(smallest, _affordable_batch(parameters, work.recipe)))
         if batch != train.batch:
             notes.append(f"measured with {batch} images a step instead of {train.batch}")
-        settings = {"train.accumulate": 1, "train.checkpoint_every": 0, "train.log_every": 1}
+        settings: dict[str, Any] = {"train.accumulate": 1, "train.checkpoint_every": 0, "train.log_every": 1}
+        settings["train.trackers"] = []  # nobody follows what is measured
         endless = {**settings, "train.batch": batch, "train.steps": NEVER, "train.evaluate_every": NEVER}
         steps = self._run(arguments, endless, [TRAINING], batch)
         short = {**settings, "train.batch": smallest, "train.steps": 2, "train.evaluate_every": 1}

@@ -25,6 +25,7 @@ RESULT_KEYS = (
     *("train.seed", "train.lr", "train.base_lr", "train.min_lr", "train.layer_decay", "train.weight_decay"),
     *("train.warmup_epochs", "train.warmup_steps", "train.momentum", "train.betas", "train.schedule"),
     *("train.checkpoint_every", "train.log_every", "train.preview_every", "train.export_every", "train.keep"),
+    *("train.trackers", "train.tracker_project"),
 )
 # and those that change how much, but not how fast.
 AMOUNT_KEYS = ("n", "train.epochs", "train.steps", "train.evaluate_every")
