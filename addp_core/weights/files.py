@@ -20,6 +20,7 @@ from addp_core.base.paths import MODEL_FILE
 from addp_core.networks.encoder import METADATA_KEY
 from addp_core.weights.assumptions import Assumption
 from addp_core.weights.entries import State, select_entry, without_tensors
+from addp_core.weights.hub import HUB_PREFIX, download
 from addp_core.weights.unpickling import HARMLESS
 
 MODULES_KEY = "modules"  # in what our files store: the same for parts of a model, by the prefix of their tensors
@@ -48,7 +49,8 @@ def read_file(source: Source, wanted: str = "") -> FileContent:
     """Read the tensors of any file under the file's own names.
 
     Args:
-        source: a path, a run folder, "zoo:name", "hf://owner/repository/file", or a state dict.
+        source: a path, a run folder, "zoo:name", "hf://owner/repository/file" (without a file: its
+            model.safetensors), or a state dict.
         wanted: the name of the model to read, if the file holds several; see `select_entry`.
 
     Raises:
@@ -114,8 +116,8 @@ def _unpickling_refused(path: Path, error: pickle.UnpicklingError) -> UserError:
 
 def _locate(source: str) -> Path:
     """Return the local path of a file, of a run folder's model, of a model of the zoo, or of a downloaded hub file."""
-    if source.startswith("hf://"):
-        return _download(source)
+    if source.startswith(HUB_PREFIX):
+        return download(source)
     if source.startswith("zoo:"):
         return _find_in_zoo(source.removeprefix("zoo:"))
     path = Path(source)
@@ -140,23 +142,6 @@ def _find_in_zoo(name: str) -> Path:
     if name not in names:
         raise UserError(f"zoo:{name}: no such model{did_you_mean(name, names)}; the models are {', '.join(names)}")
     return path
-
-
-def _download(source: str) -> Path:
-    """Fetch "hf://owner/repository/file" from the Hugging Face hub, or find it in the local cache."""
-    owner, _, rest = source.removeprefix("hf://").partition("/")
-    repository, _, name = rest.partition("/")
-    if not name:
-        raise UserError(f"{source}: expected hf://owner/repository/file")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"{source}: cannot be downloaded ({first_line(error)}); expected a reachable hub file or a local path"
-        ) from error
 
 
 def _unwrap(source: str, content: Mapping[str, Any], wanted: str) -> FileContent:

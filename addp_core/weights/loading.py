@@ -38,7 +38,7 @@ def load_addp(
     """Load an ADDP model in eval mode, float32, on the CPU.
 
     Args:
-        source: a path, a run folder, "hf://owner/repository/file" or a state dict, in the published layout or ours.
+        source: a path, a run folder, "hf://owner/repository[/file]" or a state dict, in the published layout or ours.
         tokenizer, predictor: sources for files that lack those parts. Without a predictor the model can generate but
             not be trained.
         image_size: (height, width) in pixels; positions are resampled if it differs from the file's.
@@ -93,7 +93,7 @@ def load_predictor(source: Source, grid: tuple[int, int] | None = None, **heads:
     """Load the token predictor of a MAGE file, a predictor run or any ADDP file; eval mode, float32, CPU.
 
     Args:
-        source: a path, a run folder, "hf://owner/repository/file" or a state dict.
+        source: a path, a run folder, "hf://owner/repository[/file]" or a state dict.
         grid: token grid (rows, columns); positions are resampled if it differs from the file's.
         heads: predictor_heads and predictor_decoder_heads, if the file does not store them.
     """

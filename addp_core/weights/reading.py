@@ -7,6 +7,7 @@ from typing import Any
 
 from addp_core.base.errors import UserError
 from addp_core.method.addp import ADDPConfig
+from addp_core.networks.cnn import CnnEncoder
 from addp_core.weights.architectures import (
     PredictorArchitecture,
     TokenizerArchitecture,
@@ -63,7 +64,7 @@ def read_weights(
     assumed, and `Weights.settle` says so.
 
     Args:
-        source: a path, a run folder, "hf://owner/repository/file", or a state dict.
+        source: a path, a run folder, "hf://owner/repository[/file]", or a state dict.
         preferred_kind: the kind to read if the file holds several, such as "tokenizer" for a MAGE file with its VQGAN.
         heads: numbers of attention heads, which shapes do not tell, by the keys of `HEAD_KEYS`.
         image_size: (height, width) in pixels that the caller asks for, which tells apart the grids that fit a file.
@@ -112,9 +113,17 @@ def read_weights(
                 converted, architecture = layout.convert(content.source, state, hints)
             assumptions = tuple(hints.assumptions)
             return Weights(content.source, layout.kind, converted, architecture, assumptions=assumptions)
+    if cnns := _described_cnns(content):
+        return _read_module(content, *cnns[0], heads)
     raise UserError(
         f"{content.source}: {describe_tensors(content.state)}; expected an ADDP, MAGE, VQGAN or ViT checkpoint"
     )
+
+
+def _described_cnns(content: FileContent) -> list[tuple[str, Any]]:
+    """Return prefix and description of the CNNs inside of another model, which their tensors' names do not tell."""
+    found = content.descriptions.items()
+    return [(prefix, text) for prefix, text in found if prefix and text.get("kind") == CnnEncoder.kind]
 
 
 def _read_module(content: FileContent, prefix: str, description: Any, heads: Mapping[str, int]) -> Weights:

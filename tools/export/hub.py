@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def prepare_push(recipe: Recipe) -> None:
     check_bench(recipe)
     if get_token() is None:
         raise UserError("push: no token of the Hugging Face Hub; expected `hf auth login`, or HF_TOKEN")
-    with _one_line(recipe):
+    with _one_line(recipe, "expected a network, and a token that may write there"):
         _api().create_repo(recipe.push, private=recipe.private or None, exist_ok=True)
 
 
@@ -60,7 +61,7 @@ def push(recipe: Recipe, out: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         has_timm = _collect(recipe, out, folder)
-        with _one_line(recipe):
+        with _one_line(recipe, f"{out} is written; the same command pushes it"):
             api = _api()
             if api.file_exists(recipe.push, CARD):
                 log.info(
@@ -115,8 +116,8 @@ def _api() -> Any:
 
 
 @contextlib.contextmanager
-def _one_line(recipe: Recipe):
-    """Turn what the Hub refuses into a UserError."""
+def _one_line(recipe: Recipe, advice: str) -> Iterator[None]:
+    """Turn what the Hub refuses into a UserError that ends in `advice`."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -127,7 +128,4 @@ def _one_line(recipe: Recipe):
         if isinstance(error, RepositoryNotFoundError):
             reason = "the token is not accepted, or does not allow it"
         reason = reason.replace(get_token() or "\0", "<token>")
-        raise UserError(
-            f"push={recipe.push}: the Hub refused it or cannot be reached ({reason}); expected a network, and a token "
-            "that may write there; the export itself is on the disk if it had been written"
-        ) from error
+        raise UserError(f"push={recipe.push}: cannot be pushed ({reason}); {advice}") from error
