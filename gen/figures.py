@@ -133,6 +133,7 @@ def open_subject(recipe: Recipe) -> Subject:
     """Return the encoder and the images of its figures. Raises UserError if one of them cannot be read."""
     encoder = load_encoder(
         recipe.model,
+        None,  # the file's own size
         tokenizer=recipe.tokenizer if read_weights(recipe.model).kind != "addp" and recipe.tokenizer else None,
         encoder_heads=recipe.encoder_heads,
         normalisation=recipe.normalisation,

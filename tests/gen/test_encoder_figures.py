@@ -10,12 +10,11 @@ from PIL import Image
 from tiny import tiny_addp
 
 from addp_core import load_encoder, save_model
-from addp_core.data.sources import open_source
 from addp_core.recipes.cli import main
 from gen.drawing import principal_colors
 from gen.encoder_figures import Subject, class_attention, draw_neighbors
+from gen.figures import Recipe, open_subject
 
-MEAN, STD = (0.5,) * 3, (0.25,) * 3
 HW = (8, 12)
 
 
@@ -38,8 +37,8 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def subject_of(inputs: Path) -> Subject:
-    encoder = load_encoder(inputs / "model.safetensors")
-    return Subject(encoder, "tiny", MEAN, STD, open_source(str(inputs / "photos")), (1, 2), 2, 6)
+    model, data = str(inputs / "model.safetensors"), str(inputs / "photos")
+    return open_subject(Recipe(model=model, out="", data=data, n=2, pool=6))
 
 
 def drawn(folder: Path) -> set[str]:
@@ -50,6 +49,7 @@ def test_the_attention_is_that_of_the_blocks(inputs):
     """The weights times the values, through the projection, are the class token's output of the attention."""
     subject = subject_of(inputs)
     images = subject.images(2)
+    assert images.shape[2:] == HW  # the size of the file
     captured: dict = {}
     attention = subject.encoder.blocks[1].attn
     attention.qkv.register_forward_hook(lambda module, args, output: captured.update(qkv=output))
