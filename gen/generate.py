@@ -32,7 +32,7 @@ def run(recipe: Recipe) -> None:
     out = Path(recipe.out)
     if state.is_main_process:
         claim_folder(out, recipe, may_change={"out", "n", "grid"} | (set() if has_gpu else {"batch"}))
-    model = load_for_sampling(recipe, state.device)
+    model = load_for_sampling(recipe, state.device, recipe.compile)
     if state.is_main_process:
         claim_weights(out, model)
 

@@ -29,10 +29,14 @@ def load_recipe_model(recipe: ModelKeys, **options: Any) -> ADDP:
     return load_addp(recipe.model, tokenizer=recipe.tokenizer or None, **heads, **options)
 
 
-def load_for_sampling(recipe: ModelKeys, device: torch.device, **options: Any) -> ADDP:
-    """Load the model that the recipe names, frozen, on `device` and without its token predictor."""
+def load_for_sampling(recipe: ModelKeys, device: torch.device, compile: bool = False, **options: Any) -> ADDP:
+    """Load the model that the recipe names, frozen, on `device` and without its token predictor.
+
+    compile: compile the denoiser and the tokenizer's decoder by torch.compile.
+    """
     model = load_recipe_model(recipe, **options).requires_grad_(False)
     model.predictor = None  # sampling does not use it
     model = model.to(device)
-    accelerate_model(model)
+    for part in (model.tokenizer, model.denoiser):
+        accelerate_model(part, compile)
     return model

@@ -42,6 +42,9 @@ class GenerateRecipe:
     batch: Annotated[int, Gt(0), "images generated at a time by each process"] = 16
     grid: Annotated[int, Ge(0), "number of images in grid.png, the first ones; 0 for no grid"] = 64
     precision: Precision = "fp32"
+    compile: Annotated[
+        bool, "torch.compile the networks, with one graph for all steps (compute only); it takes a minute at first"
+    ] = False
     tokenizer: TokenizerSource = ""
     encoder_heads: EncoderHeads = None
     decoder_heads: DecoderHeads = None

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from compiled import counted_graphs
 from fake_cuda import fake_cuda, on_fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from addp_core.method.sampler import (
     halton_order,
     sampling_noise,
 )
+from addp_core.training.compute import accelerate_model
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,20 @@ def test_sampling_needs_no_predictor():
 @pytest.mark.parametrize("ids_to", ["encoder+decoder", "none"])
 def test_ablated_models_sample(ids_to):
     assert sample(tiny_addp(ids_to=ids_to), 2, steps=3).isfinite().all()
+
+
+@pytest.mark.parametrize("ids_to", ["decoder", "encoder+decoder"])
+def test_compiled_sampling_has_few_graphs_for_all_steps(ids_to):
+    """The tokenizer's decoder is one, and the denoiser one, or two with steps that know fewer than two ids."""
+    model = tiny_addp(ids_to=ids_to)
+    expected = sample(model, 2, steps=12)
+    with counted_graphs() as graphs:
+        for part in (model.tokenizer, model.denoiser):
+            accelerate_model(part, compile=True)
+        torch.testing.assert_close(sample(model, 2, steps=12), expected, atol=1e-5, rtol=0)
+        assert len(graphs) <= 3
+        sample(model, 2, steps=9, seed=1)
+        assert len(graphs) <= 3
 
 
 # -------------------- inpainting
