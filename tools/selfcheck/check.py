@@ -56,13 +56,15 @@ class Run:
     def _run(self, name: CheckName, commands: Commands, left: float) -> Outcome:
         """Run a check, or skip it if it needs more seconds than are left."""
         check = CHECKS[name]
+        commands.pace = self.pace
         needed = check.seconds * self.pace
+        least = needed if check.minimum is None else check.minimum * self.pace
         place = f"check {self.names.index(name) + 1} of {len(self.names)}"
-        if needed > left:
+        if least > left:
             log.info("%s, %s: skipped, no time left for it", place, name)
-            note = f"needs about {needed:.0f} s, {max(left, 0):.0f} s of seconds={self.seconds:g} are left"
+            note = f"needs about {least:.0f} s, {max(left, 0):.0f} s of seconds={self.seconds:g} are left"
             return Outcome("skipped", note, {})
-        log.info("%s, %s: %s; %s left", place, name, check.title, _duration(self.remaining()))
+        log.info("%s, %s: %s; %s left", place, name, check.title, _duration(min(self.remaining(), left)))
         begin, limit = time.monotonic(), max(PATIENCE * needed, MIN_PATIENCE)
         commands.deadline = begin + min(left, limit)
         try:

@@ -41,6 +41,7 @@ class Commands(Children):
     folder: Path
     device: Device
     deadline: float = math.inf
+    pace: float = 1.0  # how many times as long as on two CPU cores the checks take here
 
     def __post_init__(self) -> None:
         super().__init__()
