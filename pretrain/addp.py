@@ -34,6 +34,7 @@ from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.recipe import PretrainRecipe as Recipe
+from pretrain.tokens import TokenBatch
 
 PREVIEW_IMAGES = 16
 FROZEN_STAGES: dict[str, ModuleType] = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}
@@ -109,7 +110,7 @@ class PretrainStage(Stage):
         self.one_ratio_per_batch = draw == "batch"
         synchronize_batch_norms(self.model)  # a ViT has none
 
-    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch | TokenBatch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Compute the loss of one training step (Sec. 3.3). `model` is the denoiser as the engine wrapped it."""
         addp, shared = self.addp, self.one_ratio_per_batch
         mask_rows = micro_step.batch if shared else len(batch)
@@ -117,7 +118,8 @@ class PretrainStage(Stage):
         generator = micro_step.generator("mask", shared=shared)
         masks = draw_masks(addp.config.process, mask_rows, addp.config.tokens, generator)
         mask, next_mask = (m[rows] for m in masks)
-        loss = addp.training_loss(model, batch.images, mask, next_mask)
+        ids = batch.ids if isinstance(batch, TokenBatch) else addp.encode_images(batch.images)
+        loss = addp.loss_of_ids(model, ids, mask, next_mask)
         return {"loss": loss, "mask_ratio": mask.float().mean()}
 
     def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
@@ -167,7 +169,8 @@ def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
     except UserError as error:
         raise UserError(f"stages: {error}") from error
     texts = [f"{key}={value}" for key, value in settings.items()]
-    return replace(load(module.Recipe, path, texts, recipes_of(module)), data=recipe.data)
+    data = recipe.data.without_tokens() if part == "tokenizer" else recipe.data
+    return replace(load(module.Recipe, path, texts, recipes_of(module)), data=data)
 
 
 def frozen_stage_name(recipe: Recipe, part: str) -> str:

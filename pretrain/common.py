@@ -1,7 +1,9 @@
 """What the three stages share: running a stage, the token grid of the images, and the frozen tokenizer."""
 
 import functools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from addp_core.base.errors import UserError
@@ -14,14 +16,24 @@ from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.training.stage import Stage, TrainConfig
 from addp_core.weights.loading import load_tokenizer
+from pretrain.recipe import TokenData
+from pretrain.tokens import TokenCache, TokenCacheKey, TokenStream
+
+log = logging.getLogger("addp")
 
 
 class StageRecipe(Protocol):
     """The keys that every stage has."""
 
     out: str
-    data: DataConfig
-    train: TrainConfig
+
+    @property
+    def data(self) -> DataConfig:
+        """The section `data`, which a stage may extend."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """The section `train`, which a stage may extend."""
 
 
 def run_stage(
@@ -36,11 +48,26 @@ def run_stage(
     datasets = functools.cache(lambda: {"train": open_source(recipe.data)})
     if prepare_out(recipe.out, recipe, datasets):
         return
-    source = datasets()["train"]
+    source, settings = datasets()["train"], recipe.train
+    cache = open_token_cache(recipe.data, interpolation, source)
     stage = build_stage(source)
-    transform, settings = pretrain_transform(recipe.data, interpolation), recipe.train
-    stream = Stream(source, transform, recipe.data, seed=settings.seed, batch=settings.micro_batch)
+    stream: Stream | TokenStream
+    if cache:
+        cache.check_tokenizer(next(part for part in stage.frozen if isinstance(part, Tokenizer)))
+        stream = TokenStream(cache, seed=settings.seed, batch=settings.micro_batch)
+    else:
+        transform = pretrain_transform(recipe.data, interpolation)
+        stream = Stream(source, transform, recipe.data, seed=settings.seed, batch=settings.micro_batch)
     train(stage, stream, settings, recipe.out, recipe)
+
+
+def open_token_cache(data: DataConfig, interpolation: Interpolation, source: ImageSource) -> TokenCache | None:
+    """Open the cache that the recipe names, if it names one. Raises UserError if it is not one of these crops."""
+    if not (isinstance(data, TokenData) and data.tokens):
+        return None
+    cache = TokenCache(Path(data.tokens).expanduser(), TokenCacheKey.of(data, interpolation, source))
+    log.info("data: %s: ids of %d crops of each image; no image is read for training", data.tokens, cache.crops)
+    return cache
 
 
 def token_grid(tokenizer: TokenizerConfig, data: DataConfig) -> tuple[int, int]:

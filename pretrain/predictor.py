@@ -24,6 +24,7 @@ from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.recipe import MaskingConfig as MaskingConfig
 from pretrain.recipe import PredictorRecipe as Recipe
+from pretrain.tokens import TokenBatch
 
 PREVIEW_IMAGES = 8
 
@@ -67,9 +68,9 @@ class PredictorStage(Stage):
         self.frozen = [tokenizer]
         self.tokenizer, self.grid, self.masking, self.examples = tokenizer, grid, masking, examples
 
-    def loss(self, model: nn.Module, batch: Batch, micro_step: MicroStep) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch | TokenBatch, micro_step: MicroStep) -> dict[str, Tensor]:
         with torch.no_grad():
-            ids = self.tokenizer.encode(batch.images)
+            ids = batch.ids if isinstance(batch, TokenBatch) else self.tokenizer.encode(batch.images)
         shared = self.one_ratio_per_batch
         mask_rows = micro_step.batch if shared else len(ids)
         rows = micro_step.rows if shared else slice(None)

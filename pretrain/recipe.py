@@ -1,6 +1,6 @@
-"""The keys of `addp tokenizer`, `addp predictor` and `addp pretrain`."""
+"""The keys of `addp tokenizer`, `addp tokenizer cache`, `addp predictor` and `addp pretrain`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Interval, MultipleOf
@@ -10,6 +10,7 @@ from addp_core.data.config import DataConfig, Interpolation
 from addp_core.method.config import DenoiserConfig, ProcessConfig, check_ids_to
 from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
 from addp_core.training.config import TrainConfig
+from addp_core.training.precision import Precision
 
 
 @dataclass
@@ -78,6 +79,40 @@ class TransformerTraining(TrainConfig):
 
 
 @dataclass
+class TokenCacheRecipe:
+    """Keys of `addp tokenizer cache`."""
+
+    model: Annotated[FilePath, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"]
+    out: Annotated[str, "folder of the cache, for `data.tokens`"]
+    data: DataConfig = field(default_factory=DataConfig)
+    crops: Annotated[int, Ge(1), "random crops of each image; each epoch shows one of them"] = 8
+    seed: Annotated[int, Ge(0), "of the crops; those of a run with the same train.seed"] = 0
+    interpolation: Annotated[Interpolation, "how crops are resized, as in `addp predictor`"] = "bicubic"
+    precision: Precision = "fp32"
+    batch: Annotated[int, Ge(1), "images at a time on each process"] = 64
+    rows_per_file: Annotated[int, Ge(1), "crops in one file, after each of which the command can be continued"] = 16384
+
+    def __post_init__(self) -> None:
+        if self.rows_per_file % self.batch:
+            raise ValueError(f"rows_per_file: found {self.rows_per_file}, expected a multiple of batch={self.batch}")
+
+
+@dataclass
+class TokenData(DataConfig):
+    """Which images to use, how to crop them and how to load them, or where the ids of their crops are."""
+
+    tokens: Annotated[
+        FilePath,
+        "folder of `addp tokenizer cache`: the ids of these images' crops, which are then neither decoded nor "
+        "tokenized; empty: all crops are new",
+    ] = ""
+
+    def without_tokens(self) -> DataConfig:
+        """Return the same images for a stage that needs their pixels."""
+        return DataConfig(**{key.name: getattr(self, key.name) for key in fields(DataConfig)})
+
+
+@dataclass
 class MaskingConfig:
     """MAGE's masking and loss: mask ratios from a truncated normal distribution, and label smoothing."""
 
@@ -106,7 +141,7 @@ class PredictorRecipe:
     tokenizer: Annotated[
         FilePath, "trained tokenizer: a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"
     ]
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TokenData = field(default_factory=TokenData)
     model: PredictorConfig = field(default_factory=PredictorConfig)
     unused_ids: Annotated[
         int,
@@ -130,7 +165,7 @@ class PretrainRecipe:
     """Keys of `addp pretrain`."""
 
     out: Annotated[str, "run folder"]
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TokenData = field(default_factory=TokenData)
     tokenizer: Annotated[FilePath, "a run of `addp tokenizer`, a VQGAN file, or hf://owner/repository/file"] = ""
     predictor: Annotated[FilePath, "a run of `addp predictor`, a MAGE file, or hf://owner/repository/file"] = ""
     stages: Annotated[
@@ -151,3 +186,5 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         check_ids_to(self.model, self.process)
+        if self.data.tokens and not self.tokenizer:
+            raise ValueError("tokenizer: found none; expected the one that computed the ids of data.tokens")

@@ -16,4 +16,5 @@ DatasetPath = Annotated[str, PathKind("dataset")]
 CachePath = Annotated[str, PathKind("cache")]  # a folder of what can be computed again
 
 MODEL_FILE = "model.safetensors"  # of a run folder
+TOKENS_FILE = "tokens.json"  # of a token cache, whose ids depend on nothing that it does not name
 RECIPE_FILE = "recipe.yaml"  # of a run folder, and of any other that a recipe filled

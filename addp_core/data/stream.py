@@ -99,7 +99,7 @@ class _MicroBatches(Dataset):
         vars(self).update(state, _epoch_order=lru_cache(2)(self._permutation))
 
     def _permutation(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self.source), generator=generator(self.seed, "order", epoch))
+        return epoch_order(len(self.source), self.seed, epoch)
 
     def __getitem__(self, step: int) -> Any:
         samples, labels, indices = [], [], []
@@ -218,11 +218,7 @@ class Stream:
 
     def rows_of(self, rank: int, world: int) -> slice:
         """Return the contiguous rows of each micro-batch that process `rank` of `world` gets."""
-        if not 0 <= rank < world <= self.batch:
-            raise UserError(
-                f"batch: found {self.batch} images per step for {world} processes, expected at least one for each"
-            )
-        return slice(self.batch * rank // world, self.batch * (rank + 1) // world)
+        return rows_of(self.batch, rank, world)
 
     def batches(self, start: int = 0, rank: int = 0, world: int = 1) -> Generator[Batch, None, None]:
         """Yield this process's rows of micro-steps `start`, `start + 1`, ... without end.
@@ -307,6 +303,18 @@ class Stream:
                 f"data.max_errors: {len(self.errors)} of {len(self)} images unreadable, {self.error_limit} tolerated: "
                 f"{examples}{more}; repair or remove them, or raise data.max_errors"
             )
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
+    """Return the order in which a run shows the images of an epoch, Long[images]."""
+    return torch.randperm(images, generator=generator(seed, "order", epoch))
+
+
+def rows_of(batch: int, rank: int, world: int) -> slice:
+    """Return the contiguous rows of a batch that process `rank` of `world` gets. Raises UserError if there are none."""
+    if not 0 <= rank < world <= batch:
+        raise UserError(f"batch: found {batch} images per step for {world} processes, expected at least one for each")
+    return slice(batch * rank // world, batch * (rank + 1) // world)
 
 
 def error_limit(max_errors: float, images: int) -> int:

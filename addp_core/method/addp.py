@@ -166,9 +166,12 @@ class ADDP(nn.Module):
             images: Float[B,3,H,W] in [0,1].
             mask, next_mask: Bool[B,N] on the CPU, True = unreliable at t and at the later step.
         """
+        return self.loss_of_ids(denoiser, self.encode_images(images), mask, next_mask)
+
+    def loss_of_ids(self, denoiser: nn.Module, ids: Tensor, mask: Tensor, next_mask: Tensor) -> Tensor:
+        """Return the loss of one step as `training_loss` does, for images whose ids Long[B,N] are known."""
         counts, next_counts = count_visible(mask), count_visible(next_mask)
-        mask, next_mask = (each.to(images.device, non_blocking=True) for each in (mask, next_mask))
-        ids = self.encode_images(images)
+        mask, next_mask = (each.to(ids.device, non_blocking=True) for each in (mask, next_mask))
         corrupted = self.corrupt(ids, mask, next_mask, (counts, next_counts))
         positions = MaskPositions.from_mask(mask, counts, self.denoiser.compiled)
         return denoiser(corrupted.images, ids, mask, corrupted.target, positions=positions)

@@ -102,7 +102,7 @@ def run(argv: list[str]) -> int:
 def _split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
     """Split a command line into the verb, which has one word (`pretrain`) or two (`det train`), and its arguments."""
     has_action = argv[0] in verb_groups() and len(argv) > 1 and not argv[1].startswith("-") and argv[1] != "help"
-    words = 2 if has_action else 1
+    words = 2 if has_action or " ".join(argv[:2]) in VERBS else 1
     return " ".join(argv[:words]), list(argv[words:])
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 
 VERBS = {  # verb: (module, one line of help)
     "tokenizer": ("pretrain.tokenizer", "stage 1: train a VQGAN tokenizer on your images"),
+    "tokenizer cache": ("pretrain.cache_tokens", "compute the ids of crops once, for data.tokens of the later stages"),
     "predictor": ("pretrain.predictor", "stage 2: train a token predictor (MAGE) on the tokenizer's ids"),
     "pretrain": ("pretrain.addp", "stage 3: train ADDP with a frozen tokenizer and token predictor"),
     "generate": ("gen.generate", "generate images and a grid of them"),
@@ -60,6 +61,7 @@ ONE_PROCESS = {
 
 RECIPES = {  # verb: the dataclass of its recipe, if its module imports torch
     "tokenizer": "pretrain.recipe:TokenizerRecipe",
+    "tokenizer cache": "pretrain.recipe:TokenCacheRecipe",
     "predictor": "pretrain.recipe:PredictorRecipe",
     "pretrain": "pretrain.recipe:PretrainRecipe",
     "generate": "gen.recipe:GenerateRecipe",
@@ -122,9 +124,9 @@ def reading_recipe() -> bool:
 
 
 def verb_groups() -> dict[str, list[str]]:
-    """Return the verbs of two words by their first word: {'det': ['det train', ...], ...}."""
+    """Return the verbs of two words by their first word, if it is no verb itself: {'det': ['det train', ...], ...}."""
     groups: dict[str, list[str]] = {}
     for verb in VERBS:
-        if " " in verb:
+        if " " in verb and verb.split()[0] not in VERBS:
             groups.setdefault(verb.split()[0], []).append(verb)
     return groups

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import read_chunks, write_atomically
+from addp_core.base.paths import TOKENS_FILE
 from addp_core.training.run_recipe import RunRecipe, Values
 from addp_core.weights.files import MODEL_FILE
 
@@ -124,9 +125,13 @@ class Inputs:
 
 
 def file_digest(source: Any) -> str | None:
-    """Return a digest of a file's content, or of the model of a run folder; None if there is no such file."""
+    """Return a digest of a file's content, of the model of a run folder, or of what a token cache says of its ids.
+
+    Returns None if there is no such file.
+    """
     path = Path(str(source)).expanduser()
-    path = path / MODEL_FILE if path.is_dir() else path
+    if path.is_dir():
+        path = path / (TOKENS_FILE if (path / TOKENS_FILE).exists() else MODEL_FILE)
     digest = hashlib.blake2b(digest_size=16)
     try:
         for chunk in read_chunks(path):
