@@ -11,7 +11,9 @@ from typing import Any
 _EXPORTS = {  # name: the module of this package that defines it
     "add_encoder_config": "native.config",
     "EncoderBackbone": "native.backbone",
+    "EncoderFPN": "native.stages",
     "EncoderPyramid": "native.pyramid",
+    "EncoderStages": "native.stages",
 }
 __all__ = [*_EXPORTS]
 

@@ -23,7 +23,7 @@ from det.masks import encode_bitmap
 from det.model import Detections, Detector, resize_to_longer_side
 from det.native.backbone import EncoderBackbone
 from det.native.lazy import mask_rcnn
-from det.native.stages import StageBackbone, stage_mask_rcnn
+from det.native.stages import EncoderStages, stage_mask_rcnn
 
 
 class Detectron2Detector(Detector):
@@ -33,10 +33,11 @@ class Detectron2Detector(Detector):
         super().__init__()
         options = (len(architecture.categories), architecture.detector, architecture.normalisation)
         if isinstance(encoder, CnnEncoder):
-            config = stage_mask_rcnn(StageBackbone(encoder), architecture.size, *options)
+            net = EncoderStages(encoder=encoder, checkpointing=encoder.checkpointing)
+            config = stage_mask_rcnn(net, architecture.size, *options)
         else:
-            net = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
-            config = mask_rcnn(net, encoder.patch_size, architecture.size, *options)
+            vit = EncoderBackbone(encoder=encoder, checkpointing=encoder.checkpointing)
+            config = mask_rcnn(vit, encoder.patch_size, architecture.size, *options)
         self.rcnn = instantiate(config)
         self.architecture = architecture
 

@@ -5,5 +5,6 @@ Importing anything of this package registers the backbones.
 
 from det.native.backbone import EncoderBackbone
 from det.native.pyramid import EncoderPyramid
+from det.native.stages import EncoderFPN, EncoderStages
 
-__all__ = ["EncoderBackbone", "EncoderPyramid"]
+__all__ = ["EncoderBackbone", "EncoderFPN", "EncoderPyramid", "EncoderStages"]

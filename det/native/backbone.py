@@ -98,6 +98,15 @@ def _of_unit_range(values: Sequence[float]) -> RGB:
     return red, green, blue
 
 
+def misplaced_encoder(prefix: str) -> UserError:
+    """Return the error for a pretrained encoder that is loaded as a detector, whose encoder has names with `prefix`."""
+    return UserError(
+        "the checkpoint has an encoder under other names, and nothing under those of this detector "
+        f"({prefix}...); expected it as MODEL.ENCODER.source (yacs) or encoder.source (LazyConfig), with no "
+        "MODEL.WEIGHTS or train.init_checkpoint; `addp export layout=detectron2` writes a file that can be one"
+    )
+
+
 def _refuse_other_checkpoints(
     module: nn.Module,
     state: dict[str, Tensor],
@@ -116,11 +125,7 @@ def _refuse_other_checkpoints(
     ours = f"{prefix}encoder."
     if not any(name.startswith(ours) for name in state):
         if not state and has_encoder(unexpected):  # and no detector of another backbone
-            raise UserError(
-                "the checkpoint has an encoder under other names, and nothing under those of this detector "
-                f"({ours}...); expected it as MODEL.ENCODER.source (yacs) or encoder.source (LazyConfig), with no "
-                "MODEL.WEIGHTS or train.init_checkpoint; `addp export layout=detectron2` writes a file that can be one"
-            )
+            raise misplaced_encoder(ours)
         return
     encoder = cast(EncoderBackbone, module).encoder
     if f"{ours}{encoder.position_name}" not in state:  # detectron2 drops tensors of other shapes

@@ -10,10 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from addp_core.base.errors import UserError, did_you_mean, renaming_keys
 from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.cnn import CnnArchitecture, CnnConfig, CnnEncoder
 from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
-from addp_core.networks.token_encoder import TokenEncoder, TokenEncoderArchitecture, TokenInput
+from addp_core.networks.token_encoder import TokenEncoder, TokenInput
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
+from addp_core.weights.fitting import AnyArchitecture, AnyEncoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.config import vitdet_attention
 
@@ -23,12 +25,13 @@ IMAGE_FORMAT = "RGB"  # in which all encoders were pretrained
 LEVELS = ("p2", "p3", "p4", "p5", "p6")  # of the pyramid, as the heads of detectron2's FPN configs read them
 
 DEFAULTS: dict[str, Any] = {
-    "source": "",  # a run, a file, hf://owner/repository/file; with init=random also a size (tiny, small, base, large)
+    "source": "",  # a run, a file, hf://owner/repository/file; with init=random also a size, or a CNN of timm
     "init": "pretrained",  # or random: only the architecture comes from `source`
     "input": "auto",  # or pixels, or token: what the encoder reads; auto: what that of `source` reads
     "tokenizer": "",  # the VQGAN of an encoder over token ids, if `source` neither contains nor names it
     "arch": {},  # in place of `source`: the keys of EncoderConfig (width, depth, heads, ...), with random weights
     "tokens": {},  # with `arch`, for an encoder over token ids: the nodes `tokenizer` and `vocabulary`
+    "cnn": "",  # in place of `source`, for EncoderStages and EncoderFPN: a CNN of timm, with random weights
     "img_size": None,  # pixels (a side, or height and width) for which positions are stored; images may have any size
     "patch_size": None,  # pixels, if `source` is a size or `arch` is given
     "encoder_heads": None,  # attention heads, if the file does not tell and its width has no usual number
@@ -49,11 +52,14 @@ NODES = {  # the keys that are nodes themselves
     "tokens": TokenInput,
     "attention": AttentionConfig,
 }
-NO_ARGUMENTS_OF_LOADING = ("arch", "tokens", "checkpointing", "out_feature", "stride", "levels", "square_pad")
+NO_ARGUMENTS_OF_LOADING = ("arch", "tokens", "cnn", "checkpointing", "out_feature", "stride", "levels", "square_pad")
+
+VIT_KEYS = ("attention", "arch", "tokens", "levels", "stride", "patch_size")  # which mean nothing for a CNN
+FOR_CNNS = "expected MODEL.BACKBONE.NAME=EncoderFPN or EncoderStages for a CNN"
 
 
 def add_encoder_config(cfg: CfgNode) -> None:
-    """Add the keys of `EncoderBackbone` and `EncoderPyramid` to a config, as the node MODEL.ENCODER (see `DEFAULTS`).
+    """Add the keys of our backbones to a config, as the node MODEL.ENCODER (see `DEFAULTS`).
 
     Also sets INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD to what the encoder was pretrained with, because
     detectron2's defaults are those of Caffe's ResNets. Call it before `cfg.merge_from_file`.
@@ -89,8 +95,10 @@ def _refuse_unknown(found: Any, known: Any, node: str) -> None:
             raise UserError(f"{node}.{key}: no such key{did_you_mean(key, known)}; the keys are {', '.join(known)}")
 
 
-def architecture_keys(architecture: EncoderArchitecture | TokenEncoderArchitecture) -> dict[str, Any]:
+def architecture_keys(architecture: AnyArchitecture) -> dict[str, Any]:
     """Return the keys of MODEL.ENCODER that build an encoder of this architecture, without a file."""
+    if isinstance(architecture, CnnArchitecture):
+        return {"img_size": list(architecture.image_size), "cnn": architecture.encoder.arch}
     keys = {"img_size": list(architecture.image_size), "attention": asdict(architecture.attention)}
     if isinstance(architecture, EncoderArchitecture):
         return keys | {"arch": asdict(architecture.encoder), "patch_size": architecture.patch_size}
@@ -100,26 +108,72 @@ def architecture_keys(architecture: EncoderArchitecture | TokenEncoderArchitectu
 
 
 def build_encoder(options: dict[str, Any]) -> Encoder | TokenEncoder:
-    """Build the encoder that MODEL.ENCODER describes.
+    """Build the ViT that MODEL.ENCODER describes.
 
     Raises UserError as `load_encoder` does, or if the encoder is a CNN.
     """
+    if options["cnn"]:
+        raise UserError(f"{NODE}.cnn: found {options['cnn']!r}; {FOR_CNNS}")
     attention = _attention(options["attention"])
-    size = DEFAULT_SIZE if options["img_size"] is None else options["img_size"]
     if options["arch"]:
-        return _build_from_architecture(options, size, attention)
+        return _build_from_architecture(options, _size(options), attention)
+    encoder = _load(options, attention=attention, stages=True)  # so that a CNN is refused here
+    if not isinstance(encoder, Encoder | TokenEncoder):
+        raise UserError(f"{NODE}.source={options['source']}: a CNN; {FOR_CNNS}, or a ViT")
+    return encoder
+
+
+def build_cnn(options: dict[str, Any]) -> CnnEncoder:
+    """Build the CNN that MODEL.ENCODER describes.
+
+    Raises UserError as `load_encoder` does, or if the encoder is a ViT, or a key of ViTs is set.
+    """
+    for key in VIT_KEYS:
+        if options[key] not in (DEFAULTS[key], {}):
+            raise UserError(
+                f"{NODE}.{key}: found {_plain(options[key])}, but a CNN is read at its four stages and has none; leave "
+                "the key out"
+            )
+    if not options["cnn"]:
+        encoder = _load(options, stages=True)
+        if not isinstance(encoder, CnnEncoder):
+            raise UserError(
+                f"{NODE}.source={options['source']}: a ViT; expected a CNN, or MODEL.BACKBONE.NAME=EncoderPyramid"
+            )
+        return encoder
+    if options["source"]:
+        raise UserError(f"{NODE}.cnn: {NODE}.source={options['source']} has its own; leave one of the two out")
+    try:
+        config = CnnConfig(options["cnn"], drop_path=options["drop_path"])
+    except ValueError as error:
+        raise UserError(f"{NODE}.cnn: {str(error).removeprefix('arch: ')}") from error
+    return CnnEncoder(config, _size(options))
+
+
+def _size(options: dict[str, Any]) -> tuple[int, int]:
+    """Return the height and width for which positions are stored."""
+    size = DEFAULT_SIZE if options["img_size"] is None else options["img_size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+
+
+def _load(options: dict[str, Any], **more: Any) -> AnyEncoder:
+    """Load the encoder of `source`. Raises UserError as `load_encoder` does."""
     if not options["source"]:
         raise UserError(
             f"{NODE}.source: missing; expected a checkpoint, a run folder or hf://owner/repository/file; with "
-            f"{NODE}.init=random also a size (tiny, small, base, large)"
+            f"{NODE}.init=random also a size (tiny, small, base, large) or a CNN of timm (resnet50)"
         )
+    size = DEFAULT_SIZE if options["img_size"] is None else options["img_size"]
     arguments = {key: value for key, value in options.items() if key not in NO_ARGUMENTS_OF_LOADING}
     arguments["tokenizer"] = options["tokenizer"] or None
+    del arguments["img_size"]
+    del arguments["attention"]
     with renaming_keys({"img_size": f"{NODE}.img_size", "encoder_heads": f"{NODE}.encoder_heads"}):
-        encoder = load_encoder(**{**arguments, "img_size": size, "attention": attention})
-    if not isinstance(encoder, Encoder | TokenEncoder):
-        raise UserError(f"{NODE}.source={options['source']}: a CNN; expected a ViT")
-    return encoder
+        return load_encoder(**arguments, **{"img_size": size, **more})
 
 
 def _attention(values: Any) -> AttentionConfig:
@@ -130,11 +184,12 @@ def _attention(values: Any) -> AttentionConfig:
         raise UserError(f"{NODE}.attention.{error}") from error
 
 
-def _build_from_architecture(options: dict[str, Any], size: Any, attention: AttentionConfig) -> Encoder | TokenEncoder:
+def _build_from_architecture(
+    options: dict[str, Any], hw: tuple[int, int], attention: AttentionConfig
+) -> Encoder | TokenEncoder:
     if options["source"]:
         raise UserError(f"{NODE}.arch: {NODE}.source={options['source']} has its own; leave one of the two out")
     rates = {name: options[name] for name in ("dropout", "drop_path", "tokenizer_norm")}
-    hw = (size, size) if isinstance(size, int) else (size[0], size[1])
     try:
         config = EncoderConfig(**{**rates, **options["arch"]})
         if options["tokens"]:

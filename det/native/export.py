@@ -13,15 +13,23 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace, write_atomically
-from addp_core.networks.encoder import Encoder, EncoderArchitecture
-from addp_core.networks.token_encoder import TokenEncoder, TokenEncoderArchitecture
+from addp_core.networks.cnn import CnnArchitecture, CnnEncoder
+from addp_core.weights.fitting import AnyArchitecture, AnyEncoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.config import DetectorArchitecture
 from det.model import DETECTRON2_CONFIG, DETECTRON2_WEIGHTS, Detector
 from det.native.backbone import EncoderBackbone
-from det.native.config import IMAGE_FORMAT, add_encoder_config, architecture_keys, build_encoder, encoder_options
+from det.native.config import (
+    IMAGE_FORMAT,
+    add_encoder_config,
+    architecture_keys,
+    build_cnn,
+    build_encoder,
+    encoder_options,
+)
 from det.native.lazy import mask_rcnn
 from det.native.safe_lazy import lazy_encoder
+from det.native.stages import EncoderStages, stage_mask_rcnn
 from det.native.train_net import find_config
 
 
@@ -37,7 +45,8 @@ def write_detector(detector: Detector, out: Path) -> tuple[Tensor, Tensor]:
             "one that was trained with engine=detectron2"
         )
     rcnn = cast(Any, detector).rcnn
-    architecture, encoder = detector.architecture, rcnn.backbone.net.encoder
+    architecture = detector.architecture
+    encoder = (rcnn.backbone.net if architecture.cnn_encoder is None else rcnn.backbone.bottom_up).encoder
     cfg = LazyConfig.load(str(find_config("mask_rcnn_vitdet_b_100ep")))
     cfg.model = lazy_model(architecture, encoder.architecture)
     cfg.categories = [asdict(category) for category in architecture.categories]
@@ -54,19 +63,20 @@ def write_detector(detector: Detector, out: Path) -> tuple[Tensor, Tensor]:
     return _compare(again, rcnn.eval(), out, (size, size))
 
 
-def lazy_model(architecture: DetectorArchitecture, encoder: EncoderArchitecture | TokenEncoderArchitecture) -> Any:
+def lazy_model(architecture: DetectorArchitecture, encoder: AnyArchitecture) -> Any:
     """Return the LazyConfig of a detector around an encoder that is built from its architecture, without a file."""
-    net = LazyCall(EncoderBackbone)(
+    is_cnn = isinstance(encoder, CnnArchitecture)
+    net = LazyCall(EncoderStages if is_cnn else EncoderBackbone)(
         encoder=OmegaConf.create(lazy_encoder(encoder)),
         checkpointing=False,
     )
-    classes = len(architecture.categories)
-    return mask_rcnn(
-        net, encoder.patch_size, architecture.size, classes, architecture.detector, architecture.normalisation
-    )
+    options = (len(architecture.categories), architecture.detector, architecture.normalisation)
+    if is_cnn:
+        return stage_mask_rcnn(net, architecture.size, *options)
+    return mask_rcnn(net, encoder.patch_size, architecture.size, *options)
 
 
-def write_encoder(encoder: Encoder | TokenEncoder, normalisation: str, out: Path) -> tuple[Tensor, Tensor]:
+def write_encoder(encoder: AnyEncoder, normalisation: str, out: Path) -> tuple[Tensor, Tensor]:
     """Write a pretrained encoder as the weights of a detector, with a yacs config that is merged into one of the zoo's.
 
     Returns the maps of the written encoder and its own, for comparison.
@@ -76,7 +86,7 @@ def write_encoder(encoder: Encoder | TokenEncoder, normalisation: str, out: Path
     node = _plain(architecture_keys(about)) | {"drop_path": encoder.config.drop_path}
     config = {
         "MODEL": {
-            "BACKBONE": {"NAME": "EncoderPyramid"},
+            "BACKBONE": {"NAME": "EncoderFPN" if isinstance(encoder, CnnEncoder) else "EncoderPyramid"},
             "WEIGHTS": str((out / DETECTRON2_WEIGHTS).resolve()),
             "PIXEL_MEAN": mean,
             "PIXEL_STD": std,
@@ -91,7 +101,8 @@ def write_encoder(encoder: Encoder | TokenEncoder, normalisation: str, out: Path
     cfg = get_cfg()
     add_encoder_config(cfg)
     cfg.merge_from_other_cfg(CfgNode(config))
-    again = _as_in_a_detector(build_encoder(encoder_options(cfg)))
+    build = build_cnn if isinstance(encoder, CnnEncoder) else build_encoder
+    again = _as_in_a_detector(build(encoder_options(cfg)))
     return _compare(again, model, out, about.image_size)
 
 
@@ -102,10 +113,14 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _as_in_a_detector(encoder: Encoder | TokenEncoder) -> nn.Module:
+def _as_in_a_detector(encoder: AnyEncoder) -> nn.Module:
     """Return a module whose tensors have the names that they have in a detector with a pyramid."""
     model = nn.Module()
-    model.backbone = nn.Sequential(OrderedDict(net=EncoderBackbone(encoder=encoder)))
+    if isinstance(encoder, CnnEncoder):
+        parts = OrderedDict[str, nn.Module](bottom_up=EncoderStages(encoder=encoder))
+    else:
+        parts = OrderedDict[str, nn.Module](net=EncoderBackbone(encoder=encoder))
+    model.backbone = nn.Sequential(parts)
     return model
 
 

@@ -17,12 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import AttentionConfig
+from addp_core.networks.cnn import CnnArchitecture, CnnConfig, CnnEncoder
 from addp_core.networks.encoder import Encoder, EncoderArchitecture, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
-from addp_core.networks.token_encoder import TokenEncoder, TokenEncoderArchitecture
+from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import first_line
+from addp_core.weights.fitting import AnyArchitecture
 
 ALLOWED = (  # the modules that define what may be called
     "detectron2.modeling.",
@@ -64,17 +66,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def replace_encoder(node: Any, architecture: EncoderArchitecture | TokenEncoderArchitecture) -> Any:
+def replace_encoder(node: Any, architecture: AnyArchitecture) -> Any:
     """Return the config of a model in which the encoder is built from its architecture, and not read from a file."""
     if isinstance(node, dict):
-        if "_target_" in node and _find(node["_target_"]) in (load_encoder, Encoder, TokenEncoder):
+        if "_target_" in node and _find(node["_target_"]) in (load_encoder, Encoder, TokenEncoder, CnnEncoder):
             return lazy_encoder(architecture)
         return {key: replace_encoder(value, architecture) for key, value in node.items()}
     return [replace_encoder(value, architecture) for value in node] if isinstance(node, list) else node
 
 
-def lazy_encoder(architecture: EncoderArchitecture | TokenEncoderArchitecture) -> dict[str, Any]:
+def lazy_encoder(architecture: AnyArchitecture) -> dict[str, Any]:
     """Return the LazyConfig of an encoder, which needs no file."""
+    if isinstance(architecture, CnnArchitecture):
+        config = _call(CnnConfig, asdict(architecture.encoder))
+        return _call(CnnEncoder, {"config": config, "image_size": list(architecture.image_size)})
     common = {
         "image_size": list(architecture.image_size),
         "attention": _call(AttentionConfig, asdict(architecture.attention)),

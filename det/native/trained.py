@@ -17,10 +17,10 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import TransformerEncoder
-from addp_core.weights.architectures import EncoderArchitecture, TokenEncoderArchitecture, parse_architecture
+from addp_core.weights.architectures import parse_architecture
 from addp_core.weights.files import FileContent, read_file
-from det.config import Category, DetectorArchitecture, DetectorConfig, describe_encoder
+from addp_core.weights.fitting import AnyArchitecture
+from det.config import Category, DetectorArchitecture, DetectorConfig, DetEncoder, describe_encoder
 from det.masks import encode_bitmap
 from det.model import DETECTRON2_CONFIG, Detections, Detector, mismatched_tensors
 from det.native.config import IMAGE_FORMAT, add_encoder_config, architecture_keys
@@ -39,7 +39,7 @@ class TrainedDetector(Detector):
         self.names_assumed = isinstance(categories, int)
         if isinstance(categories, int):
             categories = tuple(Category(i, str(i)) for i in range(1, categories + 1))
-        (encoder,) = (part for part in model.modules() if isinstance(part, TransformerEncoder))
+        (encoder,) = (part for part in model.modules() if isinstance(part, DetEncoder))
         masks = getattr(getattr(model, "roi_heads", None), "mask_on", False)
         self.architecture = DetectorArchitecture(
             engine="detectron2",
@@ -95,13 +95,13 @@ def load_trained(path: Path) -> TrainedDetector:
     return detector.eval()
 
 
-def _encoder_of(content: FileContent) -> EncoderArchitecture | TokenEncoderArchitecture:
+def _encoder_of(content: FileContent) -> AnyArchitecture:
     """Return the architecture of the encoder in a checkpoint. Raises UserError if there is none."""
     found = [text for prefix, text in content.descriptions.items() if prefix.endswith("encoder.")]
     if len(found) != 1:
         raise UserError(
             f"{content.source}: does not tell the architecture of our encoder; expected a checkpoint that detectron2 "
-            "wrote with EncoderBackbone or EncoderPyramid as its backbone"
+            "wrote with one of our backbones"
         )
     _, architecture = parse_architecture(content.source, found[0])
     return architecture

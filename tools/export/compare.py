@@ -19,7 +19,14 @@ from tools.export.recipe import Recipe
 
 log = logging.getLogger("addp")
 
-FIXED_KEYS = ("img_size", "normalisation", "tokenizer_norm", "weights", "encoder_heads")  # of a detector or segmentor
+FIXED_KEYS = (  # of a detector or segmentor
+    "img_size",
+    "normalisation",
+    "tokenizer_norm",
+    "weights",
+    "encoder_heads",
+    "tokenizer",
+)
 TOLERANCE = 1e-4  # for the largest difference of two outputs, relative to the largest output
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from torch import Tensor
 
 from addp_core.base.errors import UserError
-from addp_core.networks.encoder import Encoder
-from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.reading import read_weights
 from det.config import vitdet_attention
@@ -28,8 +26,6 @@ def export_detectron2(recipe: Recipe, out: Path) -> None:
     if read_weights(recipe.model, heads=given_heads(recipe), wanted=recipe.weights).kind == KIND:
         refuse_keys(recipe, FIXED_KEYS, "detector")
         detector = load_detector(recipe.model)
-        if detector.architecture.cnn_encoder is not None:
-            raise UserError(f"model: {recipe.model} is a detector over a CNN; layout=detectron2 holds those over ViTs")
         out.mkdir(parents=True, exist_ok=True)
         _check(out, *write_detector(detector, out))
         return
@@ -42,9 +38,9 @@ def export_detectron2(recipe: Recipe, out: Path) -> None:
         attention=vitdet_attention(),
         drop_path=0.1,
         dynamic=True,
+        tokenizer=recipe.tokenizer or None,
+        stages=True,
     )
-    if not isinstance(encoder, Encoder | TokenEncoder):
-        raise UserError(f"model: {recipe.model} is a CNN; layout=detectron2 holds ViTs")
     out.mkdir(parents=True, exist_ok=True)
     _check(out, *write_encoder(encoder, recipe.normalisation or "imagenet", out))
 

@@ -32,6 +32,6 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "encoder": Layout(export_encoder, ".safetensors", ("weights", *PARTS)),
     "timm": Layout(export_timm, "", CLASSIFIER),
     "onnx": Layout(export_onnx, ".onnx", CLASSIFIER),
-    "detectron2": Layout(export_detectron2, "", tuple(key for key in CLASSIFIER if key != "tokenizer")),
-    "mmseg": Layout(export_mmseg, "", tuple(key for key in CLASSIFIER if key != "tokenizer")),
+    "detectron2": Layout(export_detectron2, "", CLASSIFIER),
+    "mmseg": Layout(export_mmseg, "", CLASSIFIER),
 }
