@@ -1,6 +1,8 @@
 """The types of keys and fields that name something on disk, and the names of files in run folders."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 
@@ -18,3 +20,8 @@ CachePath = Annotated[str, PathKind("cache")]  # a folder of what can be compute
 MODEL_FILE = "model.safetensors"  # of a run folder
 TOKENS_FILE = "tokens.json"  # of a token cache, whose ids depend on nothing that it does not name
 RECIPE_FILE = "recipe.yaml"  # of a run folder, and of any other that a recipe filled
+
+
+def user_cache(name: str) -> Path:
+    """Return the folder of the user's cache for what can be computed again and is not of one run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "addp" / name

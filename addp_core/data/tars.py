@@ -15,9 +15,10 @@ from timm.utils.misc import natural_key
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.data.image_source import ImageSource, PackedStrings
-from addp_core.data.images import COMMON_EXTENSIONS
-from addp_core.data.listing import Listing, NameTree, count_text, is_image, is_tar, why_passed_over
+from addp_core.data.images import COMMON_EXTENSIONS, IMAGE_EXTENSIONS
+from addp_core.data.listing import SYSTEM_FOLDERS, Listing, NameTree, count_text, is_image, is_tar, why_passed_over
 from addp_core.data.splits import choose_shards, find_split_folder
+from addp_core.data.tar_index import Index, cached_index
 
 log = logging.getLogger("addp")
 
@@ -44,6 +45,48 @@ class _Shard:
         self.printed: dict[str, str] = {}  # paths with the extensions of tars inside, for messages
         self.labels: dict[str, Extent] = {}  # contents of label files
         self.listing = Listing()
+        self.is_truncated = False  # it lacks the zeros at the end of a tar
+
+    @classmethod
+    def open(cls, path: Path) -> "_Shard":
+        """Return the shard with its members, from the index in the user's cache if there is one."""
+        shard, read = cls(path), cls(path)
+
+        def build() -> Index:
+            read.read()
+            return read.as_index()
+
+        if path.is_file():
+            shard.fill(cached_index(path, [sorted(IMAGE_EXTENSIONS), sorted(SYSTEM_FOLDERS)], build))
+        else:
+            shard.read()
+        if shard.is_truncated:
+            log.warning("data: %s has no end-of-archive marker and is probably truncated", path)
+        return shard
+
+    def as_index(self) -> Index:
+        """Return the members as `fill` takes them."""
+        return {
+            "images": self.images,
+            "printed": {name: printed for name, printed in self.printed.items() if printed != name},
+            "labels": self.labels,
+            "passed_over": self.listing.passed_over,
+            "others": self.listing.others,
+            "is_truncated": self.is_truncated,
+        }
+
+    def fill(self, index: Index) -> None:
+        """Take the members from an index."""
+        self.images = {name: Extent(*extent) for name, extent in index["images"].items()}
+        self.printed = {name: index["printed"].get(name, name) for name in self.images}
+        self.labels = {name: Extent(*extent) for name, extent in index["labels"].items()}
+        self.listing.passed_over.update(index["passed_over"])
+        self.listing.others.update(index["others"])
+        self.is_truncated = index["is_truncated"]
+
+    def read(self) -> None:
+        """Read the headers of the members. Raises UserError if the file is no tar."""
+        path = self.path
         try:
             with open(path, "rb") as file:
                 magic = file.read(2)
@@ -112,7 +155,7 @@ class _Shard:
         file.seek(end)
         block = file.read(512)
         if len(block) < 512:
-            log.warning("data: %s has no end-of-archive marker and is probably truncated", self.path)
+            self.is_truncated = True
         elif block.strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {end:,}")
 
@@ -123,7 +166,7 @@ class TarShards(ImageSource):
     The rules are those of folders: which names are images and which are passed over, which folders are splits, and that
     the topmost folder is the class. Label files of WebDataset (x.cls or x.json beside x.jpg) are preferred. If no image
     lies in a folder, the shard is the class, unless the shards are numbered. Images are sorted by shard and name, the
-    classes too, with numbers in their order. The tars are indexed each time they are opened, which reads their headers.
+    classes too, with numbers in their order. The headers of large tars are read once (addp_core/data/tar_index.py).
     """
 
     labels: np.ndarray
@@ -141,7 +184,7 @@ class TarShards(ImageSource):
         """
         self._root = root
         chosen = choose_shards(shards, split, str(root)) if shards else [""]
-        indexed = {name: _Shard(root / name) for name in chosen}
+        indexed = {name: _Shard.open(root / name) for name in chosen}
         dropped = sum((shard.listing.passed_over + shard.listing.others for shard in indexed.values()), Counter[str]())
         members = [_Member(name, shard, path) for name, shard in indexed.items() for path in shard.images]
         if not members:

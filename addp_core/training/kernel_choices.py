@@ -21,6 +21,7 @@ from torch import Tensor
 from addp_core.base.cpu import cpu_name
 from addp_core.base.files import write_atomically
 from addp_core.base.launch import world_size
+from addp_core.base.paths import user_cache
 from addp_core.networks.kernels import DIRECT, WINOGRAD
 from addp_core.training.precision import has_matrix_unit
 
@@ -78,9 +79,8 @@ def _fastest(candidates: Mapping[str, Callable[[], Tensor]]) -> str:
 
 
 def _cache_file() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     name = f"{cpu_name()}-torch-{torch.__version__}-{torch.get_num_threads()}-threads"
-    return root / "addp" / "kernels" / f"{re.sub(r'[^A-Za-z0-9.+]+', '-', name)}.json"
+    return user_cache("kernels") / f"{re.sub(r'[^A-Za-z0-9.+]+', '-', name)}.json"
 
 
 def _read(file: Path) -> dict[str, str]:
