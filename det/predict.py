@@ -20,7 +20,6 @@ from addp_core.training.compute import accelerate_model, autocast
 from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
 from det.drawing import draw_detections
-from det.inference import image_to_tensor
 from det.model import load_detector
 from det.output import make_folder, write_json
 from det.recipe import PredictRecipe as Recipe
@@ -46,7 +45,7 @@ def run(recipe: Recipe) -> None:
     for index in tqdm(indices, desc="detect", unit="img", disable=None if state.is_main_process else True):
         name = os.path.relpath(source.name(index), root)
         try:
-            image = image_to_tensor(source.open_image(index)[0].decode())
+            image = source.open_image(index)[0].pixels()
         except ImageError as error:
             log.warning("%s: %s; skipped", source.name(index), error)
             unreadable.append(name)
