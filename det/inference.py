@@ -4,12 +4,8 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
@@ -42,7 +38,7 @@ def detect_dataset(model: Detector, dataset: CocoDataset) -> list[dict[str, Any]
         for first in rounds:
             if (index := first + state.process_index) < len(dataset):
                 try:
-                    image = image_to_tensor(dataset.open_image(index)[0].decode())
+                    image = dataset.open_image(index)[0].pixels()
                 except ImageError as error:
                     log.warning("%s: %s; counted as an image without detections", dataset.name(index), error)
                     errors.append((dataset.name(index), str(error)))
@@ -88,8 +84,3 @@ def check_categories(model: Detector, dataset: CocoDataset) -> None:
             f"{dataset.path}: its {len(theirs)} categories differ from the detector's {len(ours)} "
             f"(only in the file: {added}; only in the detector: {removed}); expected the categories of its training"
         )
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """Pillow RGB image -> UInt8[3,H,W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -11,7 +11,7 @@ from addp_core.training.stage import MicroStep, Stage
 from det.augment import DetectionBatch
 from det.coco import CocoDataset
 from det.drawing import draw_detections, fit_to_square
-from det.inference import evaluate_detector, image_to_tensor
+from det.inference import evaluate_detector
 from det.model import Detector, save_detector
 
 PREVIEW_IMAGES, PREVIEW_SCORE = 8, 0.3  # number of images, minimum score of a drawn detection
@@ -48,7 +48,7 @@ class DetStage(Stage):
             if len(previews) == PREVIEW_IMAGES:
                 break
             try:
-                image = image_to_tensor(self.val.open_image(index)[0].decode())
+                image = self.val.open_image(index)[0].pixels()
             except ImageError:  # logged by the evaluation
                 continue
             (detections,) = detector.detect([image.to(device)])
