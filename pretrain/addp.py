@@ -162,7 +162,7 @@ def _train_frozen_part(recipe: Recipe, part: str, **settings: str) -> str:
 
 
 def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
-    """Return the recipe that trains the tokenizer or predictor on the images of this recipe."""
+    """Return the recipe that trains the tokenizer or predictor on the images of this recipe, with its trackers."""
     module, name = FROZEN_STAGES[part], frozen_stage_name(recipe, part)
     try:
         path = find_recipe(module, name)
@@ -170,7 +170,9 @@ def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
         raise UserError(f"stages: {error}") from error
     texts = [f"{key}={value}" for key, value in settings.items()]
     data = recipe.data.without_tokens() if part == "tokenizer" else recipe.data
-    return replace(load(module.Recipe, path, texts, recipes_of(module)), data=data)
+    stage = load(module.Recipe, path, texts, recipes_of(module))
+    shown = {key: getattr(recipe.train, key) for key in ("trackers", "tracker_project")}
+    return replace(stage, data=data, train=replace(stage.train, **shown))
 
 
 def frozen_stage_name(recipe: Recipe, part: str) -> str:

@@ -27,7 +27,6 @@ from addp_core.data.sources import ImageSource, open_source
 from addp_core.data.stream import Stream
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.training.compute import accelerate_model, autocast
-from addp_core.training.precision import Precision
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import lock_out, release_out
 from addp_core.weights.fingerprint import fingerprint
@@ -50,7 +49,6 @@ def run(recipe: Recipe) -> None:
         "crops": recipe.crops,
         "seed": recipe.seed,
         "grid": list(grid),
-        "precision": recipe.precision,
         "rows_per_file": recipe.rows_per_file,
     }
     rows = recipe.crops * len(source)
@@ -119,7 +117,7 @@ def _write_files(recipe: Recipe, source: ImageSource, tokenizer: Tokenizer, numb
                 batches = stream.batches(number * recipe.rows_per_file // recipe.batch)
             parts, done = [], 0
             while done < lengths[number]:
-                parts.append(_encode(tokenizer, next(batches).images.to(device), recipe.precision))
+                parts.append(_encode(tokenizer, next(batches).images.to(device)))
                 progress.update(min(len(parts[-1]), lengths[number] - done))
                 done += len(parts[-1])
             path = Path(recipe.out) / file_name(number)
@@ -130,7 +128,7 @@ def _write_files(recipe: Recipe, source: ImageSource, tokenizer: Tokenizer, numb
 
 
 @torch.no_grad()
-def _encode(tokenizer: Tokenizer, images: torch.Tensor, precision: Precision) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, images: torch.Tensor) -> np.ndarray:
     """Float[B,3,H,W] in [0,1] -> UInt16[B,N]"""
-    with autocast(precision, images.device):
+    with autocast("fp32", images.device):
         return tokenizer.encode(images).cpu().numpy().astype(np.uint16)

@@ -10,7 +10,6 @@ from addp_core.data.config import DataConfig, Interpolation
 from addp_core.method.config import DenoiserConfig, ProcessConfig, check_ids_to
 from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
 from addp_core.training.config import TrainConfig
-from addp_core.training.precision import Precision
 
 
 @dataclass
@@ -88,7 +87,6 @@ class TokenCacheRecipe:
     crops: Annotated[int, Ge(1), "random crops of each image; each epoch shows one of them"] = 8
     seed: Annotated[int, Ge(0), "of the crops; those of a run with the same train.seed"] = 0
     interpolation: Annotated[Interpolation, "how crops are resized, as in `addp predictor`"] = "bicubic"
-    precision: Precision = "fp32"
     batch: Annotated[int, Ge(1), "images at a time on each process"] = 64
     rows_per_file: Annotated[int, Ge(1), "crops in one file, after each of which the command can be continued"] = 16384
 
