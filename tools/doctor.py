@@ -92,13 +92,10 @@ DETECTRON2 = (  # there is no release of it on the index; its model_zoo needs pk
 
 
 def declared_requirements() -> list[Requirement]:
-    """Return the requirements of `addp` with their extras, from its metadata, or from pyproject.toml where it is not
-    installed.
+    """Return the requirements of `addp` with their extras, from the pyproject.toml of a source tree, whose metadata may
+    be older, or else from its metadata.
     """
-    try:
-        lines = importlib.metadata.requires("addp") or []
-    except importlib.metadata.PackageNotFoundError:
-        lines = _lines_of_pyproject()
+    lines = _lines_of_pyproject() or importlib.metadata.requires("addp") or []
     return [requirement for requirement in map(Requirement, lines) if requirement.name != "addp"]
 
 

@@ -32,7 +32,7 @@ def test_the_environment_of_the_tests(capsys):
     assert not [problem for problem in report["problems"] if "import" in problem]
     text = doctor.as_text(report)
     assert f"torch       {report['torch']['version']}" in text
-    assert "  pretrain    ready\n" in text
+    assert "  pretrain    ready" in text
 
 
 def test_nothing_installed(nothing_installed, capsys):
