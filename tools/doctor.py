@@ -85,6 +85,7 @@ MODULES = {  # distribution: import name, where it is not the distribution's wit
 }
 ALTERNATIVES = {"mmseg": ("mmsegmentation",), "mmcv": ("mmcv",), "mmengine": ("mmengine",)}  # OpenMMLab's own
 DEVELOPMENT = ("test", "docs")  # extras that no task needs
+TRACKERS = {name: f"train.trackers=[{name}]" for name in ("wandb", "mlflow", "trackio")}
 DETECTRON2 = (  # there is no release of it on the index; its model_zoo needs pkg_resources, which setuptools 81 removed
     f"{PIP} 'omegaconf<2.4' hydra-core shapely 'setuptools<81' && "
     f"{PIP} --no-build-isolation --no-deps 'git+https://github.com/facebookresearch/detectron2' (builds for minutes)"
@@ -146,7 +147,7 @@ class Task:
 
 REQUIRED = modules_of("")
 TASKS = {
-    "pretrain": Task("pretrain", REQUIRED),
+    "pretrain": Task("pretrain", REQUIRED, TRACKERS),
     "gen": Task("gen", REQUIRED, {"torch_fidelity": "FID, IS, precision and recall", "gradio": "the page of addp app"}),
     "cls": Task("cls", REQUIRED),
     "det": Task(
