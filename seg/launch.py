@@ -47,8 +47,11 @@ def compute_in(precision: str, model: nn.Module, training: bool) -> None:
         contexts.append(autocast(precision, device) if module.training is training else nullcontext())
         contexts[-1].__enter__()
 
+    def leave(*_: Any) -> None:  # what a hook returns would replace the output
+        contexts.pop().__exit__(None, None, None)
+
     model.register_forward_pre_hook(enter)
-    model.register_forward_hook(lambda *_: contexts.pop().__exit__(None, None, None), always_call=True)
+    model.register_forward_hook(leave, always_call=True)
 
 
 @contextmanager

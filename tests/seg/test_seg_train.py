@@ -217,3 +217,18 @@ def test_errors_name_the_setting(scenes, encoder_file, tmp_path, capsys, setting
 
 def test_a_checkpoint_or_random_initialization_is_required(scenes, tmp_path, capsys):
     assert "model: not given" in user_error(capsys, "seg", "train", f"data={scenes}", f"out={tmp_path}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with mmengine's own mixed precision")
+def test_bf16_on_a_cpu_trains_and_evaluates(scenes, encoder_file, tmp_path, capsys):
+    """The first loss is that of fp32 up to rounding, and not to the last bit."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        settings = ["train.steps=2", f"train.precision={precision}"]
+        assert main(train_command(scenes, encoder_file, out, *settings)) == 0
+        losses[precision] = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
+    test = ["seg", "test", f"data={scenes}", f"model={out}", f"out={tmp_path / 'test'}", "data.workers=0"]
+    assert main([*test, "precision=bf16"]) == 0
