@@ -189,7 +189,7 @@ class RunFolder(Hook):
         step, last = iteration // self.accumulate, iteration == runner.max_iters
         if self.run_logger:
             self.run_logger.advance()
-        stop, interrupt = self._on_any_rank(self.signals.stop), self._on_any_rank(self.signals.interrupt)
+        stop, interrupt = self._signals_of_all_ranks()
         if step % self.log_every == 0 or last or stop or interrupt:
             self._log_metrics(runner, step)
         if last or stop or interrupt or (self.interval and step % self.interval == 0):
@@ -202,7 +202,7 @@ class RunFolder(Hook):
 
     def after_val_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         mark_pace(VALIDATION, len(outputs or ()) * self.world_size)
-        stop, interrupt = self._on_any_rank(self.signals.stop), self._on_any_rank(self.signals.interrupt)
+        stop, interrupt = self._signals_of_all_ranks()
         if stop or interrupt:
             self.save(runner, runner.iter)
             self._exit(runner.iter // self.accumulate, interrupt)
@@ -262,13 +262,15 @@ class RunFolder(Hook):
             self.run_logger.log_training(metrics, eta=(total - step) * seconds / steps)
         self.window, self.window_iterations, self.window_start = {}, 0, time.perf_counter()
 
-    def _on_any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
+    def _signals_of_all_ranks(self) -> tuple[bool, bool]:
+        """Return whether a signal has told any rank to stop, and to stop by an interrupt; in one all-reduce."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor(float(flag), device="cuda" if torch.cuda.is_available() else "cpu")
-        all_reduce(value)
-        return bool(value > 0)
+            return self.signals.stop, self.signals.interrupt
+        flags = torch.tensor([self.signals.stop, self.signals.interrupt], dtype=torch.float32)
+        flags = flags.to("cuda" if torch.cuda.is_available() else "cpu")
+        all_reduce(flags)
+        stop, interrupt = (flags > 0).tolist()
+        return stop, interrupt
 
     def _exit(self, step: int, interrupt: bool) -> NoReturn:
         log.info("stopped by a signal after step %d; the same command continues", step)
