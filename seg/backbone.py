@@ -21,6 +21,7 @@ from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.encoder import Encoder, TransformerEncoder
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
 from addp_core.weights.pretrained import check_positions
+from seg import mmseg_loader  # noqa: F401 (importing it registers a loader of files)
 from seg.architecture import check_arch, demand_arch, read_arch, read_pretrained
 from seg.keywords import pretrained_config, translate_keywords
 from seg.segmentor import default_out_indices

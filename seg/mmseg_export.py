@@ -9,7 +9,7 @@ import copy
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from addp_core.base.files import atomic_replace, write_atomically
-from addp_core.networks.encoder import METADATA_KEY, Encoder
+from addp_core.networks.cnn import CnnEncoder
+from addp_core.networks.encoder import METADATA_KEY
 from addp_core.weights.encoders import load_encoder
+from addp_core.weights.fitting import AnyEncoder
 from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, import_mmseg, read_mmseg_config
 from seg.scenes import class_colors
-from seg.segmentor import SEGMENTOR_KIND, Segmentor, load_tensors
+from seg.segmentor import SEGMENTOR_KIND, Segmentor, describe_encoder, load_tensors
 
 CONFIG_FILE = "config.py"
 CHECKPOINT_FILE = "model.pth"
+CNN_CHANNELS = 512  # of the head over a CNN, as in mmseg's upernet_r50
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of `tools/test.py --tta`, as in mmseg's configs for ADE20K
 
 
@@ -47,14 +50,15 @@ def write_segmentor(
             if path:
                 loader.dataset[key] = str(Path(path).absolute())
     write_atomically(folder / CONFIG_FILE, cfg.pretty_text.encode())
-    dataset_meta = {
-        "classes": list(segmentor.classes),
-        "palette": class_colors(len(segmentor.classes)).tolist(),
-        "reduce_zero_label": True,
-    }
     description = {"kind": SEGMENTOR_KIND, "architecture": asdict(segmentor)}
-    meta = {"dataset_meta": dataset_meta, "cfg": cfg.pretty_text}
+    meta = {"dataset_meta": dataset_meta(segmentor.classes), "cfg": cfg.pretty_text}
     write_checkpoint(folder / CHECKPOINT_FILE, state, meta, description)
+
+
+def dataset_meta(classes: Sequence[str]) -> dict[str, Any]:
+    """Return what mmseg's checkpoints say about classes."""
+    palette = class_colors(len(classes)).tolist()
+    return {"classes": list(classes), "palette": palette, "reduce_zero_label": True}
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: dict[str, Any], description: Any) -> None:
@@ -108,12 +112,14 @@ def compare_segmentor(
 
 
 def write_encoder(
-    encoder: Encoder, folder: Path, crop: int, tokenizer_norm: bool, normalisation: Literal["imagenet", "half"]
+    encoder: AnyEncoder, folder: Path, crop: int, tokenizer_norm: bool, normalisation: Literal["imagenet", "half"]
 ) -> None:
     """Write a pretrained encoder, and a config that trains UperNet over it on ADE20K with mmseg's `tools/train.py`.
 
+    That of a CNN has the head of mmseg's UperNet over ResNets, and neither drop path nor layer decay.
+
     Args:
-        encoder: with all its parts.
+        encoder: with all its parts; that over token ids includes its tokenizer.
         folder: an existing folder.
         crop: side of the training crops in pixels.
         tokenizer_norm: keep ADDP's norm in the segmentor.
@@ -126,30 +132,26 @@ def write_encoder(
     import_mmseg()
     from mmseg.datasets import ADE20KDataset
 
-    from seg.backbone import default_out_indices
-
-    config = encoder.config
+    fields, is_cnn = describe_encoder(encoder), isinstance(encoder, CnnEncoder)
+    if not isinstance(encoder, CnnEncoder):
+        fields["tokenizer_norm"] = tokenizer_norm or encoder.config.pre_norm
     segmentor = Segmentor(
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        layer_scale=config.layer_scale,
-        patch_size=encoder.patch_size,
-        tokenizer_norm=tokenizer_norm or config.pre_norm,
-        relative="table",
-        out_indices=default_out_indices(config.depth),
-        channels=config.width,
+        **fields,
+        relative="none" if is_cnn else "table",
+        channels=CNN_CHANNELS if is_cnn else encoder.width,
         aux_channels=256,
         classes=tuple(ADE20KDataset.METAINFO["classes"]),
         crop=crop,
         scale=(crop, 4 * crop),
         normalisation=normalisation,
-        class_token=encoder.attention.class_token,
+        class_token=None if isinstance(encoder, CnnEncoder) else encoder.attention.class_token,
     )
     cfg = config_for(segmentor)
+    if is_cnn:
+        cfg.optim_wrapper.paramwise_cfg.decay_rate = 1.0
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": f"{{{{ fileDirname }}}}/{CHECKPOINT_FILE}"}
     write_atomically(folder / CONFIG_FILE, cfg.pretty_text.encode())
-    description = {"kind": "encoder", "architecture": asdict(encoder.architecture)}
+    description = {"kind": encoder.kind, "architecture": asdict(encoder.architecture)}
     write_checkpoint(folder / CHECKPOINT_FILE, encoder.state_dict(), {}, description)
 
 
@@ -167,9 +169,7 @@ def compare_encoder(
 
     backbone: Any = build_part(Config.fromfile(folder / CONFIG_FILE).model.backbone).eval()
     backbone.init_weights()
-    ours = load_encoder(
-        source, images.shape[-1], tokenizer_norm=tokenizer_norm, attention=backbone.attention, dynamic=True, **options
-    )
-    assert isinstance(ours, Encoder)  # as it was exported
+    options |= {"attention": getattr(backbone, "attention", None), "dynamic": True}
+    ours = load_encoder(source, images.shape[-1], tokenizer_norm=tokenizer_norm, **options)
     with torch.inference_mode():
         return ours.forward_maps(images, backbone.out_indices[-1:])[0], backbone(images)[-1]

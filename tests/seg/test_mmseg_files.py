@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checks import same_weights
 from PIL import Image
 from toy_segmentation import CLASSES, user_error
 
@@ -72,6 +73,9 @@ def test_mmseg_reads_a_run_folder(trained_run, scenes, tmp_path):
     model = init_model(*files, device="cpu")
     assert len(model.dataset_meta["classes"]) == len(model.dataset_meta["palette"]) == CLASSES
     assert np.array_equal(inference_model(model, str(image)).pred_sem_seg.data[0].numpy(), expected)
+    whole = init_model(files[0], str(trained_run / "model.safetensors"), device="cpu")
+    assert whole.dataset_meta == model.dataset_meta
+    assert same_weights(whole, model)
     inferencer = MMSegInferencer(*files, device="cpu", show_progress=False)
     assert np.array_equal(inferencer(str(image))["predictions"], expected)
     assert torch.load(files[1], weights_only=True)["meta"]["dataset_meta"]["classes"]

@@ -14,6 +14,7 @@ from toy_segmentation import train_command, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
+from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 from mmseg.apis import init_model
 
@@ -26,8 +27,6 @@ from seg.launch import build_part
 from seg.mmseg_config import import_mmseg
 from seg.runner import RunFolder
 from seg.segmentor import load_segmentor
-
-PLAIN = ("train.layer_decay=1", "train.drop_path=0")
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +208,6 @@ def test_a_segmentor_and_a_pretrained_cnn_are_exported_for_mmseg(cnn_run, cnn_fi
     model = init_model(str(tmp_path / "run" / "config.py"), str(tmp_path / "run" / "model.pth"), device="cpu")
     assert isinstance(model.backbone, AddpCNN)
     assert main(["export", "layout=mmseg", f"model={cnn_file}", f"out={tmp_path / 'cnn'}", "img_size=64"]) == 0
-    model = init_model(str(tmp_path / "cnn" / "config.py"), device="cpu")
+    model = build_part(Config.fromfile(tmp_path / "cnn" / "config.py").model)
     model.init_weights()
     assert same_weights(model.backbone.encoder, load_encoder(cnn_file, 64))

@@ -13,6 +13,7 @@ from transfers import write_tiny_mage
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
+from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 
 from addp_core import load_encoder, load_tokenizer
@@ -123,6 +124,21 @@ def test_random_weights_over_the_pretrained_tokenizer(root):
     assert torch.equal(backbone.token_emb.word_embeddings.weight, before)
     assert same_weights(backbone.tokenizer, load_encoder(root / "mage", 32).tokenizer)
     assert backbone.mean == (0.5,) * 3
+
+
+@pytest.mark.parametrize("normalisation", ["imagenet", "half"])
+def test_a_pretrained_encoder_is_exported_for_mmseg_with_its_tokenizer(root, tmp_path, normalisation):
+    shutil.copy(root / "mage" / "model.safetensors", tmp_path / "mage.safetensors")  # without the recipe of its run
+    given = [f"tokenizer={root / 'tokenizer.safetensors'}", f"normalisation={normalisation}", "img_size=32"]
+    model, out = f"model={tmp_path / 'mage.safetensors'}", tmp_path / "exported"
+    assert main(["export", "layout=mmseg", model, f"out={out}", *given]) == 0
+    (tmp_path / "mage.safetensors").unlink()
+    model = build_part(Config.fromfile(out / "config.py").model)
+    model.init_weights()
+    expected = load_encoder(root / "mage", 32, attention=model.backbone.attention, normalisation=normalisation)
+    images = torch.randn(1, 3, 32, 32)
+    model.eval()
+    torch.testing.assert_close(model.backbone(images)[-1], expected.forward_maps(images, [-1])[0])
 
 
 def test_mistakes_in_a_backbones_config_tell_the_line(root):

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.rng import generator
-from addp_core.networks.cnn import CnnEncoder
-from addp_core.networks.encoder import Encoder
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.files import read_file
 from addp_core.weights.reading import read_weights
@@ -52,21 +51,15 @@ def _export_encoder(recipe: Recipe, out: Path) -> None:
     from seg.mmseg_export import compare_encoder, write_encoder
 
     file = read_weights(recipe.model, heads=given_heads(recipe), wanted=recipe.weights)
-    whole = load_encoder(
-        recipe.model,
-        None,
-        encoder_heads=recipe.encoder_heads,
-        weights=recipe.weights,
-        tokenizer_norm=any(name.endswith("tokenizer_norm.weight") for name in file.state),
-    )
-    if not isinstance(whole, Encoder):
-        found = "is a CNN, no ViT" if isinstance(whole, CnnEncoder) else "reads token ids, not pixels"
-        raise UserError(f"model: {recipe.model} {found}; expected a ViT of pixels")
+    normalisation = recipe.normalisation or "imagenet"
+    options: dict[str, Any] = {"encoder_heads": recipe.encoder_heads, "weights": recipe.weights}
+    options |= {"tokenizer": recipe.tokenizer or None, "normalisation": normalisation}
+    norm = file.kind != "predictor" and any(name.endswith("tokenizer_norm.weight") for name in file.state)
+    whole = load_encoder(recipe.model, None, tokenizer_norm=norm, **options)
     out.mkdir(parents=True, exist_ok=True)
     crop = recipe.img_size or CROP
     with renaming_keys({"data.crop": "img_size"}):
-        write_encoder(whole, out, crop, recipe.tokenizer_norm, recipe.normalisation or "imagenet")
-    options = {"encoder_heads": recipe.encoder_heads, "weights": recipe.weights}
+        write_encoder(whole, out, crop, recipe.tokenizer_norm, normalisation)
     images = _random_images(crop)
     _check(out, "feature maps", lambda: compare_encoder(recipe.model, out, images, recipe.tokenizer_norm, options))
 
