@@ -1,7 +1,7 @@
 """The pages for users of timm, detectron2 and mmsegmentation: their Python blocks run as they stand there.
 
 The blocks of a page run in order and share their names, as a reader would paste them into one session, in a folder with
-`runs/vit_b` (a pretraining run) and `runs/ft_b` (a fine-tuned classifier), both tiny.
+`runs/vit_b` and `runs/resnet50` (pretraining runs) and `runs/ft_b` (a fine-tuned classifier), all tiny.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_addp
+from tiny import tiny_addp, tiny_cnn_addp
 
 from addp_core import save_model
 from addp_core.networks.classifier import Classifier
@@ -56,10 +56,11 @@ PAGES = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder in which the blocks run, with the two runs that they read."""
+    """Return the folder in which the blocks run, with the runs that they read."""
     torch.manual_seed(0)
     for name, model in {
         "vit_b": tiny_addp(image_size=(16, 16)),
+        "resnet50": tiny_cnn_addp(image_size=(16, 16)),
         "ft_b": Classifier(Encoder(EncoderConfig(32, 4, 2), (32, 32), 8), 3, class_names=("cat", "dog", "owl")),
     }.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
