@@ -19,6 +19,8 @@ from tiny import tiny_addp
 
 from addp_core import load_addp, sample, save_model
 from addp_core.recipes.cli import main
+from addp_core.recipes.config import load_recipe
+from pretrain import addp
 
 TOKENIZER = """
 model: {width: 32, multipliers: [1, 1, 1], blocks: 1, codebook: 32, dim: 8}
@@ -343,3 +345,12 @@ def test_unused_ids_reach_the_model(chain, tmp_path):
     vocabulary = load_addp(tmp_path / "run").config.vocabulary
     assert (vocabulary.size, vocabulary.class_id, vocabulary.mask_id) == (32 + 2 + 1, 33, 34)
     assert load_addp(chain / "run").config.vocabulary.size == 32 + 1000 + 1
+
+
+def test_the_stages_that_are_trained_first_have_the_trackers(chain):
+    trackers = ["train.trackers=[wandb,tensorboard]", "train.tracker_project=photos"]
+    recipe = load_recipe(addp, all_stages(chain)[1], [*all_stages(chain)[2:], *trackers])
+    for part in ("tokenizer", "predictor"):
+        stage = addp.frozen_stage_recipe(recipe, part, out="out", **({"tokenizer": ""} if part == "predictor" else {}))
+        assert stage.train.tracking == (("wandb", "tensorboard"), "photos")
+        assert stage.train.steps == 6

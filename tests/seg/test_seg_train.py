@@ -10,6 +10,7 @@ from PIL import Image
 from ranks import assert_ends, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_segmentation import CLASSES, STEPS, train_command, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
@@ -30,6 +31,9 @@ def test_a_run_writes_its_folder(trained_run, scenes, encoder_file, capsys):
     assert max(line["lr"] for line in lines if "loss" in line) == 1e-3  # after a warm-up of one step
     assert {"mIoU", "aAcc", "mAcc", "constant_mIoU"} <= lines[-1].keys()
     assert (trained_run / "checkpoints" / f"step-{STEPS}" / "training.pt").exists()
+    events = EventAccumulator(str(trained_run / "tb")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert events.Scalars("evaluate/mIoU")[-1].value == pytest.approx(lines[-1]["mIoU"])
     assert main(train_command(scenes, encoder_file, trained_run)) == 0
     assert "has already finished" in capsys.readouterr().err
 
