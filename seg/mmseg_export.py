@@ -9,7 +9,7 @@ import copy
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from addp_core.networks.encoder import METADATA_KEY
 from addp_core.weights.encoders import load_encoder
 from addp_core.weights.fitting import AnyEncoder
 from seg.mmseg_config import AugmentedInferenceConfig, fill_inference, fill_model, import_mmseg, read_mmseg_config
-from seg.scenes import class_colors
+from seg.scenes import dataset_meta
 from seg.segmentor import SEGMENTOR_KIND, Segmentor, describe_encoder, load_tensors
 
 CONFIG_FILE = "config.py"
@@ -53,12 +53,6 @@ def write_segmentor(
     description = {"kind": SEGMENTOR_KIND, "architecture": asdict(segmentor)}
     meta = {"dataset_meta": dataset_meta(segmentor.classes), "cfg": cfg.pretty_text}
     write_checkpoint(folder / CHECKPOINT_FILE, state, meta, description)
-
-
-def dataset_meta(classes: Sequence[str]) -> dict[str, Any]:
-    """Return what mmseg's checkpoints say about classes."""
-    palette = class_colors(len(classes)).tolist()
-    return {"classes": list(classes), "palette": palette, "reduce_zero_label": True}
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Tensor], meta: dict[str, Any], description: Any) -> None:

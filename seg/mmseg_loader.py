@@ -10,7 +10,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from addp_core.weights.architectures import parse_architecture
 from addp_core.weights.files import read_file
-from seg.mmseg_export import dataset_meta
+from seg.scenes import dataset_meta
 from seg.segmentor import SEGMENTOR_KIND
 
 LOCAL_SAFETENSORS = r"[^:]*\.safetensors$"  # no URL

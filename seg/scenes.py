@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -300,3 +301,9 @@ def check_numbering(labels: set[int], class_names: Sequence[str]) -> None:
         last,
         class_names[-1],
     )
+
+
+def dataset_meta(classes: Sequence[str]) -> dict[str, Any]:
+    """Return what mmseg's checkpoints say about classes."""
+    palette = class_colors(len(classes)).tolist()
+    return {"classes": list(classes), "palette": palette, "reduce_zero_label": True}
