@@ -49,6 +49,7 @@ def run(recipe: Recipe) -> None:
         "crops": recipe.crops,
         "seed": recipe.seed,
         "grid": list(grid),
+        "cache": recipe.data.cache,  # which changes pixels slightly, and no run that reads ids uses
         "rows_per_file": recipe.rows_per_file,
     }
     rows = recipe.crops * len(source)
@@ -88,9 +89,10 @@ def _claim(out: Path, record: dict) -> None:
 def _check_space(out: Path, rows: int, tokens: int, missing: int, recipe: Recipe) -> None:
     """Log how large the cache will be. Raises UserError if the disk is too small for what is missing."""
     size = 2 * rows * tokens
+    crops, images = recipe.crops, f"{rows // recipe.crops:,}"
     log.info(
-        "tokens: %d crops of %s images, %d ids each: %.2f GB in %s; %d files of %s crops to compute",
-        *(recipe.crops, f"{rows // recipe.crops:,}", tokens, size / 1e9, out, missing, f"{recipe.rows_per_file:,}"),
+        "tokens: %d crops of %s images, %d ids each: %s MB in %s; %d files of %s crops to compute",
+        *(crops, images, tokens, f"{size / 1e6:,.1f}", out, missing, f"{recipe.rows_per_file:,}"),
     )
     needed, free = min(size, 2 * missing * recipe.rows_per_file * tokens), shutil.disk_usage(out).free
     if needed > free:
