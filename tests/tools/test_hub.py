@@ -13,7 +13,7 @@ import timm
 import torch
 import yaml
 from hub_stand_in import READ_ONLY, TOKEN, Hub, running_hub
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from tiny import tiny_addp
 
 from addp_core import load_classifier, save_model
@@ -31,10 +31,16 @@ TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"  # of a file's address
 def hub(monkeypatch, tmp_path):
     """The stand-in, to which this process would upload, with a token that may."""
     with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # which tests/conftest.py sets
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + TEMPLATE)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + TEMPLATE,
+            "HF_HUB_OFFLINE": False,  # which tests/conftest.py sets
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+            if hasattr(file_download, name):  # older versions copy it
+                monkeypatch.setattr(file_download, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.chdir(tmp_path)
         yield server
@@ -142,7 +148,7 @@ def check_card(card: str) -> None:
     assert "/home/me" not in body
 
 
-def test_a_classifier_of_timms_layout_beside_a_card_of_the_user(hub, tmp_path, monkeypatch, capsys):
+def test_a_classifier_of_timms_layout_beside_a_card_of_the_user(hub, tmp_path, capsys):
     torch.manual_seed(0)
     model = Classifier(Encoder(EncoderConfig(64, 2, 2), (32, 32), 8), 3, class_names=("ant", "bee", "cat")).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -152,7 +158,6 @@ def test_a_classifier_of_timms_layout_beside_a_card_of_the_user(hub, tmp_path, m
     assert "has a README.md, which is kept" in capsys.readouterr().err
     assert set(hub.files["me/pets"]) == {"README.md", "config.json", MODEL_FILE}
     assert hub.files["me/pets"]["README.md"] == b"mine"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     again = load_classifier("hf://me/pets", 32, encoder_heads=2)
     plain = timm.create_model("hf-hub:me/pets", pretrained=True, cache_dir=tmp_path / "cache").eval()
     images = torch.randn(2, 3, 32, 32)

@@ -53,7 +53,7 @@ def prepare_push(recipe: Recipe) -> None:
     if get_token() is None:
         raise UserError("push: no token of the Hugging Face Hub; expected `hf auth login`, or HF_TOKEN")
     with _one_line(recipe, "expected a network, and a token that may write there"):
-        _api().create_repo(recipe.push, private=recipe.private or None, exist_ok=True)
+        _api().create_repo(recipe.push, exist_ok=True, **({"private": True} if recipe.private else {}))
 
 
 def push(recipe: Recipe, out: Path) -> None:
@@ -100,7 +100,8 @@ def _add_timm(recipe: Recipe, out: Path, folder: Path) -> bool:
         log.info("timm's layout is left out: %s", error)
         return False
     config: dict[str, Any] = json.loads((exported / "config.json").read_text())
-    config["pretrained_cfg"]["hf_hub_filename"] = TIMM_FILE
+    # Every timm looks for the .safetensors of a .bin first; older ones do not read a .safetensors by its own name.
+    config["pretrained_cfg"]["hf_hub_filename"] = Path(TIMM_FILE).with_suffix(".bin").name
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.move(exported / MODEL_FILE, folder / TIMM_FILE)
     shutil.rmtree(exported)
