@@ -1,0 +1,139 @@
+"""Attention with relative positions on a CPU: a few rows of scores at a time, small enough to stay in the cache.
+
+torch's attention has no fused kernel on CPUs for a bias that takes a gradient: it writes all scores and all biases to
+memory several times. Here the backward pass computes the scores of long sequences again instead of reading them from
+memory, where they would take 800 MB a block at 4096 tokens and 12 heads. Reference: FlashAttention (arXiv 2205.14135).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_SCORES = 5 * 2**18  # computed at a time, in a few MB of a cache; all scores of 32 x 32 patches and a class token
+
+Chunk = tuple[slice, slice]  # of the sequences, and of the queries of each
+
+
+def chunked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    vertical: Tensor | None = None,
+    horizontal: Tensor | None = None,
+) -> Tensor:
+    """Return softmax(q k^T + biases) v, Float[B,heads,L,d_v], with gradients of all arguments.
+
+    Args:
+        q: Float[B,heads,L,d], already scaled.
+        k: Float[B,heads,L,d].
+        v: Float[B,heads,L,d_v].
+        bias: Float[1,heads,L,L], added to the scores.
+        vertical: Float[B,heads,L,h]; the bias of a query and a key in row i is its entry i. Then L = h * w.
+        horizontal: Float[B,heads,L,w], the same for the columns.
+    """
+    per_sequence = [None if x is None else x.flatten(0, 1) for x in (q, k, v, vertical, horizontal)]
+    out = _ChunkedAttention.apply(None if bias is None else bias[0], *per_sequence)
+    return out.unflatten(0, q.shape[:2])
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Batch and heads are one dimension, S, of sequences; the bias is Float[heads,L,L]."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *terms: Tensor | None) -> Tensor:
+        count, length = q.shape[:2]
+        keep = length**2 <= CHUNK_SCORES and any(ctx.needs_input_grad)  # reading is faster than computing then
+        kept = q.new_empty(count, length, length) if keep else None
+        ctx.save_for_backward(kept, bias, q, k, v, *terms)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
+        buffer = None if keep else _chunk_buffer(q, bias)
+        for sequences, rows in _chunks(q, bias):
+            p = _probabilities(kept[sequences] if kept is not None else buffer, (sequences, rows), bias, q, k, *terms)
+            out[sequences, rows] = torch.bmm(p, v[sequences])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        kept, bias, q, k, v, *terms = ctx.saved_tensors
+        d_out, dtype = d_out.to(q.dtype), q.dtype
+        # sums over chunks are in float32; a product is written once
+        d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
+        d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        d_terms = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in terms]
+        buffer, d_buffer = (None if kept is not None else _chunk_buffer(q, bias)), _chunk_buffer(q, bias)
+        for sequences, rows in _chunks(q, bias):
+            if kept is not None:
+                p = kept[sequences]
+            else:
+                p = _probabilities(buffer, (sequences, rows), bias, q, k, *terms)
+            d_o = d_out[sequences, rows]
+            d_v[sequences] += torch.bmm(p.mT, d_o)
+            d_scores = torch.bmm(d_o, v[sequences].mT, out=_part(d_buffer, p.shape))
+            d_scores = torch._softmax_backward_data(d_scores, p, -1, dtype, grad_input=d_scores)
+            d_q[sequences, rows] = torch.bmm(d_scores, k[sequences])
+            d_k[sequences] += torch.bmm(d_scores.mT, q[sequences, rows])
+            if d_bias is not None:
+                d_bias[sequences.start % len(d_bias), rows] += d_scores[0]
+            for axis, d_term in zip((-1, -2), d_terms, strict=True):
+                if d_term is not None:
+                    d_term[sequences, rows] = d_scores.unflatten(-1, _grid(terms)).sum(axis)
+        return d_bias, d_q, d_k.to(dtype), d_v.to(dtype), *d_terms
+
+
+def _probabilities(
+    buffer: Tensor,
+    chunk: Chunk,
+    bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    vertical: Tensor | None,
+    horizontal: Tensor | None,
+) -> Tensor:
+    """Compute softmax(q k^T + biases) of a chunk within `buffer`."""
+    sequences, rows = chunk
+    q, k = q[sequences, rows], k[sequences]
+    scores = _part(buffer, (*q.shape[:2], k.shape[1]))
+    if bias is not None:
+        torch.baddbmm(bias[sequences.start % len(bias), rows].to(q.dtype).unsqueeze(0), q, k.mT, out=scores)
+    elif vertical is not None and horizontal is not None:
+        grid_scores = scores.unflatten(-1, _grid((vertical, horizontal)))
+        torch.add(vertical[sequences, rows].unsqueeze(-1), horizontal[sequences, rows].unsqueeze(-2), out=grid_scores)
+        torch.baddbmm(scores, q, k.mT, out=scores)
+    else:
+        torch.bmm(q, k.mT, out=scores)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _grid(terms: Any) -> tuple[int, int]:
+    """Return the rows and columns of the keys."""
+    vertical, horizontal = terms
+    return vertical.shape[-1], horizontal.shape[-1]
+
+
+def _chunks(q: Tensor, bias: Tensor | None) -> Iterator[Chunk]:
+    """Yield chunks: whole sequences where several fit, else some queries of one. With a bias, of one sequence each."""
+    count, length = q.shape[:2]
+    sequences = 1 if bias is not None else max(CHUNK_SCORES // length**2, 1)
+    rows = max(CHUNK_SCORES // length, 1)
+    for start in range(0, count, sequences):
+        for row in range(0, length, rows):
+            yield slice(start, start + sequences), slice(row, row + rows)
+
+
+def _chunk_buffer(q: Tensor, bias: Tensor | None) -> Tensor:
+    """Return memory for the scores of the largest chunk."""
+    sequences, rows = next(_chunks(q, bias))
+    count, length = q.shape[:2]
+    return q.new_empty(min(sequences.stop, count) * min(rows.stop, length) * length)
+
+
+def _part(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the beginning of `buffer` in this shape."""
+    count = shape[0] * shape[1] * shape[2]
+    return buffer[:count].view(shape)
