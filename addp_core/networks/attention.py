@@ -124,10 +124,18 @@ def _stretching_weights(old: int, new: int) -> Tensor:
     return weights.float()
 
 
-def to_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """Cut Float[B,h*w,W] into windows, Float[B*n,window*window,W], padded with zeros beyond the edge of the grid."""
+def to_windows(x: Tensor, grid: tuple[int, int], window: int, padding: Tensor | None = None) -> Tensor:
+    """Cut Float[B,h*w,W] into windows, Float[B*n,window*window,W].
+
+    padding: Float[W], the token beyond the edge of the grid (default: zeros).
+    """
     bottom, right = -grid[0] % window, -grid[1] % window
-    x = F.pad(x.unflatten(1, grid), (0, 0, 0, right, 0, bottom))
+    x = x.unflatten(1, grid)
+    if padding is None:
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    else:
+        x = torch.cat([x, padding.expand(len(x), grid[0], right, -1)], 2) if right else x
+        x = torch.cat([x, padding.expand(len(x), bottom, x.shape[2], -1)], 1) if bottom else x
     x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # [B, n_h, n_w, window, window, W]
     return x.flatten(3, 4).flatten(0, 2)
 

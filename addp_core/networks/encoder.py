@@ -299,7 +299,7 @@ class Encoder(TransformerEncoder):
         if self.attention.class_token:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + positions
         else:
-            x = x + positions[:, 1:]
+            x = x.contiguous() + positions[:, 1:]  # every block would copy tokens in the layout of a convolution
         if extra is not None:
             x = torch.cat([x, extra], 1)
         return self.tokenizer_dropout(self.tokenizer_norm(x)) if self.config.tokenizer_norm else x

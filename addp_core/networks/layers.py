@@ -162,7 +162,8 @@ class SelfAttention(nn.Module):
         width = h.shape[-1]
         if window:
             assert grid is not None, "windows need the grid"
-            q, k, v = self._windows_of_qkv(h, grid, window).chunk(3, -1)
+            qkv = self.qkv(h)  # beyond the edge of the grid, tokens are zero, and the layer's output is its bias
+            q, k, v = to_windows(qkv, grid, window, self.qkv.bias.to(qkv.dtype)).chunk(3, -1)
         elif queries is None:
             q, k, v = self.qkv(h).chunk(3, -1)
         else:
@@ -178,19 +179,6 @@ class SelfAttention(nn.Module):
         if window and grid is not None:
             x = from_windows(x, grid, window)
         return self.proj_drop(self.proj(x))
-
-    def _windows_of_qkv(self, h: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-        """Map Float[B,h*w,W] to queries, keys and values in windows, Float[B*n,window*window,3W].
-
-        Beyond the edge of the grid, tokens are zero, so that their queries, keys and values are the layer's bias, and
-        the layer need not be computed there.
-        """
-        qkv = to_windows(self.qkv(h), grid, window)
-        if not (grid[0] % window or grid[1] % window):
-            return qkv
-        inside = to_windows(h.new_ones(1, grid[0] * grid[1], 1), grid, window)
-        outside = (1 - inside).to(qkv.dtype).unsqueeze(0)
-        return (qkv.unflatten(0, (-1, len(inside))) + outside * self.qkv.bias.to(qkv.dtype)).flatten(0, 1)
 
     def _attend_with_positions(
         self, q: Tensor, k: Tensor, v: Tensor, relative: nn.Module, grid: tuple[int, int] | None
