@@ -32,28 +32,41 @@ class DecomposedRelativePositions(nn.Module):
         bias = (vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)).flatten(3)
         return F.pad(bias, (self.prefix_tokens, 0, self.prefix_tokens, 0))
 
-    def terms(self, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Map the queries of a grid, Float[B,heads,L,d], to Float[B,heads,L,rows] and Float[B,heads,L,columns].
+    def terms(
+        self, q: Tensor, grid: tuple[int, int], of_queries: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Map queries, Float[B,heads,Q,d], to Float[B,heads,Q,rows] and Float[B,heads,Q,columns].
 
         The bias of a query and a key is the sum of the entries for the key's row and column.
-        """
-        rows, columns = grid
-        patches = q[:, :, self.prefix_tokens :].unflatten(2, grid)
-        vertical = torch.einsum("bnhwd,hkd->bnhwk", patches, _embeddings_by_pair(self.rel_pos_h, rows))
-        horizontal = torch.einsum("bnhwd,wkd->bnhwk", patches, _embeddings_by_pair(self.rel_pos_w, columns))
-        prefix = (0, 0, self.prefix_tokens, 0)
-        return F.pad(vertical.flatten(2, 3), prefix), F.pad(horizontal.flatten(2, 3), prefix)
 
-    def product(self, q: Tensor, k: Tensor, scale: float, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return wider queries and keys, Float[B,heads,L,d+rows+columns], whose products are the scores with biases.
+        Args:
+            grid: rows and columns of the keys.
+            of_queries: the first rows and columns of `grid`, where the queries are (default: all).
+        """
+        rows, columns = of_queries or grid
+        patches = q[:, :, self.prefix_tokens :].unflatten(2, (rows, columns))
+        by_row, by_column = (
+            _embeddings_by_pair(table, size) for table, size in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True)
+        )
+        vertical = torch.einsum("bnhwd,hkd->bnhwk", patches, by_row[:rows])
+        horizontal = torch.einsum("bnhwd,wkd->bnhwk", patches, by_column[:columns])
+        vertical, horizontal = vertical.flatten(2, 3), horizontal.flatten(2, 3)
+        if self.prefix_tokens:
+            vertical, horizontal = (F.pad(x, (0, 0, self.prefix_tokens, 0)) for x in (vertical, horizontal))
+        return vertical, horizontal
+
+    def product(
+        self, q: Tensor, k: Tensor, scale: float, grid: tuple[int, int], of_queries: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return wider queries and keys, Float[B,heads,*,d+rows+columns], whose products are the scores with biases.
 
         They are [scale q, terms] and [k, one for the key's row, one for its column], so that an attention kernel
-        without a bias serves. q, k: Float[B,heads,L,d].
+        without a bias serves. q: Float[B,heads,Q,d], k: Float[B,heads,L,d]; the grids are those of `terms`.
         """
         rows, columns = (torch.eye(size, dtype=k.dtype, device=k.device) for size in grid)
         places = torch.cat([rows.repeat_interleave(grid[1], 0), columns.repeat(grid[0], 1)], 1)
         places = F.pad(places, (0, 0, self.prefix_tokens, 0)).expand(*k.shape[:2], -1, -1)
-        terms = (term.to(q.dtype) for term in self.terms(q, grid))
+        terms = (term.to(q.dtype) for term in self.terms(q, grid, of_queries))
         return torch.cat([q * scale, *terms], -1), torch.cat([k, places], -1)
 
 
@@ -124,24 +137,24 @@ def _stretching_weights(old: int, new: int) -> Tensor:
     return weights.float()
 
 
-def to_windows(x: Tensor, grid: tuple[int, int], window: int, padding: Tensor | None = None) -> Tensor:
-    """Cut Float[B,h*w,W] into windows, Float[B*n,window*window,W].
+def to_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int], padding: Tensor | None = None) -> Tensor:
+    """Cut Float[B,h*w,W] into windows (rows, columns), Float[B*n,rows*columns,W].
 
     padding: Float[W], the token beyond the edge of the grid (default: zeros).
     """
-    bottom, right = -grid[0] % window, -grid[1] % window
+    bottom, right = (-size % side for size, side in zip(grid, window, strict=True))
     x = x.unflatten(1, grid)
     if padding is None:
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
     else:
         x = torch.cat([x, padding.expand(len(x), grid[0], right, -1)], 2) if right else x
         x = torch.cat([x, padding.expand(len(x), bottom, x.shape[2], -1)], 1) if bottom else x
-    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)  # [B, n_h, n_w, window, window, W]
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)  # [B, n_h, n_w, rows, columns, W]
     return x.flatten(3, 4).flatten(0, 2)
 
 
-def from_windows(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+def from_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
     """Invert `to_windows`."""
-    rows, columns = -(-grid[0] // window), -(-grid[1] // window)
-    x = x.unflatten(1, (window, window)).unflatten(0, (-1, rows, columns)).transpose(2, 3)
+    rows, columns = (-(-size // side) for size, side in zip(grid, window, strict=True))
+    x = x.unflatten(1, window).unflatten(0, (-1, rows, columns)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)

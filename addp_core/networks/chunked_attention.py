@@ -25,15 +25,15 @@ def chunked_attention(
     vertical: Tensor | None = None,
     horizontal: Tensor | None = None,
 ) -> Tensor:
-    """Return softmax(q k^T + biases) v, Float[B,heads,L,d_v], with gradients of all arguments.
+    """Return softmax(q k^T + biases) v, Float[B,heads,Q,d_v], with gradients of all arguments.
 
     Args:
-        q: Float[B,heads,L,d], already scaled.
+        q: Float[B,heads,Q,d], already scaled.
         k: Float[B,heads,L,d].
         v: Float[B,heads,L,d_v].
-        bias: Float[1,heads,L,L], added to the scores.
-        vertical: Float[B,heads,L,h]; the bias of a query and a key in row i is its entry i. Then L = h * w.
-        horizontal: Float[B,heads,L,w], the same for the columns.
+        bias: Float[1,heads,Q,L], added to the scores.
+        vertical: Float[B,heads,Q,h]; the bias of a query and a key in row i is its entry i. Then L = h * w.
+        horizontal: Float[B,heads,Q,w], the same for the columns.
     """
     per_sequence = [None if x is None else x.flatten(0, 1) for x in (q, k, v, vertical, horizontal)]
     out = _ChunkedAttention.apply(None if bias is None else bias[0], *per_sequence)
@@ -41,19 +41,21 @@ def chunked_attention(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Batch and heads are one dimension, S, of sequences; the bias is Float[heads,L,L]."""
+    """Batch and heads are one dimension, S, of sequences; the bias is Float[heads,Q,L]."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *terms: Tensor | None) -> Tensor:
-        count, length = q.shape[:2]
-        keep = length**2 <= CHUNK_SCORES and any(ctx.needs_input_grad)  # reading is faster than computing then
-        kept = q.new_empty(count, length, length) if keep else None
+        shape = (*q.shape[:2], k.shape[1])  # of the scores
+        keep = shape[1] * shape[2] <= CHUNK_SCORES and any(
+            ctx.needs_input_grad
+        )  # reading is then faster than computing
+        kept = q.new_empty(shape) if keep else None
         ctx.save_for_backward(kept, bias, q, k, v, *terms)
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        buffer = None if keep else _chunk_buffer(q, bias)
-        for sequences, rows in _chunks(q, bias):
+        out = v.new_empty(*q.shape[:2], v.shape[2])
+        buffer = _chunk_buffer(q, k, bias)
+        for sequences, rows in _chunks(q, k, bias):
             p = _probabilities(kept[sequences] if kept is not None else buffer, (sequences, rows), bias, q, k, *terms)
-            out[sequences, rows] = torch.bmm(p, v[sequences])
+            torch.bmm(p, v[sequences], out=out[sequences, rows])
         return out
 
     @staticmethod
@@ -61,29 +63,37 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         kept, bias, q, k, v, *terms = ctx.saved_tensors
         d_out, dtype = d_out.to(q.dtype), q.dtype
-        # sums over chunks are in float32; a product is written once
-        d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (k, v))
+        is_sum = q.shape[1] > CHUNK_SCORES // k.shape[1]  # of the chunks of a sequence; sums are in float32
+        d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) if is_sum else x.new_empty(x.shape) for x in (k, v))
         d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
         d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         d_terms = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in terms]
-        buffer, d_buffer = (None if kept is not None else _chunk_buffer(q, bias)), _chunk_buffer(q, bias)
-        for sequences, rows in _chunks(q, bias):
+        buffer, d_buffer = _chunk_buffer(q, k, bias), _chunk_buffer(q, k, bias)
+        for sequences, rows in _chunks(q, k, bias):
             if kept is not None:
                 p = kept[sequences]
             else:
                 p = _probabilities(buffer, (sequences, rows), bias, q, k, *terms)
             d_o = d_out[sequences, rows]
-            d_v[sequences] += torch.bmm(p.mT, d_o)
+            _add_product(d_v[sequences], p.mT, d_o, is_sum)
             d_scores = torch.bmm(d_o, v[sequences].mT, out=_part(d_buffer, p.shape))
             d_scores = torch._softmax_backward_data(d_scores, p, -1, dtype, grad_input=d_scores)
-            d_q[sequences, rows] = torch.bmm(d_scores, k[sequences])
-            d_k[sequences] += torch.bmm(d_scores.mT, q[sequences, rows])
+            torch.bmm(d_scores, k[sequences], out=d_q[sequences, rows])
+            _add_product(d_k[sequences], d_scores.mT, q[sequences, rows], is_sum)
             if d_bias is not None:
                 d_bias[sequences.start % len(d_bias), rows] += d_scores[0]
             for axis, d_term in zip((-1, -2), d_terms, strict=True):
                 if d_term is not None:
-                    d_term[sequences, rows] = d_scores.unflatten(-1, _grid(terms)).sum(axis)
+                    torch.sum(d_scores.unflatten(-1, _grid(terms)), axis, out=d_term[sequences, rows])
         return d_bias, d_q, d_k.to(dtype), d_v.to(dtype), *d_terms
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor, is_sum: bool) -> None:
+    """Add the product to `to`, or write it there if it is no sum."""
+    if is_sum:
+        to += torch.bmm(a, b)
+    else:
+        torch.bmm(a, b, out=to)
 
 
 def _probabilities(
@@ -116,21 +126,21 @@ def _grid(terms: Any) -> tuple[int, int]:
     return vertical.shape[-1], horizontal.shape[-1]
 
 
-def _chunks(q: Tensor, bias: Tensor | None) -> Iterator[Chunk]:
+def _chunks(q: Tensor, k: Tensor, bias: Tensor | None) -> Iterator[Chunk]:
     """Yield chunks: whole sequences where several fit, else some queries of one. With a bias, of one sequence each."""
-    count, length = q.shape[:2]
-    sequences = 1 if bias is not None else max(CHUNK_SCORES // length**2, 1)
+    (count, queries), length = q.shape[:2], k.shape[1]
+    sequences = 1 if bias is not None else max(CHUNK_SCORES // (queries * length), 1)
     rows = max(CHUNK_SCORES // length, 1)
     for start in range(0, count, sequences):
-        for row in range(0, length, rows):
+        for row in range(0, queries, rows):
             yield slice(start, start + sequences), slice(row, row + rows)
 
 
-def _chunk_buffer(q: Tensor, bias: Tensor | None) -> Tensor:
+def _chunk_buffer(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """Return memory for the scores of the largest chunk."""
-    sequences, rows = next(_chunks(q, bias))
-    count, length = q.shape[:2]
-    return q.new_empty(min(sequences.stop, count) * min(rows.stop, length) * length)
+    sequences, rows = next(_chunks(q, k, bias))
+    count, queries = q.shape[:2]
+    return q.new_empty(min(sequences.stop, count) * min(rows.stop, queries) * k.shape[1])
 
 
 def _part(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -162,49 +162,88 @@ class SelfAttention(nn.Module):
         width = h.shape[-1]
         if window:
             assert grid is not None, "windows need the grid"
-            qkv = self.qkv(h)  # beyond the edge of the grid, tokens are zero, and the layer's output is its bias
-            q, k, v = to_windows(qkv, grid, window, self.qkv.bias.to(qkv.dtype)).chunk(3, -1)
-        elif queries is None:
+            return self.proj_drop(self.proj(self._attend_in_windows(self.qkv(h), relative, grid, window)))
+        if queries is None:
             q, k, v = self.qkv(h).chunk(3, -1)
         else:
             (w_q, w_kv), (b_q, b_kv) = (p.split((width, 2 * width)) for p in (self.qkv.weight, self.qkv.bias))
             q = F.linear(gather_tokens(h, queries), w_q, b_q)
             k, v = F.linear(h, w_kv, b_kv).chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if relative is not None:
-            x = self._attend_with_positions(q, k, v, relative, (window, window) if window else grid)
-        else:
+        q, k, v = map(self._to_heads, (q, k, v))
+        if relative is None:
             x = self._attend(q, k, v, attn_mask)
-        x = x.transpose(1, 2).flatten(2)
-        if window and grid is not None:
-            x = from_windows(x, grid, window)
-        return self.proj_drop(self.proj(x))
+        else:
+            assert grid is not None, "relative positions need the grid"
+            x = self._attend_with_positions(q, k, v, relative, grid)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """Float[B,L,W] -> Float[B,heads,L,D]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _attend_in_windows(self, qkv: Tensor, relative: nn.Module | None, grid: tuple[int, int], side: int) -> Tensor:
+        """Map queries, keys and values of a grid, Float[B,h*w,3W], to Float[B,h*w,W].
+
+        Beyond the edge of the grid, tokens are zero, so that their keys and values are the layer's bias. On a CPU,
+        windows at the edge are computed apart from the others, without the queries beyond it.
+        """
+        width, maps, rows_of_maps = qkv.shape[-1] // 3, qkv.unflatten(1, grid), []
+        padding, window = self.qkv.bias.to(qkv.dtype), (side, side)
+        apart = isinstance(relative, DecomposedRelativePositions) and self._is_chunked(qkv)
+        row_sizes, column_sizes = (_sizes_up_to_last_window(size, side) if apart else [size] for size in grid)
+        for rows in maps.split(row_sizes, 1):
+            maps_of_row = []
+            for x in rows.split(column_sizes, 2):
+                size = (x.shape[1], x.shape[2])
+                inside = (min(side, size[0]), min(side, size[1])) if apart else window
+                q, kv = x.flatten(1, 2).split((width, 2 * width), -1)
+                q = to_windows(q, size, inside, padding[:width])
+                k, v = to_windows(kv, size, window, padding[width:]).chunk(2, -1)
+                q, k, v = map(self._to_heads, (q, k, v))
+                if relative is None:
+                    x = self._attend(q, k, v, None)
+                else:
+                    x = self._attend_with_positions(q, k, v, relative, window, inside)
+                maps_of_row.append(from_windows(x.transpose(1, 2).flatten(2), size, inside).unflatten(1, size))
+            rows_of_maps.append(torch.cat(maps_of_row, 2) if len(maps_of_row) > 1 else maps_of_row[0])
+        return (torch.cat(rows_of_maps, 1) if len(rows_of_maps) > 1 else rows_of_maps[0]).flatten(1, 2)
+
+    def _is_chunked(self, x: Tensor) -> bool:
+        """Whether attention with relative positions goes through `chunked_attention`."""
+        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        return x.device.type == "cpu" and is_eager and not self.attn_drop.is_active
 
     def _attend_with_positions(
-        self, q: Tensor, k: Tensor, v: Tensor, relative: nn.Module, grid: tuple[int, int] | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        relative: nn.Module,
+        grid: tuple[int, int],
+        of_queries: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Attend with relative positions: all are Float[B,heads,L,D].
+        """Attend with relative positions: all are Float[B,heads,L,D], and `grid` is that of the keys.
 
         What is fastest was measured on a CPU (docs/speed.md). On a GPU, half precision goes through a product of wider
         queries and keys: torch's flash attention takes no bias, and the bias would need as much memory as the scores.
+
+        of_queries: the first rows and columns of `grid`, where the queries are (default: all); only if `_is_chunked`,
+            and with decomposed positions.
         """
-        is_half = q.dtype in (torch.bfloat16, torch.float16)
-        is_decomposed = isinstance(relative, DecomposedRelativePositions)
-        is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        if self.attn_drop.is_active or (q.device.type == "cpu" and not is_eager):
-            return self._attend(q, k, v, relative(q, grid).to(q.dtype))
-        if q.device.type == "cpu":
-            if not is_decomposed:
-                return chunked_attention(q * self.scale, k, v, relative(q, grid))
-            # In half precision, adding short rows is slower than a wider product.
-            if relative.prefix_tokens or (is_half and sum(grid) < q.shape[-1]):
-                return chunked_attention(*relative.product(q, k, self.scale, grid), v)
-            terms = (term.to(q.dtype) for term in relative.terms(q, grid))
-            return chunked_attention(q * self.scale, k, v, None, *terms)
-        if is_decomposed and is_half and q.shape[-1] + sum(grid) <= FLASH_WIDTH:
-            wide_q, wide_k = relative.product(q, k, self.scale, grid)
-            wide_v = F.pad(v, (0, wide_q.shape[-1] - v.shape[-1]))  # flash attention wants one width
-            return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., : v.shape[-1]]
+        is_half, scale = q.dtype in (torch.bfloat16, torch.float16), self.scale
+        if isinstance(relative, DecomposedRelativePositions) and not self.attn_drop.is_active:
+            if self._is_chunked(q):
+                # In half precision, adding short rows is slower than a wider product.
+                if relative.prefix_tokens or (is_half and sum(grid) < q.shape[-1]):
+                    return chunked_attention(*relative.product(q, k, scale, grid, of_queries), v)
+                terms = (term.to(q.dtype) for term in relative.terms(q, grid, of_queries))
+                return chunked_attention(q * scale, k, v, None, *terms)
+            if is_half and q.device.type != "cpu" and q.shape[-1] + sum(grid) <= FLASH_WIDTH:
+                wide_q, wide_k = relative.product(q, k, scale, grid)
+                wide_v = F.pad(v, (0, wide_q.shape[-1] - v.shape[-1]))  # flash attention wants one width
+                return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., : v.shape[-1]]
+        elif self._is_chunked(q):
+            return chunked_attention(q * scale, k, v, relative(q, grid))
         return self._attend(q, k, v, relative(q, grid).to(q.dtype))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -238,6 +277,11 @@ class Dropout(nn.Dropout):
         bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:size]
         keep = bits.clamp_(last, last + 1).to(x.dtype).sub_(last)  # 0 or 1
         return x * keep.mul_(2**16 / (2**16 - dropped)).view(x.shape)
+
+
+def _sizes_up_to_last_window(size: int, side: int) -> list[int]:
+    """Return the number of rows (or columns) in complete windows, and in an incomplete last one."""
+    return [part for part in (size // side * side, size % side) if part]
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

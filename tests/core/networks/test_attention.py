@@ -24,15 +24,15 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 @given(rows=st.integers(1, 7), columns=st.integers(1, 7), window=st.integers(1, 5))
 def test_windows_round_trip(rows, columns, window):
     x = torch.arange(2 * rows * columns * 3.0).view(2, rows * columns, 3)
-    windows = to_windows(x, (rows, columns), window)
+    windows = to_windows(x, (rows, columns), (window, window))
     assert windows.shape == (2 * -(-rows // window) * -(-columns // window), window * window, 3)
-    assert torch.equal(from_windows(windows, (rows, columns), window), x)
+    assert torch.equal(from_windows(windows, (rows, columns), (window, window)), x)
 
 
 def test_windows_at_the_edge_are_padded_with_zeros():
     """In a 4 x 5 grid with windows of 3, the second window holds columns 3 and 4 and zeros beyond."""
     x = torch.arange(1.0, 21).view(1, 20, 1)
-    windows = to_windows(x, (4, 5), 3)[..., 0]
+    windows = to_windows(x, (4, 5), (3, 3))[..., 0]
     assert windows[1].tolist() == [4, 5, 0, 9, 10, 0, 14, 15, 0]
     assert windows[3].tolist() == [19, 20, 0, 0, 0, 0, 0, 0, 0]
 

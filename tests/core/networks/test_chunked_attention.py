@@ -102,8 +102,8 @@ def test_windows_beyond_the_edge_hold_what_the_layer_makes_of_zeros():
         torch.nn.init.normal_(p, std=0.3)
     h = torch.randn(2, LENGTH, 24)
     found = block.attn(h, relative=block.relative, grid=grid, window=window)
-    windows = block.attn(to_windows(h, grid, window), relative=block.relative, grid=(window, window))
-    expected, d_out = from_windows(windows, grid, window), torch.randn_like(found)
+    windows = block.attn(to_windows(h, grid, (window, window)), relative=block.relative, grid=(window, window))
+    expected, d_out = from_windows(windows, grid, (window, window)), torch.randn_like(found)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     parameters = [*block.attn.parameters(), *block.relative.parameters()]
     for a, b in zip(*(torch.autograd.grad(y, parameters, d_out) for y in (found, expected)), strict=True):
