@@ -6,7 +6,7 @@ from typing import Annotated
 from annotated_types import Ge, Interval, MultipleOf
 
 from addp_core.base.paths import DatasetPath
-from addp_core.networks.config import SIZES_HELP
+from addp_core.networks.config import SIZES_HELP, VIT_SIZES
 from addp_core.training.precision import PrecisionChoice
 
 MODELS = {  # size: (name of the authors' ADDP, name of their token predictor)
@@ -29,6 +29,11 @@ class Recipe:
     device: Annotated[str, "cpu, cuda or cuda:<n>; empty: a GPU if there is one"] = ""
     train: Annotated[bool, "time training steps"] = True
     sample: Annotated[bool, "time sampling"] = True
+    det: Annotated[bool, "time ViTDet's encoder too, beside detectron2's own ViT"] = False
+    seg: Annotated[bool, "time UperNet's training step too, beside mmseg's own BEiT and VisionTransformer"] = False
+    finetune: Annotated[bool, "time a fine-tuning step too, beside timm's own ViT"] = False
+    dense_size: Annotated[int, Ge(16), MultipleOf(16), "side of the images of det and seg in pixels"] = 512
+    dense_batch: Annotated[int, Ge(1), "images per step of det and seg (two at least in seg, for its batch norm)"] = 1
     mask_ratio: Annotated[float, Interval(gt=0, lt=1), "share of unreliable tokens in training steps"] = 0.75
     steps: Annotated[int, Ge(1), "sampling steps, with the cosine schedule"] = 20
     repeats: Annotated[int, Ge(1), "timed repeats; the median is reported"] = 5
@@ -45,8 +50,14 @@ class Recipe:
     json: Annotated[str, "file for all metrics"] = ""
 
     def __post_init__(self):
-        if not (self.train or self.sample or self.data):
-            raise ValueError("train: found false, and sample is false too; expected one to be true, or data=<images>")
+        transfers = self.det or self.seg or self.finetune
+        if not (self.train or self.sample or self.data or transfers):
+            raise ValueError(
+                "train: found false, and sample is false too; expected one of train, sample, det, seg, finetune to be "
+                "true, or data=<images>"
+            )
+        if transfers and self.model not in VIT_SIZES:
+            raise ValueError(f"det, seg, finetune: found model={self.model}; expected one of {', '.join(VIT_SIZES)}")
         if self.published and not (self.train or self.sample):
             raise ValueError("published: found, but train and sample are false; expected at least one to be true")
         if self.published and self.model not in MODELS:

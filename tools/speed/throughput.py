@@ -1,6 +1,7 @@
 """`addp throughput`: images per second of a training step and of sampling, where the time goes, and how much of the
 machine's peak this is. With `published=<clone of the authors' repository>`, their loops are timed in turns with ours;
-with `data=<images>`, so is loading, in turns with timm's and torchvision's pipelines.
+with `data=<images>`, so is loading, in turns with timm's and torchvision's pipelines; with `det`, `seg` and `finetune`,
+so are steps of these tasks, in turns with detectron2's, mmseg's and timm's own ViT.
 
 MFU, the model FLOP utilization, is the model's FLOP per second (tools/speed/flops.py) divided by those of the fastest
 matrix product, measured in the same run and precision. It can exceed 1, since Winograd convolutions need fewer FLOP.
@@ -43,6 +44,7 @@ from tools.speed.flops import fixed_masks, sampling_flop, training_flop
 from tools.speed.loading import loading_table, measure_loading
 from tools.speed.recipe import Recipe as Recipe
 from tools.speed.spread import spread
+from tools.speed.transfer import chosen_tasks, measure_transfer, transfer_table
 
 log = logging.getLogger("addp")
 
@@ -60,6 +62,8 @@ def run(recipe: Recipe) -> None:
         size = report["settings"]["size"] or ADDPConfig.image_size
         hw = (size, size) if isinstance(size, int) else size
         report["loading"] = measure_loading(recipe.data, hw, recipe.repeats, recipe.warmup)
+    if tasks := chosen_tasks(recipe):
+        report["transfer"] = measure_transfer(recipe, pick_device(recipe), tasks)
     if recipe.json:
         write_json(Path(recipe.json), report)
     sys.stdout.write(as_text(report))
@@ -270,7 +274,8 @@ def as_text(report: dict[str, Any]) -> str:
     text = f"{settings['hardware']}, {settings['threads']} CPU threads, torch {settings['torch']}\n"
     if "matmul_gflop_per_s" in report:
         text += _model_text(report)
-    return text + (f"\n{loading_table(report['loading'])}" if "loading" in report else "")
+    text += f"\n{loading_table(report['loading'])}" if "loading" in report else ""
+    return text + (transfer_table(report["transfer"], settings) if "transfer" in report else "")
 
 
 def _model_text(report: dict[str, Any]) -> str:
