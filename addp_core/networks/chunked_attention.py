@@ -52,9 +52,11 @@ class _ChunkedAttention(torch.autograd.Function):
         kept = q.new_empty(shape) if keep else None
         ctx.save_for_backward(kept, bias, q, k, v, *terms)
         out = v.new_empty(*q.shape[:2], v.shape[2])
-        buffer = _chunk_buffer(q, k, bias)
+        buffer, k_transposed = _chunk_buffer(q, k, bias), k.mT.contiguous()
         for sequences, rows in _chunks(q, k, bias):
-            p = _probabilities(kept[sequences] if kept is not None else buffer, (sequences, rows), bias, q, k, *terms)
+            p = _probabilities(
+                kept[sequences] if kept is not None else buffer, (sequences, rows), bias, q, k_transposed, *terms
+            )
             torch.bmm(p, v[sequences], out=out[sequences, rows])
         return out
 
@@ -69,14 +71,15 @@ class _ChunkedAttention(torch.autograd.Function):
         d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
         d_terms = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in terms]
         buffer, d_buffer = _chunk_buffer(q, k, bias), _chunk_buffer(q, k, bias)
+        k_transposed, v_transposed = (x.mT.contiguous() for x in (k, v))  # products of bfloat16 would copy them again
         for sequences, rows in _chunks(q, k, bias):
             if kept is not None:
                 p = kept[sequences]
             else:
-                p = _probabilities(buffer, (sequences, rows), bias, q, k, *terms)
+                p = _probabilities(buffer, (sequences, rows), bias, q, k_transposed, *terms)
             d_o = d_out[sequences, rows]
             _add_product(d_v[sequences], p.mT, d_o, is_sum)
-            d_scores = torch.bmm(d_o, v[sequences].mT, out=_part(d_buffer, p.shape))
+            d_scores = torch.bmm(d_o, v_transposed[sequences], out=_part(d_buffer, p.shape))
             d_scores = torch._softmax_backward_data(d_scores, p, -1, dtype, grad_input=d_scores)
             torch.bmm(d_scores, k[sequences], out=d_q[sequences, rows])
             _add_product(d_k[sequences], d_scores.mT, q[sequences, rows], is_sum)
@@ -101,22 +104,22 @@ def _probabilities(
     chunk: Chunk,
     bias: Tensor | None,
     q: Tensor,
-    k: Tensor,
+    k_transposed: Tensor,
     vertical: Tensor | None,
     horizontal: Tensor | None,
 ) -> Tensor:
     """Compute softmax(q k^T + biases) of a chunk within `buffer`."""
     sequences, rows = chunk
-    q, k = q[sequences, rows], k[sequences]
-    scores = _part(buffer, (*q.shape[:2], k.shape[1]))
+    q, k_transposed = q[sequences, rows], k_transposed[sequences]
+    scores = _part(buffer, (*q.shape[:2], k_transposed.shape[2]))
     if bias is not None:
-        torch.baddbmm(bias[sequences.start % len(bias), rows].to(q.dtype).unsqueeze(0), q, k.mT, out=scores)
+        torch.baddbmm(bias[sequences.start % len(bias), rows].to(q.dtype).unsqueeze(0), q, k_transposed, out=scores)
     elif vertical is not None and horizontal is not None:
         grid_scores = scores.unflatten(-1, _grid((vertical, horizontal)))
         torch.add(vertical[sequences, rows].unsqueeze(-1), horizontal[sequences, rows].unsqueeze(-2), out=grid_scores)
-        torch.baddbmm(scores, q, k.mT, out=scores)
+        torch.baddbmm(scores, q, k_transposed, out=scores)
     else:
-        torch.bmm(q, k.mT, out=scores)
+        torch.bmm(q, k_transposed, out=scores)
     return torch.softmax(scores, -1, out=scores)
 
 
