@@ -1,7 +1,10 @@
 """Attention in chunks of scores equals the formula, with all gradients, however long the chunks are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from fake_cuda import fake_cuda, on_fake_cuda
 from tiny import WINDOWED, tiny_encoder
 from torch.nn import functional as F
 
@@ -111,7 +114,7 @@ def test_windows_beyond_the_edge_hold_what_the_layer_makes_of_zeros():
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
-    model = tiny_encoder(WINDOWED).train()
+    model = tiny_encoder(replace(WINDOWED, relative="decomposed")).train()
     images, gradients = torch.randn(1, 3, 32, 40), []
     for model.checkpointing in (False, True):
         model.zero_grad()
@@ -119,3 +122,22 @@ def test_checkpointed_blocks_have_the_same_gradients():
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize(("precision", "has_bias"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_on_a_gpu_half_precision_needs_no_bias(monkeypatch, precision, has_bias):
+    """Then torch's flash attention serves: queries, keys and values have one width, and there is no mask."""
+    calls, attend = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, mask=None, *args, **options):
+        calls.append((mask is not None, {x.shape[-1] for x in (q, k, v)}))
+        return attend(q, k, v, mask, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = tiny_encoder(replace(WINDOWED, relative="decomposed")).train().to(precision)  # there is no autocast here
+    with fake_cuda() as device:
+        images = torch.randn(1, 3, 32, 40, dtype=precision).to(device, non_blocking=True)
+        features = on_fake_cuda(model).forward_maps(images, [-1])[0]
+    assert features.device == device
+    assert [found for found, _ in calls] == [has_bias] * len(model.blocks)
+    assert all(len(widths) == 1 for _, widths in calls)
