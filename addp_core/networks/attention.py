@@ -92,11 +92,19 @@ class RelativePositionTable(RelPosBias):
 
     def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]  # timm's takes the scores
         """Return the biases of the attention scores of a grid, Float[1,heads,L,L], for queries Float[B,heads,L,d]."""
+        table: Tensor = self.relative_position_bias_table
         if tuple(grid) == self.grid:
-            return self.get_bias()
-        table = resize_bias_table(self.relative_position_bias_table, self.grid, grid, self.prefix_tokens)
-        index = gen_relative_position_index(grid, class_token=self.prefix_tokens > 0).to(q.device)
-        return table[index.flatten()].view(*index.shape, self.heads).permute(2, 0, 1).unsqueeze(0)
+            index = cast(Tensor, self.relative_position_index)
+        else:
+            table = resize_bias_table(table, self.grid, grid, self.prefix_tokens)
+            index = gen_relative_position_index(grid, class_token=self.prefix_tokens > 0).to(q.device).flatten()
+        if (
+            q.device.type == "cpu"
+        ):  # the gradient of this takes a quarter of the time, but on a GPU is not deterministic
+            bias = table.t().gather(1, index.expand(self.heads, -1))
+        else:
+            bias = table[index].t()
+        return bias.unflatten(1, (q.shape[2], q.shape[2])).unsqueeze(0)
 
 
 def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention with relative positions on a CPU: a few rows of scores at a time, small enough to stay in the cache.
+"""Attention on a CPU, with relative positions or in half precision: a few rows of scores at a time.
 
 torch's attention has no fused kernel on CPUs for a bias that takes a gradient: it writes all scores and all biases to
 memory several times. Here the backward pass computes the scores of long sequences again instead of reading them from
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_SCORES = 5 * 2**18  # computed at a time, in a few MB of a cache; all scores of 32 x 32 patches and a class token
+CHUNK_BYTES = (
+    5 * 2**20
+)  # of scores computed at a time, in a cache; in float32, all of 32 x 32 patches and a class token
 
 Chunk = tuple[slice, slice]  # of the sequences, and of the queries of each
 
@@ -46,7 +48,7 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *terms: Tensor | None) -> Tensor:
         shape = (*q.shape[:2], k.shape[1])  # of the scores
-        keep = shape[1] * shape[2] <= CHUNK_SCORES and any(
+        keep = shape[1] * shape[2] <= _chunk_scores(q) and any(
             ctx.needs_input_grad
         )  # reading is then faster than computing
         kept = q.new_empty(shape) if keep else None
@@ -65,7 +67,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         kept, bias, q, k, v, *terms = ctx.saved_tensors
         d_out, dtype = d_out.to(q.dtype), q.dtype
-        is_sum = q.shape[1] > CHUNK_SCORES // k.shape[1]  # of the chunks of a sequence; sums are in float32
+        is_sum = q.shape[1] > _chunk_scores(q) // k.shape[1]  # of the chunks of a sequence; sums are in float32
         d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) if is_sum else x.new_empty(x.shape) for x in (k, v))
         d_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32)
         d_q = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -132,11 +134,16 @@ def _grid(terms: Any) -> tuple[int, int]:
 def _chunks(q: Tensor, k: Tensor, bias: Tensor | None) -> Iterator[Chunk]:
     """Yield chunks: whole sequences where several fit, else some queries of one. With a bias, of one sequence each."""
     (count, queries), length = q.shape[:2], k.shape[1]
-    sequences = 1 if bias is not None else max(CHUNK_SCORES // (queries * length), 1)
-    rows = max(CHUNK_SCORES // length, 1)
+    sequences = 1 if bias is not None else max(_chunk_scores(q) // (queries * length), 1)
+    rows = max(_chunk_scores(q) // length, 1)
     for start in range(0, count, sequences):
         for row in range(0, queries, rows):
             yield slice(start, start + sequences), slice(row, row + rows)
+
+
+def _chunk_scores(q: Tensor) -> int:
+    """Return the number of scores that are computed at a time."""
+    return CHUNK_BYTES // q.element_size()
 
 
 def _chunk_buffer(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:

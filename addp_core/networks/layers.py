@@ -209,7 +209,7 @@ class SelfAttention(nn.Module):
         return (torch.cat(rows_of_maps, 1) if len(rows_of_maps) > 1 else rows_of_maps[0]).flatten(1, 2)
 
     def _is_chunked(self, x: Tensor) -> bool:
-        """Whether attention with relative positions goes through `chunked_attention`."""
+        """Whether attention with relative positions, or in half precision, goes through `chunked_attention`."""
         is_eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         return x.device.type == "cpu" and is_eager and not self.attn_drop.is_active
 
@@ -230,7 +230,7 @@ class SelfAttention(nn.Module):
         of_queries: the first rows and columns of `grid`, where the queries are (default: all); only if `_is_chunked`,
             and with decomposed positions.
         """
-        is_half, scale = q.dtype in (torch.bfloat16, torch.float16), self.scale
+        is_half, scale = _is_half(q), self.scale
         if isinstance(relative, DecomposedRelativePositions) and not self.attn_drop.is_active:
             if self._is_chunked(q):
                 # In half precision, adding short rows is slower than a wider product.
@@ -248,6 +248,8 @@ class SelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with a mask (Bool) or bias (Float), broadcast to [B,heads,Q,L]: all are Float[B,heads,L,D]."""
+        if mask is None and q.requires_grad and _is_half(q) and self._is_chunked(q):
+            return chunked_attention(q * self.scale, k, v)  # twice as fast as torch's
         if q.device.type == "cpu" and self.attn_drop.is_active:
             # On the CPU torch has no fused attention with dropout, and its dropout is slow.
             scores = (q * self.scale) @ k.transpose(-2, -1)
@@ -277,6 +279,10 @@ class Dropout(nn.Dropout):
         bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:size]
         keep = bits.clamp_(last, last + 1).to(x.dtype).sub_(last)  # 0 or 1
         return x * keep.mul_(2**16 / (2**16 - dropped)).view(x.shape)
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _sizes_up_to_last_window(size: int, side: int) -> list[int]:

@@ -39,7 +39,7 @@ def reference(q, k, v, bias=None, vertical=None, horizontal=None):
 @pytest.mark.parametrize("kind", ["none", "bias", "terms"])
 def test_any_chunk_gives_the_formula_and_its_gradients(monkeypatch, kind, chunk):
     """From one query at a time to all at once; the last chunk is smaller than the others."""
-    monkeypatch.setattr(module, "CHUNK_SCORES", chunk)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 8 * chunk)  # of float64
     tensors = inputs(kind)
     found, expected = chunked_attention(*tensors), reference(*tensors)
     torch.testing.assert_close(found, expected)
@@ -58,7 +58,7 @@ def test_values_may_have_another_width():
 
 def test_long_sequences_keep_no_scores(monkeypatch):
     def kept(chunk):
-        monkeypatch.setattr(module, "CHUNK_SCORES", chunk)
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8 * chunk)  # of float64
         saved = chunked_attention(*inputs("terms")).grad_fn.next_functions[0][0].saved_tensors
         return max(x.numel() for x in saved if x is not None)
 
@@ -141,3 +141,13 @@ def test_on_a_gpu_half_precision_needs_no_bias(monkeypatch, precision, has_bias)
     assert features.device == device
     assert [found for found, _ in calls] == [has_bias] * len(model.blocks)
     assert all(len(widths) == 1 for _, widths in calls)
+
+
+def test_training_in_bf16_without_positions_equals_torch():
+    torch.manual_seed(0)
+    attention, h = Block(24, HEADS, 0.0, 0.0).attn, torch.randn(2, LENGTH, 24)
+    results = []
+    for is_training in (True, False):  # without gradients, torch's attention serves
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_training):
+            results.append(attention(h).float().detach())
+    torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)
