@@ -4,6 +4,7 @@ References: ViTDet (arXiv 2203.16527) for windows and decomposed positions, BEiT
 """
 
 from functools import lru_cache
+from typing import cast
 
 import torch
 from timm.layers import RelPosBias, gen_relative_position_index
