@@ -91,7 +91,9 @@ def extract_features(
         for name, value in zip(("mean", "covariance"), mean_and_covariance(features), strict=True):
             np.save(folder / f"{name}.npy", value)
     state.wait_for_everyone()
-    return FeatureSet.read(folder)
+    features = FeatureSet.read(folder)
+    state.wait_for_everyone()  # the caller may move the folder, which another process would no longer find
+    return features
 
 
 def _extract_part(loader: DataLoader, extractor: Extractor, folder: Path, bar: tqdm) -> None:

@@ -225,6 +225,8 @@ def _stored_values(out: Path) -> Values | None:
 
 def _check_recipe(out: Path, recipe: RunRecipe, inputs: Inputs, previous: Values) -> None:
     """Raise UserError if the folder holds a run of another recipe."""
+    if previous.get(PRECISION) == AUTO:  # it ended before this was settled, so nothing was computed in another one
+        previous = {**previous, PRECISION: recipe.values.get(PRECISION)}
     if changed := inputs.without_moved(recipe.changed_keys(previous), previous):
         raise UserError(
             f"out={out}: holds a run of another recipe: {recipe.describe_changes(changed, previous)}; "
