@@ -125,6 +125,12 @@ def outputs(model: ADDP, inputs: Inputs) -> dict[str, Tensor]:
     """
     tokenizer, denoiser = model.tokenizer, model.denoiser
     assert model.predictor is not None
+    # Before the parts without gradients: within one autocast, torch 2.6 would reuse their casts of the weights.
+    model.zero_grad()
+    loss = denoiser(inputs.noisy, inputs.ids, inputs.mask, inputs.target)
+    loss.backward()
+    gradients = [parameter.grad.norm() for parameter in denoiser.parameters() if parameter.grad is not None]
+    model.zero_grad()
     with torch.no_grad():
         found = {
             "features before quantization": tokenizer.encoder(inputs.images),
@@ -135,12 +141,7 @@ def outputs(model: ADDP, inputs: Inputs) -> dict[str, Tensor]:
             "encoder": denoiser.encode(inputs.noisy, inputs.ids, inputs.mask),
             "logits": model.logits(inputs.noisy, inputs.ids, inputs.mask),
         }
-    model.zero_grad()
-    loss = denoiser(inputs.noisy, inputs.ids, inputs.mask, inputs.target)
-    loss.backward()
-    gradients = [parameter.grad.norm() for parameter in denoiser.parameters() if parameter.grad is not None]
     found |= {"loss": loss.detach(), "gradients": torch.stack(gradients)}
-    model.zero_grad()
     return {name: (value if name == "ids" else value.float()).detach().cpu() for name, value in found.items()}
 
 

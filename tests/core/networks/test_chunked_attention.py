@@ -59,7 +59,8 @@ def test_values_may_have_another_width():
 def test_long_sequences_keep_no_scores(monkeypatch):
     def kept(chunk):
         monkeypatch.setattr(module, "CHUNK_BYTES", 8 * chunk)  # of float64
-        saved = chunked_attention(*inputs("terms")).grad_fn.next_functions[0][0].saved_tensors
+        output = chunked_attention(*inputs("terms"))  # its graph lives as long as it
+        saved = output.grad_fn.next_functions[0][0].saved_tensors
         return max(x.numel() for x in saved if x is not None)
 
     assert kept(10**6) == 2 * HEADS * LENGTH**2
