@@ -9,7 +9,6 @@ processes share the files.
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import atomic_replace, write_atomically
+from addp_core.base.files import atomic_replace, check_space, write_atomically
 from addp_core.base.launch import rank
 from addp_core.base.paths import TOKENS_FILE
 from addp_core.data.images import pretrain_transform
@@ -94,12 +93,8 @@ def _check_space(out: Path, rows: int, tokens: int, missing: int, recipe: Recipe
         "tokens: %d crops of %s images, %d ids each: %s MB in %s; %d files of %s crops to compute",
         *(crops, images, tokens, f"{size / 1e6:,.1f}", out, missing, f"{recipe.rows_per_file:,}"),
     )
-    needed, free = min(size, 2 * missing * recipe.rows_per_file * tokens), shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"out: {out} needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; choose fewer crops or another "
-            "disk"
-        )
+    needed = min(size, 2 * missing * recipe.rows_per_file * tokens)
+    check_space(out, needed, f"out: {out} needs", "choose fewer crops or another disk")
 
 
 def _write_files(recipe: Recipe, source: ImageSource, tokenizer: Tokenizer, numbers: list[int], rows: int) -> None:

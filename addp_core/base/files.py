@@ -2,8 +2,11 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from addp_core.base.errors import UserError
 
 TEMPORARY_PREFIX = ".tmp-"  # every unfinished file or folder has a name that begins with this
 CHUNK_BYTES = 1 << 24  # of a large file, read at a time
@@ -39,6 +42,16 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_space(folder: Path, size: float, subject: str, advice: str) -> None:
+    """Raise UserError if `size` bytes do not fit on the disk of a folder. Raises OSError if that cannot be told.
+
+    The message begins with `subject`, as in "out: cache needs", and ends with `advice`.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"{subject} {size / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; {advice}")
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

@@ -2,7 +2,6 @@
 complete or absent.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import atomic_replace
+from addp_core.base.files import atomic_replace, check_space
 
 STORAGE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -33,14 +32,9 @@ class FeatureFiles:
         """Create the folder. Raises UserError, with advice, if `size` bytes do not fit on its disk."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
+            check_space(self.folder, size, f"{self.folder}: the features need up to", advice)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
-        if size > free:
-            raise UserError(
-                f"{self.folder}: the features need up to {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free; "
-                f"{advice}"
-            )
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Write a file. Raises UserError if it cannot be written."""

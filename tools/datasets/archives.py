@@ -10,7 +10,6 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import urlsplit
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
-from addp_core.base.files import CHUNK_BYTES, atomic_replace, read_chunks
+from addp_core.base.files import CHUNK_BYTES, atomic_replace, check_space, read_chunks
 
 log = logging.getLogger("addp")
 
@@ -66,12 +65,13 @@ def _continue_download(url: str, partial: Path) -> None:
         if error.code == 416 and start:  # nothing is left to send
             return
         raise
-    with closing(response):
+    with response:
         if start and response.status != 206:  # the server sends the whole file
             start = 0
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        _check_space(partial, (total or 0) - start)
+        left = (total or 0) - start
+        check_space(partial.parent, left, f"{partial.parent}: {partial.stem} needs", "choose another out")
         with partial.open("ab" if start else "wb") as file, _bar(partial.stem, total, start) as bar:
             while chunk := response.read(1 << 20):
                 file.write(chunk)
@@ -82,12 +82,6 @@ def _continue_download(url: str, partial: Path) -> None:
 
 def _bar(name: str, total: int | None, start: int = 0) -> tqdm:
     return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-
-
-def _check_space(path: Path, size: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise UserError(f"{path.parent}: {path.stem} needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
 
 
 def _size(path: Path) -> int:
