@@ -35,7 +35,6 @@ from gen.metrics import (
 )
 from gen.model import load_recipe_model
 from gen.recipe import EvaluateRecipe as Recipe
-from gen.recipe import Sweep as Sweep
 from gen.reference import Reference, digest_of_images, load_reference, open_reference
 from gen.report import format_report, write_report
 

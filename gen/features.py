@@ -22,7 +22,7 @@ from addp_core.data.images import ImageError, LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.training.pace import FEATURES, mark_pace
 from gen.extractors import Extractor
-from gen.recipe import Interpolation as Interpolation
+from gen.recipe import Interpolation
 
 EXTRACTOR_BATCH = 32  # images
 ROWS_IN_MEMORY = 2048  # of features
@@ -91,9 +91,9 @@ def extract_features(
         for name, value in zip(("mean", "covariance"), mean_and_covariance(features), strict=True):
             np.save(folder / f"{name}.npy", value)
     state.wait_for_everyone()
-    features = FeatureSet.read(folder)
+    extracted = FeatureSet.read(folder)
     state.wait_for_everyone()  # the caller may move the folder, which another process would no longer find
-    return features
+    return extracted
 
 
 def _extract_part(loader: DataLoader, extractor: Extractor, folder: Path, bar: tqdm) -> None:

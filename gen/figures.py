@@ -25,7 +25,7 @@ from addp_core.data.config import DataConfig
 from addp_core.data.sources import open_source
 from addp_core.data.stream import example_images
 from addp_core.method.addp import ADDP
-from addp_core.method.diffusion import mask_ratios
+from addp_core.method.diffusion import map_tokens, mask_ratios
 from addp_core.method.sampler import SampleConfig, SamplerState, sample
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
@@ -44,7 +44,6 @@ from gen.drawing import (
 )
 from gen.encoder_figures import DRAW_ENCODER, Subject, default_blocks
 from gen.model import load_recipe_model
-from gen.recipe import FigureName as FigureName
 from gen.recipe import FiguresRecipe as Recipe
 from gen.report import METRIC_LABELS, read_report
 
@@ -70,7 +69,8 @@ def run(recipe: Recipe) -> None:
 
     Raises UserError if a figure's key is missing, or if the checkpoint has not what a figure shows.
     """
-    names = figure_names(recipe)
+    kind = read_weights(recipe.model).kind
+    names = figure_names(recipe, kind)
     if "metrics" in names:  # the report is read before the other figures are drawn
         _, curves = read_curves(recipe)
         if problem := without_curve(recipe, curves):
@@ -91,7 +91,7 @@ def run(recipe: Recipe) -> None:
             drawn += save_figures(DRAW[name](model, recipe), Path(recipe.out))
         del model
     if encoder_names := [name for name in names if name in DRAW_ENCODER]:
-        subject = open_subject(recipe)
+        subject = open_subject(recipe, kind)
         for name in encoder_names:
             try:
                 figures = DRAW_ENCODER[name](subject)
@@ -105,12 +105,14 @@ def run(recipe: Recipe) -> None:
         write_contact_sheet(drawn, Path(recipe.out, SHEET))
 
 
-def figure_names(recipe: Recipe) -> list[str]:
-    """Return the figures to draw, as far as the recipe's keys tell. Raises UserError if a key of one is missing."""
-    needed = dict.fromkeys(("training", "denoising", *DRAW_ENCODER), ("data", recipe.data))
+def figure_names(recipe: Recipe, kind: str) -> list[str]:
+    """Return the figures to draw, as far as the recipe's keys and the kind of its model tell.
+
+    Raises UserError if a key of one is missing.
+    """
+    needed = dict.fromkeys((*FROM_PREDICTOR, *DRAW_ENCODER), ("data", recipe.data))
     needed["metrics"] = ("evaluation", recipe.evaluation)
     names: list[str] = list(recipe.only or [*DRAW, *DRAW_ENCODER])
-    kind = read_weights(recipe.model).kind
     for name in list(names):
         key, value = needed.get(name, ("", True))
         if not value and recipe.only:
@@ -129,12 +131,12 @@ def figure_names(recipe: Recipe) -> list[str]:
     return names
 
 
-def open_subject(recipe: Recipe) -> Subject:
+def open_subject(recipe: Recipe, kind: str) -> Subject:
     """Return the encoder and the images of its figures. Raises UserError if one of them cannot be read."""
     encoder = load_encoder(
         recipe.model,
         None,  # the file's own size
-        tokenizer=recipe.tokenizer if read_weights(recipe.model).kind != "addp" and recipe.tokenizer else None,
+        tokenizer=recipe.tokenizer if kind != "addp" and recipe.tokenizer else None,  # an ADDP encoder reads no ids
         encoder_heads=recipe.encoder_heads,
         normalisation=recipe.normalisation,
     )
@@ -299,7 +301,8 @@ def draw_denoising(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
         images = model.corrupt(ids, mask, next_mask).images
         probabilities = model.logits(images, ids, mask)[..., : model.config.tokenizer.codebook].float().softmax(-1)
         noisy.append(images)
-        reconstructed.append(model.render(probabilities @ model.tokenizer.quantize.embedding.weight, ids, mask))
+        mixed = map_tokens(probabilities, model.tokenizer.quantize.embedding.weight, "weighted")
+        reconstructed.append(model.render(mixed, ids, mask))
     rows, labels = [], []
     for row in range(len(ids)):
         rows += [[column[row] for column in noisy], [column[row] for column in reconstructed]]

@@ -28,7 +28,6 @@ from addp_core.training.compute import autocast
 from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, image_path, write_image
 from gen.model import load_for_sampling, load_recipe_model
-from gen.recipe import Box as Box
 from gen.recipe import InpaintRecipe as Recipe
 
 log = logging.getLogger("addp")

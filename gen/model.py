@@ -1,4 +1,4 @@
-"""The keys with which the verbs of this package name a model, and loading that model."""
+"""Loading the model that a recipe of this package names."""
 
 from typing import Any, Protocol
 
@@ -8,10 +8,6 @@ from addp_core.method.addp import ADDP
 from addp_core.training.compute import accelerate_model
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.loading import load_addp
-from gen.recipe import DecoderHeads as DecoderHeads
-from gen.recipe import EncoderHeads as EncoderHeads
-from gen.recipe import ModelSource as ModelSource
-from gen.recipe import TokenizerSource as TokenizerSource
 
 
 class ModelKeys(Protocol):

@@ -17,12 +17,12 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 from addp_core.method.addp import ADDP
 from addp_core.method.sampler import SampleConfig, SamplerState, denoise, inpaint, sampling_noise
+from gen.recipe import Box
 
 NOT_AN_IMAGE = "The uploaded file cannot be read as an image: upload a complete JPEG, PNG or WebP file."
 NO_IMAGE = "Upload an image first, then paint over the part to fill; a file that is not an image does not appear."
 NOTHING_PAINTED = "Paint over the part of the image to fill first: nothing is painted yet."
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom
 Result = tuple[list[Image.Image], str]  # images, and a line about them
 
 

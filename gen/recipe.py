@@ -14,19 +14,11 @@ from gen.report import REPORT_FILE
 ModelSource = Annotated[
     str, "a run folder of `addp pretrain`, an ADDP file (ours or published), zoo:cifar10, or hf://owner/repository/file"
 ]
-
-
 TokenizerSource = Annotated[str, "tokenizer file, for a model file that does not include its tokenizer"]
-
-
 EncoderHeads = Annotated[
     int | None, Ge(1), "encoder heads of a published file, if not those of published ViTs of its width"
 ]
-
-
 DecoderHeads = Annotated[int | None, Ge(1), "decoder heads of a published file, where they are not 16"]
-
-
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "box"]  # torchvision's names
 
 
@@ -50,7 +42,7 @@ class GenerateRecipe:
     decoder_heads: DecoderHeads = None
 
 
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass

@@ -38,7 +38,7 @@ def inputs(tmp_path_factory) -> Path:
 
 def subject_of(inputs: Path) -> Subject:
     model, data = str(inputs / "model.safetensors"), str(inputs / "photos")
-    return open_subject(Recipe(model=model, out="", data=data, n=2, pool=6))
+    return open_subject(Recipe(model=model, out="", data=data, n=2, pool=6), "addp")
 
 
 def drawn(folder: Path) -> set[str]:
