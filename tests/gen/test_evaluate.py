@@ -1,83 +1,20 @@
-"""`addp evaluate`: the metrics equal torch-fidelity's, reference features are cached, errors name their cause."""
+"""`addp evaluate`: the metrics equal torch-fidelity's, errors name their cause."""
 
 import json
-import os
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from evaluation import evaluate_command, noise, photographs, report_rows, write_images
 from PIL import Image
 from ranks import run_ranks
-from tiny import tiny_addp
-from torchvision import transforms
 
-from addp_core import load_encoder, sample, save_model
-from addp_core.data.images import LazyImage
-from addp_core.networks.classifier import Classifier
+from addp_core import sample
 from addp_core.recipes.cli import main
-from gen.features import ResizeAndCrop
 
 fidelity = pytest.importorskip("torch_fidelity", reason="needs torch-fidelity: pip install 'addp[gen]'")
-HW = (24, 32)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    def no_network(*_, **__):
-        raise URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-
-
-def write_images(folder: Path, images: list[np.ndarray]) -> Path:
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:03d}.png")
-    return folder
-
-
-def photographs(n: int, seed: int) -> list[np.ndarray]:
-    """Return random smooth images."""
-    rng = np.random.default_rng(seed)
-    small = (Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)) for _ in range(n))
-    return [np.array(image.resize(HW[::-1], Image.Resampling.BICUBIC)) for image in small]
-
-
-def noise(n: int) -> list[np.ndarray]:
-    return list(np.random.default_rng(0).integers(0, 256, (n, *HW, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """Folders of images, the file of a small generator (`model`) and that of a small classifier (`classifier`)."""
-    root = tmp_path_factory.mktemp("inputs")
-    write_images(root / "a", photographs(10, 1))
-    write_images(root / "b", photographs(8, 2))
-    write_images(root / "noise", noise(6))
-    save_model(tiny_addp(HW), root / "model.safetensors")
-    torch.manual_seed(0)
-    classifier = Classifier(load_encoder("tiny", HW, init="random", patch_size=8), classes=3)
-    torch.nn.init.normal_(classifier.get_parameter("head.weight"), std=0.5)
-    save_model(classifier, root / "classifier.safetensors")
-    return root
-
-
-def evaluate_command(inputs: Path, out: Path, *settings: str) -> list[str]:
-    """Return the arguments of an evaluation with the classifier, which is fast; a key set to "-" is left out."""
-    keys: dict[str, object] = {
-        "reference": inputs / "b",
-        "extractor": inputs / "classifier.safetensors",
-        "cache": out.parent / "cache",
-    }
-    keys |= {"out": out, "is_splits": 2, "workers": 0}
-    keys |= dict(setting.split("=", 1) for setting in settings)
-    return ["evaluate", *(f"{key}={value}" for key, value in keys.items() if value != "-")]
-
-
-def report_rows(out: Path) -> list[dict]:
-    return json.loads((out / "evaluation.json").read_text())["rows"]
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 # -------------------- metrics
@@ -104,11 +41,15 @@ def inception(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_inception_metrics_equal_torch_fidelity(inputs, inception, tmp_path, capsys):
-    keys = {"images": inputs / "a", "inception": inception, "kid_subset": 6, "extractor": "-"}
-    assert main(evaluate_command(inputs, tmp_path / "out", *(f"{k}={v}" for k, v in keys.items()))) == 0
+def test_inception_metrics_equal_torch_fidelity(sets, inception, tmp_path, capsys):
+    keys = {"images": sets / "a", "inception": inception, "kid_subset": 6, "extractor": "-"}
+    assert main(evaluate_command(sets, tmp_path / "out", *(f"{k}={v}" for k, v in keys.items()))) == 0
     (row,) = report_rows(tmp_path / "out")
-    images = {"input1": str(inputs / "a"), "input2": str(inputs / "b"), "feature_extractor": "inception-v3-compat"}
+    images = {
+        "input1": str(sets / "a"),
+        "input2": str(sets / "b"),
+        "feature_extractor": "inception-v3-compat",
+    }
     metrics = dict.fromkeys(("fid", "isc", "kid", "prc"), True)
     options = {"isc_splits": 2, "kid_subset_size": 6, "batch_size": 10, "save_cpu_ram": True}
     expected = fidelity.calculate_metrics(
@@ -144,17 +85,17 @@ class SmallVGG16(torch.nn.Module):
         return self.classifier(self.features(images).flatten(1))
 
 
-def test_precision_and_recall_of_vgg16_equal_torch_fidelity(inputs, tmp_path, monkeypatch, capsys, expect_user_error):
+def test_precision_and_recall_of_vgg16_equal_torch_fidelity(sets, tmp_path, monkeypatch, capsys, expect_user_error):
     torch.manual_seed(0)
     weights = tmp_path / "vgg16.pth"
     torch.save(SmallVGG16().state_dict(), weights)
     monkeypatch.setattr("torchvision.models.vgg16", lambda **_: SmallVGG16())
-    line = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "prc_features=vgg16")
+    line = evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}", "prc_features=vgg16")
     assert main([*line, f"vgg16={weights}"]) == 0
     (row,) = report_rows(tmp_path / "out")
     expected = fidelity.calculate_metrics(
-        input1=str(inputs / "a"),
-        input2=str(inputs / "b"),
+        input1=str(sets / "a"),
+        input2=str(sets / "b"),
         prc=True,
         feature_extractor_weights_path=str(weights),
         **{"save_cpu_ram": True, "cuda": False, "cache": False, "verbose": False},
@@ -170,17 +111,17 @@ def test_precision_and_recall_of_vgg16_equal_torch_fidelity(inputs, tmp_path, mo
     # by default, the features are those of the distance
     assert main(line[:-1]) == 0
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text())["precision_recall"]
-    assert about["features"] == f"the pooled features of the classifier {inputs / 'classifier.safetensors'}"
+    assert about["features"] == f"the pooled features of the classifier {sets / 'classifier.safetensors'}"
 
 
-def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(inputs, tmp_path, capsys):
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "kid_subset=6")) == 0
+def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(sets, tmp_path, capsys):
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}", "kid_subset=6")) == 0
     (row,) = report_rows(tmp_path / "out")
     expected = fidelity.calculate_metrics(
-        input1=str(inputs / "a"),
-        input2=str(inputs / "b"),
+        input1=str(sets / "a"),
+        input2=str(sets / "b"),
         feature_extractor="addp-classifier",
-        feature_extractor_weights_path=str(inputs / "classifier.safetensors"),
+        feature_extractor_weights_path=str(sets / "classifier.safetensors"),
         **dict.fromkeys(("fid", "isc", "kid", "prc"), True),
         **{"isc_splits": 2, "kid_subset_size": 6, "save_cpu_ram": True, "cuda": False, "cache": False},
         verbose=False,
@@ -196,52 +137,52 @@ def test_classifier_metrics_equal_torch_fidelity_and_are_not_called_fid(inputs, 
     assert not {"fid", "is_mean", "kid_mean"} & row.keys()
 
 
-def test_evaluating_the_reference_itself_gives_distance_zero_and_a_warning(inputs, tmp_path, capsys):
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'b'}")) == 0
+def test_evaluating_the_reference_itself_gives_distance_zero_and_a_warning(sets, tmp_path, capsys):
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={sets / 'b'}")) == 0
     (row,) = report_rows(tmp_path / "out")
     assert abs(row["fd"]) < 1e-3
     assert row["precision"] == row["recall"] == 1
     assert "holds the same images as those evaluated" in capsys.readouterr().err
     (cached,) = (tmp_path / "cache").iterdir()
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'b'}", f"reference={cached}")) == 0
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={sets / 'b'}", f"reference={cached}")) == 0
     assert "holds the same images as those evaluated" in capsys.readouterr().err
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={cached}")) == 0
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}", f"reference={cached}")) == 0
     assert "holds the same images" not in capsys.readouterr().err
 
 
-def test_a_generated_reference_excludes_its_grid(inputs, tmp_path, capsys):
+def test_a_generated_reference_excludes_its_grid(sets, tmp_path, capsys):
     folder = write_images(tmp_path / "generated", photographs(6, 7))
     (folder / "weights.txt").write_text("as addp generate leaves it")
     Image.fromarray(noise(1)[0]).save(folder / "grid.png")
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={folder}", f"reference={folder}")) == 0
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={folder}", f"reference={folder}")) == 0
     assert "holds the same images as those evaluated" in capsys.readouterr().err
     assert abs(report_rows(tmp_path / "out")[0]["fd"]) < 1e-3
 
 
 @pytest.mark.slow
-def test_noise_has_no_precision_and_no_recall(inputs, inception, tmp_path):
-    keys = [f"images={inputs / 'noise'}", f"inception={inception}", "extractor=-"]
-    assert main(evaluate_command(inputs, tmp_path / "out", *keys)) == 0
+def test_noise_has_no_precision_and_no_recall(sets, inception, tmp_path):
+    keys = [f"images={sets / 'noise'}", f"inception={inception}", "extractor=-"]
+    assert main(evaluate_command(sets, tmp_path / "out", *keys)) == 0
     (row,) = report_rows(tmp_path / "out")
     assert row["precision"] == row["recall"] == 0
     assert row["fid"] > 1
 
 
-def test_metrics_do_not_depend_on_the_chunk_size(inputs, tmp_path, monkeypatch):
+def test_metrics_do_not_depend_on_the_chunk_size(sets, tmp_path, monkeypatch):
     """Chunks bound the memory, whatever the number of images."""
-    assert main(evaluate_command(inputs, tmp_path / "one", f"images={inputs / 'a'}")) == 0
+    assert main(evaluate_command(sets, tmp_path / "one", f"images={sets / 'a'}")) == 0
     monkeypatch.setattr("gen.features.ROWS_IN_MEMORY", 3)
     monkeypatch.setattr("gen.features.EXTRACTOR_BATCH", 5)
     monkeypatch.setattr("gen.metrics.DISTANCES_IN_MEMORY", 30)
-    again = evaluate_command(inputs, tmp_path / "two", f"images={inputs / 'a'}", f"cache={tmp_path / 'other'}")
+    again = evaluate_command(sets, tmp_path / "two", f"images={sets / 'a'}", f"cache={tmp_path / 'other'}")
     assert main(again) == 0
     one, two = report_rows(tmp_path / "one")[0], report_rows(tmp_path / "two")[0]
     assert [two[key] for key in one if key != "name"] == pytest.approx([one[key] for key in one if key != "name"])
 
 
-def test_two_processes_give_the_metrics_of_one_and_do_not_write_to_the_same_file(inputs, tmp_path):
-    assert main(evaluate_command(inputs, tmp_path / "one", f"images={inputs / 'a'}")) == 0
-    again = evaluate_command(inputs, tmp_path / "two", f"images={inputs / 'a'}", f"cache={tmp_path / 'other'}")
+def test_two_processes_give_the_metrics_of_one_and_do_not_write_to_the_same_file(sets, tmp_path):
+    assert main(evaluate_command(sets, tmp_path / "one", f"images={sets / 'a'}")) == 0
+    again = evaluate_command(sets, tmp_path / "two", f"images={sets / 'a'}", f"cache={tmp_path / 'other'}")
     ended = run_ranks(again, tmp_path / "job", before=refuse_to_write_to_mapped_files)
     assert ended.codes == [0, 0], ended.text
     assert "precision" in ended.outputs[0]
@@ -258,137 +199,12 @@ def refuse_to_write_to_mapped_files() -> None:
     np.load = load_without_writing
 
 
-# -------------------- the reference
-
-
-def test_reference_features_are_cached_until_its_images_change(inputs, tmp_path, capsys):
-    reference = write_images(tmp_path / "reference", photographs(8, 3))
-    arguments = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={reference}")
-    assert main(arguments) == 0
-    before = report_rows(tmp_path / "out")
-    assert "features kept in" in capsys.readouterr().err
-    reference = reference.rename(tmp_path / "moved")  # the cache goes by content, not by path
-    arguments = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={reference}")
-    assert main(arguments) == 0
-    assert "features found in" in capsys.readouterr().err
-    assert report_rows(tmp_path / "out") == before
-    (cached,) = (path for path in (tmp_path / "cache").iterdir())
-    assert main([f"reference={cached}" if a.startswith("reference") else a for a in arguments]) == 0
-    assert report_rows(tmp_path / "out") == before
-    Image.fromarray(noise(1)[0]).save(reference / "000.png")
-    assert main(arguments) == 0
-    assert "features kept in" in capsys.readouterr().err
-    assert report_rows(tmp_path / "out") != before
-
-
-def test_two_runs_fill_the_cache_at_once(inputs, tmp_path, monkeypatch):
-    """The second run starts while the first one extracts, and finishes before it."""
-    from gen import reference
-
-    arguments = evaluate_command(inputs, tmp_path / "one", f"images={inputs / 'a'}")
-    extract_features = reference.extract_features
-    second_runs = [[f"out={tmp_path / 'two'}" if a.startswith("out=") else a for a in arguments]]
-
-    def extract_with_second_run(*arguments):
-        features = extract_features(*arguments)
-        if second_runs:
-            assert main(second_runs.pop()) == 0
-        return features
-
-    monkeypatch.setattr(reference, "extract_features", extract_with_second_run)
-    cache = tmp_path / "cache"
-    for name in (".tmp-stale", ".tmp-recent"):
-        (cache / name).mkdir(parents=True)
-    os.utime(cache / ".tmp-stale", (0, 0))  # left by a run that was killed long ago
-    assert main(arguments) == 0
-    assert report_rows(tmp_path / "one") == report_rows(tmp_path / "two")
-    (cached,) = (path for path in cache.iterdir() if path.name != ".tmp-recent")
-    assert {path.name for path in cached.iterdir()} >= {"about.json", "features.npy"}
-
-
-def test_a_reference_of_other_sizes_is_cropped_to_the_size_of_the_images(inputs, tmp_path):
-    rng = np.random.default_rng(0)
-    big = [rng.integers(0, 256, (60 + i, 70, 3), dtype=np.uint8) for i in range(6)]
-    imagenet = tmp_path / "imagenet"
-    write_images(imagenet / "val" / "cat", big[:3])
-    write_images(imagenet / "val" / "dog", big[3:])
-    write_images(imagenet / "train" / "cat", big[:1])
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={imagenet}")) == 0
-    (cached,) = (tmp_path / "cache").iterdir()
-    about = json.loads((cached / "about.json").read_text())
-    assert about["images"] == 6
-    assert about["size"] == list(HW)
-
-
-def test_the_reference_is_resized_and_cropped_as_published_and_the_cache_knows_how(inputs, tmp_path, capsys):
-    """The published script: torchvision's Resize and CenterCrop with their defaults, written as PNG."""
-    rng = np.random.default_rng(0)
-    sizes = ((60, 70), (70, 61), (33, 90), (24, 32), (25, 200), (97, 31))
-    big = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    square = transforms.Compose([transforms.Resize(24), transforms.CenterCrop(24), transforms.PILToTensor()])
-    for pixels in big:
-        ours = ResizeAndCrop((24, 24), "bilinear")(LazyImage(Image.fromarray(pixels)))
-        assert (ours == square(Image.fromarray(pixels))).all()
-    reference = write_images(tmp_path / "reference", big)
-    prepared = [ResizeAndCrop(HW, "bilinear")(LazyImage(Image.fromarray(pixels))) for pixels in big]
-    published = write_images(tmp_path / "published", [image.permute(1, 2, 0).numpy() for image in prepared])
-    distances = {}
-    for key, folder, *settings in (
-        ("default", reference),
-        ("published", published),
-        ("bicubic", reference, "reference_resize=bicubic"),
-    ):
-        out = tmp_path / key
-        assert main(evaluate_command(inputs, out, f"images={inputs / 'a'}", f"reference={folder}", *settings)) == 0
-        distances[key] = report_rows(out)[0]["fd"]
-        assert "features kept in" in capsys.readouterr().err
-    assert distances["default"] == distances["published"] != distances["bicubic"]
-    assert json.loads((tmp_path / "default" / "evaluation.json").read_text())["reference_resize"] == "bilinear"
-    abouts = [json.loads((folder / "about.json").read_text()) for folder in (tmp_path / "cache").iterdir()]
-    assert sorted(about["resize"] for about in abouts) == ["bicubic", "bilinear", "bilinear"]
-
-
-def test_cached_features_of_another_resize_are_pointed_out(inputs, tmp_path, capsys):
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}")) == 0
-    (cached,) = (tmp_path / "cache").iterdir()
-    again = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={cached}")
-    capsys.readouterr()
-    assert main(again) == 0
-    assert "were resized by" not in capsys.readouterr().err
-    about = json.loads((cached / "about.json").read_text())
-    del about["resize"]  # as in caches of an earlier version, which resized bicubically
-    (cached / "about.json").write_text(json.dumps(about))
-    assert main(again) == 0
-    assert "were resized by bicubic, not by reference_resize=bilinear" in capsys.readouterr().err
-
-
-def test_external_statistics_give_the_distance_alone(inputs, tmp_path, expect_user_error):
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}")) == 0
-    (cached,) = (tmp_path / "cache").iterdir()
-    file = tmp_path / "external.npz"
-    np.savez(file, mu=np.load(cached / "mean.npy"), sigma=np.load(cached / "covariance.npy"))
-    distance = report_rows(tmp_path / "out")[0]["fd"]
-    assert main(evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}")) == 0
-    (row,) = report_rows(tmp_path / "out")
-    assert row["fd"] == pytest.approx(distance)
-    assert "precision" not in row
-    np.savez(file, mu=np.zeros(7), sigma=np.eye(7))
-    expect_user_error(
-        evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}"), "mu (7,)"
-    )
-    file.write_bytes(b"nothing")
-    expect_user_error(
-        evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={file}"),
-        "expected mu and sigma",
-    )
-
-
 # -------------------- generation
 
 
-def test_a_sweep_has_one_row_for_each_combination(inputs, tmp_path, capsys):
+def test_a_sweep_has_one_row_for_each_combination(sets, tmp_path, capsys):
     sweep = ["sweep.steps=[1,3]", "sweep.order=[confidence,halton]", "sampling.top_k=5", "n=6", "batch=2"]
-    arguments = evaluate_command(inputs, tmp_path / "out", f"model={inputs / 'model.safetensors'}", *sweep)
+    arguments = evaluate_command(sets, tmp_path / "out", f"model={sets / 'model.safetensors'}", *sweep)
     assert main(arguments) == 0
     rows = report_rows(tmp_path / "out")
     names = ["cosine-1-t6-k5", "cosine-1-halton-k5", "cosine-3-t6-k5", "cosine-3-halton-k5"]
@@ -404,23 +220,23 @@ def test_a_sweep_has_one_row_for_each_combination(inputs, tmp_path, capsys):
     assert image.stat().st_mtime_ns == before
     assert report_rows(tmp_path / "out") == rows
     # a row's folder is one of `addp generate`, and evaluating it gives the same metrics
-    assert main(evaluate_command(inputs, tmp_path / "again", f"images={image.parent}")) == 0
+    assert main(evaluate_command(sets, tmp_path / "again", f"images={image.parent}")) == 0
     assert report_rows(tmp_path / "again")[0]["fd"] == rows[2]["fd"]
 
 
-def test_a_pairwise_sweep_has_one_row_for_each_pair(inputs, tmp_path, expect_user_error):
-    model = f"model={inputs / 'model.safetensors'}"
+def test_a_pairwise_sweep_has_one_row_for_each_pair(sets, tmp_path, expect_user_error):
+    model = f"model={sets / 'model.safetensors'}"
     sweep = ["sweep.steps=[1,3]", "sweep.schedule=[cosine,linear]", "sweep.pairwise=true", "n=4", "batch=2"]
-    assert main(evaluate_command(inputs, tmp_path / "out", model, *sweep)) == 0
+    assert main(evaluate_command(sets, tmp_path / "out", model, *sweep)) == 0
     assert [row["name"] for row in report_rows(tmp_path / "out")] == ["cosine-1-t6", "linear-3-t6"]
     expect_user_error(
-        evaluate_command(inputs, tmp_path / "out", model, *sweep, "sweep.order=[halton]"),
+        evaluate_command(sets, tmp_path / "out", model, *sweep, "sweep.order=[halton]"),
         "sweep.pairwise: found 2 of steps, 2 of schedule, 1 of order",
     )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_images_in_float32_are_generated_without_tf32(inputs, tmp_path, monkeypatch, precision):
+def test_images_in_float32_are_generated_without_tf32(sets, tmp_path, monkeypatch, precision):
     """TF32, which GPUs use in convolutions by default, would round the products of "fp32" to ten bits of mantissa."""
     allowed = []
 
@@ -429,62 +245,61 @@ def test_images_in_float32_are_generated_without_tf32(inputs, tmp_path, monkeypa
         return sample(*arguments, **options)
 
     monkeypatch.setattr("gen.generate.sample", sample_and_record)
-    model = f"model={inputs / 'model.safetensors'}"
-    assert main(evaluate_command(inputs, tmp_path / "out", model, "n=4", f"precision={precision}")) == 0
+    model = f"model={sets / 'model.safetensors'}"
+    assert main(evaluate_command(sets, tmp_path / "out", model, "n=4", f"precision={precision}")) == 0
     assert set(allowed) == {(precision == "bf16", False)}
 
 
 # -------------------- errors
 
 
-def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
-    images, out = f"images={inputs / 'a'}", tmp_path / "out"
-    model = f"model={inputs / 'model.safetensors'}"
-    expect_user_error(evaluate_command(inputs, out, model, "n=0"), "n", "expected a whole number >= 1")
+def test_errors_name_the_key(sets, tmp_path, expect_user_error):
+    images, out = f"images={sets / 'a'}", tmp_path / "out"
+    model = f"model={sets / 'model.safetensors'}"
+    expect_user_error(evaluate_command(sets, out, model, "n=0"), "n", "expected a whole number >= 1")
     expect_user_error(
-        evaluate_command(inputs, out, model, "n=6", "is_splits=10"), "is_splits: found 10 parts of 6 images"
+        evaluate_command(sets, out, model, "n=6", "is_splits=10"), "is_splits: found 10 parts of 6 images"
     )
-    expect_user_error(evaluate_command(inputs, out, images, "is_splits=50"), "is_splits: found 50 parts of 10 images")
-    expect_user_error(evaluate_command(inputs, out, model, "n=3"), "found 3 images", "more than 3")
-    expect_user_error(evaluate_command(inputs, out), "images, model", "expected one of them")
-    expect_user_error(evaluate_command(inputs, out, images, "sweep.steps=[1]"), "sweep: needs model=")
+    expect_user_error(evaluate_command(sets, out, images, "is_splits=50"), "is_splits: found 50 parts of 10 images")
+    expect_user_error(evaluate_command(sets, out, model, "n=3"), "found 3 images", "more than 3")
+    expect_user_error(evaluate_command(sets, out), "images, model", "expected one of them")
+    expect_user_error(evaluate_command(sets, out, images, "sweep.steps=[1]"), "sweep: needs model=")
+    expect_user_error(evaluate_command(sets, out, f"images={tmp_path / 'nowhere'}"), "addp: images: ", "does not exist")
     expect_user_error(
-        evaluate_command(inputs, out, f"images={tmp_path / 'nowhere'}"), "addp: images: ", "does not exist"
-    )
-    expect_user_error(
-        evaluate_command(inputs, out, images, f"extractor={inputs / 'model.safetensors'}"), "expected a classifier"
+        evaluate_command(sets, out, images, f"extractor={sets / 'model.safetensors'}"),
+        "expected a classifier",
     )
     few = write_images(tmp_path / "few", photographs(3, 4))
-    expect_user_error(evaluate_command(inputs, out, images, f"reference={few}"), "reference: found 3 images")
+    expect_user_error(evaluate_command(sets, out, images, f"reference={few}"), "reference: found 3 images")
     nowhere = f"reference={tmp_path / 'nowhere'}"
-    expect_user_error(evaluate_command(inputs, out, images, nowhere), "addp: reference: ", "does not exist")
+    expect_user_error(evaluate_command(sets, out, images, nowhere), "addp: reference: ", "does not exist")
     (tmp_path / "file").write_text("")
     expect_user_error(
-        evaluate_command(inputs, out, images, f"cache={tmp_path / 'file'}"), "addp: cache: ", "cannot be written"
+        evaluate_command(sets, out, images, f"cache={tmp_path / 'file'}"), "addp: cache: ", "cannot be written"
     )
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "weights.txt").write_text("no image yet")
     expect_user_error(
-        evaluate_command(inputs, out, f"images={tmp_path / 'unfinished'}"), "addp: images: ", "unfinished is empty"
+        evaluate_command(sets, out, f"images={tmp_path / 'unfinished'}"), "addp: images: ", "unfinished is empty"
     )
 
 
-def test_a_missing_inception_file_names_the_alternatives(inputs, tmp_path, expect_user_error):
-    without = evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", "extractor=-")
+def test_a_missing_inception_file_names_the_alternatives(sets, tmp_path, expect_user_error):
+    without = evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}", "extractor=-")
     expect_user_error(without, "no network", "inception=<that file>", "addp finetune")
     torch.save({"fc.weight": torch.zeros(10, 3)}, tmp_path / "other.pth")
     expect_user_error([*without, f"inception={tmp_path / 'other.pth'}"], "another layout than torch-fidelity's")
     expect_user_error([*without, f"inception={tmp_path / 'none.pth'}"], "none.pth")
 
 
-def test_errors_name_unreadable_images_and_those_of_other_sizes(inputs, tmp_path, expect_user_error):
+def test_errors_name_unreadable_images_and_those_of_other_sizes(sets, tmp_path, expect_user_error):
     folder = write_images(tmp_path / "images", photographs(6, 5))
     Image.new("RGB", (40, 24)).save(folder / "003.png")
     expect_user_error(
-        evaluate_command(inputs, tmp_path / "out", f"images={folder}"), "003.png", "40 x 24", "others have 32 x 24"
+        evaluate_command(sets, tmp_path / "out", f"images={folder}"), "003.png", "40 x 24", "others have 32 x 24"
     )
     (folder / "003.png").write_bytes(b"no image")
-    expect_user_error(evaluate_command(inputs, tmp_path / "out", f"images={folder}"), "003.png", "repair or remove it")
+    expect_user_error(evaluate_command(sets, tmp_path / "out", f"images={folder}"), "003.png", "repair or remove it")
     expect_user_error(
-        evaluate_command(inputs, tmp_path / "out", f"images={inputs / 'a'}", f"reference={folder}"), "003.png"
+        evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}", f"reference={folder}"), "003.png"
     )

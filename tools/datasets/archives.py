@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import shutil
-import sys
 import tarfile
 import time
 import urllib.error
@@ -81,7 +80,7 @@ def _continue_download(url: str, partial: Path) -> None:
 
 
 def _bar(name: str, total: int | None, start: int = 0) -> tqdm:
-    return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+    return tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
 
 
 def _size(path: Path) -> int:
@@ -103,7 +102,7 @@ def unpack(path: Path, folder: Path, strip: int = 0) -> None:
     strip: leading folders to leave out. Raises UserError if it is damaged, or if a member would lie outside of it.
     """
     made = set()
-    with tqdm(desc=f"unpacking {path.name}", unit=" files", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(desc=f"unpacking {path.name}", unit=" files", disable=None) as bar:
         for name, size, file in members(path):
             parts = PurePosixPath(name).parts
             if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
