@@ -107,28 +107,63 @@ def inpaint(
         first: row i is variation `first + i` of this seed.
         on_step: called as on_step(step, SamplerState) after every step.
     """
+    config, hole = SampleConfig(steps, schedule, temperature, top_p, top_k, order), hole.bool()
+    result = images.clone()
+    for step, rows, state in inpainting_states(model, images, hole, config, seed, first):
+        if on_step:
+            on_step(step, state)
+        if step == config.steps - 1:
+            result[rows] = composite(images[rows], state.image.clamp(0, 1), hole[rows], blend)
+    return result
+
+
+def inpainting_states(
+    model: ADDP, images: Tensor, hole: Tensor, config: SampleConfig, seed: int = 0, first: int = 0
+) -> Iterator[tuple[int, Tensor, SamplerState]]:
+    """Yield the step, the rows, Long[R], and their state after each step of `inpaint`: what `composite` puts into the
+    holes. Rows whose holes cover about as many tokens go together, and one such group after the other.
+
+    Arguments and errors are those of `inpaint`.
+    """
+    config, hole = SampleConfig(steps, schedule, temperature, top_p, top_k, order), hole.bool()
+    result = images.clone()
+    for step, rows, state in inpaint_steps(model, images, hole, config, seed, first):
+        if on_step:
+            on_step(step, state)
+        if step + 1 == steps:
+            result[rows] = composite(images[rows], state.image.clamp(0, 1), hole[rows], blend)
+    return result
+
+
+def inpaint_steps(
+    model: ADDP, images: Tensor, hole: Tensor, config: SampleConfig, seed: int = 0, first: int = 0
+) -> Iterator[tuple[int, Tensor, SamplerState]]:
+    """Yield the number of each step of `inpaint` (from 0), the rows that take it, Long[b], and their state after it.
+
+    Rows of which little is masked take the last steps only; rows without a hole take none. See `composite` for what
+    makes an image of a state. Raises ValueError if the shapes do not fit the model.
+
+    images: Float[B,3,H,W] in [0,1]. hole: Bool[B,H,W], True where the image is to be filled. seed, first: see `inpaint`.
+    """
     if tuple(images.shape[-2:]) != tuple(model.config.image_size) or hole.shape != (len(images), *images.shape[-2:]):
         raise ValueError(
             f"inpaint: images {tuple(images.shape)} and hole {tuple(hole.shape)}; "
             f"expected [B,3,H,W] and [B,H,W] with H x W = {model.config.image_size[0]} x {model.config.image_size[1]}"
         )
-    config, hole = SampleConfig(steps, schedule, temperature, top_p, top_k, order), hole.bool()
     outside = (~hole).unsqueeze(1)
     mean = torch.where(outside, images, 0).sum((2, 3), keepdim=True) / outside.sum((2, 3), keepdim=True).clamp(min=1)
     prefilled = torch.where(outside, images, mean)
     ids = model.encode_images(prefilled)
     mask = F.max_pool2d(hole.unsqueeze(1).to(images.dtype), model.config.tokenizer.stride).flatten(1) > 0
 
-    result = images.clone()
     masked = mask.sum(1).tolist()
     for first_step, numbers in _rows_by_first_step(masked, model.config.tokens, config):
         rows = torch.tensor(numbers).to(images.device, non_blocking=True)
         noise = sampling_noise(config.steps, model.config.tokens, seed, [first + i for i in numbers])
         noise = noise.to(images.device, non_blocking=True)
         state = SamplerState(prefilled[rows], ids[rows], mask[rows], [masked[i] for i in numbers])
-        generated = _final_state(denoise(model, noise, config, state, first_step), on_step, first_step).image
-        result[rows] = composite(images[rows], generated.clamp(0, 1), hole[rows], blend)
-    return result
+        for step, reached in enumerate(denoise(model, noise, config, state, first_step), first_step):
+            yield step, rows, reached
 
 
 @torch.no_grad()
@@ -277,8 +312,8 @@ def _rows_by_first_step(counts: Sequence[int], tokens: int, config: SampleConfig
     return sorted(groups.items())
 
 
-def _final_state(states: Iterator[SamplerState], on_step: OnStep | None, first_step: int = 0) -> SamplerState:
-    for step, state in enumerate(states, first_step):
+def _final_state(states: Iterator[SamplerState], on_step: OnStep | None) -> SamplerState:
+    for step, state in enumerate(states):
         if on_step:
             on_step(step, state)
     return state
