@@ -195,7 +195,7 @@ class FinetuneStage(Stage):
         logits = model(images)
         return {"loss": self.criterion(logits.float(), targets)}
 
-    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, Tensor]:
         """Average the moving statistics of a CNN between the processes."""
         average_statistics(model, accelerator)
         return {}

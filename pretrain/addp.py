@@ -122,7 +122,7 @@ class PretrainStage(Stage):
         loss = addp.loss_of_ids(model, ids, mask, next_mask)
         return {"loss": loss, "mask_ratio": mask.float().mean()}
 
-    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, Tensor]:
         """Average the moving statistics of a CNN between the processes."""
         average_statistics(model, accelerator)
         return {}

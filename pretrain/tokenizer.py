@@ -114,7 +114,7 @@ class TokenizerStage(Stage):
         return (norms[0] / (norms[1] + 1e-4)).clamp_max(MAX_GRADIENT_RATIO)
 
     @torch.no_grad()
-    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, float]:
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, Tensor]:
         """Update the codebook with the features of all processes and micro-steps; all processes get the same one."""
         training = cast(TokenizerTraining, model)
         counts, sums = (accelerator.reduce(part, "sum") for part in training.statistics(self.quantized))
@@ -198,7 +198,7 @@ class TokenizerTraining(nn.Module):
 
     def update_codebook(
         self, counts: Tensor, sums: Tensor, candidates: Tensor, decay: float, revive_after: int | None
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """Update the moving averages, move unused codes to their candidates, and return the codebook's metrics.
 
         Args:
@@ -222,8 +222,7 @@ class TokenizerTraining(nn.Module):
             average.masked_fill_(dead if average.ndim == 1 else dead[:, None], 0)
         share = counts / counts.sum()
         perplexity = torch.special.entr(share).sum().exp()
-        metrics = {"usage": used.float().mean(), "perplexity": perplexity, "revived": dead.float().sum()}
-        return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        return {"usage": used.float().mean(), "perplexity": perplexity, "revived": dead.float().sum()}
 
 
 def _local_rows(features: Tensor, rows: Tensor) -> Tensor:

@@ -142,9 +142,9 @@ class ToyStage(Stage):
             logits.register_hook(lambda gradient: gradient * 1e12)
         return {"loss": cross_entropy + 0.1 * size, "ce": cross_entropy, "size": size}
 
-    def after_step(self, model, micro_step, accelerator) -> dict[str, float]:
+    def after_step(self, model, micro_step, accelerator) -> dict[str, Tensor]:
         model.seen[micro_step.step % 2] += micro_step.batch
-        return {"seen": model.seen.sum().item()}
+        return {"seen": model.seen.sum()}
 
     def preview(self, model, step) -> dict[str, Tensor]:
         assert not model.training

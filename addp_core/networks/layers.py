@@ -248,8 +248,8 @@ class SelfAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with a mask (Bool) or bias (Float), broadcast to [B,heads,Q,L]: all are Float[B,heads,L,D]."""
-        if mask is None and q.requires_grad and _is_half(q) and self._is_chunked(q):
-            return chunked_attention(q * self.scale, k, v)  # twice as fast as torch's
+        if mask is None and _is_half(q) and self._is_chunked(q):
+            return chunked_attention(q * self.scale, k, v)  # 1.4 to 2 times as fast as torch's
         if q.device.type == "cpu" and self.attn_drop.is_active:
             # On the CPU torch has no fused attention with dropout, and its dropout is slow.
             scores = (q * self.scale) @ k.transpose(-2, -1)

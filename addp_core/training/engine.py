@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -39,6 +40,7 @@ from addp_core.training.run_folder import INTERMEDIATE_MODELS, mark_finished, pr
 from addp_core.training.signals import StopSignals
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
 from addp_core.training.state import Counters, TrainingState
+from addp_core.training.step_values import LATE_DEVICES, StepValues, count_skipped
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fingerprint import fingerprint
 
@@ -47,6 +49,7 @@ log = logging.getLogger("addp")
 MAX_FAILED_CHECKPOINTS = 3  # in a row, until the run stops
 KERNELS = "kernels"  # in state.json: the choices of `kernel_choices`
 SEE_RANK_0 = "see rank 0's log"
+STOP, INTERRUPT, BAD_IMAGES = "stop", "interrupt", "bad_images"  # values of a step beside the metrics
 
 
 def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recipe: Any) -> Path:
@@ -112,6 +115,9 @@ class _Run:
             module.to(self.device).eval().requires_grad_(False)
             accelerate_model(module, config.compile, config.channels_last)
         self.state, self.counters = self._build_state()
+        self.unread: deque[StepValues] = deque()  # of steps whose values the host has not read yet
+        self.reads_late = self.device.type in LATE_DEVICES and self.state.skips_on_device
+        self.stops = self.interrupts = False  # a signal has asked for it, on any process
 
     def _check_processes(self) -> None:
         """Raise UserError if the recipe does not fit the number of processes."""
@@ -160,8 +166,8 @@ class _Run:
             if 0 < counters.step < self.total:
                 self._make_up_for_outputs()
             while counters.step < self.total:
-                stop, interrupt = self._step(batches)
-                self._after_step(stop, interrupt)
+                self._step(batches)
+                self._after_step()
             self._preview()
             self._evaluate()
             if self.logger:
@@ -176,21 +182,21 @@ class _Run:
                 self.logger.close()
         return self.out / MODEL_FILE
 
-    def _after_step(self, stop: bool, interrupt: bool) -> None:
+    def _after_step(self) -> None:
         """Log, write a checkpoint, export, preview and evaluate where they are due; leave if a signal asked for it.
 
         The checkpoint comes first, so that a failure or a signal in the rest costs no step of training.
         """
-        config, step = self.config, self.counters.step
-        last = step == self.total
-        if step % config.log_every == 0 or last:
+        config, leaves = self.config, self.stops or self.interrupts
+        last = self.counters.step == self.total
+        if self._is_due(config.log_every) or last:
             self._log_metrics()
-        if last or stop or interrupt or self._is_due(config.checkpoint_every):
-            self._checkpoint(required=last or stop or interrupt)
+        if last or leaves or self._is_due(config.checkpoint_every):
+            self._checkpoint(required=last or leaves)
         if last:
             return
-        if stop or interrupt:
-            self._leave(interrupt)
+        if leaves:
+            self._leave(self.interrupts)
         if self._is_due(config.export_every):
             self._export(self._intermediate_model)
         if self._is_due(config.preview_every):
@@ -232,38 +238,60 @@ class _Run:
             log.info("stopped by a signal after step %d; the same command continues the run", self.counters.step)
         raise SystemExit(1 if interrupt else 0)
 
-    def _step(self, batches: Iterator[Any]) -> tuple[bool, bool]:
-        """Do one optimizer step. Return whether to stop after it, and whether by an interrupt; all processes agree."""
-        config, state, counters, begin = self.config, self.state, self.counters, time.perf_counter()
-        rate = learning_rate(counters.step, self.total, self.warmup, config)
+    def _step(self, batches: Iterator[Any]) -> None:
+        """Do one optimizer step. A step whose loss or gradient is not finite changes nothing.
+
+        Where the host need not wait for the device, it reads the values of a step when the next one is under way.
+        """
+        state, counters, begin = self.state, self.counters, time.perf_counter()
+        rate = learning_rate(counters.step, self.total, self.warmup, self.config)
         state.set_learning_rate(rate)
         state.save_buffers()
         terms, micro_step, unreadable = self._accumulate_gradient(batches)
 
         # One transfer and one small all-reduce for everything that the processes have to agree on.
-        flags = [self.signals.stop, self.signals.interrupt, unreadable > 0]
+        flags = {STOP: self.signals.stop, INTERRUPT: self.signals.interrupt, BAD_IMAGES: unreadable > 0}
         values = [full_tensor(value).to(self.device) for value in terms.values()]
-        values += torch.tensor(flags, dtype=torch.float32, device=self.device).unbind()
-        *means, stop, interrupt, bad_images = self.accelerator.reduce(torch.stack(values), "mean").tolist()
-        metrics = dict(zip(terms, means, strict=True))
-        if bad_images and self.world > 1:
-            self.stream.add_errors(gather_object(list(self.stream.errors.items())))
+        values += torch.tensor([*flags.values()], dtype=torch.float32).to(self.device, non_blocking=True).unbind()
+        agreed = dict(zip([*terms, *flags], self.accelerator.reduce(torch.stack(values), "mean"), strict=True))
 
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-            counters.bad_in_a_row = 0
-            state.optimizer.step()
-            metrics |= self.stage.after_step(state.unwrapped, micro_step, self.accelerator)
-            if state.ema:
-                state.ema.update(state.unwrapped, step=counters.step + 1)
-        else:
-            self._skip_step(metrics, rate)
+        skipped = ~(agreed["loss"].isfinite() & agreed["grad_norm"].isfinite())
+        state.step(skipped)
+        more = self.stage.after_step(state.unwrapped, micro_step, self.accelerator)
+        state.restore_buffers(skipped)
+        if state.ema:
+            state.ema.update_unless(skipped, state.unwrapped, counters.step + 1)
         state.optimizer.zero_grad()
-        counters.add(metrics)
         counters.step += 1
+        self.unread.append(StepValues(counters.step, rate, agreed, more))
+        self._read_values(leave=1 if self.reads_late and not self._is_any_due() else 0)
         self.window_seconds += time.perf_counter() - begin
         if self.logger:
             self.logger.advance()
-        return stop > 0, interrupt > 0
+
+    def _is_any_due(self) -> bool:
+        """Check whether anything after this step needs the values of all steps up to here."""
+        config = self.config
+        every = (config.log_every, config.checkpoint_every, config.export_every, config.preview_every)
+        return self.counters.step == self.total or any(map(self._is_due, (*every, config.evaluate_every)))
+
+    def _read_values(self, leave: int) -> None:
+        """Count what the steps gave, except for the last `leave`; if a signal asks to stop, there are no exceptions."""
+        while len(self.unread) > (0 if self.stops or self.interrupts else leave):
+            step = self.unread.popleft()
+            metrics, skipped = step.read()
+            stop, interrupt, bad_images = (metrics.pop(flag) for flag in (STOP, INTERRUPT, BAD_IMAGES))
+            self.stops, self.interrupts = self.stops or stop > 0, self.interrupts or interrupt > 0
+            if bad_images and self.world > 1:
+                self.stream.add_errors(gather_object(list(self.stream.errors.items())))
+            if skipped:
+                limit, scaler = self.config.max_nonfinite, self.accelerator.scaler
+                warning = count_skipped(self.counters, step, metrics, limit, scaler, self.checkpoints)
+                if warning and self.is_main:
+                    log.warning(warning)
+            else:
+                self.counters.bad_in_a_row = 0
+            self.counters.add(metrics)
 
     def _accumulate_gradient(self, batches: Iterator[Any]) -> tuple[dict[str, Tensor], MicroStep, int]:
         """Compute the gradient of one step. Return the means of the loss terms over its micro-steps with the gradient's
@@ -293,37 +321,6 @@ class _Run:
         step = self.counters.step
         index = step * config.accumulate + part
         return MicroStep(config.seed, step, index, self.rank, self.world, config.micro_batch, rows)
-
-    def _skip_step(self, metrics: dict[str, float], rate: float) -> None:
-        """Undo a step whose loss or gradient is not finite: weights, optimizer, average and buffers stay as they were.
-
-        Raises UserError after `max_nonfinite` such steps in a row.
-        """
-        counters, scaler, overflow = self.counters, self.accelerator.scaler, False
-        if scaler is not None:
-            # fp16 finds its loss scale by occasional overflows; they are no fault while the scale can still fall.
-            overflow = math.isfinite(metrics["loss"]) and scaler.get_scale() > 1
-            scaler.update()
-        self.state.restore_buffers()
-        if overflow:
-            log.debug("step %d: fp16 overflow, loss scale now %g", counters.step + 1, scaler.get_scale())
-            return
-        counters.skipped += 1
-        counters.bad_in_a_row += 1
-        values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        not_finite = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-        message = f"step {counters.step + 1}: not finite: {not_finite} (all: {values}; lr {rate:.3g})"
-        if counters.bad_in_a_row >= self.config.max_nonfinite:
-            steps = self.checkpoints.steps()
-            rescue = (
-                f"the last checkpoint, {self.checkpoints.path(steps[0])}, is intact" if steps else "no checkpoint yet"
-            )
-            raise UserError(
-                f"{message}; {counters.bad_in_a_row} such steps in a row (train.max_nonfinite), {rescue}; "
-                "lower the learning rate, clip harder or look at the data"
-            )
-        if self.is_main:
-            log.warning("%s; step skipped, %d in a row", message, counters.bad_in_a_row)
 
     # --- checkpoints ---
 

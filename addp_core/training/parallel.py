@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -58,18 +57,6 @@ def local_shard(value: Tensor) -> Tensor:
 def full_tensor(value: Any) -> Any:
     """Return the whole tensor, gathered from all processes if it is split; other values as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-class ShardedEma(ModelEmaV3):
-    """Moving average of which each process updates its part. Tensor by tensor, torch would find out where each lies."""
-
-    def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move the average towards the weights and buffers of a model that is split in the same way."""
-        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                local_shard(average).lerp_(local_shard(value), 1 - decay)
-            else:
-                average.copy_(value)
 
 
 # -------------------- the optimizer's state

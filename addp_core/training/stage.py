@@ -59,10 +59,12 @@ class Stage(ABC):
         Call `model`, not `self.model`. Runs under autocast. The gradient is the mean over processes and micro-steps.
         """
 
-    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: "Accelerator") -> dict[str, float]:
-        """Do work after a successful optimizer step, such as updating a codebook's moving average; return metrics.
+    def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: "Accelerator") -> dict[str, Tensor]:
+        """Do work after an optimizer step, such as updating a codebook's moving average; return metrics.
 
-        `model` is the unwrapped model. With train.parallel=fsdp, its parameters are sharded; its buffers never are.
+        The metrics are scalars on the device. Change buffers only: the engine puts them back if the step was not
+        finite. `model` is the unwrapped model. With train.parallel=fsdp, its parameters are sharded; its buffers never
+        are.
         """
         return {}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -54,6 +55,23 @@ class Counters:
         return means, steps
 
 
+class MovingAverage(ModelEmaV3):
+    """timm's moving average of weights and buffers. It can leave out a step, and each process updates its shards."""
+
+    def update_unless(self, skipped: Tensor, model: nn.Module, step: int) -> None:
+        """Move towards a model after its step `step` (from 1), unless `skipped`, a Bool scalar on the device, is true.
+
+        Skipped steps have left the model as it was.
+        """
+        weight = torch.where(skipped, 0.0, 1 - self.get_decay(step))
+        with torch.no_grad():
+            for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+                if average.is_floating_point():
+                    parallel.local_shard(average).lerp_(parallel.local_shard(value), weight.to(average.dtype))
+                else:
+                    average.copy_(value)
+
+
 class TrainingState:
     """The model of a run with its optimizer and moving average, newly built or as a checkpoint holds them.
 
@@ -79,8 +97,7 @@ class TrainingState:
         self.names = list(model.state_dict())
         self.ema = None
         if config.ema:
-            ema_class = parallel.ShardedEma if self.sharded else ModelEmaV3
-            self.ema = ema_class(model, decay=config.ema, use_warmup=True)
+            self.ema = MovingAverage(model, decay=config.ema, use_warmup=True)
         if payload:
             _fill(model, payload["model"], self.names, source)
             if self.ema:
@@ -97,6 +114,8 @@ class TrainingState:
             self.model, self.optimizer = model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # torch's fused optimizers can skip a step by themselves; fp16's loss scale needs the host anyway.
+        self.skips_on_device = bool(optimizer.defaults.get("fused")) and not self.sharded and accelerator.scaler is None
         self.unwrapped = accelerator.unwrap_model(self.model)
         self.buffers = list(self.unwrapped.buffers())
         self.saved_buffers = [buffer.clone() for buffer in self.buffers]
@@ -155,10 +174,18 @@ class TrainingState:
         for saved, buffer in zip(self.saved_buffers, self.buffers, strict=True):
             saved.copy_(buffer)
 
-    def restore_buffers(self) -> None:
-        """Put the buffers back to what they were at `save_buffers`."""
+    def step(self, skipped: Tensor) -> None:
+        """Do the optimizer's step unless `skipped`, a Bool scalar on the device, is true."""
+        if self.skips_on_device:
+            self.optimizer.optimizer.found_inf = skipped.float()  # as torch's GradScaler does
+            self.optimizer.step()
+        elif not skipped.item():
+            self.optimizer.step()
+
+    def restore_buffers(self, skipped: Tensor) -> None:
+        """Put the buffers back to what they were at `save_buffers` if `skipped`, a Bool scalar, is true."""
         for saved, buffer in zip(self.saved_buffers, self.buffers, strict=True):
-            buffer.copy_(saved)
+            buffer.copy_(torch.where(skipped, saved, buffer))
 
     def local_weights_finite(self) -> bool:
         """Check whether all weights on this process are finite."""

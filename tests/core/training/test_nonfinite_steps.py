@@ -89,3 +89,26 @@ def test_fp16_needs_a_gpu(tmp_path):
         pytest.skip("this machine has an accelerator")
     with pytest.raises(UserError, match=r"train.precision=fp16: needs a GPU"):
         run([f"out={tmp_path}", "train.precision=fp16"])
+
+
+def test_values_read_one_step_late_give_the_same_run(tmp_path, monkeypatch):
+    """As on a GPU, the host reads the values of a step when the next one is under way, and no later than needed."""
+    faults = Faults(nan_loss=(2, 5), nan_gradient=(6, 7))
+    run([f"out={tmp_path / 'at_once'}"], faults)
+    monkeypatch.setattr(engine, "LATE_DEVICES", ("cpu",))
+    with pytest.raises(SystemExit):
+        run([f"out={tmp_path / 'late'}"], Faults({4: signal.SIGTERM}, nan_loss=(2, 5), nan_gradient=(6, 7)))
+    assert checkpoint_names(tmp_path / "late") == ["step-4", "step-6"]  # the signal came in the fifth step
+    run([f"out={tmp_path / 'late'}"], faults)
+    assert_same(tmp_path / "late", tmp_path / "at_once")
+    with pytest.raises(UserError, match=r"step 8: .* 3 such steps in a row"):
+        run([f"out={tmp_path / 'bad'}", "train.max_nonfinite=3"], faults)
+
+
+def test_optimizers_that_cannot_skip_a_step_wait_for_its_values(tmp_path):
+    options = ["train.optimizer=lamb", "train.checkpoint_every=1", "train.keep=20"]
+    run([f"out={tmp_path}", *options], Faults(nan_gradient=(6,)))
+    saved = [torch.load(tmp_path / f"checkpoints/step-{step}/training.pt", weights_only=True) for step in (6, 7, 8)]
+    weights = [part["model"]["conv.weight"] for part in saved]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
