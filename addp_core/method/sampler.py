@@ -125,26 +125,6 @@ def inpainting_states(
 
     Arguments and errors are those of `inpaint`.
     """
-    config, hole = SampleConfig(steps, schedule, temperature, top_p, top_k, order), hole.bool()
-    result = images.clone()
-    for step, rows, state in inpaint_steps(model, images, hole, config, seed, first):
-        if on_step:
-            on_step(step, state)
-        if step + 1 == steps:
-            result[rows] = composite(images[rows], state.image.clamp(0, 1), hole[rows], blend)
-    return result
-
-
-def inpaint_steps(
-    model: ADDP, images: Tensor, hole: Tensor, config: SampleConfig, seed: int = 0, first: int = 0
-) -> Iterator[tuple[int, Tensor, SamplerState]]:
-    """Yield the number of each step of `inpaint` (from 0), the rows that take it, Long[b], and their state after it.
-
-    Rows of which little is masked take the last steps only; rows without a hole take none. See `composite` for what
-    makes an image of a state. Raises ValueError if the shapes do not fit the model.
-
-    images: Float[B,3,H,W] in [0,1]. hole: Bool[B,H,W], True where the image is to be filled. seed, first: see `inpaint`.
-    """
     if tuple(images.shape[-2:]) != tuple(model.config.image_size) or hole.shape != (len(images), *images.shape[-2:]):
         raise ValueError(
             f"inpaint: images {tuple(images.shape)} and hole {tuple(hole.shape)}; "
