@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from addp_core.base.errors import UserError
+from addp_core.base.launch import ADDP as ADDP
 from addp_core.training.signals import SignalHandler
 
 log = logging.getLogger("addp")
 
-ADDP = [sys.executable, "-m", "addp_core"]
 PATIENCE = 600  # seconds to wait for a run that was told to stop
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 

@@ -17,10 +17,12 @@ from pathlib import Path
 import addp_core
 from addp_core.base import job
 from addp_core.base.errors import UserError, did_you_mean
-from addp_core.base.launch import rank, run_alone
+from addp_core.base.launch import describe_unused_tasks, rank, run_alone, take_place_from_slurm
 from addp_core.recipes.config import load_recipe, show_recipe
 from addp_core.recipes.help import group_help, overview, verb_help
 from addp_core.recipes.verbs import ONE_PROCESS, VERBS, recipe_module, verb_groups
+
+log = logging.getLogger("addp")
 
 HELP = ("-h", "--help")
 PRINT_CONFIG = "--print-config"
@@ -36,6 +38,7 @@ def exit_code(command: Callable[[], int]) -> int:
     """Call a command that returns its exit code, and return that of its error if there is one, which is written to
     stderr. `SystemExit` passes through.
     """
+    take_place_from_slurm()
     set_up_logging(rank())
     try:
         code = command()
@@ -85,6 +88,8 @@ def run(argv: list[str]) -> int:
         run_alone()
     elif not wants_help and PRINT_CONFIG not in arguments:
         job.join()
+        if unused := describe_unused_tasks():
+            log.warning("%s", unused)
     with _naming_missing_packages(verb):
         module = recipe_module(verb)
         if wants_help:

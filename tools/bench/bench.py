@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import logging
-import shutil
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.base.paths import RECIPE_FILE
+from addp_core.base.slurm import check_options, check_slurm, jobs_in_queue
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench import pretraining
@@ -41,23 +41,25 @@ from tools.bench.preflight import check_encoder
 from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.report import write_report
 from tools.bench.results import BENCH, BenchResults, bench_content, mean_and_sd, summary_table, write_record
-from tools.bench.slurm import check_sbatch_options, jobs_in_queue, printed_commands, submit
+from tools.bench.slurm import KEY as SBATCH
+from tools.bench.slurm import printed_commands, submit
 from tools.bench.step import LOG, STEP, Step, prepare_folder
 from tools.bench.sweep import pending_commands
 from tools.children import Children, Stopped, last_lines
 
 log = logging.getLogger("addp")
 
+SUBMITTED = "bench.launch=slurm"
 ERROR_LENGTH = 1000  # characters of a failed step's last line
 
 
 def run(recipe: BenchRecipe) -> None:
     """Check everything, then do what is missing. Exits with 1 if a step failed or a signal stopped the bench."""
-    if recipe.bench.launch == "slurm" and shutil.which("sbatch") is None:
-        raise UserError("bench.launch=slurm: no sbatch on the PATH; expected a machine of a Slurm cluster, or local")
-    check_sbatch_options(recipe.bench.sbatch)
-    check_given_speeds(recipe.estimate.img_s)
     here, in_slurm = (recipe.bench.launch == launch for launch in ("local", "slurm"))
+    if in_slurm:
+        check_slurm(SUBMITTED)
+    check_options(recipe.bench.sbatch, SBATCH)
+    check_given_speeds(recipe.estimate.img_s)
     shares = DeviceShares(recipe.jobs, recipe.bench.processes, "bench.processes") if here else None
     if recipe.replaced_models:
         log.info(
@@ -85,7 +87,7 @@ def run(recipe: BenchRecipe) -> None:
         if shares:
             Runner(plan, shares).run(pending)
             return
-        queued = jobs_in_queue(out) if in_slurm else {}
+        queued = jobs_in_queue(out, SUBMITTED) if in_slurm else {}
         pending = _without_queued(pending, queued)
         for step in pending:
             _claim(step)

@@ -147,7 +147,7 @@ def test_a_job_stopped_at_its_time_limit_goes_back_into_the_queue(slurm, tmp_pat
     """The jobs after it go on waiting then; a job that is cancelled or fails ends with its code."""
     program = tmp_path / "addp"
     program.write_text(
-        f"#!/bin/bash\ntrap 'touch {tmp_path}/stopped; exit {code}' TERM\ntouch {tmp_path}/begun\n"
+        f"#!/bin/bash\ntrap 'touch {tmp_path}/stopped; exit {code}' USR1\ntouch {tmp_path}/begun\n"
         + ("while true; do sleep 0.05; done\n" if number else f"exit {code}\n")
     )
     program.chmod(0o755)
