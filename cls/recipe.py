@@ -10,6 +10,7 @@ from addp_core.base.paths import DatasetPath
 from addp_core.data.config import DataConfig
 from addp_core.networks.config import Pooling
 from addp_core.training.config import TrainConfig
+from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.weights.config import EncoderKeys
 
 EvaluationCrop: TypeAlias = Annotated[
@@ -80,3 +81,5 @@ class FinetuneRecipe(EncoderKeys):
     eval_crop: EvaluationCrop = None
     eval_batch: Annotated[int, Ge(1), "images at a time on each process, in validation"] = 64
     confusion: Annotated[bool, "write confusion.csv and images/confusion.png at each validation"] = False
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -9,6 +9,7 @@ from addp_core.base.paths import DatasetPath
 from addp_core.networks.config import SIZES_HELP, AttentionConfig
 from addp_core.training.config import TrainConfig
 from addp_core.training.precision import PrecisionChoice
+from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.weights.config import EncoderKeys
 
 EngineChoice = Literal["auto", "detectron2", "torchvision"]
@@ -113,6 +114,8 @@ class TrainRecipe(EncoderKeys):
     checkpointing: Annotated[bool, "activation checkpointing in the encoder: less memory, more computation"] = False
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         if self.train.compile:  # proposals, matching and sampling depend on the data: dozens of graphs, and no gain

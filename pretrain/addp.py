@@ -172,7 +172,7 @@ def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
     data = recipe.data.without_tokens() if part == "tokenizer" else recipe.data
     stage = load(module.Recipe, path, texts, recipes_of(module))
     shown = {key: getattr(recipe.train, key) for key in ("trackers", "tracker_project")}
-    return replace(stage, data=data, train=replace(stage.train, **shown))
+    return replace(stage, data=data, train=replace(stage.train, **shown), launch="local")
 
 
 def frozen_stage_name(recipe: Recipe, part: str) -> str:

@@ -10,6 +10,7 @@ from addp_core.data.config import DataConfig, Interpolation
 from addp_core.method.config import DenoiserConfig, ProcessConfig, check_ids_to
 from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
 from addp_core.training.config import TrainConfig
+from addp_core.training.submission import LaunchChoice, SlurmConfig
 
 
 @dataclass
@@ -60,6 +61,8 @@ class TokenizerRecipe:
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=_train_defaults)
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         if self.train.compile and self.loss.adversarial and self.loss.adversarial_balance == "adaptive":
@@ -156,6 +159,8 @@ class PredictorRecipe:
     ] = "batch"
     interpolation: Annotated[Interpolation, "how crops are resized; bilinear in MAGE"] = "bicubic"
     train: TransformerTraining = field(default_factory=TransformerTraining)
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -181,6 +186,8 @@ class PretrainRecipe:
         "or one for each process (as published)",
     ] = "batch"
     train: TransformerTraining = field(default_factory=TransformerTraining)
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         check_ids_to(self.model, self.process)

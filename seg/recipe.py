@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Interval, Le
 from addp_core.base.paths import DatasetPath, FilePath
 from addp_core.networks.config import SIZES_HELP
 from addp_core.training.precision import PrecisionChoice
+from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.training.tracker_backends import PROJECT, TrackerName
 from addp_core.weights.config import EncoderKeys
 
@@ -132,6 +133,8 @@ class TrainRecipe(EncoderKeys):
     channels: Annotated[int | None, Ge(1), "channels of the UperNet head"] = None
     train: TrainConfig = field(default_factory=TrainConfig)
     test: InferenceConfig = field(default_factory=InferenceConfig)
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from addp_core.networks.encoder import VIT_SIZES, EncoderConfig
 from addp_core.training.optimization import warn_if_warmup_is_too_long
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out, settle_precision
 from addp_core.training.run_recipe import read_values
+from addp_core.training.submission import is_for_slurm, number_of_processes
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fitting import AnyEncoder
@@ -143,15 +144,16 @@ def check_settings(recipe: Recipe) -> None:
 
     train = recipe.train
     batch = resolved(train.batch)
-    parts = world_size() * train.accumulate
+    processes = number_of_processes(recipe)
+    parts = processes * train.accumulate
     if batch % parts or batch // parts < 2:  # BatchNorm needs two images
         raise UserError(
-            f"train.batch={batch}: found {train.accumulate} parts x {world_size()} processes, expected a multiple of "
+            f"train.batch={batch}: found {train.accumulate} parts x {processes} processes, expected a multiple of "
             f"{parts}, at least {2 * parts}"
         )
     if rank() == 0:
         warn_if_warmup_is_too_long(resolved(train.warmup_steps), resolved(train.steps))
-    if train.precision == "fp16" and not torch.cuda.is_available():
+    if train.precision == "fp16" and not torch.cuda.is_available() and not is_for_slurm(recipe):
         raise UserError(f"train.precision={train.precision}: needs a GPU, but none is available; use bf16 or fp32")
     if not recipe.model and recipe.init == "pretrained":
         raise UserError("model: not given; expected model=<run or file>, or init=random")

@@ -108,6 +108,14 @@ def recipe_module(verb: str) -> ModuleType:
     return module
 
 
+def verb_of(recipe: type) -> str:
+    """Return the verb whose recipes are of this dataclass."""
+    name = f"{recipe.__module__}:{recipe.__qualname__}"
+    return next(
+        verb for verb, (module, _) in VERBS.items() if name in (RECIPES.get(verb), f"{module}:{recipe.__qualname__}")
+    )
+
+
 @contextlib.contextmanager
 def _recipes_only() -> Iterator[None]:
     global _reading_recipe

@@ -10,6 +10,7 @@
     <out>/model.safetensors      the trained model; finished.json says by which recipe
     <out>/inputs.json            what the run reads from disk, by digest
     <out>/last_checkpoint.json   the step of the newest checkpoint, by which one notices that checkpoints were deleted
+    <out>/job.sbatch             with launch=slurm: the job; jobs.json has its number, slurm-<number>.txt its output
     <out>/.lock                  locked by the process that works here
 
 Everything is written under a name that begins with `.tmp-`, flushed to disk and renamed, so that a reader sees either
@@ -33,6 +34,7 @@ import yaml
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
 from addp_core.base.launch import check_launch, rank
+from addp_core.base.paths import FINISHED_FILE as FINISHED
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.training.checkpoints import LAST_CHECKPOINT
 from addp_core.training.environment import check_environment
@@ -48,12 +50,12 @@ from addp_core.training.run_recipe import (
     read_values,
     settle_resize,
 )
+from addp_core.training.submission import check_submission, is_for_slurm, submit
 from addp_core.training.tracker_backends import check_installed
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
 
-FINISHED = "finished.json"
 INTERMEDIATE_MODELS = "models"  # subfolder of the intermediate checkpoints: models/step-N, weights only
 
 
@@ -75,6 +77,8 @@ def prepare_out(
             than once, unless the run has finished.
         result: the file in `out` without which the run has not finished.
 
+    With `launch=slurm`, submits a job that does the rest, and exits with code 0.
+
     Returns:
         The path of `result` if this run has already finished, otherwise None.
 
@@ -83,6 +87,8 @@ def prepare_out(
             the recipe or the data differ, or the checkpoints have been deleted.
     """
     out = Path(out)
+    if is_for_slurm(recipe):
+        check_submission(out)
     if (previous := _previous_values(out)) is not None:
         keep_precision(recipe, previous)
     settle_resize(recipe, _stored_values(out))
@@ -95,7 +101,11 @@ def prepare_out(
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "images").mkdir(exist_ok=True)
         lock_out(out)
-        return _prepare(out, run_recipe, datasets, result)
+        finished = _prepare(out, run_recipe, datasets, result)
+        if is_for_slurm(recipe) and not finished:
+            release_out(out)
+            submit(out, recipe)
+        return finished
     except OSError as error:
         release_out(out)
         raise UserError(

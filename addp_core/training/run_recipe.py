@@ -14,6 +14,7 @@ from addp_core.recipes.config import dump
 from addp_core.recipes.keys import all_keys
 from addp_core.recipes.tree import default_tree, plain_tree
 from addp_core.training.precision import AUTO
+from addp_core.training.submission import KEYS as LAUNCH_KEYS
 
 # Keys that change how a run is monitored, stored or computed, but not its result: a run may continue with other values.
 COMPUTE_ONLY_KEYS = frozenset(
@@ -21,6 +22,7 @@ COMPUTE_ONLY_KEYS = frozenset(
     | {f"train.{key}" for key in ("compile", "channels_last", "parallel", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
     | {f"train.{key}" for key in ("trackers", "tracker_project")}
+    | LAUNCH_KEYS
 )
 # Compute only too; the digests of segmentation runs, which had this key first, contain it.
 CHECKPOINTING = "train.checkpointing"

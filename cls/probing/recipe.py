@@ -11,6 +11,7 @@ from addp_core.data.config import DataConfig
 from addp_core.networks.config import FeatureNorm, Pooling
 from addp_core.training.config import TrainConfig
 from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
+from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.weights.config import EncoderKeys
 from cls.recipe import EvaluationCrop
 
@@ -104,6 +105,8 @@ class Recipe(EncoderKeys):
     eval_batch: Annotated[
         int, Ge(1), "images at a time on each process, in validation and when features are computed"
     ] = 64
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
         if self.train.parallel == "fsdp":

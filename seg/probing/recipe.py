@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Lt, MinLen
 from addp_core.networks.config import FeatureNorm
 from addp_core.training.precision import PrecisionChoice
 from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
+from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.weights.config import EncoderKeys
 from seg.recipe import SceneFiles
 
@@ -78,6 +79,8 @@ class Recipe(EncoderKeys):
     shard: Annotated[int, Ge(1), "images in one file of features"] = 256
     eval_batch: Annotated[int, Ge(1), "images at a time when features are computed"] = 32
     maps: Annotated[bool, "also write each probe's class maps of the validation split to <out>/maps"] = False
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
     preview: Annotated[int, Ge(0), "validation images in images/predictions.png"] = 4
 
     def __post_init__(self) -> None:

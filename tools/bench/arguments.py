@@ -37,9 +37,12 @@ def verb_recipe(arguments: Sequence[str], benchmark: str) -> Any:
     module = importlib.import_module(VERBS[verb][0])
     name = rest[0] if rest and "=" not in rest[0] else None
     try:
-        return load_recipe(module, name, rest[1:] if name else rest)
+        recipe = load_recipe(module, name, rest[1:] if name else rest)
     except UserError as error:
         raise UserError(f"{benchmark}: {error}") from error
+    if (launch := getattr(recipe, "launch", "local")) != "local":
+        raise UserError(f"{benchmark}: launch: found {launch}, expected local in a bench or sweep; see bench.launch")
+    return recipe
 
 
 @functools.cache
