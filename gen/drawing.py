@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -20,7 +21,7 @@ log = logging.getLogger("addp")
 
 IMAGE_INCHES = 1.25  # width of an image in a figure
 WIDTH_TO_GAP = 16  # width of an image over that of the gap beside it
-SHEET_COLUMN, SHEET_COLUMNS = 900, 2  # of a contact sheet: the width of a column in pixels, and their number
+SHEET_COLUMN, SHEET_COLUMNS = 1100, 2  # of a contact sheet: the width of a column in pixels, and their number
 SHOWN_RANGE = (0.02, 0.98)  # quantiles of a principal component that become the darkest and the brightest color
 
 
@@ -82,12 +83,16 @@ def upsample_tokens(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
 
 
 def write_contact_sheet(paths: Sequence[Path], path: Path) -> None:
-    """Write one PNG file with all of these figures, one below the other in columns of about the same height."""
+    """Write one PNG file with all of these figures, one below the other in columns of about the same height.
+
+    All are scaled by one factor, at which the widest fills its column, so that their texts have one size.
+    """
     pictures = []
     for each in paths:
         with Image.open(each) as file:
-            height = round(file.height * SHEET_COLUMN / file.width)
-            pictures.append(file.convert("RGB").resize((SHEET_COLUMN, height)))
+            pictures.append(file.convert("RGB"))
+    factor = SHEET_COLUMN / max(picture.width for picture in pictures)
+    pictures = [each.resize((round(each.width * factor), round(each.height * factor))) for each in pictures]
     columns: list[list[Image.Image]] = [[] for _ in range(min(SHEET_COLUMNS, len(pictures)))]
     heights = [0] * len(columns)
     for picture in pictures:
@@ -98,11 +103,16 @@ def write_contact_sheet(paths: Sequence[Path], path: Path) -> None:
     for number, column in enumerate(columns):
         top = 0
         for picture in column:
-            sheet.paste(picture, (SHEET_COLUMN * number, top))
+            sheet.paste(picture, (SHEET_COLUMN * number + (SHEET_COLUMN - picture.width) // 2, top))
             top += picture.height
     with _naming(path), atomic_replace(path) as temporary:
         sheet.save(temporary, "png")
     log.info("%s", path)
+
+
+def heat_colors(values: Tensor) -> Tensor:
+    """Map Float[B,H,W] in [0,1] to colors from violet over red to yellow, Float[B,3,H,W]."""
+    return torch.from_numpy(colormaps["plasma"](values.cpu().numpy())[..., :3]).float().permute(0, 3, 1, 2)
 
 
 def principal_colors(features: Tensor) -> Tensor:

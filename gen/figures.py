@@ -29,9 +29,6 @@ from addp_core.method.diffusion import map_tokens, mask_ratios
 from addp_core.method.sampler import SampleConfig, SamplerState, sample
 from addp_core.training.compute import accelerate_model
 from addp_core.training.processes import process_state
-from addp_core.weights.architectures import NORMALISATION
-from addp_core.weights.encoders import load_encoder
-from addp_core.weights.frozen import resolve_block
 from addp_core.weights.reading import read_weights
 from gen.drawing import (
     add_title_and_caption,
@@ -42,7 +39,7 @@ from gen.drawing import (
     upsample_tokens,
     write_contact_sheet,
 )
-from gen.encoder_figures import DRAW_ENCODER, Subject, default_blocks
+from gen.encoder_figures import DRAW_ENCODER, Subject, open_view
 from gen.model import load_recipe_model
 from gen.recipe import FiguresRecipe as Recipe
 from gen.report import METRIC_LABELS, read_report
@@ -133,20 +130,10 @@ def figure_names(recipe: Recipe, kind: str) -> list[str]:
 
 def open_subject(recipe: Recipe, kind: str) -> Subject:
     """Return the encoder and the images of its figures. Raises UserError if one of them cannot be read."""
-    encoder = load_encoder(
-        recipe.model,
-        None,  # the file's own size
-        tokenizer=recipe.tokenizer if kind != "addp" and recipe.tokenizer else None,  # an ADDP encoder reads no ids
-        encoder_heads=recipe.encoder_heads,
-        normalisation=recipe.normalisation,
-    )
+    view = open_view(recipe, kind)
     with renaming_keys({"data.source": "data", "data.split": "split"}):
         source = open_source(recipe.data, recipe.split)
-    blocks = tuple(resolve_block(encoder, block, "blocks") for block in recipe.blocks)
-    encoder = encoder.to(process_state().device).requires_grad_(False)
-    mean, std = NORMALISATION[recipe.normalisation]
-    name = Path(recipe.model).name
-    return Subject(encoder, name, mean, std, source, blocks or default_blocks(encoder), recipe.n, recipe.pool)
+    return Subject(**vars(view), source=source, shown=recipe.n, pool=recipe.pool)
 
 
 def save_figures(figures: dict[str, Figure], out: Path) -> list[Path]:

@@ -11,8 +11,8 @@ from tiny import tiny_addp
 
 from addp_core import load_encoder, save_model
 from addp_core.recipes.cli import main
-from gen.drawing import principal_colors
-from gen.encoder_figures import Subject, class_attention, draw_neighbors
+from gen.drawing import principal_colors, write_contact_sheet
+from gen.encoder_figures import Subject, attention_maps, class_attention, draw_neighbors
 from gen.figures import Recipe, open_subject
 
 HW = (8, 12)
@@ -103,3 +103,24 @@ def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
     expect_user_error([*line, f"data={tmp_path / 'nowhere'}"], "addp: data: ", "does not exist")
     cnn = [*line, f"model={inputs / 'cnn.safetensors'}", "only=[attention]"]
     expect_user_error(cnn, "only: no attention of", "there is no class token")
+
+
+def test_attention_shows_in_dark_images_too(inputs):
+    """A black image gets the colors of attention alone, a bright one the same ones over gray."""
+    subject = subject_of(inputs)
+    black, gray = (torch.full((1, 3, *HW), value) for value in (0.0, 0.5))
+    maps = attention_maps(subject, torch.cat([black, gray]))
+    assert [each.shape for each in maps] == [(2, 3, *HW)] * len(subject.blocks)
+    for each in maps:
+        assert each[0].amax() > 0.5  # the color of the largest weight
+        assert each[1].mean() > each[0].mean()
+
+
+def test_a_contact_sheet_scales_all_figures_by_one_factor(tmp_path):
+    for name, size in (("wide", (800, 100)), ("narrow", (200, 100))):
+        Image.new("RGB", size, "black").save(tmp_path / f"{name}.png")
+    write_contact_sheet([tmp_path / "wide.png", tmp_path / "narrow.png"], tmp_path / "contact.png")
+    dark = np.asarray(Image.open(tmp_path / "contact.png").convert("L")) < 128
+    half = dark.shape[1] // 2
+    assert dark[0, :half].sum() == pytest.approx(4 * dark[0, half:].sum(), rel=0.02)
+    assert dark[:, 10].sum() == pytest.approx(dark[:, half + half // 2].sum(), abs=1)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.training.curves import read_metrics
 from tools.bench.arguments import as_arguments, errors_name, verb_recipe
-from tools.bench.curves import read_metrics
 
 if TYPE_CHECKING:  # `addp report` does without torch
     from collections.abc import Mapping

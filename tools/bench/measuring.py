@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from addp_core.base.errors import UserError
+from addp_core.training.curves import read_metrics
 from addp_core.training.pace import FEATURES, PACE_FILE, SAMPLING, VALIDATION, Mark, read_pace
 from addp_core.training.run_folder import INTERMEDIATE_MODELS
 from addp_core.weights.files import MODEL_FILE
 from tools import children
 from tools.bench.arguments import as_arguments
-from tools.bench.curves import read_metrics
 from tools.bench.workload import TRAINING, Workload
 from tools.children import TORCHRUN, last_lines, launch
 

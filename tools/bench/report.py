@@ -16,10 +16,10 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.training.curves import Panel, draw, points, read_metrics
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.comparison import measured_difference
 from tools.bench.costs import costs, provenance
-from tools.bench.curves import Panel, draw, points, read_metrics
 from tools.bench.differences import against_the_paper, differing_settings, stand_ins
 from tools.bench.document import (
     NONE,

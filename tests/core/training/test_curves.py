@@ -1,6 +1,6 @@
-"""Curves of a report."""
+"""Curves of metrics."""
 
-from tools.bench.curves import points
+from addp_core.training.curves import points
 
 
 def test_long_curves_are_thinned_and_odd_lines_skipped():

@@ -1,4 +1,4 @@
-"""Curves of a report as SVG with a transparent background: metrics of runs, and scores against images seen."""
+"""Curves as SVG with a transparent background: metrics of runs, and scores against images seen."""
 
 import io
 import json
@@ -18,7 +18,8 @@ Points: TypeAlias = list[tuple[float, float]]
 @dataclass(frozen=True)
 class Panel:
     """Curves in one frame. curves: name -> a curve for each seed; levels: name -> height of a horizontal line, at most
-    two; markers: mark each point, for curves of few measurements.
+    two; markers: mark each point, for curves of few measurements; legend: say which curve is
+    which, if they are several.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Panel:
     curves: Mapping[str, Sequence[Points]]
     levels: Mapping[str, float] = field(default_factory=dict)
     markers: bool = False
+    legend: bool = True
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -64,7 +66,7 @@ def points(lines: Sequence[Mapping[str, float]], key: str, x: str = "step") -> P
 
 
 def draw(panel: Panel, names: Sequence[str]) -> bytes:
-    """Return a panel as SVG. names: of all curves of the report, in the order of their colors."""
+    """Return a panel as SVG. names: of all curves, in the order of their colors."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -93,7 +95,7 @@ def draw(panel: Panel, names: Sequence[str]) -> bytes:
         axes.tick_params(labelsize=9)
         axes.grid(color=INK, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(panel.curves) + len(panel.levels) > 1:
+        if panel.legend and len(panel.curves) + len(panel.levels) > 1:
             axes.legend(fontsize=9, frameon=False)
         with io.BytesIO() as file:
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
