@@ -243,6 +243,7 @@ def test_named_sizes_are_those_of_the_encoder():
     ("settings", "message"),
     [
         (["train=false", "sample=false"], "train: found false"),
+        (["tokens=true", "train=false"], "tokens: found true with train=false; expected train=true"),
         (["published=x", "model=tiny"], "published: found model=tiny; expected base or large"),
         (["published=x", "size=128"], "published: found size=128; expected 256"),
         (["device=tpu"], "device: found 'tpu'"),
@@ -279,7 +280,7 @@ def test_published_is_timed_in_turns(capsys, tmp_path, model_file, monkeypatch):
     monkeypatch.setitem(published.MODELS, str(model_file), published.MODELS["base"])
     monkeypatch.setattr(published, "PublishedCode", lambda path, size, *rest: PublishedCode(path, "base", *rest))
     report, text = measure(
-        capsys, tmp_path, f"model={model_file}", f"published={clone}", "steps=2", "batch=1", "device=cpu"
+        capsys, tmp_path, f"model={model_file}", f"published={clone}", "steps=2", "batch=1", "device=cpu", "tokens=true"
     )
     train, drawn = report["train"]["published"], report["sample"]["published"]
     assert set(train["seconds_of_parts"]) == {
@@ -288,6 +289,10 @@ def test_published_is_timed_in_turns(capsys, tmp_path, model_file, monkeypatch):
     assert sum(train["seconds_of_parts"].values()) == pytest.approx(train["seconds"]["median"])
     assert set(drawn["seconds_of_parts"]) == {"vq_decode", "other"}
     assert report["train"]["times_published"]["median"] > 0
+    cached = report["train"]["cached_ids"]
+    assert "vq_encode" not in cached["seconds_of_parts"]
+    assert cached["times_published"]["median"] > 0
+    assert "on cached ids:" in text
     assert "times the published speed" in text
 
 

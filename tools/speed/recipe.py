@@ -29,6 +29,7 @@ class Recipe:
     device: Annotated[str, "cpu, cuda or cuda:<n>; empty: a GPU if there is one"] = ""
     train: Annotated[bool, "time training steps"] = True
     sample: Annotated[bool, "time sampling"] = True
+    tokens: Annotated[bool, "time training steps on cached ids (`data.tokens`) too"] = False
     det: Annotated[bool, "time ViTDet's encoder too, beside detectron2's own ViT"] = False
     seg: Annotated[bool, "time UperNet's training step too, beside mmseg's own BEiT and VisionTransformer"] = False
     finetune: Annotated[bool, "time a fine-tuning step too, beside timm's own ViT"] = False
@@ -56,6 +57,8 @@ class Recipe:
                 "train: found false, and sample is false too; expected one of train, sample, det, seg, finetune to be "
                 "true, or data=<images>"
             )
+        if self.tokens and not self.train:
+            raise ValueError("tokens: found true with train=false; expected train=true, since it times training steps")
         if transfers and self.model not in VIT_SIZES:
             raise ValueError(f"det, seg, finetune: found model={self.model}; expected one of {', '.join(VIT_SIZES)}")
         if self.published and not (self.train or self.sample):
