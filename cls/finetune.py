@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from timm.data import Mixup, create_transform
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import group_parameters
@@ -35,7 +35,7 @@ from cls.data import LabeledStream, cache_for_evaluation, evaluation_crop, open_
 from cls.evaluation import evaluate_classifier
 from cls.recipe import AugmentConfig as AugmentConfig
 from cls.recipe import FinetuneRecipe as Recipe
-from cls.results import CONFUSION, keep_best, write_confusion
+from cls.results import CONFUSION, METRICS, write_confusion, write_results
 
 log = logging.getLogger("addp")
 
@@ -167,6 +167,7 @@ class FinetuneStage(Stage):
     """Training and validation of a classifier."""
 
     name = "finetune"
+    metrics, best_metric = METRICS, "top1"
     model: Classifier
 
     def __init__(self, model: Classifier, recipe: Recipe, val_set: ImageSource, crop: float):
@@ -201,9 +202,9 @@ class FinetuneStage(Stage):
         return {}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Return top-1 and top-5 on the validation images in percent; keep the best checkpoint so far."""
-        recipe, out = self.recipe, Path(self.recipe.out)
-        scores = evaluate_classifier(
+        """Return top-1 and top-5 on the validation images in percent."""
+        recipe = self.recipe
+        self.scores = evaluate_classifier(
             model,
             self.val_set,
             self.transform,
@@ -215,11 +216,14 @@ class FinetuneStage(Stage):
             workers=recipe.data.workers,
             max_errors=recipe.data.max_errors,
         )
-        if PartialState().is_main_process:
-            if recipe.confusion:
-                write_confusion(scores, self.model.class_names, out)
-            keep_best(model, step, scores, out)
-        return scores.metrics
+        return self.scores.metrics
+
+    def after_evaluation(self, step: int, metrics: dict[str, float], best: dict[str, Any] | None) -> None:
+        """Write the confusion matrix, and the metrics of this and the best checkpoint so far to results.json."""
+        out = Path(self.recipe.out)
+        if self.recipe.confusion:
+            write_confusion(self.scores, self.model.class_names, out)
+        write_results(self.scores, step, best, out)
 
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(model, path)

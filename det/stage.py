@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from addp_core.data.images import ImageError
 from addp_core.training.stage import MicroStep, Stage
 from det.augment import DetectionBatch
+from det.average_precision import METRICS
 from det.coco import CocoDataset
 from det.drawing import draw_detections, fit_to_square
 from det.inference import evaluate_detector
@@ -24,6 +25,8 @@ class DetStage(Stage):
 
     def __init__(self, model: Detector, val: CocoDataset):
         self.model, self.val = model, val
+        kinds = ("box", "mask") if model.architecture.masks and val.masks else ("box",)
+        self.metrics = {f"{kind}_{name}": True for kind in kinds for name in (*METRICS, "AR")}
 
     def loss(self, model: nn.Module, batch: DetectionBatch, micro_step: MicroStep) -> dict[str, Tensor]:
         """Return the sum of the detector's losses, and each loss by its name."""

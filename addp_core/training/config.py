@@ -64,6 +64,11 @@ class TrainConfig:
     ] = PROJECT
     preview_every: Annotated[int, Ge(0), "steps between preview images; 0: at the end only"] = 0
     evaluate_every: Annotated[int, Ge(0), "steps between evaluations, for tasks that have one; 0: at the end only"] = 0
+    keep_best: Annotated[
+        str,
+        "metric of the evaluations by which the best model so far is kept in model-best.safetensors; empty: the task's "
+        "own (top1 in classification), if it has one",
+    ] = ""
     checkpoint_every: Annotated[int, Ge(0), "steps between checkpoints; 0: at the end and on a signal only"] = 1000
     export_every: Annotated[
         int,

@@ -27,15 +27,16 @@ from torch import Tensor, nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
+from addp_core.training.best import check_keep_best, keep_best
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.compute import accelerate_model, tf32_for
-from addp_core.training.evaluation import EvaluationStopped
+from addp_core.training.evaluation import EvaluationCost, EvaluationStopped
 from addp_core.training.kernel_choices import kernel_choices
 from addp_core.training.metrics import RunLogger
 from addp_core.training.optimization import learning_rate, warn_if_warmup_is_too_long
 from addp_core.training.parallel import full_tensor
 from addp_core.training.precision import matrix_width
-from addp_core.training.processes import make_accelerator, move_to_device, seed_everything
+from addp_core.training.processes import check_batch, make_accelerator, move_to_device, seed_everything
 from addp_core.training.run_folder import INTERMEDIATE_MODELS, mark_finished, prepare_out, release_out, settle_precision
 from addp_core.training.signals import StopSignals
 from addp_core.training.stage import MicroStep, Stage, TrainConfig
@@ -55,9 +56,9 @@ STOP, INTERRUPT, BAD_IMAGES = "stop", "interrupt", "bad_images"  # values of a s
 def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recipe: Any) -> Path:
     """Start or continue a training run in the folder `out` and return the path of its model.safetensors.
 
-    With `train.ema`, the averaged weights are written beside the model as model-ema.safetensors. If the stage has an
-    evaluation, the averaged weights are the model, because the metrics are theirs, and the last weights are written as
-    model-raw.safetensors.
+    With `train.ema`, the averaged weights are written beside the model as model-ema.safetensors. If the stage says that
+    the averaged weights are the model, the last weights are written as model-raw.safetensors. Evaluations are always of
+    the averaged weights, and so is model-best.safetensors, which `train.keep_best` keeps.
 
     SIGTERM and SIGUSR1 finish the step, write a checkpoint and raise SystemExit(0); SIGINT does the same with
     SystemExit(1). A second SIGINT interrupts at once. An evaluation that is stopped is repeated when the run continues.
@@ -72,14 +73,15 @@ def train(stage: Stage, stream: Any, config: TrainConfig, out: str | Path, recip
         recipe: an instance of the task's dataclass of keys, or its YAML.
 
     Raises:
-        UserError: if the folder cannot be used, its checkpoint does not fit, `max_nonfinite` steps in a row are not
-            finite, or the disk refuses the last checkpoint or three in a row.
+        UserError: if the folder cannot be used, its checkpoint does not fit, the stage has no metric `keep_best`,
+            `max_nonfinite` steps in a row are not finite, or the disk refuses the last checkpoint or three in a row.
     """
     out = Path(out)
     finished = prepare_out(out, recipe)
     if finished:
         return finished
     try:
+        check_keep_best(config.keep_best, stage.metrics)
         settle_precision(out, recipe, config, matrix_width(stage.model, *stage.frozen))
         with StopSignals() as signals, tf32_for(config.precision):
             return _Run(stage, stream, config, out, recipe, signals).run()
@@ -97,7 +99,7 @@ class _Run:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
-        self._check_processes()
+        check_batch(config, self.world)
         self.steps_per_epoch = len(stream) / config.batch  # a fraction
         self.total = config.steps if config.steps is not None else math.ceil(config.epochs * self.steps_per_epoch)
         self.warmup = (
@@ -109,6 +111,7 @@ class _Run:
         self.failed_checkpoints, self.saved_step = 0, 0  # in a row; of the newest checkpoint
         self.checkpoints = Checkpoints(out, config.keep)
         self.logger: RunLogger | None = None  # on rank 0
+        self.evaluation_cost = EvaluationCost()
 
         self.frozen = fingerprint(*stage.frozen)  # a run must continue with the same frozen parts
         for module in stage.frozen:
@@ -118,15 +121,6 @@ class _Run:
         self.unread: deque[StepValues] = deque()  # of steps whose values the host has not read yet
         self.reads_late = self.device.type in LATE_DEVICES and self.state.skips_on_device
         self.stops = self.interrupts = False  # a signal has asked for it, on any process
-
-    def _check_processes(self) -> None:
-        """Raise UserError if the recipe does not fit the number of processes."""
-        config = self.config
-        if config.micro_batch % self.world:
-            raise UserError(
-                f"train.batch={config.batch}: found {config.accumulate} micro-steps x {self.world} processes, "
-                f"expected their product to divide it; take a multiple of {config.accumulate * self.world}"
-            )
 
     def _build_state(self) -> tuple[TrainingState, Counters]:
         """Build the model and the optimizer, and load the newest complete checkpoint if there is one."""
@@ -398,22 +392,28 @@ class _Run:
             self.logger.save_images(self.counters.step, images)
 
     def _evaluate(self) -> None:
+        step, best = self.counters.step, None
         try:
-            with self._model_for_inference("evaluate") as model:
-                metrics = self.stage.evaluate(model, self.counters.step)
+            with self.evaluation_cost, self._model_for_inference("evaluate") as model:
+                metrics = self.stage.evaluate(model, step)
+                if self.logger and metrics:
+                    metric = self.config.keep_best or self.stage.best_metric
+                    write = partial(self._write_model, model)
+                    best = keep_best(self.out, step, metrics, metric, self.stage.metrics, write)
         except EvaluationStopped:
-            if self.saved_step != self.counters.step:
+            if self.saved_step != step:
                 self._checkpoint(required=True)
             self._leave(self._on_any_process(self.signals.interrupt))
         if self.logger and metrics:
-            self.logger.log_evaluation(self.counters.step, metrics)
+            self.stage.after_evaluation(step, metrics, best)
+            self.logger.log_evaluation(step, {**metrics, **self.evaluation_cost.metrics()})
 
     def _export(self, folder: Path) -> None:
         """Write the model into `folder`, which other commands then read like a run folder; with `train.ema`, also the
         other of the averaged and the last weights.
         """
         models, error = {MODEL_FILE: False}, None  # file -> whether its weights are averaged
-        if self.state.ema and type(self.stage).evaluate is not Stage.evaluate:
+        if self.state.ema and self.stage.averaged_is_model:
             models = {MODEL_FILE: True, "model-raw.safetensors": False}
         elif self.state.ema:
             models["model-ema.safetensors"] = True

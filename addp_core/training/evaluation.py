@@ -1,6 +1,8 @@
-"""What the processes of a run agree on after each batch of an evaluation: whether to stop, and whether too many images
-were unreadable.
+"""Evaluation during training: what the processes of a run agree on after each batch (whether to stop, and whether too
+many images were unreadable), and what it costs.
 """
+
+import time
 
 import torch
 from accelerate.utils import gather_object
@@ -12,6 +14,30 @@ from addp_core.training.signals import stop_requested
 
 class EvaluationStopped(Exception):
     """A signal asked a training run to stop while it evaluated. The run leaves, and evaluates when it continues."""
+
+
+class EvaluationCost:
+    """Context manager around each evaluation that measures what evaluations take of the run's time."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()  # of this command: a continued run counts anew
+        self.begin = self.start  # of the newest evaluation
+        self.seconds = self.total = 0.0  # of the newest evaluation; of all
+
+    def __enter__(self) -> "EvaluationCost":
+        self.begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self.begin
+        self.total += self.seconds
+
+    def metrics(self) -> dict[str, float]:
+        """Return the seconds of the newest evaluation, and the share in percent that all have of the time since the
+        command began.
+        """
+        share = 100 * self.total / max(time.perf_counter() - self.start, 1e-9)
+        return {"evaluation_seconds": self.seconds, "evaluation_share": share}
 
 
 def check_evaluation(errors: ReadErrors, limit: int) -> ReadErrors:

@@ -17,6 +17,7 @@ from addp_core.base import rng
 from addp_core.base.errors import UserError
 from addp_core.base.launch import world_size
 from addp_core.training.compute import turn_off_tf32
+from addp_core.training.config import TrainConfig
 from addp_core.training.environment import check_environment
 from addp_core.training.precision import warn_if_not_native
 
@@ -53,6 +54,15 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
     if accelerator.is_main_process:
         warn_if_not_native(precision, accelerator.device)
     return accelerator
+
+
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Raise UserError if the batch cannot be split among micro-steps and processes."""
+    if config.micro_batch % processes:
+        raise UserError(
+            f"train.batch={config.batch}: found {config.accumulate} micro-steps x {processes} processes, "
+            f"expected their product to divide it; take a multiple of {config.accumulate * processes}"
+        )
 
 
 def process_state() -> PartialState:

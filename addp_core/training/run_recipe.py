@@ -21,7 +21,7 @@ COMPUTE_ONLY_KEYS = frozenset(
     {"out", "checkpointing", "eval_batch", "confusion", "data.workers", "data.prefetch", "data.max_errors"}
     | {f"train.{key}" for key in ("compile", "channels_last", "parallel", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
-    | {f"train.{key}" for key in ("trackers", "tracker_project")}
+    | {f"train.{key}" for key in ("trackers", "tracker_project", "keep_best")}
     | LAUNCH_KEYS
 )
 # Compute only too; the digests of segmentation runs, which had this key first, contain it.

@@ -3,7 +3,7 @@ stands (`MicroStep`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,17 @@ class Stage(ABC):
     frozen: Sequence[nn.Module] = ()
     """Modules moved to the device, in eval mode and without gradients; checkpoints do not store them. List the modules
     that are called."""
+    metrics: Mapping[str, bool] = {}
+    """The metrics that `evaluate` may return, and whether higher is better."""
+    best_metric: str = ""
+    """The metric by which the best model is kept unless `train.keep_best` names one; empty: none."""
     find_unused: bool = False
     """True if some parameters get no gradient in some steps (DDP's find_unused_parameters)."""
+
+    @property
+    def averaged_is_model(self) -> bool:
+        """With `train.ema`, whether the averaged weights are the model: by default, if they are evaluated."""
+        return type(self).evaluate is not Stage.evaluate
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any, micro_step: MicroStep) -> dict[str, Tensor]:
@@ -77,8 +86,15 @@ class Stage(ABC):
         return {}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Return metrics. Every process calls this as it calls `preview`; rank 0's metrics are kept."""
+        """Return metrics, of which `metrics` has the names. Every process calls this as it calls `preview`; rank 0's
+        metrics are kept.
+        """
         return {}
+
+    def after_evaluation(  # noqa: B027  # most stages have nothing to do
+        self, step: int, metrics: dict[str, float], best: dict[str, Any] | None
+    ) -> None:
+        """Do work on rank 0 with the metrics of a step and with those of the best one so far, if the run keeps it."""
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path) -> None:

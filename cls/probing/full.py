@@ -3,7 +3,7 @@
 import logging
 from copy import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -27,7 +27,7 @@ from cls.evaluation import evaluate_classifier
 from cls.probing.features import PooledFeatures, truncate
 from cls.probing.recipe import Recipe
 from cls.probing.report import print_results
-from cls.results import keep_best
+from cls.results import METRICS, write_results
 
 log = logging.getLogger("addp")
 
@@ -108,6 +108,7 @@ class LinearProbeStage(Stage):
     """
 
     name = "linprobe"
+    metrics, best_metric = METRICS, "top1"
 
     def __init__(self, classifier: Classifier, recipe: Recipe, val_set: ImageSource, crop: float):
         self.classifier, self.recipe, self.val_set = classifier, recipe, val_set
@@ -144,9 +145,9 @@ class LinearProbeStage(Stage):
         return gather(rows).unflatten(0, (processes, -1)).transpose(0, 1).flatten(0, 2)
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Return top-1 and top-5 on the validation images in percent; keep the best head so far."""
+        """Return top-1 and top-5 on the validation images in percent."""
         recipe, classifier = self.recipe, self._classifier_with(model)
-        scores = evaluate_classifier(
+        self.scores = evaluate_classifier(
             classifier,
             self.val_set,
             self.transform,
@@ -158,9 +159,11 @@ class LinearProbeStage(Stage):
             workers=recipe.data.workers,
             max_errors=recipe.data.max_errors,
         )
-        if PartialState().is_main_process:
-            keep_best(classifier, step, scores, Path(recipe.out))
-        return scores.metrics
+        return self.scores.metrics
+
+    def after_evaluation(self, step: int, metrics: dict[str, float], best: dict[str, Any] | None) -> None:
+        """Write the metrics of this and the best head so far to results.json."""
+        write_results(self.scores, step, best, Path(self.recipe.out))
 
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(self._classifier_with(model), path)

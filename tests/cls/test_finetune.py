@@ -232,7 +232,7 @@ def test_averaged_weights_are_validated_and_kept(images, pretrained, tmp_path):
 
 def test_a_full_disk_does_not_stop_the_run(images, pretrained, tmp_path, monkeypatch, caplog):
     """The disk is full at the first validation; the next one writes what is missing."""
-    save_model, write, calls = cls.results.save_model, cls.results.write_atomically, []
+    save_model, write, calls = cls.finetune.save_model, cls.results.write_atomically, []
 
     def full_once(*arguments):
         calls.append(arguments)
@@ -246,7 +246,7 @@ def test_a_full_disk_does_not_stop_the_run(images, pretrained, tmp_path, monkeyp
     def full_for_confusion(path, content):
         (full if path.name == "confusion.csv" else write)(path, content)
 
-    monkeypatch.setattr(cls.results, "save_model", full_once)
+    monkeypatch.setattr(cls.finetune, "save_model", full_once)
     monkeypatch.setattr(cls.results, "write_atomically", full_for_confusion)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     options = ["train.steps=4", "train.evaluate_every=2", "confusion=true"]
