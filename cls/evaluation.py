@@ -16,7 +16,7 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import Crop, ImageError
 from addp_core.data.pixels import stack_pixels, to_float
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import ReadErrors, default_workers, error_limit, ignore_signals
+from addp_core.data.stream import ReadErrors, default_workers, error_limit, errors_of_workers, ignore_signals
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import autocast
 from addp_core.training.evaluation import check_evaluation
@@ -120,7 +120,8 @@ def compute_outputs(
     rounds = math.ceil(math.ceil(len(selected) / state.num_processes) / batch)  # of the process with most images
     hidden = not (title and state.is_main_process)
     mark_pace(VALIDATION, 0)
-    with tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False) as bar:
+    bar = tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False)
+    with bar, errors_of_workers():
         for images, labels, batch_indices, new_errors in loader:
             for name, reason in new_errors:
                 log.warning("skipped an unreadable image: %s (%s)", name, reason)
@@ -177,6 +178,7 @@ class _ImageBatches(Dataset):
         labels: list[int] = []
         indices: list[int] = []
         errors: ReadErrors = []
+        self.source.read_ahead(self.batches[number])
         for index in self.batches[number]:
             try:
                 image, label = self.source.open_image(index)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
+from addp_core.data.stream import errors_of_workers
 from addp_core.training.pace import FEATURES, mark_pace
 from gen.extractors import Extractor
 from gen.recipe import Interpolation
@@ -81,7 +82,8 @@ def extract_features(
             _PreparedImages(source, prepare, assigned), EXTRACTOR_BATCH, num_workers=workers, collate_fn=list
         )
         hidden = not state.is_main_process
-        with tqdm(total=len(assigned), unit="img", desc="features", disable=hidden, leave=False) as bar:
+        bar = tqdm(total=len(assigned), unit="img", desc="features", disable=hidden, leave=False)
+        with bar, errors_of_workers():
             _extract_part(loader, extractor, folder, bar)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -149,6 +151,11 @@ class _PreparedImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor | str]:
+        """Return several images, which the loader asks for a batch at a time."""
+        self.source.read_ahead(self.indices[rows].tolist())
+        return [self[row] for row in rows]
 
     def __getitem__(self, row: int) -> Tensor | str:
         index = int(self.indices[row])

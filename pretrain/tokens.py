@@ -28,7 +28,14 @@ from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.fingerprint import fingerprint
 
 MAX_CODES = 2**16  # that an id of 16 bits can name
-KEYS_OF_DATA = ("size", "scale", "ratio", "flip", "resize")  # of the section `data`, which are the same in a run
+KEYS_OF_DATA = (
+    "size",
+    "scale",
+    "ratio",
+    "flip",
+    "resize",
+    "shuffle_block",
+)  # of the section `data`, which are the same in a run
 FORMAT = 1
 
 
@@ -44,6 +51,7 @@ class TokenCacheKey:
     flip: bool
     resize: Resize
     interpolation: Interpolation
+    shuffle_block: int = 1
     tokenizer: str = ""  # fingerprint of its weights
 
     @classmethod
@@ -59,6 +67,7 @@ class TokenCacheKey:
             flip=data.flip,
             resize=data.resize or DEFAULT_RESIZE,
             interpolation=interpolation,
+            shuffle_block=data.shuffle_block,
         )
 
 
@@ -89,6 +98,7 @@ class TokenCache:
         self.record = read_record(folder)
         self._check_key(key)
         self.crops, self.seed, self.images = self.record["crops"], self.record["seed"], key.images
+        self.shuffle_block = key.shuffle_block
         self.rows_per_file, tokens = self.record["rows_per_file"], self.record["grid"][0] * self.record["grid"][1]
         rows = self.crops * self.images
         self.files = []
@@ -136,7 +146,7 @@ class TokenCache:
 
     def _invert_order(self, crop: int) -> Tensor:
         """Return the place of each image in epoch `crop` of a run with the cache's seed, Long[n]."""
-        return epoch_order(self.images, self.seed, crop).argsort()
+        return epoch_order(self.images, self.seed, crop, self.shuffle_block).argsort()
 
     def read(self, image: int, epoch: int) -> np.ndarray:
         """Return the ids of the crop of an image that an epoch shows, UInt16[N]."""
@@ -161,7 +171,8 @@ class TokenStream:
     def batches(self, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[TokenBatch]:
         """Yield this process's rows of micro-steps `start`, `start` + 1, ... without end."""
         rows = rows_of(self.batch, rank, world)
-        order = lru_cache(2)(lambda epoch: epoch_order(self.cache.images, self.seed, epoch))
+        block = self.cache.shuffle_block
+        order = lru_cache(2)(lambda epoch: epoch_order(self.cache.images, self.seed, epoch, block))
         step = start
         while True:
             positions = range(step * self.batch + rows.start, step * self.batch + rows.stop)
@@ -179,7 +190,7 @@ def as_record(key: TokenCacheKey) -> dict:
 def read_record(folder: Path) -> dict:
     """Return the content of tokens.json. Raises UserError if there is none, or it is damaged."""
     try:
-        record = json.loads((folder / TOKENS_FILE).read_text())
+        record = {"shuffle_block": 1, **json.loads((folder / TOKENS_FILE).read_text())}  # caches from before the key
         if record["format"] == FORMAT and record["rows_per_file"] >= 1:
             return record
         raise ValueError(f"format {record['format']}")

@@ -1,6 +1,7 @@
 """A cache in memory for the images of another source."""
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class CachedSource(ImageSource):
         with ThreadPoolExecutor(usable_cores()) as pool:
             for first in range(0, len(source), CHUNK):
                 indices = range(first, min(first + CHUNK, len(source)))
+                source.read_ahead(indices)
                 for index, cached in zip(indices, pool.map(self._decode, indices), strict=True):
                     self._cached[index] = cached
                     free_bytes -= cached.pixels.nbytes if isinstance(cached.pixels, np.ndarray) else 0
@@ -73,6 +75,10 @@ class CachedSource(ImageSource):
     def read_bytes(self, index: int) -> tuple[bytes, int]:
         """Return the original encoded image and its label."""
         return self._source.read_bytes(index)
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Announce which images are read next to the source, if they are not cached."""
+        self._source.read_ahead([index for index in indices if self._cached[index] is None])
 
     def open_image(self, index: int) -> tuple[LazyImage, int]:
         """Return the cached image, or the source's if it is not cached, and its label."""

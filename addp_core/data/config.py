@@ -20,7 +20,8 @@ class DataConfig:
     source: Annotated[
         DatasetPath,
         "folder of images (flat or nested), ImageNet root (train/<class>/...), root with meta/<split>.txt lists, "
-        ".tar file or folder of .tar files, or Hugging Face dataset hfds/<name>",
+        ".tar file or folder of .tar files, .tar files at an address such as 's3://bucket/train-{000..999}.tar', or "
+        "Hugging Face dataset hfds/<name>",
     ] = ""
     split: Annotated[str, "split of the dataset: the folder or list of this name, if there is one"] = "train"
     size: Annotated[int | tuple[int, int], "model input size in pixels: one side, or [height, width]"] = 256
@@ -55,6 +56,16 @@ class DataConfig:
         "(default: 1 on a CPU, up to 12 with a GPU)",
     ] = None
     prefetch: Annotated[int, Ge(1), "batches that each worker loads ahead"] = 2
+    shuffle_block: Annotated[
+        int,
+        Ge(1),
+        "training shuffles blocks of this many neighboring images, which shards at an address send with one request; "
+        "1: single images",
+    ] = 1
+    tries: Annotated[
+        int, Ge(1), "shards at an address: how often a request is made before its failure ends the run"
+    ] = 5
+    timeout: Annotated[float, Gt(0), "shards at an address: seconds of silence after which a request has failed"] = 30.0
 
     def __post_init__(self) -> None:
         if min(self.hw) < 8:

@@ -29,6 +29,9 @@ class ImageSource:
         """Return the encoded image and its label (-1: none). May raise any error."""
         raise NotImplementedError
 
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Announce which images are read next, in this order, so that a source may request them together."""
+
     def name(self, index: int) -> str:
         """Return where the image lies, for messages."""
         raise NotImplementedError
@@ -135,6 +138,10 @@ class Subset(ImageSource):
     def read_bytes(self, index: int) -> tuple[bytes, int]:
         """Return the encoded image and its label."""
         return self._source.read_bytes(int(self._indices[index]))
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        """Announce which images are read next."""
+        self._source.read_ahead(self._indices[np.asarray(indices, dtype=np.int64)].tolist())
 
     def encoded_size(self, index: int) -> int | None:
         """Return the size of the encoded image, if the source knows it."""

@@ -57,10 +57,13 @@ class ImageError(Exception):
 
 @contextmanager
 def wrap_image_errors() -> Iterator[None]:
-    """Turn any error from reading and decoding an image into an `ImageError`: Pillow raises a dozen classes."""
+    """Turn any error from reading and decoding an image into an `ImageError`: Pillow raises a dozen classes.
+
+    A `UserError` stays one: it says that not this image but the whole dataset cannot be read.
+    """
     try:
         yield
-    except (ImageError, MemoryError):
+    except (ImageError, MemoryError, UserError):
         raise
     except UnidentifiedImageError as error:
         raise ImageError("not an image of a known format") from error

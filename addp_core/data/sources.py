@@ -1,4 +1,4 @@
-"""Where images lie: folders, ImageNet trees, published lists, tar shards and Hugging Face datasets.
+"""Where images lie: folders, ImageNet trees, published lists, tar shards here or at an address, Hugging Face datasets.
 
 All of them have random access.
 """
@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 from timm.data.readers import create_reader
 
+from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.data.config import DataConfig
 from addp_core.data.image_source import ImageFiles, ImageSource
 from addp_core.data.images import COMMON_EXTENSIONS
 from addp_core.data.listing import FolderTree, count_text, is_tar, list_folder
+from addp_core.data.remote import RemoteFiles
+from addp_core.data.remote_tars import RemoteTarShards
 from addp_core.data.splits import find_split_folder, split_of
 from addp_core.data.tars import TarShards
 
@@ -101,10 +104,11 @@ def open_source(
 ) -> ImageSource:
     """Open the images at `config.source`.
 
-    The source is, in this order: a Hugging Face dataset `hfds/<name>`; a .tar file; `root/meta/<split>.txt` with lines
-    "path label" and the images under `root/<split>/`; the split's folder (`find_split_folder`); the folder `root`. A
-    folder holds images or .tar files, at any depth. If every image lies in a subfolder, the topmost subfolder is its
-    class (as in torchvision); otherwise the images have no classes. What is passed over is counted in the log.
+    The source is, in this order: the address of .tar files; a Hugging Face dataset `hfds/<name>`; a .tar file;
+    `root/meta/<split>.txt` with lines "path label" and the images under `root/<split>/`; the split's folder
+    (`find_split_folder`); the folder `root`. A folder holds images or .tar files, at any depth. If every image lies in
+    a subfolder, the topmost subfolder is its class (as in torchvision); otherwise the images have no classes. What is
+    passed over is counted in the log.
 
     Args:
         config: the settings, or the source only.
@@ -121,6 +125,9 @@ def open_source(
         )
     if classes is None and config.classes:
         classes = [line for line in read_lines(Path(config.classes), "data.classes") if line]
+    if is_address(config.source):
+        files = RemoteFiles(config.tries, config.timeout)
+        return _logged(RemoteTarShards(config.source, files, split, classes), config)
     path = Path(config.source).expanduser()
     kind, _, rest = config.source.partition("/")
     if rest and not path.exists():
@@ -129,7 +136,8 @@ def open_source(
         if kind in STREAMING_READERS:
             raise UserError(
                 f"data.source: {config.source!r} is a streaming dataset; exact resuming, and an order that does not "
-                "depend on the number of workers, need random access; expected a folder of .tar files, or hfds/<name>"
+                "depend on the number of workers, need random access; expected the address of .tar files "
+                "(https://host/train-{00..09}.tar), a folder of .tar files, or hfds/<name>"
             )
     try:
         return _logged(_open_path(path, split, classes), config)

@@ -5,7 +5,7 @@
     for batch in stream.batches(start, rank, world): ... # endless; batch.images is Float[b,3,h,w] in [0,1]
 
 Order and augmentation are functions of the seed and of an image's position in the run only: position p is row
-p % batch of micro-step p // batch, it shows image `permutation(seed, p // n)[p % n]`, and its crop is drawn from
+p % batch of micro-step p // batch, it shows image `epoch_order(n, seed, p // n)[p % n]`, and its crop is drawn from
 `seed_for(seed, "augment", p)`. A run that was stopped and resumed, or that has other numbers of workers or processes,
 sees the same pixels.
 
@@ -87,9 +87,10 @@ class _MicroBatches(Dataset):
         batch: int,
         rows: slice,
         repeats: int,
+        block: int,
     ):
         self.source, self.transform, self.collate = source, transform, collate
-        self.seed, self.batch, self.rows, self.repeats = seed, batch, rows, repeats
+        self.seed, self.batch, self.rows, self.repeats, self.block = seed, batch, rows, repeats, block
         self._epoch_order = lru_cache(2)(self._permutation)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,13 +100,20 @@ class _MicroBatches(Dataset):
         vars(self).update(state, _epoch_order=lru_cache(2)(self._permutation))
 
     def _permutation(self, epoch: int) -> Tensor:
-        return epoch_order(len(self.source), self.seed, epoch)
+        return epoch_order(len(self.source), self.seed, epoch, self.block)
+
+    def _place(self, position: int) -> tuple[Tensor, int]:
+        """Return the order of the epoch that a position of the run belongs to, and the position in it."""
+        epoch, place = divmod(position // self.repeats, len(self.source))
+        return self._epoch_order(epoch), place
 
     def __getitem__(self, step: int) -> Any:
         samples, labels, indices = [], [], []
         errors: ReadErrors = []
+        positions = range(step * self.batch + self.rows.start, step * self.batch + self.rows.stop)
+        self.source.read_ahead([int(order[place]) for order, place in map(self._place, positions)])
         with preserve_rng():
-            for position in range(step * self.batch + self.rows.start, step * self.batch + self.rows.stop):
+            for position in positions:
                 sample = self._read_sample(position, errors)
                 if sample is None:
                     return Batch(torch.empty(0), torch.empty(0), torch.empty(0), errors)
@@ -119,8 +127,7 @@ class _MicroBatches(Dataset):
 
         Unreadable images are appended to `errors`.
         """
-        epoch, first = divmod(position // self.repeats, len(self.source))
-        order = self._epoch_order(epoch)
+        order, first = self._place(position)
         for offset in range(min(len(order), MAX_REPLACEMENTS)):
             index = int(order[(first + offset) % len(order)])
             try:
@@ -142,6 +149,18 @@ def _stack_images(samples: list[Cut] | list[Tensor], labels: Tensor, indices: Te
         pixels = stack_pixels([sample.pixels for sample in samples])
         return Batch(pixels, labels, indices, errors, torch.tensor([sample.mirrored for sample in samples]))
     return Batch(default_collate(samples), labels, indices, errors)
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Raise a `UserError` of a data worker with its message alone, of which torch makes a part of a traceback."""
+    try:
+        yield
+    except UserError as error:
+        lines = str(error).strip().splitlines()
+        if not lines[0].startswith("Caught UserError in DataLoader worker"):
+            raise
+        raise UserError(lines[-1].partition("UserError: ")[2] or lines[-1]) from None
 
 
 @contextmanager
@@ -228,7 +247,10 @@ class Stream:
         `max_errors` images are unreadable.
         """
         rows = self.rows_of(rank, world)
-        dataset = _MicroBatches(self.source, self.transform, self.collate, self.seed, self.batch, rows, self.repeats)
+        block = self.config.shuffle_block
+        dataset = _MicroBatches(
+            self.source, self.transform, self.collate, self.seed, self.batch, rows, self.repeats, block
+        )
         workers = default_workers() if self.config.workers is None else self.config.workers
         loader: list[Any] = []  # the running iterator of a DataLoader, if there is one
 
@@ -246,7 +268,8 @@ class Stream:
                 if not loader:
                     loader.append(iter(self._loader(dataset, step, workers)))
                 try:
-                    batch = next(loader[0])
+                    with errors_of_workers():
+                        batch = next(loader[0])
                 except RuntimeError as error:
                     if not str(error).startswith("DataLoader worker (pid"):  # an error in a worker, not its death
                         raise
@@ -305,9 +328,19 @@ class Stream:
             )
 
 
-def epoch_order(images: int, seed: int, epoch: int) -> Tensor:
-    """Return the order in which a run shows the images of an epoch, Long[images]."""
-    return torch.randperm(images, generator=generator(seed, "order", epoch))
+def epoch_order(images: int, seed: int, epoch: int, block: int = 1) -> Tensor:
+    """Return the order in which a run shows the images of an epoch, Long[images].
+
+    block: this many images that are neighbors in the source are shown in a row. Where blocks begin, and so which images
+    are in one, differs between epochs.
+    """
+    draw = generator(seed, "order", epoch)
+    if block == 1:
+        return torch.randperm(images, generator=draw)
+    shift = int(torch.randint(block, (), generator=draw))
+    block_of_image = torch.arange(shift, shift + images) // block
+    place_of_block = torch.randperm(int(block_of_image[-1]) + 1, generator=draw)
+    return place_of_block[block_of_image].argsort(stable=True)
 
 
 def rows_of(batch: int, rank: int, world: int) -> slice:

@@ -21,7 +21,7 @@ from typing import Any
 from addp_core.base.files import write_atomically
 from addp_core.base.paths import user_cache
 
-FORMAT = 1
+FORMAT = 2
 MIN_BYTES = 1 << 24  # smaller shards are read sooner than looked up
 SETTLED = 2.0  # seconds after which a change of a file changes its time too, on every file system
 
@@ -29,23 +29,36 @@ Index = dict[str, Any]  # what JSON can hold
 
 
 def cached_index(shard: Path, rules: Any, build: Callable[[], Index]) -> Index:
-    """Return the stored index of a shard, or the one that `build` returns, which is then stored.
+    """Return the stored index of a shard on the disk, or the one that `build` returns, which is then stored.
 
     rules: whatever else the index depends on. Errors of `build` are raised.
     """
     status = shard.stat()
     if status.st_size < MIN_BYTES:
         return build()
-    path = os.path.realpath(shard)
-    key = [FORMAT, path, status.st_size, status.st_mtime_ns, repr(rules)]
-    file = user_cache("tars") / hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()
+
+    def is_settled() -> bool:
+        after = shard.stat()
+        unchanged = (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+        return unchanged and time.time() - status.st_mtime > SETTLED
+
+    return stored_index(os.path.realpath(shard), [status.st_size, status.st_mtime_ns], rules, build, is_settled)
+
+
+def stored_index(
+    name: str, version: list[Any], rules: Any, build: Callable[[], Index], is_settled: Callable[[], bool] = lambda: True
+) -> Index:
+    """Return the stored index of the shard of this name and version, or the one that `build` returns.
+
+    The latter is then stored, if `is_settled` says that the shard has not changed meanwhile.
+    """
+    key = [FORMAT, name, *version, repr(rules)]
+    file = user_cache("tars") / hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
     with _one_at_a_time(file):
         index = _read(file, key)
         if index is None:
             index = build()
-            after = shard.stat()
-            unchanged = (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-            if unchanged and time.time() - status.st_mtime > SETTLED:
+            if is_settled():
                 with contextlib.suppress(OSError):  # a full disk, or one that is read-only
                     _write(file, key, index)
         return index

@@ -1,5 +1,7 @@
 """ImageNet-C generated on the fly from clean images."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from addp_core.base.rng import seed_for
@@ -33,6 +35,9 @@ class CorruptedImages(ImageSource):
 
     def read_bytes(self, index: int) -> tuple[bytes, int]:
         return self._source.read_bytes(index)
+
+    def read_ahead(self, indices: Sequence[int]) -> None:
+        self._source.read_ahead(indices)
 
     def open_image(self, index: int) -> tuple[LazyImage, int]:
         image, label = self._source.open_image(index)
