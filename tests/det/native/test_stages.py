@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (modules that need detectron2 are imported after the check that it is installed)
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,22 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed; `addp doc
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("toy_sets")]  # deprecated names of torch
 
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, LazyCall, LazyConfig, get_cfg, instantiate
-from detectron2.engine import DefaultPredictor
+from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.modeling import FPN, build_backbone, build_model
 from tiny_detectors import CATEGORIES
-from zoo import MASK, RETINANET, ZOO, Trainer, zoo_config
+from zoo import (
+    MASK,
+    RETINANET,
+    check_that_the_run_is_read,
+    exported_and_back,
+    model_from_export,
+    trained_in,
+    zoo_config,
+)
 
 import det
 from det.config import DetectorArchitecture, DetectorConfig, describe_encoder
-from det.model import build_detector, load_detector, save_detector
+from det.model import build_detector
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +55,13 @@ def test_a_config_of_the_zoo_is_trained_evaluated_and_read_without_the_pretraine
 ):
     source, out = tmp_path / "pretrained.safetensors", tmp_path / "out"
     source.write_bytes(cnn_file.read_bytes())
-    out.mkdir()
-    cfg = config(name, source, out)
-    (out / "config.yaml").write_text(cfg.dump().replace("zoo_", "theirs_"))
-    trainer = Trainer(cfg)
-    before = {key: value.clone() for key, value in trainer.model.backbone.bottom_up.encoder.state_dict().items()}
-    trainer.train()
+    trainer = trained_in(out, config(name, source, out))
+    before = load_encoder(cnn_file, 64).state_dict()
     after = trainer.model.backbone.bottom_up.encoder.state_dict()
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert any("layer3" in key for key in changed)
     assert not any("running" in key or "layer1." in key or key.startswith("body.conv1") for key in changed)  # FREEZE_AT
-    expected = trainer.test(cfg, trainer.model)
-    cfg.MODEL.WEIGHTS = str(out / "model_final.pth")
-    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    instances = DefaultPredictor(cfg)(image.permute(1, 2, 0).numpy()[:, :, ::-1])["instances"]  # takes BGR
-    source.unlink()
-    (found,) = load_detector(out).detect([image])
-    torch.testing.assert_close(found.boxes, instances.pred_boxes.tensor)
-    torch.testing.assert_close(found.scores, instances.scores)
-    capsys.readouterr()
-    assert main(["det", "eval", f"model={out}", f"data={toy_coco}", "json=true"]) == 0
-    assert 100 * json.loads(capsys.readouterr().out)["box_AP"] == pytest.approx(expected["bbox"]["AP"], abs=1e-6)
+    check_that_the_run_is_read(out, trainer, [source], toy_coco, capsys)
     assert load_encoder(out / "model_final.pth", 32).config.arch == "test_resnet"
 
 
@@ -108,30 +100,18 @@ def test_a_detector_is_exported_to_detectron2_and_back(cnn_file, tmp_path):
     parts = {"size": 32, "detector": heads, "categories": CATEGORIES}
     architecture = DetectorArchitecture("detectron2", **describe_encoder(encoder), **parts)
     torch.manual_seed(0)
-    model, out = build_detector(architecture, encoder).eval(), tmp_path / "d2"
-    save_detector(model, tmp_path / "ours.safetensors")
-    assert main(["export", f"model={tmp_path / 'ours.safetensors'}", f"out={out}", "layout=detectron2"]) == 0
-    cfg = LazyConfig.load(str(out / "config.yaml"))
-    theirs = instantiate(cfg.model).eval()
-    DetectionCheckpointer(theirs).load(cfg.train.init_checkpoint)
+    model = build_detector(architecture, encoder).eval()
+    theirs, again = exported_and_back(model, tmp_path)
     images = random_tensor(1, 3, 32, 32)
     found, expected = (m.backbone(images) for m in (theirs, model.rcnn))
     assert all(torch.equal(found[name], map_) for name, map_ in expected.items())
-    again = load_detector(out)
     assert again.architecture.cnn_encoder == architecture.cnn_encoder
-    assert all(torch.equal(v, model.rcnn.state_dict()[name]) for name, v in again.model.state_dict().items())
 
 
 def test_a_pretrained_cnn_is_exported_as_the_weights_of_a_config_of_the_zoo(cnn_file, tmp_path):
     out = tmp_path / "d2"
     assert main(["export", f"model={cnn_file}", f"out={out}", "layout=detectron2", "img_size=64"]) == 0
-    cfg = get_cfg()
-    det.add_encoder_config(cfg)
-    cfg.merge_from_file(str(ZOO / MASK))
-    cfg.merge_from_file(str(out / "config.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model = model_from_export(out)
     assert same_weights(model.backbone.bottom_up.encoder, load_encoder(cnn_file, 64))
 
 

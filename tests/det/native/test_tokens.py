@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (modules that need detectron2 are imported after the check that it is installed)
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -19,17 +18,13 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed; `addp doc
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("toy_sets")]  # deprecated names of torch
 
 from checks import assert_user_error
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_backbone
 from tiny_detectors import VITDET_4_BLOCKS, tiny_detectron2_architecture
 from transfers import write_tiny_mage
-from zoo import MASK, ZOO, Trainer, zoo_config
+from zoo import MASK, check_that_the_run_is_read, exported_and_back, model_from_export, trained_in, zoo_config
 
-import det
 from det.config import describe_encoder
-from det.model import build_detector, load_detector, save_detector
+from det.model import build_detector, load_detector
 from det.native.train_net import run
 
 
@@ -50,23 +45,8 @@ def test_a_zoo_config_over_tokens_is_trained_and_evaluated_without_the_pretraine
     source.write_bytes((root / "mage" / "model.safetensors").read_bytes())
     tokenizer.write_bytes((root / "tokenizer.safetensors").read_bytes())
     out = tmp_path / "out"
-    out.mkdir()
-    cfg = zoo_config(MASK, source, out, tokenizer=str(tokenizer), input="token")
-    (out / "config.yaml").write_text(cfg.dump().replace("zoo_", "theirs_"))
-    trainer = Trainer(cfg)
-    trainer.train()
-    expected = trainer.test(cfg, trainer.model)
-    cfg.MODEL.WEIGHTS = str(out / "model_final.pth")
-    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    instances = DefaultPredictor(cfg)(image.permute(1, 2, 0).numpy()[:, :, ::-1])["instances"]  # takes BGR
-    source.unlink()
-    tokenizer.unlink()
-    (found,) = load_detector(out).detect([image])
-    torch.testing.assert_close(found.boxes, instances.pred_boxes.tensor)
-    torch.testing.assert_close(found.scores, instances.scores)
-    capsys.readouterr()
-    assert main(["det", "eval", f"model={out}", f"data={toy_coco}", "json=true"]) == 0
-    assert 100 * json.loads(capsys.readouterr().out)["box_AP"] == pytest.approx(expected["bbox"]["AP"], abs=1e-6)
+    trainer = trained_in(out, zoo_config(MASK, source, out, tokenizer=str(tokenizer), input="token"))
+    check_that_the_run_is_read(out, trainer, [source, tokenizer], toy_coco, capsys)
     assert load_encoder(out / "model_final.pth", 32, attention=VITDET_4_BLOCKS).kind == "token_encoder"
 
 
@@ -97,30 +77,18 @@ def test_a_detector_over_tokens_is_exported_to_detectron2_and_back(root, tmp_pat
     architecture = tiny_detectron2_architecture(encoder)
     architecture = type(architecture)(**{**vars(architecture), **describe_encoder(encoder)})
     torch.manual_seed(0)
-    model, out = build_detector(architecture, encoder).eval(), tmp_path / "d2"
-    save_detector(model, tmp_path / "ours.safetensors")
-    assert main(["export", f"model={tmp_path / 'ours.safetensors'}", f"out={out}", "layout=detectron2"]) == 0
-    cfg = LazyConfig.load(str(out / "config.yaml"))
-    theirs = instantiate(cfg.model).eval()
-    DetectionCheckpointer(theirs).load(cfg.train.init_checkpoint)
+    model = build_detector(architecture, encoder).eval()
+    theirs, _ = exported_and_back(model, tmp_path)
     images = torch.randn(1, 3, 32, 32)
     found, expected = (m.backbone(images) for m in (theirs, model.rcnn))
     assert all(torch.equal(found[name], map_) for name, map_ in expected.items())
-    again = load_detector(out)
-    assert all(torch.equal(v, model.rcnn.state_dict()[name]) for name, v in again.model.state_dict().items())
 
 
 def test_an_encoder_over_tokens_is_exported_as_the_weights_of_a_detector(root, tmp_path):
     out = tmp_path / "d2"
     assert main(["export", f"model={root / 'mage'}", f"out={out}", "layout=detectron2", "img_size=64"]) == 0
     assert "tokens" in yaml.safe_load((out / "config.yaml").read_text())["MODEL"]["ENCODER"]
-    cfg = get_cfg()
-    det.add_encoder_config(cfg)
-    cfg.merge_from_file(str(ZOO / MASK))
-    cfg.merge_from_file(str(out / "config.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model = model_from_export(out)
     expected = load_encoder(root / "mage", 64).tokenizer.state_dict()
     found = model.backbone.net.encoder.tokenizer.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())

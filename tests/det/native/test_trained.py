@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402 (modules that need detectron2 are imported after the check that it is installed)
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,20 @@ from addp_core.recipes.cli import main
 pytest.importorskip("detectron2", reason="detectron2 is not installed; `addp doctor` shows the command to install it")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("toy_sets")]  # deprecated names of torch
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig
 from detectron2.data.datasets import load_coco_json
-from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from tiny_detectors import VITDET_4_BLOCKS, tiny_detector, tiny_detectron2_architecture
-from zoo import MASK, RETINANET, ZOO, Trainer, zoo_config
+from zoo import (
+    MASK,
+    RETINANET,
+    check_that_the_run_is_read,
+    exported_and_back,
+    model_from_export,
+    trained_in,
+    zoo_config,
+)
 
-import det
 from addp_core.weights.encoders import load_encoder
 from det.model import build_detector, load_detector, save_detector
 from det.native.export import lazy_model
@@ -38,31 +41,13 @@ def test_what_detectron2_trained_is_evaluated_and_predicts_as_in_detectron2(
     source = tmp_path / "pretrained.safetensors"
     source.write_bytes(encoder_file.read_bytes())
     out = tmp_path / "out"
-    out.mkdir()
-    cfg = zoo_config(name, source, out)
-    # as default_setup does, with datasets that only the user's script registers
-    (out / "config.yaml").write_text(cfg.dump().replace("zoo_", "theirs_"))
-    trainer = Trainer(cfg)
-    trainer.train()
-    expected = trainer.test(cfg, trainer.model)
-    cfg.MODEL.WEIGHTS = str(out / "model_final.pth")
-    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    instances = DefaultPredictor(cfg)(image.permute(1, 2, 0).numpy()[:, :, ::-1])["instances"]  # takes BGR
-    source.unlink()  # and is not needed again
-
-    (found,) = load_detector(out).detect([image])
-    torch.testing.assert_close(found.boxes, instances.pred_boxes.tensor)
-    torch.testing.assert_close(found.scores, instances.scores)
+    trainer = trained_in(out, zoo_config(name, source, out))
+    found, instances, messages = check_that_the_run_is_read(out, trainer, [source], toy_coco, capsys)
+    assert "tell its 10 categories; took those of the dataset" in messages
     assert (found.masks is not None) == (name == MASK)
     if name == MASK:
         assert all(torch.equal(found.mask(i), mask) for i, mask in enumerate(instances.pred_masks))
 
-    capsys.readouterr()
-    assert main(["det", "eval", f"model={out}", f"data={toy_coco}", "json=true"]) == 0
-    captured = capsys.readouterr()
-    metrics = json.loads(captured.out)
-    assert "tell its 10 categories; took those of the dataset" in captured.err
-    assert 100 * metrics["box_AP"] == pytest.approx(expected["bbox"]["AP"], abs=1e-6)
     images = f"images={toy_coco / 'val2017'}"
     assert main(["det", "predict", f"model={out / 'model_final.pth'}", images, f"out={tmp_path / 'drawn'}"]) == 0
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 3
@@ -77,13 +62,8 @@ def detector_of_detectron2(encoder_file: Path):
 
 
 def test_an_exported_detector_is_the_same_in_detectron2_and_back(encoder_file, tmp_path):
-    model, out = detector_of_detectron2(encoder_file), tmp_path / "d2"
-    save_detector(model, tmp_path / "ours.safetensors")
-    assert main(["export", f"model={tmp_path / 'ours.safetensors'}", f"out={out}", "layout=detectron2"]) == 0
-
-    cfg = LazyConfig.load(str(out / "config.yaml"))  # as lazyconfig_train_net.py does
-    theirs = instantiate(cfg.model).eval()
-    DetectionCheckpointer(theirs).load(cfg.train.init_checkpoint)
+    model = detector_of_detectron2(encoder_file)
+    theirs, again = exported_and_back(model, tmp_path)
     inputs = [{"image": torch.rand(3, 32, 24) * 255}]
     with torch.no_grad():
         (found,), (expected,) = (m.inference(inputs, do_postprocess=False) for m in (theirs, model.rcnn))
@@ -92,22 +72,14 @@ def test_an_exported_detector_is_the_same_in_detectron2_and_back(encoder_file, t
         torch.testing.assert_close(found.get(field), expected.get(field))
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
 
-    again = load_detector(out)
     assert again.architecture.categories == model.architecture.categories
-    assert all(torch.equal(v, model.rcnn.state_dict()[name]) for name, v in again.model.state_dict().items())
-    assert load_encoder(out / "model_final.pth", 32, attention=VITDET_4_BLOCKS).patch_size == 8
+    assert load_encoder(tmp_path / "d2" / "model_final.pth", 32, attention=VITDET_4_BLOCKS).patch_size == 8
 
 
 def test_an_exported_encoder_is_the_weights_of_a_config_of_the_zoo(encoder_file, tmp_path, caplog):
     out = tmp_path / "d2"
     assert main(["export", f"model={encoder_file}", f"out={out}", "layout=detectron2", "img_size=64"]) == 0
-    cfg = get_cfg()
-    det.add_encoder_config(cfg)
-    cfg.merge_from_file(str(ZOO / MASK))
-    cfg.merge_from_file(str(out / "config.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    model = model_from_export(out)
     expected = load_encoder(encoder_file, 64, attention=model.backbone.net.encoder.attention)
     for name, value in expected.state_dict().items():
         assert torch.equal(model.backbone.net.encoder.state_dict()[name], value), name
