@@ -1,6 +1,5 @@
 """Labeled images for training and for validation, in which a label means the same class, and their evaluation crop."""
 
-import hashlib
 import logging
 import math
 import os
@@ -9,12 +8,11 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
 
-import numpy as np
-
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
-from addp_core.data.image_source import ImageSource, Subset
+from addp_core.data.held_out import check_labels, hold_out
+from addp_core.data.image_source import ImageSource
 from addp_core.data.sources import explain_missing_classes, open_source
 from addp_core.data.splits import MissingSplitError
 from addp_core.data.stream import Batch, Stream
@@ -86,57 +84,6 @@ def same_images(first: ImageSource, second: ImageSource) -> bool:
         os.path.realpath(first.name(index)) == os.path.realpath(second.name(index))
         for index in (0, len(first) // 2, len(first) - 1)
     )
-
-
-def hold_out(source: ImageSource, share: float, seed: int) -> tuple[ImageSource, ImageSource]:
-    """Split a dataset into images to train on and images to validate on.
-
-    Of each class, the share (at least one image) whose digests of the seed and the image's name are lowest is held out:
-    the same images wherever the dataset lies, and nearly the same ones after images were added or removed.
-
-    Raises UserError if a class has fewer than two images, or the labels are not known without reading the images.
-    """
-    if source.labels is None:
-        raise UserError(f"val_share: found {share}, but the labels are not known in advance; expected val=<images>")
-    keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
-    held_out = np.zeros(len(source), dtype=bool)
-    for label, class_name in enumerate(source.classes):
-        indices = sorted(np.flatnonzero(source.labels == label).tolist(), key=keys.__getitem__)
-        if len(indices) < 2:
-            raise UserError(
-                f"val_share: class {class_name!r} has {len(indices)} image; expected at least two, one to validate on"
-            )
-        held_out[indices[: min(max(1, round(share * len(indices))), len(indices) - 1)]] = True
-    log.info(
-        "data: %d of %d images are held out for validation (val_share=%s, train.seed=%d)",
-        held_out.sum(),
-        len(source),
-        share,
-        seed,
-    )
-    return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))
-
-
-def check_labels(source: ImageSource, name: str) -> None:
-    """Check the labels of a whole dataset, if they are known without reading its images.
-
-    name: of the dataset, for messages.
-
-    Raises UserError if a label is out of range or a class has no images.
-    """
-    if source.labels is None:
-        return
-    for label in (source.labels.min(), source.labels.max()):
-        if not 0 <= label < len(source.classes):
-            raise UserError(f"{name}: found label {label}, expected 0 to {len(source.classes) - 1}")
-    counts = np.bincount(source.labels, minlength=len(source.classes))
-    empty = [class_name for class_name, count in zip(source.classes, counts, strict=True) if not count]
-    if empty:
-        listed = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        raise UserError(
-            f"{name}: {len(empty)} of the {len(source.classes)} classes have no images: {listed}; "
-            "expected images of every class in training and in validation"
-        )
 
 
 class LabeledStream(Stream):

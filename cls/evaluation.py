@@ -16,10 +16,10 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import Crop, ImageError
 from addp_core.data.pixels import stack_pixels, to_float
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import ReadErrors, default_workers, error_limit, errors_of_workers, ignore_signals
+from addp_core.data.stream import ReadErrors, default_workers, errors_of_workers, ignore_signals
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import autocast
-from addp_core.training.evaluation import check_evaluation
+from addp_core.training.evaluation import check_unreadable
 from addp_core.training.pace import VALIDATION, mark_pace
 from addp_core.training.processes import process_state
 
@@ -138,20 +138,6 @@ def compute_outputs(
             mark_pace(VALIDATION, (len(batch_indices) + len(new_errors)) * state.num_processes)
     for _ in range(rounds - len(batches) if count_together else 0):
         check_unreadable(errors, max_errors, len(selected))
-
-
-def check_unreadable(errors: ReadErrors, max_errors: float, images: int) -> None:
-    """Raise UserError, on all processes, if they have met more unreadable images than `max_errors` allows, or all.
-
-    errors: those of this process. images: how many the processes evaluate together.
-    """
-    limit = min(error_limit(max_errors, images), images - 1)
-    if unreadable := check_evaluation(errors, limit):
-        name, reason = unreadable[-1]
-        raise UserError(
-            f"data.max_errors: more than {limit} of {images} images are unreadable, most recently {name} ({reason}); "
-            "repair or remove them, or raise data.max_errors"
-        )
 
 
 def _check_image_labels(labels: Tensor, indices: Tensor, source: ImageSource) -> None:

@@ -20,19 +20,20 @@ from addp_core.base.files import TEMPORARY_PREFIX
 from addp_core.data.images import ImageError
 from addp_core.data.sources import ImageSource
 from addp_core.method.sampler import SampleConfig
-from addp_core.training.processes import process_state
-from gen import generate
-from gen.extractors import Extractor, open_extractor, open_vgg16
-from gen.features import FeatureSet, RequireSize, ResizeAndCrop, extract_features
-from gen.image_folder import open_images
-from gen.metrics import (
+from addp_core.training.extractors import Extractor, open_extractor, open_vgg16
+from addp_core.training.image_metrics import (
     NEIGHBORS,
+    FeatureSet,
     check_image_count,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
+from addp_core.training.processes import process_state
+from gen import generate
+from gen.features import RequireSize, ResizeAndCrop, extract_features
+from gen.image_folder import open_images
 from gen.model import load_recipe_model
 from gen.recipe import EvaluateRecipe as Recipe
 from gen.reference import Reference, digest_of_images, load_reference, open_reference

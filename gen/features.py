@@ -1,11 +1,11 @@
-"""Features of a set of images: extracting them, and their mean and covariance.
+"""Features of a set of images: extracting them into files, with their mean and covariance.
 
 Features are stored in .npy files, which are memory-mapped and read in chunks: 50,000 images need no more memory than
 500.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,39 +21,14 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import errors_of_workers
+from addp_core.training.extractors import Extractor
+from addp_core.training.image_metrics import ARRAYS, ROWS_IN_MEMORY, FeatureSet, mean_and_covariance
 from addp_core.training.pace import FEATURES, mark_pace
-from gen.extractors import Extractor
 from gen.recipe import Interpolation
 
 EXTRACTOR_BATCH = 32  # images
-ROWS_IN_MEMORY = 2048  # of features
-ARRAYS = ("features", "logits")  # what an extractor returns, each a file
 
 Prepare = Callable[[LazyImage], Tensor]  # an image -> UInt8[3,h,w]; may raise ImageError
-
-
-@dataclass(frozen=True)
-class FeatureSet:
-    """The features of n images, or statistics of them alone.
-
-    Attributes:
-        mean: Float64[D], of the features.
-        covariance: Float64[D,D], of the features.
-        features: Float32[n,D], memory-mapped; None if only the statistics are available.
-        logits: Float32[n,C], memory-mapped; None if only the statistics are available.
-    """
-
-    mean: np.ndarray
-    covariance: np.ndarray
-    features: np.ndarray | None = None
-    logits: np.ndarray | None = None
-
-    @classmethod
-    def read(cls, folder: Path) -> "FeatureSet":
-        """Open what `extract_features` wrote. Raises OSError or ValueError if a file is missing or incomplete."""
-        # copy-on-write, because torch wants writable memory
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
-        return cls(np.load(folder / "mean.npy"), np.load(folder / "covariance.npy"), **arrays)
 
 
 def extract_features(
@@ -199,19 +174,3 @@ class RequireSize:
         if (image.height, image.width) != self.hw:
             raise ImageError(f"{image.width} x {image.height} pixels, where others have {self.hw[1]} x {self.hw[0]}")
         return eval_transform(self.hw).pixels(image)
-
-
-def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float[n,D], n > 1 -> mean Float64[D] and covariance Float64[D,D], computed in chunks."""
-    mean = sum(chunk.sum(0) for chunk in float64_chunks(features)) / len(features)
-    scatter = np.zeros((features.shape[1],) * 2)
-    for chunk in float64_chunks(features):
-        chunk -= mean
-        scatter += chunk.T @ chunk
-    return mean, scatter / (len(features) - 1)
-
-
-def float64_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the rows of `array`, `ROWS_IN_MEMORY` at a time, as float64 copies in memory."""
-    for start in range(0, len(array), ROWS_IN_MEMORY):
-        yield np.array(array[start : start + ROWS_IN_MEMORY], dtype=np.float64)

@@ -21,8 +21,9 @@ from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
 from addp_core.data.images import ImageError, wrap_image_errors
 from addp_core.data.sources import ImageSource, open_source
-from gen.extractors import Extractor
-from gen.features import FeatureSet, ResizeAndCrop, extract_features
+from addp_core.training.extractors import Extractor
+from addp_core.training.image_metrics import FeatureSet
+from gen.features import ResizeAndCrop, extract_features
 from gen.image_folder import is_generated, open_images
 from gen.recipe import Interpolation
 

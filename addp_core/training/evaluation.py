@@ -7,7 +7,8 @@ import time
 import torch
 from accelerate.utils import gather_object
 
-from addp_core.data.stream import ReadErrors
+from addp_core.base.errors import UserError
+from addp_core.data.stream import ReadErrors, error_limit
 from addp_core.training.processes import process_state
 from addp_core.training.signals import stop_requested
 
@@ -56,3 +57,17 @@ def check_evaluation(errors: ReadErrors, limit: int) -> ReadErrors:
     if stop:
         raise EvaluationStopped
     return gather_object(errors) if unreadable > limit else []
+
+
+def check_unreadable(errors: ReadErrors, max_errors: float, images: int) -> None:
+    """Raise UserError, on all processes, if they have met more unreadable images than `max_errors` allows, or all.
+
+    errors: those of this process. images: how many the processes evaluate together.
+    """
+    limit = min(error_limit(max_errors, images), images - 1)
+    if unreadable := check_evaluation(errors, limit):
+        name, reason = unreadable[-1]
+        raise UserError(
+            f"data.max_errors: more than {limit} of {images} images are unreadable, most recently {name} ({reason}); "
+            "repair or remove them, or raise data.max_errors"
+        )

@@ -109,6 +109,37 @@ def train_heads(
     return heads
 
 
+def train_best_head(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    lrs: Sequence[float],
+    config: HeadTraining,
+    seed: int,
+    held_out: float,
+) -> tuple[LinearHeads, Tensor]:
+    """Train a head with the learning rate that is best on held-out samples; return it and the accuracies there.
+
+    Heads of all learning rates are trained on the other samples, and then one with the best learning rate on all.
+    Arguments are those of `train_heads`, and `held_out`, the share of the samples that is held out, at least one.
+
+    Returns:
+        The head, and the accuracy with each learning rate on the first view of the samples held out, Double[L].
+    """
+    order = torch.randperm(len(features), generator=generator(seed, "held out"))
+    remaining, chosen = order.tensor_split([len(features) - held_out_count(len(features), held_out)])
+    heads = train_heads(features, labels, remaining, classes, lrs, config, seed)
+    chosen = chosen.to(features.device)
+    accuracies = heads.accuracy(features[chosen, 0], labels[chosen])
+    best = lrs[int(accuracies.argmax())]
+    return train_heads(features, labels, torch.arange(len(features)), classes, [best], config, seed), accuracies
+
+
+def held_out_count(samples: int, share: float) -> int:
+    """Return how many samples are held out to choose the learning rate."""
+    return max(1, round(share * samples))
+
+
 def standardize(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Normalize [n,W] features of any type as a batch norm without affine parameters: Float[n,W]."""
     return (features.float() - mean) * (variance + STANDARDIZATION_EPS).rsqrt()

@@ -20,14 +20,14 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
-from addp_core.base.rng import generator
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.networks.classifier import Classifier, Pooling
+from addp_core.networks.pooled_features import PooledFeatures
 from addp_core.training.compute import accelerate_model
 from addp_core.training.pace import HEADS, mark_pace
 from addp_core.training.precision import matrix_width
-from addp_core.training.probes import LinearHeads, NearestNeighbors, train_heads
+from addp_core.training.probes import LinearHeads, NearestNeighbors, held_out_count, train_best_head, train_heads
 from addp_core.training.processes import process_state
 from addp_core.training.run_folder import mark_finished, release_out, settle_precision
 from addp_core.weights.files import MODEL_FILE
@@ -36,7 +36,7 @@ from addp_core.weights.frozen import resolve_block, spaced_blocks
 from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
 from cls.data import evaluation_crop
-from cls.probing.features import FeatureBank, PooledFeatures, compute_features, truncate
+from cls.probing.features import FeatureBank, compute_features, truncate
 from cls.probing.recipe import Recipe
 from cls.probing.report import best_row, metric_names, print_results, write_results
 
@@ -129,18 +129,13 @@ def probe_block(
     config, seed = recipe.fast, recipe.train.seed
     features, labels = train_bank.load(block, pooling).to(device), train_bank.labels.to(device)  # [n,V,W]
     val_features, val_labels = val_bank.load(block, pooling)[:, 0].to(device), val_bank.labels.to(device)
-    all_images = torch.arange(len(features))
     if config.held_out:
-        order = torch.randperm(len(features), generator=generator(seed, "held out"))
-        remaining, held_out = order.tensor_split([len(features) - max(1, round(config.held_out * len(features)))])
-        if not len(remaining):
+        if held_out_count(len(features), config.held_out) == len(features):
             raise UserError(f"fast.held_out={config.held_out}: leaves none of the {len(features)} images to train on")
-        heads = train_heads(features, labels, remaining, classes, config.lrs, config, seed)
-        accuracies = heads.accuracy(features[held_out.to(device), 0], labels[held_out.to(device)])
+        head, accuracies = train_best_head(features, labels, classes, config.lrs, config, seed, config.held_out)
         best = int(accuracies.argmax())
-        head = train_heads(features, labels, all_images, classes, [config.lrs[best]], config, seed)
     else:
-        heads = train_heads(features, labels, all_images, classes, config.lrs, config, seed)
+        heads = train_heads(features, labels, torch.arange(len(features)), classes, config.lrs, config, seed)
         accuracies = heads.accuracy(val_features, val_labels)
         best = int(accuracies.argmax())
         head = heads.select(best)

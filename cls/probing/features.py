@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from addp_core.data.images import CenterCrop
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import ReadErrors
-from addp_core.networks.classifier import FeatureNorm, Pooling, check_pooling, pool_tokens
 from addp_core.networks.cnn import CnnEncoder
-from addp_core.networks.encoder import FeatureEncoder
+from addp_core.networks.pooled_features import PooledFeatures
 from addp_core.networks.token_encoder import TokenEncoder
+from addp_core.training.evaluation import check_unreadable
 from addp_core.training.feature_files import STORAGE_DTYPES, FeatureFiles, to_storage
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.fitting import AnyEncoder
-from cls.evaluation import OutputBatch, check_unreadable, compute_outputs
+from cls.evaluation import OutputBatch, compute_outputs
 
 log = logging.getLogger("addp")
 
@@ -38,53 +38,6 @@ def truncate(encoder: AnyEncoder, block: int) -> None:
     encoder.config = replace(encoder.config, depth=block)
     if isinstance(encoder, TokenEncoder):  # it is saved with the config of the predictor that it comes from
         encoder.predictor_config = replace(encoder.predictor_config, depth=block)
-
-
-class PooledFeatures(nn.Module):
-    """Images -> pooled tokens after some blocks of a frozen encoder.
-
-    Args:
-        blocks: counted from 1.
-        poolings: "avg" (mean of the patch tokens), "token" (class token), or both.
-        mirrored: compute the features of the mirror image too, as a second view.
-        norm: of the tokens or features, as the classifier's `feature_norm`.
-    """
-
-    def __init__(
-        self,
-        encoder: FeatureEncoder,
-        blocks: Sequence[int],
-        poolings: Sequence[Pooling],
-        mirrored: bool = False,
-        norm: FeatureNorm = "none",
-    ):
-        super().__init__()
-        for pooling in poolings:
-            check_pooling(encoder, pooling)
-        self.encoder, self.blocks, self.poolings = encoder, tuple(blocks), tuple(poolings)
-        self.mirrored, self.norm = mirrored, norm
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(views, blocks, poolings, width) of an image's features."""
-        return 1 + self.mirrored, len(self.blocks), len(self.poolings), self.encoder.width
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Float[B,3,H,W] normalized -> Float[B,V,K,P,W] in float32: views, blocks, poolings."""
-        views = [images, images.flip(-1)] if self.mirrored else [images]
-        return torch.stack([self._pooled(view) for view in views], 1)
-
-    def _pooled(self, images: Tensor) -> Tensor:
-        tokens = self.encoder.forward_tokens(images, [block - 1 for block in self.blocks])
-        if self.norm == "pretrained":
-            tokens = [self.encoder.norm(x) for x in tokens]
-        return torch.stack([self._pool(x.float()) for x in tokens], 1)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        """Tokens Float[B,1+N,W] -> Float[B,P,W]."""
-        prefix = self.encoder.num_prefix_tokens
-        return torch.stack([pool_tokens(x, name, self.norm, prefix) for name in self.poolings], 1)
 
 
 class FeatureBank:

@@ -16,6 +16,7 @@ from addp_core.data.images import eval_transform, pretrain_transform
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch
 from addp_core.networks.classifier import Classifier, normalize
+from addp_core.networks.pooled_features import PooledFeatures
 from addp_core.training.engine import train
 from addp_core.training.stage import MicroStep, Stage
 from addp_core.weights.fitting import AnyEncoder
@@ -24,7 +25,7 @@ from addp_core.weights.pretrained import NORMALISATION
 from addp_core.weights.saving import save_model
 from cls.data import LabeledStream, cache_for_evaluation, evaluation_crop
 from cls.evaluation import evaluate_classifier
-from cls.probing.features import PooledFeatures, truncate
+from cls.probing.features import truncate
 from cls.probing.recipe import Recipe
 from cls.probing.report import print_results
 from cls.results import METRICS, write_results

@@ -48,7 +48,7 @@ def test_held_out_share(tmp_path, caplog):
     assert (train.classes, val.classes) == (("cat", "dog"),) * 2
     assert not names_of(train) & names_of(val)
     assert [val.read(i)[1] for i in range(6)] == val.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert "6 of 20 images are held out for validation (val_share=0.3, train.seed=0)" in caplog.text
+    assert "6 of 20 images are held out for validation (val_share=0.3, seed 0)" in caplog.text
     moved = shutil.copytree(tmp_path / "set", tmp_path / "elsewhere" / "moved")
     assert names_of(open_splits(DataConfig(source=str(moved)), val_share=0.3)[1]) == names_of(val)
     assert names_of(open_splits(config, val_share=0.3, seed=1)[1]) != names_of(val)

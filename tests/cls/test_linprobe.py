@@ -20,6 +20,7 @@ from addp_core.data.images import eval_transform
 from addp_core.data.sources import open_source
 from addp_core.networks.classifier import normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
+from addp_core.networks.pooled_features import PooledFeatures
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import find_recipe, load
 from addp_core.training import feature_files
@@ -28,7 +29,6 @@ from addp_core.training.stage import TrainConfig
 from addp_core.weights.frozen import spaced_blocks
 from addp_core.weights.loading import load_classifier
 from cls.evaluation import evaluate_classifier
-from cls.probing.features import PooledFeatures
 from cls.probing.recipe import Recipe
 
 HW = (8, 12)

@@ -171,9 +171,10 @@ def test_noise_has_no_precision_and_no_recall(sets, inception, tmp_path):
 def test_metrics_do_not_depend_on_the_chunk_size(sets, tmp_path, monkeypatch):
     """Chunks bound the memory, whatever the number of images."""
     assert main(evaluate_command(sets, tmp_path / "one", f"images={sets / 'a'}")) == 0
+    monkeypatch.setattr("addp_core.training.image_metrics.ROWS_IN_MEMORY", 3)
     monkeypatch.setattr("gen.features.ROWS_IN_MEMORY", 3)
     monkeypatch.setattr("gen.features.EXTRACTOR_BATCH", 5)
-    monkeypatch.setattr("gen.metrics.DISTANCES_IN_MEMORY", 30)
+    monkeypatch.setattr("addp_core.training.image_metrics.DISTANCES_IN_MEMORY", 30)
     again = evaluate_command(sets, tmp_path / "two", f"images={sets / 'a'}", f"cache={tmp_path / 'other'}")
     assert main(again) == 0
     one, two = report_rows(tmp_path / "one")[0], report_rows(tmp_path / "two")[0]

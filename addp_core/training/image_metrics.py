@@ -1,4 +1,12 @@
-"""FID, Inception score, precision and recall, and KID of stored features, as torch-fidelity defines them."""
+"""FID, Inception score, precision and recall, and KID of the features of two sets of images, as torch-fidelity defines
+them.
+
+Features may lie in .npy files, which are memory-mapped and read in chunks: 50,000 images need no more memory than 500.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -7,10 +15,35 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.metric_prc import calculate_precision_recall_part
 
 from addp_core.base.errors import UserError
-from gen.features import FeatureSet, float64_chunks
 
 NEIGHBORS = DEFAULTS["prc_neighborhood"]  # k of the balls whose union is the manifold (arXiv 1904.06991)
 DISTANCES_IN_MEMORY = 2**25
+ROWS_IN_MEMORY = 2048  # of features
+ARRAYS = ("features", "logits")  # what an extractor returns, each a file
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The features of n images, or statistics of them alone.
+
+    Attributes:
+        mean: Float64[D], of the features.
+        covariance: Float64[D,D], of the features.
+        features: Float32[n,D], memory-mapped; None if only the statistics are available.
+        logits: Float32[n,C], memory-mapped; None if only the statistics are available.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    features: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "FeatureSet":
+        """Open what `extract_features` wrote. Raises OSError or ValueError if a file is missing or incomplete."""
+        # copy-on-write, because torch wants writable memory
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in ARRAYS}
+        return cls(np.load(folder / "mean.npy"), np.load(folder / "covariance.npy"), **arrays)
 
 
 def check_image_count(n: int, is_splits: int = 1, name: str = "images") -> None:
@@ -82,3 +115,19 @@ def kernel_distance(generated: np.ndarray, reference: np.ndarray, subset: int) -
     tensors = (torch.from_numpy(features) for features in (generated, reference))
     kid = kid_features_to_metric(*tensors, kid_subset_size=subset, verbose=False)
     return kid[KEY_METRIC_KID_MEAN], kid[KEY_METRIC_KID_STD]
+
+
+def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Float[n,D], n > 1 -> mean Float64[D] and covariance Float64[D,D], computed in chunks."""
+    mean = sum(chunk.sum(0) for chunk in float64_chunks(features)) / len(features)
+    scatter = np.zeros((features.shape[1],) * 2)
+    for chunk in float64_chunks(features):
+        chunk -= mean
+        scatter += chunk.T @ chunk
+    return mean, scatter / (len(features) - 1)
+
+
+def float64_chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the rows of `array`, `ROWS_IN_MEMORY` at a time, as float64 copies in memory."""
+    for start in range(0, len(array), ROWS_IN_MEMORY):
+        yield np.array(array[start : start + ROWS_IN_MEMORY], dtype=np.float64)

@@ -1,0 +1,81 @@
+"""Images that are held out of training, and checks of the labels of a whole dataset."""
+
+import hashlib
+import logging
+
+import numpy as np
+
+from addp_core.base.errors import UserError
+from addp_core.data.image_source import ImageSource, Subset
+
+log = logging.getLogger("addp")
+
+
+def hold_out(
+    source: ImageSource,
+    share: float,
+    seed: int,
+    key: str = "val_share",
+    instead: str = "val",
+    every_class: bool = True,
+) -> tuple[ImageSource, ImageSource]:
+    """Split a dataset into images to train on and images to validate on.
+
+    Of each class, the share (at least one image) whose digests of the seed and the image's name are lowest is held out:
+    the same images wherever the dataset lies, and nearly the same ones after images were added or removed. Images
+    without classes count as one class.
+
+    Args:
+        source: the dataset.
+        share: of the images to hold out.
+        seed: of their choice.
+        key: of the recipe that holds the share.
+        instead: the key that names other images to validate on.
+        every_class: whether every class must have images in both parts; otherwise a class of one image is trained on.
+
+    Raises UserError if a class that must be divided has fewer than two images, or none can be divided, or the labels
+    are not known without reading the images.
+    """
+    if source.classes and source.labels is None:
+        raise UserError(f"{key}: found {share}, but the labels are not known in advance; expected {instead}=<images>")
+    labels = np.zeros(len(source), dtype=np.int64) if source.labels is None else source.labels
+    keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
+    held_out = np.zeros(len(source), dtype=bool)
+    for label, class_name in enumerate(source.classes or ("all images",)):
+        indices = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
+        if len(indices) < 2 and not every_class:
+            continue
+        if len(indices) < 2:
+            raise UserError(
+                f"{key}: class {class_name!r} has {len(indices)} image; expected at least two, one to validate on"
+            )
+        held_out[indices[: min(max(1, round(share * len(indices))), len(indices) - 1)]] = True
+    if not held_out.any():
+        raise UserError(f"{key}: found {share}, but no class has two images, one of which could be held out")
+    log.info(
+        "data: %d of %d images are held out for validation (%s=%s, seed %d)",
+        *(held_out.sum(), len(source), key, share, seed),
+    )
+    return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))
+
+
+def check_labels(source: ImageSource, name: str) -> None:
+    """Check the labels of a whole dataset, if they are known without reading its images.
+
+    name: of the dataset, for messages.
+
+    Raises UserError if a label is out of range or a class has no images.
+    """
+    if source.labels is None:
+        return
+    for label in (source.labels.min(), source.labels.max()):
+        if not 0 <= label < len(source.classes):
+            raise UserError(f"{name}: found label {label}, expected 0 to {len(source.classes) - 1}")
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    empty = [class_name for class_name, count in zip(source.classes, counts, strict=True) if not count]
+    if empty:
+        listed = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        raise UserError(
+            f"{name}: {len(empty)} of the {len(source.classes)} classes have no images: {listed}; "
+            "expected images of every class in training and in validation"
+        )
