@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from addp_core.base.errors import UserError
 from addp_core.data.stream import Batch
 from addp_core.method.addp import ADDP, ADDPConfig
-from addp_core.method.diffusion import draw_masks
+from addp_core.method.diffusion import InputRows, draw_input_rows, draw_masks
 from addp_core.method.sampler import sample
 from addp_core.networks.cnn import CnnGridEncoder
 from addp_core.networks.layers import checkpoint_blocks
@@ -118,8 +118,12 @@ class PretrainStage(Stage):
         generator = micro_step.generator("mask", shared=shared)
         masks = draw_masks(addp.config.process, mask_rows, addp.config.tokens, generator)
         mask, next_mask = (m[rows] for m in masks)
-        ids = batch.ids if isinstance(batch, TokenBatch) else addp.encode_images(batch.images)
-        loss = addp.loss_of_ids(model, ids, mask, next_mask)
+        drawn = draw_input_rows(addp.config.process, mask_rows, micro_step.generator("inputs", shared=shared))
+        inputs = None if drawn is None else InputRows(*(each[rows] for each in drawn))
+        if isinstance(batch, TokenBatch):
+            loss = addp.loss_of_ids(model, batch.ids, mask, next_mask, inputs)
+        else:
+            loss = addp.training_loss(model, batch.images, mask, next_mask, inputs)
         return {"loss": loss, "mask_ratio": mask.float().mean()}
 
     def after_step(self, model: nn.Module, micro_step: MicroStep, accelerator: Accelerator) -> dict[str, Tensor]:

@@ -191,5 +191,10 @@ class PretrainRecipe:
 
     def __post_init__(self) -> None:
         check_ids_to(self.model, self.process)
+        if self.data.tokens and self.process.natural_share:
+            raise ValueError(
+                f"process.natural_share: found {self.process.natural_share} with data.tokens, which holds no pixels; "
+                "expected 0, or images as data"
+            )
         if self.data.tokens and not self.tokenizer:
             raise ValueError("tokenizer: found none; expected the one that computed the ids of data.tokens")

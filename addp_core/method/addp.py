@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from addp_core.method.config import ADDPConfig as ADDPConfig
 from addp_core.method.config import DenoiserConfig as DenoiserConfig
 from addp_core.method.config import check_ids_to as check_ids_to
-from addp_core.method.diffusion import draw_masks, map_tokens, soft_cross_entropy, training_target
+from addp_core.method.diffusion import (
+    InputRows,
+    draw_input_rows,
+    draw_masks,
+    map_tokens,
+    soft_cross_entropy,
+    training_target,
+)
 from addp_core.networks.cnn import CnnConfig, CnnGridEncoder
 from addp_core.networks.decoder import TokenDecoder
 from addp_core.networks.encoder import Encoder
@@ -156,23 +163,40 @@ class ADDP(nn.Module):
         """
         generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         masks = draw_masks(self.config.process, len(images), self.config.tokens, generator)
-        return {"loss": self.training_loss(self.denoiser, images, *masks)}
+        rows = draw_input_rows(self.config.process, len(images), generator)
+        return {"loss": self.training_loss(self.denoiser, images, *masks, rows)}
 
-    def training_loss(self, denoiser: nn.Module, images: Tensor, mask: Tensor, next_mask: Tensor) -> Tensor:
+    def training_loss(
+        self, denoiser: nn.Module, images: Tensor, mask: Tensor, next_mask: Tensor, rows: InputRows | None = None
+    ) -> Tensor:
         """Return the loss of one step (Sec. 3.3), a scalar.
 
         Args:
             denoiser: the model's own, as it may be wrapped for training.
             images: Float[B,3,H,W] in [0,1].
             mask, next_mask: Bool[B,N] on the CPU, True = unreliable at t and at the later step.
+            rows: the images that are corrupted in another way, on the CPU.
         """
-        return self.loss_of_ids(denoiser, self.encode_images(images), mask, next_mask)
+        return self.loss_of_ids(denoiser, self.encode_images(images), mask, next_mask, rows, images)
 
-    def loss_of_ids(self, denoiser: nn.Module, ids: Tensor, mask: Tensor, next_mask: Tensor) -> Tensor:
-        """Return the loss of one step as `training_loss` does, for images whose ids Long[B,N] are known."""
+    def loss_of_ids(
+        self,
+        denoiser: nn.Module,
+        ids: Tensor,
+        mask: Tensor,
+        next_mask: Tensor,
+        rows: InputRows | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of one step as `training_loss` does, for images whose ids Long[B,N] are known.
+
+        images: needed for rows that keep their own pixels.
+        """
         counts, next_counts = count_visible(mask), count_visible(next_mask)
         mask, next_mask = (each.to(ids.device, non_blocking=True) for each in (mask, next_mask))
-        corrupted = self.corrupt(ids, mask, next_mask, (counts, next_counts))
+        if rows is not None:
+            rows = InputRows(*(each.to(ids.device, non_blocking=True) for each in rows))
+        corrupted = self.corrupt(ids, mask, next_mask, (counts, next_counts), rows, images)
         positions = MaskPositions.from_mask(mask, counts, self.denoiser.compiled)
         return denoiser(corrupted.images, ids, mask, corrupted.target, positions=positions)
 
@@ -188,12 +212,20 @@ class ADDP(nn.Module):
         mask: Tensor,
         next_mask: Tensor,
         counts: tuple[Sequence[int], Sequence[int]] | None = None,
+        rows: InputRows | None = None,
+        natural: Tensor | None = None,
     ) -> CorruptedBatch:
         """Return the noisy images x_t and their targets (Eq. 4-6).
 
-        ids: Long[B,N]. mask, next_mask: Bool[B,N], True = unreliable at t and at the later step. counts: the number of
-        reliable ids in each row of both masks, if the host knows them (`MaskPositions.from_mask`). Raises ValueError if
-        the model was loaded without a token predictor.
+        Args:
+            ids: Long[B,N].
+            mask, next_mask: Bool[B,N], True = unreliable at t and at the later step.
+            counts: the number of reliable ids in each row of both masks, if the host knows them
+                (`MaskPositions.from_mask`).
+            rows: images that are corrupted in another way.
+            natural: the images, Float[B,3,H,W] in [0,1], if some of these rows keep their own pixels.
+
+        Raises ValueError if the model was loaded without a token predictor.
         """
         if self.predictor is None:
             raise ValueError(
@@ -207,7 +239,13 @@ class ADDP(nn.Module):
         positions = MaskPositions.from_mask(masks, known, self.predictor.compiled)
         probabilities = self.predictor(all_ids, masks, positions.visible)
         guess, posterior = probabilities.chunk(2) if both else (probabilities, probabilities)
-        images = self.render(map_tokens(guess, codebook, process.mapping), ids, mask)
+        mixed = mask if rows is None else mask & ~rows.clean[:, None]
+        images = self.render(map_tokens(guess, codebook, process.mapping), ids, mixed)
+        if rows is not None and natural is not None:
+            kept = (rows.natural[:, None] & ~mask).unflatten(1, self.config.grid)
+            stride = self.config.tokenizer.stride
+            kept = kept.repeat_interleave(stride, 1).repeat_interleave(stride, 2)
+            images = torch.where(kept.unsqueeze(1), natural, images)
         return CorruptedBatch(images, training_target(posterior, ids, process.target))
 
     def render(self, embeddings: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

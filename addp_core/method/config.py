@@ -51,8 +51,21 @@ class ProcessConfig:
     timesteps: Annotated[int, Ge(1), "T: number of steps of the cosine schedule"] = 100
     max_jump: Annotated[int, Ge(1), "the later step lies 1 to this many steps after t"] = 5
     label_smoothing: Annotated[float, Interval(ge=0, lt=1), "label smoothing over the whole vocabulary"] = 0.1
+    natural_share: Annotated[
+        float,
+        Interval(ge=0, le=1),
+        "share of the images that keep their own pixels at reliable positions (not the paper's)",
+    ] = 0.0
+    clean_share: Annotated[
+        float, Interval(ge=0, le=1), "share of the images that are decoded from all of their true ids (not the paper's)"
+    ] = 0.0
 
     def __post_init__(self) -> None:
+        if self.natural_share + self.clean_share > 1:
+            raise ValueError(
+                f"clean_share: found {self.clean_share} beside natural_share = {self.natural_share}; "
+                "expected a sum up to 1"
+            )
         if self.ratio_min >= self.ratio_max:
             raise ValueError(f"ratio_min: found {self.ratio_min}, expected less than ratio_max = {self.ratio_max}")
         if not self.has_ratio():

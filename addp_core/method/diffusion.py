@@ -6,6 +6,7 @@ At step t a fraction of the token ids is unreliable; the fraction grows with t u
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,22 @@ def draw_masks(config: ProcessConfig, batch: int, tokens: int, generator: torch.
     later_ratio = torch.maximum(ratios[min(index + jump, len(ratios) - 1)], ratio)
     rank = torch.rand(batch, tokens, generator=generator).argsort(1).argsort(1)
     return rank < math.ceil(tokens * float(ratio)), rank < math.ceil(tokens * float(later_ratio))
+
+
+class InputRows(NamedTuple):
+    """Which images of a batch are corrupted in another way than the paper's (`ProcessConfig`), Bool[B] each."""
+
+    natural: Tensor  # they keep their own pixels at reliable positions
+    clean: Tensor  # they are decoded from all of their true ids
+
+
+def draw_input_rows(config: ProcessConfig, batch: int, generator: torch.Generator) -> InputRows | None:
+    """Draw which images are corrupted in another way; None if the process has no such share."""
+    if not (config.natural_share or config.clean_share):
+        return None
+    place = torch.rand(batch, generator=generator)
+    natural = place < config.natural_share
+    return InputRows(natural, ~natural & (place < config.natural_share + config.clean_share))
 
 
 def map_tokens(probabilities: Tensor, codebook: Tensor, mapping: TokenMapping) -> Tensor:

@@ -94,6 +94,26 @@ def test_every_epoch_shows_each_image_once_and_the_crops_repeat(root):
     assert np.array_equal(np.concatenate(halves), whole)
 
 
+def test_a_cache_of_blocks_of_neighbors(root, tmp_path, capsys):
+    blocks, tokens = "data.shuffle_block=3", f"data.tokens={tmp_path / 'tokens'}"
+    assert main(cache(root, tmp_path / "tokens", blocks)) == 0
+    assert main(predictor(root, tmp_path / "pixels", blocks)) == 0
+    assert main(predictor(root, tmp_path / "ids", blocks, tokens)) == 0
+    assert losses(tmp_path / "ids") == losses(tmp_path / "pixels")
+    capsys.readouterr()
+    assert main(predictor(root, tmp_path / "other", tokens)) == 2
+    assert "data.shuffle_block: found 1, but data.tokens=" in capsys.readouterr().err
+
+
+def test_a_cache_from_before_blocks_existed(root, tmp_path):
+    shutil.copytree(root / "tokens", tmp_path / "tokens")
+    record = json.loads((root / "tokens" / "tokens.json").read_text())
+    assert record.pop("shuffle_block") == 1
+    (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(record))
+    assert main(cache(root, tmp_path / "tokens")) == 0
+    assert main(predictor(root, tmp_path / "run", f"data.tokens={tmp_path / 'tokens'}", "train.steps=1")) == 0
+
+
 def test_a_stopped_cache_is_continued_and_others_files_are_kept(root, tmp_path, caplog):
     shutil.copytree(root / "tokens", tmp_path / "tokens")
     removed, kept = (tmp_path / "tokens" / f"ids-0000{number}.npy" for number in (1, 2))
@@ -130,6 +150,7 @@ def test_caches_of_other_images_other_tokenizers_and_incomplete_ones_are_one_lin
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "holds no tokens.json; expected a folder that `addp tokenizer cache` has written" in error()
+    assert "natural_share: found 0.5 with data.tokens" in error("process.natural_share=0.5", verb=pretrain)
     shutil.copytree(root / "tokens", tokens)
     shutil.copytree(root / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "1.png").unlink()

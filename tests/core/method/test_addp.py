@@ -8,6 +8,7 @@ from tiny import BATCH, TOKENIZER, TOKENS, nested_masks, tiny_addp
 
 from addp_core.base.rng import generator
 from addp_core.method.addp import ADDPConfig, Denoiser
+from addp_core.method.diffusion import InputRows, draw_input_rows
 
 
 def test_corruption_keeps_reliable_codes_and_replaces_the_rest(model, images):
@@ -46,6 +47,30 @@ def test_condition_decides_which_ids_the_noisy_image_depends_on(images):
     assert not torch.allclose(default.images, ablation.images)
     torch.testing.assert_close(ablation.images, expected.images)
     torch.testing.assert_close(default.target, ablation.target)
+
+
+def test_images_that_keep_their_own_pixels_or_all_of_their_ids(images):
+    """natural_share and clean_share change the noisy images of the rows drawn for them, and nothing else."""
+    model = tiny_addp(natural_share=0.4, clean_share=0.3)
+    ids, (mask, later) = model.tokenizer.encode(images), nested_masks()
+    rows = InputRows(*torch.eye(BATCH, dtype=torch.bool)[:2])
+    default, out = model.corrupt(ids, mask, later), model.corrupt(ids, mask, later, rows=rows, natural=images)
+    height, width = (size // model.config.tokenizer.stride for size in images.shape[2:])
+    reliable = ~mask[0].view(height, 1, width, 1).expand(-1, images.shape[2] // height, -1, images.shape[3] // width)
+    reliable = reliable.reshape(1, *images.shape[2:])
+    assert torch.equal(out.images[0], torch.where(reliable, images[0], default.images[0]))
+    assert torch.equal(out.images[1], model.render(torch.zeros(1), ids, torch.zeros_like(mask))[1])
+    assert torch.equal(out.images[2:], default.images[2:])
+    assert torch.equal(out.target, default.target)
+    drawn = [draw_input_rows(model.config.process, 1000, generator("rows", i)) for i in range(2)]
+    assert not torch.equal(drawn[0].natural, drawn[1].natural)
+    assert not (drawn[0].natural & drawn[0].clean).any()
+    assert abs(drawn[0].natural.float().mean() - 0.4) < 0.05
+    assert abs(drawn[0].clean.float().mean() - 0.3) < 0.05
+    assert draw_input_rows(tiny_addp().config.process, 4, generator("rows")) is None
+    loss = model(images, generator("step"))["loss"]
+    loss.backward()
+    assert not torch.equal(loss, tiny_addp()(images, generator("step"))["loss"])
 
 
 def test_loss_at_masked_positions_equals_the_full_loss(model, images):
