@@ -24,7 +24,7 @@ from addp_core.data.tar_members import RULES, TarMembers
 from addp_core.data.tars import TarShards
 
 HEADER_BYTES = 1 << 14  # read at a time for an index: the headers and label files between two images
-MAX_GAP = 1 << 16  # bytes between two images that are read too, so that they are one request
+MAX_GAP = 1 << 15  # bytes between two images that are read too, so that they are one request
 MAX_REQUEST = 1 << 24  # bytes that several images in one request may take
 MAX_AHEAD = 1 << 26  # bytes of images that a process holds before they are asked for
 MAX_IMAGES_AHEAD = 8 * CONNECTIONS

@@ -361,7 +361,9 @@ def example_images(source: ImageSource, config: DataConfig, n: int) -> Tensor:
     They are spread over the dataset.
     """
     crop, images = eval_transform(config.hw), []
-    for index in torch.linspace(0, len(source) - 1, min(n, len(source))).long().tolist():
+    indices = torch.linspace(0, len(source) - 1, min(n, len(source))).long().tolist()
+    source.read_ahead(indices)
+    for index in indices:
         try:
             images.append(crop(source.open_image(index)[0]))
         except ImageError:  # the stream logs it when training reads it

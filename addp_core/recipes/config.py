@@ -12,12 +12,14 @@ changes a single entry: `set.train.accumulate: 8`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import yaml
 
+from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.dialect import write_yaml
@@ -77,6 +79,7 @@ def _resolve(cls: type, path: Path | None, settings: Sequence[str], named: Named
     if path is not None:
         for document in reversed(list(_documents(cls, Path(path), named))):
             document.read(tree)
+    _check_braces(settings)
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
@@ -93,6 +96,17 @@ def _resolve(cls: type, path: Path | None, settings: Sequence[str], named: Named
     for setting in settings:
         _check_still_set(cls, tree, setting.partition("=")[0].strip())
     return tree
+
+
+def _check_braces(settings: Sequence[str]) -> None:
+    """Raise UserError if the shell has made several settings of an address with braces; the last one would hold."""
+    for setting, other in pairwise(settings):
+        (name, _, text), (other_name, _, other_text) = setting.partition("="), other.partition("=")
+        if name == other_name and is_address(text) and is_address(other_text):
+            raise UserError(
+                f"{name}: given more than once; a shell replaces braces by what they stand for, expected quotes, as in "
+                f"'{name}=https://host/train-{{00..09}}.tar'"
+            )
 
 
 def _check_still_set(cls: type, tree: Tree, name: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import ValidationError
 
+from addp_core.base.addresses import CREDENTIALS_FIX, has_credentials
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.recipes.dialect import NULL, STR, Loader, is_null, is_readable, scalar_value
 from addp_core.recipes.keys import Key, all_keys, describe_type, keys_of, unannotated, union_members
@@ -171,6 +172,8 @@ class Document:
         If the key is a section, this is its tree: `current` with the keys of the node set. Any other value, including a
         list or a free-form mapping, replaces the current one.
         """
+        if any(map(has_credentials, _texts(node))):
+            raise UserError(f"{self.location(node)}{full_name}: {CREDENTIALS_FIX}")
         if node.tag == UNPARSED:
             node = self.parse_setting(node, key, full_name)
         section = key.section
@@ -277,6 +280,15 @@ class Document:
                 raise UserError(f"{self.location(name)}{full_name}.{name.value}: set twice; keep one")
             names.add(name.value)
             yield name, value
+
+
+def _texts(node: yaml.Node) -> Iterator[str]:
+    """Yield the texts of all scalars in a node."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node.value
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        for each in child if isinstance(child, tuple) else (child,):
+            yield from _texts(each)
 
 
 class _TypeMismatchError(Exception):

@@ -22,6 +22,7 @@ COMPUTE_ONLY_KEYS = frozenset(
     | {f"train.{key}" for key in ("compile", "channels_last", "parallel", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
     | {f"train.{key}" for key in ("trackers", "tracker_project", "keep_best")}
+    | {"data.tries", "data.timeout"}
     | LAUNCH_KEYS
 )
 # Compute only too; the digests of segmentation runs, which had this key first, contain it.
@@ -31,6 +32,7 @@ LENGTH_KEYS = frozenset({"train.steps", "train.epochs"})
 
 PRECISION, FORMER_PRECISION = "train.precision", "fp32"  # the default until `auto` existed
 RESIZE, FORMER_RESIZE = "data.resize", "pillow"  # what all runs had until the key existed
+BLOCK, FORMER_BLOCK = "data.shuffle_block", 1  # the default, and what all runs had until the key existed
 
 Values = dict[str, Any]  # full name of a key ('train.batch') -> value
 
@@ -135,7 +137,16 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Values:
     return flat
 
 
+def result_values(values: Values) -> Values:
+    """Return the keys that determine the result, without a later key that has the value of runs from before it."""
+    relevant = {key: value for key, value in values.items() if key not in COMPUTE_ONLY_KEYS}
+    if relevant.get(BLOCK) == FORMER_BLOCK:
+        del relevant[BLOCK]
+    return relevant
+
+
 def digest(values: Values) -> str:
     """Return a digest of the keys that determine the result."""
-    relevant = {key: value for key, value in values.items() if key not in COMPUTE_ONLY_KEYS}
-    return hashlib.blake2b(json.dumps(relevant, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(result_values(values), sort_keys=True, default=str).encode(), digest_size=16
+    ).hexdigest()

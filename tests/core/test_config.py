@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Interval, MultipleOf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from addp_core.base.addresses import CREDENTIALS_FIX
 from addp_core.base.errors import UserError
 from addp_core.recipes.config import dump, load
 from addp_core.recipes.help import describe_keys
@@ -159,11 +160,22 @@ def test_what_a_setting_means(setting, get, value):
         ("data.scale=[1", "data.scale: '[1' is not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("note", "'note': settings are written key=value, without spaces; did you mean note=...?"),
         ("=3", "'=3': settings are written key=value, without spaces"),
+        ("note=https://user:hush@host/x", f"note: {CREDENTIALS_FIX}"),
+        ("note='https://user:hush@host/x", f"note: {CREDENTIALS_FIX}"),
+        ("data.weights={a: 'https://host/x?token=hush'}", f"data.weights: {CREDENTIALS_FIX}"),
         ("sizes=*a", "sizes: anchors (&) and aliases (*) are not supported; write the value out"),
     ],
 )
 def test_the_message_for_a_wrong_setting(setting, message):
     assert refusal(setting) == message
+
+
+def test_braces_that_the_shell_has_replaced():
+    addresses = [f"note=https://host/{number}.tar" for number in range(3)]
+    with pytest.raises(UserError, match="note: given more than once; a shell replaces braces"):
+        load(Recipe, None, [*REQUIRED, *addresses])
+    kept = load(Recipe, None, [*REQUIRED, "note=https://host/{0..2}.tar", "out=a", "note=https://host/3.tar"]).note
+    assert kept == "https://host/3.tar"
 
 
 @pytest.mark.parametrize(

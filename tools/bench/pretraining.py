@@ -293,11 +293,11 @@ def _result_values(recipe: Any, *without: str) -> dict[str, Any]:
     from addp_core.training.precision import AUTO
     from addp_core.training.run_recipe import (
         CHECKPOINTING,
-        COMPUTE_ONLY_KEYS,
         FORMER_PRECISION,
         PRECISION,
         RESIZE,
         RunRecipe,
+        result_values,
     )
 
     values = RunRecipe(recipe).values
@@ -305,7 +305,7 @@ def _result_values(recipe: Any, *without: str) -> dict[str, Any]:
         values[PRECISION] = FORMER_PRECISION
     if values.get(RESIZE) is None:  # nor does one from before this key existed change
         values.pop(RESIZE, None)
-    return {key: value for key, value in values.items() if key not in COMPUTE_ONLY_KEYS | {CHECKPOINTING, *without}}
+    return {key: value for key, value in result_values(values).items() if key not in {CHECKPOINTING, *without}}
 
 
 def _key(name: str) -> str:

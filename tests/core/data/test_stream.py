@@ -28,6 +28,7 @@ from PIL import Image
 
 from addp_core.base.errors import UserError
 from addp_core.data.sources import open_source
+from addp_core.data.stream import epoch_order
 
 
 @QUICK
@@ -181,6 +182,24 @@ def raising_transform(image: Image.Image) -> torch.Tensor:
 def test_errors_in_a_transform_do_not_count_as_unreadable_images(workers):
     with pytest.raises(RuntimeError, match="a mistake in the transform"):
         take_batches(make_stream(memory_source(4), transform=raising_transform, workers=workers), 1)
+
+
+@QUICK
+@given(st.integers(1, 60), st.integers(2, 12), st.integers(0, 3))
+def test_blocks_of_neighbors_are_shuffled(count, block, seed):
+    orders = [epoch_order(count, seed, epoch, block) for epoch in range(2)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(count))
+        breaks = int((order[1:] != order[:-1] + 1).sum())
+        assert breaks <= count // block + 1
+    assert torch.equal(orders[0], epoch_order(count, seed, 0, block))
+
+
+def test_an_order_of_blocks_differs_between_epochs():
+    orders = [epoch_order(1000, 0, epoch, 10) for epoch in range(2)]
+    assert not torch.equal(*orders)
+    starts = [set((order[1:][order[1:] != order[:-1] + 1] % 10).tolist()) for order in orders]
+    assert starts[0] != starts[1]  # the blocks begin elsewhere
 
 
 class KillingTransform:
