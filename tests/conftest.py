@@ -12,7 +12,8 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ADDP_MEASURE_KERNELS"] = "0"  # the same kernels in each run of the tests, and no file in the user's cache
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *SLURM):
     os.environ.pop(name, None)
 
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)

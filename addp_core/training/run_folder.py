@@ -88,7 +88,7 @@ def prepare_out(
     """
     out = Path(out)
     if is_for_slurm(recipe):
-        check_submission(out)
+        check_submission(out, recipe)
     if (previous := _previous_values(out)) is not None:
         keep_precision(recipe, previous)
     settle_resize(recipe, _stored_values(out))

@@ -17,12 +17,14 @@ from addp_core.base.launch import ADDP, world_size
 from addp_core.base.paths import FINISHED_FILE, RECIPE_FILE
 from addp_core.base.slurm import SCRIPT_FILE, check_options, check_slurm, jobs_in_queue, submit_script, write_script
 from addp_core.recipes.verbs import verb_of
+from addp_core.training.config import TrainConfig
 
 log = logging.getLogger("addp")
 
 WHERE = "launch=slurm"
 JOB = "training"  # the name of its job in the run folder
 SBATCH = "slurm.sbatch"
+FULL = "full"  # the mode of `addp linprobe` that trains as `train` says
 # srun takes the number of cores from its own variable or option only. One process that fails ends all.
 SRUN = 'srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}'
 # A training that a signal stops exits with 0; before it has begun, and in commands without checkpoints, the signal
@@ -56,6 +58,9 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         check_options(self.sbatch, "sbatch")
+        for key in ("partition", "account", "time", "mem"):
+            if not (value := getattr(self, key)).isprintable():
+                raise ValueError(f"{key}: found {value!r}, expected one line of text")
 
     @property
     def tasks(self) -> int:
@@ -95,14 +100,19 @@ def number_of_processes(recipe: Any) -> int:
     return recipe.slurm.tasks if is_for_slurm(recipe) else world_size()
 
 
-def check_submission(out: Path) -> None:
+def check_submission(out: Path, recipe: Any) -> None:
     """Check that a job for this run folder can be submitted; exit with code 0 if one is in the queue.
 
-    Raises UserError if this is no machine of a cluster, or one of several processes.
+    Raises UserError if this is no machine of a cluster, or one of several processes, or if the processes of the job
+    cannot share the batch.
     """
     if world_size() > 1:
         raise UserError(f"{WHERE}: found in {world_size()} processes, expected one; start it without torchrun or srun")
     check_slurm(WHERE)
+    if isinstance(recipe.train, TrainConfig) and getattr(recipe, "mode", FULL) == FULL:
+        from addp_core.training.processes import check_batch
+
+        check_batch(recipe.train, recipe.slurm.tasks)
     if number := jobs_in_queue(out, WHERE).get(JOB):
         log.info("out=%s: job %s is in the queue or runs; nothing to submit", out, number)
         raise SystemExit(0)

@@ -11,21 +11,12 @@ from pathlib import Path
 import pytest
 from checks import shards_on_cpus
 from ranks import free_port
+from slurm_commands import stand_in_for_slurm
 from transfers import NO_AUGMENTATION, write_color_images
 
 PAGE = Path(__file__).parents[2] / "docs" / "many-gpus.md"
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-# Two processes that Slurm would start, on one machine; and the machine's name.
-SRUN = """#!/bin/bash
-shift
-for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & pids+=($!); done
-for pid in "${pids[@]}"; do wait $pid || exit; done
-"""
-SCONTROL = """#!/bin/bash
-[ "$1" = requeue ] && touch "$(dirname "$0")/requeued"
-echo 127.0.0.1
-"""
+SUBMITTED = "launch=slurm"  # what such a job does, tests/core/training/test_submission.py tests
 
 
 def on_two_cpus(block: str, training: str, out: Path) -> str:
@@ -35,9 +26,7 @@ def on_two_cpus(block: str, training: str, out: Path) -> str:
     assert trainings == 1
     block = block.replace("runs/vit_b/", f"{out}/")
     block = re.sub(r"(--nproc_per_node|--num_processes) 8", r"\1 2", block)
-    for port in ("29400", "29500"):
-        block = block.replace(port, str(free_port()))
-    return block
+    return block.replace("29400", str(free_port()))
 
 
 def name_of(block: str) -> str:
@@ -48,25 +37,26 @@ def name_of(block: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(block, id=name_of(block), marks=[shards_on_cpus] if "fsdp" in block else []) for block in BLOCKS],
+    [
+        pytest.param(block, id=name_of(block), marks=[shards_on_cpus] if "fsdp" in block else [])
+        for block in BLOCKS
+        if SUBMITTED not in block
+    ],
 )
-def test_each_command_trains_on_two_processes(block, tmp_path):
+def test_each_command_trains_on_two_processes(block, tmp_path, monkeypatch):
     write_color_images(tmp_path / "data", train=2, val=2)
     keys = {"model": "tiny", "init": "random", "patch_size": 4, "data": tmp_path / "data", "data.size": 12}
     keys |= {"data.workers": 0, "train.steps": 2, "train.batch": 4, "eval_batch": 2, "out": tmp_path / "run"}
     if "fsdp" in block:
         keys["train.parallel"] = "fsdp"
     training = "finetune " + " ".join(f"{key}={value}" for key, value in (keys | NO_AUGMENTATION).items())
-    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    stand_in_for_slurm(tmp_path, monkeypatch)
     environment = os.environ | {
-        "PATH": path,
-        "SLURM_NTASKS": "2",
-        "SLURM_JOB_NODELIST": "here",
+        "PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "CUDA_VISIBLE_DEVICES": "",
     }
+    if "srun" in block:
+        environment["MASTER_PORT"] = str(free_port())  # tests at the same time are of the same job
     done = subprocess.run(
         ["bash", "-c", on_two_cpus(block, training, tmp_path / "run")],
         env=environment,
@@ -76,5 +66,5 @@ def test_each_command_trains_on_two_processes(block, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists()
-    assert not (tmp_path / "requeued").exists()
+    assert not (tmp_path / "scontrol.txt").exists()
     assert done.stderr.count("finished after 2 steps") == 1, done.stderr  # one job, not two
