@@ -23,7 +23,7 @@ RUN torch=$(grep -E '^torch==.*>= "3.11"' /addp/constraints.txt | cut -d';' -f1)
     && pip install --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple "$torch" "$torchvision"
 
 COPY . /addp
-RUN pip install -c /addp/constraints.txt "/addp[gen,det,seg]"
+RUN pip install -c /addp/constraints.txt "/addp[gen,det,seg,stream]"
 
 WORKDIR /work
 ENTRYPOINT ["addp"]

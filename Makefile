@@ -4,7 +4,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 OLDEST  ?= .venv-oldest
-EXTRAS  ?= test,docs,gen,det,seg
+EXTRAS  ?= test,docs,gen,det,seg,stream
 WORKERS ?= 2
 
 BIN   := $(VENV)/bin
@@ -57,7 +57,7 @@ $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	    { echo "the oldest versions need Python 3.10, 3.11 or 3.12; name one: make test-oldest PYTHON=python3.10"; exit 1; }
 	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
 	@echo "installing the oldest versions into $(OLDEST): some minutes and 6 GB the first time"
-	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[test,gen,det,onnx]' \
+	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[test,gen,det,onnx,stream]' \
 	    onedl-mmcv onedl-mmengine ftfy opencv-python prettytable regex
 	@$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-deps onedl-mmsegmentation
 	@touch $@

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 
 import numpy as np
 
@@ -79,3 +80,11 @@ def check_labels(source: ImageSource, name: str) -> None:
             f"{name}: {len(empty)} of the {len(source.classes)} classes have no images: {listed}; "
             "expected images of every class in training and in validation"
         )
+
+
+def same_images(first: ImageSource, second: ImageSource) -> bool:
+    """Check whether two datasets are the same files, by their number and the paths of three of them."""
+    return len(first) == len(second) and all(
+        os.path.realpath(first.name(index)) == os.path.realpath(second.name(index))
+        for index in (0, len(first) // 2, len(first) - 1)
+    )

@@ -1,6 +1,7 @@
 """Ranges of bytes of files at addresses (https, s3 and whatever else fsspec reads), with retries and timeouts."""
 
 import asyncio
+import http.client
 import io
 import logging
 import os
@@ -240,7 +241,7 @@ class _Attempt:
 
     def failed(self, error: Exception) -> None:
         """Log an error and wait, if it may pass and there are tries left. Raises UserError otherwise."""
-        reason = _reason(error, self.timeout)
+        reason = _reason(error, self.address, self.timeout)
         if _is_final(error):
             raise UserError(f"data.source: {self.address.shown}: {reason}{_fix(error)}") from None
         if self.number == self.tries:
@@ -271,8 +272,9 @@ def _options(scheme: str, timeout: float) -> dict[str, Any]:
         # trust_env: of ~/.netrc and of proxies
         return {"client_kwargs": {"timeout": limits, "trust_env": True, **given.get("client_kwargs", {})}}
     if PACKAGES.get(scheme) == "s3fs":
-        timeouts = {"connect_timeout": timeout, "read_timeout": timeout}
-        return {"config_kwargs": {**timeouts, **given.get("config_kwargs", {})}}
+        # No tries of its own, each with as many pauses: `_Attempt` is told of every failure.
+        ours = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
+        return {"config_kwargs": {**ours, **given.get("config_kwargs", {})}}
     return {}
 
 
@@ -283,28 +285,38 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _status(cause: BaseException) -> int | None:
+    """Return the HTTP status of aiohttp's and botocore's errors."""
+    status = getattr(cause, "status", None)
+    response = getattr(cause, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status if isinstance(status, int) else None
+
+
 def _is_final(error: Exception) -> bool:
     """Check whether another try would end in the same way."""
     cause = _cause(error)
-    status = getattr(cause, "status", None)
-    if isinstance(status, int):
+    status = _status(cause)
+    if status is not None:
         return 400 <= status < 500 and status not in TEMPORARY_STATUS
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, _UselessAnswerError)
     return isinstance(cause, final) or "Credential" in type(cause).__name__
 
 
-def _reason(error: Exception, timeout: float) -> str:
+def _reason(error: Exception, address: Address, timeout: float) -> str:
     cause = _cause(error)
-    status = getattr(cause, "status", None)
-    if isinstance(status, int):
-        return f"HTTP {status} {getattr(cause, 'message', '')}".strip()
+    status = _status(cause)
+    if status is not None:
+        return f"HTTP {status} {http.client.responses.get(status, '')}".strip()
     if isinstance(cause, FileNotFoundError):
         return "not found (404)"
     if isinstance(cause, PermissionError):
         return "access denied (403)"
     if isinstance(cause, TimeoutError | asyncio.TimeoutError):
         return f"no answer within {timeout:g} seconds"
-    text = without_secrets(" ".join(str(cause).split()).partition(": <")[0])
+    text = " ".join(str(cause).replace(address.url, address.shown).split()).partition(": <")[0]
+    text = without_secrets(text)
     if isinstance(cause, _UselessAnswerError):
         return text
     return f"the connection failed ({type(cause).__name__}{f': {text}' if text else ''})"
@@ -312,7 +324,7 @@ def _reason(error: Exception, timeout: float) -> str:
 
 def _fix(error: Exception) -> str:
     cause = _cause(error)
-    status = getattr(cause, "status", None)
+    status = _status(cause)
     if isinstance(cause, FileNotFoundError) or status in (404, 410):
         return "; check the address"
     if isinstance(cause, PermissionError) or status in (401, 403):

@@ -165,6 +165,13 @@ def test_credentials_reach_the_server_only(server, monkeypatch, caplog, capfd):
     assert "secret" not in str(error.value) + caplog.text + "".join(capfd.readouterr())
 
 
+def test_headers_that_fsspec_is_told_to_send(server, monkeypatch):
+    fsspec_config = pytest.importorskip("fsspec.config")
+    monkeypatch.setitem(fsspec_config.conf, "http", {"headers": {"Authorization": "Bearer x"}})
+    files().read(ranges(server, ("a.tar", 3, 6)))
+    assert server.requests[0].authorization == "Bearer x"
+
+
 def test_copies_for_other_processes_hold_no_connection(server):
     reader = files()
     [part] = ranges(server, ("a.tar", 3, 6))

@@ -270,3 +270,32 @@ def test_other_schemes_of_fsspec(server):
     here = open_source(str(server.folder / "web"))
     there = open_source("memory://web/train-{00..02}.tar")
     assert equal_rows(*(concatenate(take_batches(make_stream(source, 8), 5)) for source in (here, there)))
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """Let s3:// mean the server: bucket web, whose objects it answers as S3 does."""
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()  # it would connect to the server of another test
+    for name, value in (("ENDPOINT_URL", server.url), ("ACCESS_KEY_ID", "me"), ("SECRET_ACCESS_KEY", "hush-hush")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return server
+
+
+def test_shards_in_a_bucket(s3):
+    here, there = open_source(str(s3.folder / "web")), open_source("s3://web/train-{00..02}.tar")
+    assert there.digest() == here.digest()
+    for workers in (0, 1):
+        expected, found = (concatenate(take_batches(make_stream(s, 8, workers=workers), 5)) for s in (here, there))
+        assert equal_rows(found, expected)
+    assert all("Credential=me/" in part.authorization for part in s3.parts)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"), [(404, "HTTP 404 Not Found"), (403, "(access denied|HTTP 403).*; check your cred")]
+)
+def test_buckets_that_refuse(s3, failure, reason):
+    s3.fail = lambda request: failure
+    with pytest.raises(UserError, match=rf"s3://web/train-00\.tar: {reason}") as error:
+        open_source(DataConfig(source="s3://web/train-{00..02}.tar", tries=1))
+    assert "hush" not in str(error.value)
