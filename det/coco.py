@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from addp_core.base.addresses import refuse_address
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 from addp_core.data.sources import ImageSource
@@ -276,6 +277,8 @@ def locate_coco(config: CocoFiles, split: str) -> tuple[Path, Path]:
 def _find_path(config: CocoFiles, key: str, candidates: Sequence[str]) -> Path:
     """Return the path that `key` names, or the first of `candidates` that exists under `root`."""
     value = getattr(config, key)
+    refuse_address(value, f"data.{key}")
+    refuse_address(config.root, "data.root")
     if value:
         path = Path(value).expanduser()
         if not path.exists():

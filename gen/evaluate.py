@@ -15,10 +15,11 @@ from typing import Any
 
 from accelerate import PartialState
 
+from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.files import TEMPORARY_PREFIX
 from addp_core.data.images import ImageError
-from addp_core.data.sources import ImageSource
+from addp_core.data.sources import ImageSource, open_source
 from addp_core.method.sampler import SampleConfig
 from addp_core.training.extractors import Extractor, open_extractor, open_vgg16
 from addp_core.training.image_metrics import (
@@ -51,7 +52,8 @@ def run(recipe: Recipe) -> None:
     folder_images = None
     if recipe.images:
         with renaming_keys({"data.source": "images", "data.split": "images"}):
-            folder_images = open_images(Path(recipe.images).expanduser())
+            path = Path(recipe.images).expanduser()
+            folder_images = open_source(recipe.images) if is_address(recipe.images) else open_images(path)
     check_image_count(recipe.n if folder_images is None else len(folder_images), recipe.is_splits)
     reference_source = open_reference(recipe.reference, recipe.split)
     hw = load_recipe_model(recipe).config.image_size if folder_images is None else size_of_first(folder_images)

@@ -31,6 +31,7 @@ log = logging.getLogger("addp")
 
 ABOUT = "about.json"  # in a folder of the cache: what its features were computed from
 RESIZE_BEFORE_IT_WAS_RECORDED = "bicubic"
+READ_AHEAD = 256  # images that a source over the network is asked for together
 STALE_SECONDS = 24 * 3600  # after which an unfinished folder is abandoned; no extraction takes as long
 
 
@@ -73,6 +74,8 @@ def digest_of_images(source: ImageSource) -> str:
     """Return a digest of all image files, in order. Raises UserError if one cannot be read; the message names it."""
     digest = hashlib.blake2b(digest_size=16)
     for index in tqdm(range(len(source)), unit="img", desc="reading", leave=False, disable=len(source) < 5000):
+        if index % READ_AHEAD == 0:
+            source.read_ahead(range(index, min(index + READ_AHEAD, len(source))))
         try:
             with wrap_image_errors():
                 encoded, _ = source.read_bytes(index)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from addp_core.base.addresses import refuse_address
 from addp_core.base.errors import UserError
 from addp_core.data.image_source import ImageFiles
 from addp_core.data.images import COMMON_EXTENSIONS, ImageError, LazyImage, wrap_image_errors
@@ -53,6 +54,7 @@ def find_pairs(root: str | Path, split: str, log_dropped: bool = False) -> list[
 
     log_dropped: log what the folders hold besides pairs. Raises UserError if folders, images or class maps are missing.
     """
+    refuse_address(str(root), "data.source")
     images, maps = Path(root) / "images" / SPLIT_FOLDERS[split], class_map_folder(root, split)
     for folder in (images, maps):
         if not folder.is_dir():

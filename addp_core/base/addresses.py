@@ -25,6 +25,15 @@ def is_address(text: str) -> bool:
     return ADDRESS.match(text) is not None
 
 
+def refuse_address(text: str, key: str) -> None:
+    """Raise UserError with the recipe's key if a text is an address where only a folder or file can be read."""
+    if is_address(text):
+        raise UserError(
+            f"{key}: {text} is an address; expected a path on this machine (only images in .tar shards are read over "
+            "the network: for pretraining, classification and FID)"
+        )
+
+
 def has_credentials(text: str) -> bool:
     """Check whether an address in the text holds a user, a password or a token, other than as ${VARIABLE}."""
     found = [*LOGIN.findall(text), *SECRET_IN_QUERY.findall(text)]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from addp_core.base.addresses import refuse_address
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.config import DataConfig
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
@@ -76,6 +77,7 @@ class Evaluator:
         for key in keys:
             location = getattr(self.recipe, key)
             if key == "imagenet_c":
+                refuse_address(location, key)
                 parts += self._imagenet_c_parts(Path(location).expanduser())
                 continue
             with renaming_keys(RENAMED_KEYS | {"data.source": key}):

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError
 from det.average_precision import coco_metrics
-from det.coco import CocoDataset, open_coco
+from det.coco import CocoDataset, locate_coco, open_coco
 from det.config import CocoConfig, CocoFiles
 from det.masks import bounding_box, to_rle
 
@@ -191,6 +191,12 @@ def test_files_are_found_under_the_root_or_by_their_own_keys(make_dataset, tmp_p
         with pytest.raises(UserError, match="data\\.") as caught:
             open_coco(config, "val")
         assert message in str(caught.value)
+
+
+def test_addresses_are_refused():
+    for key in ("root", "train_annotations"):
+        with pytest.raises(UserError, match=rf"data\.{key}: https://host/x is an address; expected a path"):
+            locate_coco(CocoFiles(**{key: "https://host/x"}), "train")
 
 
 def test_a_broken_file_under_the_root_is_named(tmp_path: Path):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
 from evaluation import HW, evaluate_command, noise, photographs, report_rows, write_images
 from PIL import Image
+from shard_server import serve
 from torchvision import transforms
 
 from addp_core.data.images import LazyImage
@@ -116,6 +118,21 @@ def test_cached_features_of_another_resize_are_pointed_out(sets, tmp_path, capsy
     (cached / "about.json").write_text(json.dumps(about))
     assert main(again) == 0
     assert "were resized by bicubic, not by reference_resize=bilinear" in capsys.readouterr().err
+
+
+def test_images_and_reference_in_shards_at_an_address(sets, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "indexes"))
+    (tmp_path / "shards").mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / "shards" / f"{name}.tar", "w") as tar:
+            tar.add(sets / name, ".")
+    assert main(evaluate_command(sets, tmp_path / "disk", f"images={sets / 'a'}")) == 0
+    with serve(tmp_path / "shards") as server:
+        keys = [f"images={server.url}/a.tar", f"reference={server.url}/b.tar", f"cache={tmp_path / 'other'}"]
+        assert main(evaluate_command(sets, tmp_path / "address", *keys)) == 0
+    there, here = (report_rows(tmp_path / name)[0] for name in ("address", "disk"))
+    assert there == {**here, "name": f"{server.url}/a.tar"}
 
 
 def test_external_statistics_give_the_distance_alone(sets, tmp_path, expect_user_error):

@@ -96,6 +96,11 @@ def test_further_class_maps_are_read_until_two_classes_are_found(tmp_path):
     assert check_pairs(pairs, NAMES, limit=0) == {3}
 
 
+def test_addresses_are_refused():
+    with pytest.raises(UserError, match=r"data\.source: https://host/x is an address; expected a path"):
+        find_pairs("https://host/x", "train")
+
+
 def test_labels_numbered_from_0_are_pointed_out(caplog):
     check_numbering({0, 1, CLASSES}, NAMES)
     check_numbering({0, 255, CLASSES}, NAMES)

@@ -70,12 +70,12 @@ class Inputs:
 def listing_digest(path: str) -> str:
     """Return a digest of a dataset's listing, without reading its images.
 
-    If the path does not exist (as for a dataset of the hub), the digest is that of the path. Otherwise it covers all
-    names at any depth, the size and time of each file that is not an image (annotations, lists, archives), and the time
-    of each folder, which changes when an entry is added, removed or replaced. It does not stat the images: listing the
-    1.3 million names of ImageNet takes seconds, asking for each one's size takes minutes on a network disk. An image
-    that is overwritten in place therefore goes unnoticed, and a copy of a dataset counts as the same one only if it
-    keeps the times (cp -a, tar).
+    If the path does not exist (as for a dataset of the hub, or shards at an address), the digest is that of the path.
+    Otherwise it covers all names at any depth, the size and time of each file that is not an image (annotations, lists,
+    archives), and the time of each folder, which changes when an entry is added, removed or replaced. It does not stat
+    the images: listing the 1.3 million names of ImageNet takes seconds, asking for each one's size takes minutes on a
+    network disk. An image that is overwritten in place therefore goes unnoticed, and a copy of a dataset counts as the
+    same one only if it keeps the times (cp -a, tar).
     """
     from addp_core.data.listing import entry_kind, is_image
 
