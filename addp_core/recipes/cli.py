@@ -18,14 +18,17 @@ import addp_core
 from addp_core.base import job
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.launch import describe_unused_tasks, rank, run_alone, take_place_from_slurm
+from addp_core.recipes.completion import HELP as LONG_HELP
+from addp_core.recipes.completion import PRINT_CONFIG, completions
 from addp_core.recipes.config import load_recipe, show_recipe
-from addp_core.recipes.help import group_help, overview, verb_help
+from addp_core.recipes.examples import EXAMPLES
+from addp_core.recipes.help import group_help, overview, short_help, verb_help
 from addp_core.recipes.verbs import ONE_PROCESS, VERBS, recipe_module, verb_groups
 
 log = logging.getLogger("addp")
 
-HELP = ("-h", "--help")
-PRINT_CONFIG = "--print-config"
+HELP = ("-h", LONG_HELP)
+COMPLETE = "--complete"  # called by shells
 OPTIONS = (*HELP, "--version", PRINT_CONFIG)  # all that may begin with a dash
 
 
@@ -75,6 +78,9 @@ def run(argv: list[str]) -> int:
     if argv[0] == "--version":
         sys.stdout.write(f"addp {addp_core.__version__}\n")
         return 0
+    if argv[0] == COMPLETE:
+        sys.stdout.writelines(f"{text}\t{about}\n" for text, about in completions(argv[1:]).items())
+        return 0
     if argv[0] in (*HELP, "help"):  # addp help pretrain
         argv = [*argv[1:], "--help"]
     verb, arguments = _split_verb(argv)
@@ -99,8 +105,9 @@ def run(argv: list[str]) -> int:
         if PRINT_CONFIG in arguments:
             sys.stdout.write(show_recipe(module, recipe, settings))
             return 0
-        resolved = load_recipe(module, recipe, settings)
-        importlib.import_module(VERBS[verb][0]).run(resolved)
+        with _showing_examples("" if arguments else verb):
+            resolved = load_recipe(module, recipe, settings)
+            importlib.import_module(VERBS[verb][0]).run(resolved)
     return 0
 
 
@@ -148,6 +155,17 @@ def set_up_logging(rank: int) -> None:
     log = logging.getLogger("addp")
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+@contextlib.contextmanager
+def _showing_examples(verb: str) -> Iterator[None]:
+    """Write two command lines of a verb, if it was called without arguments and needs some."""
+    try:
+        yield
+    except UserError:
+        if verb in EXAMPLES and rank() == 0:
+            sys.stderr.write(short_help(verb))
+        raise
 
 
 @contextlib.contextmanager

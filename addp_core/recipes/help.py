@@ -12,6 +12,7 @@ from typing import Any
 import addp_core
 from addp_core.recipes.config import recipes_of
 from addp_core.recipes.dialect import write_yaml
+from addp_core.recipes.examples import EXAMPLES
 from addp_core.recipes.keys import Key, all_keys, describe_type
 from addp_core.recipes.tree import Tree, default_tree, plain_values
 from addp_core.recipes.verbs import VERBS, verb_groups
@@ -51,10 +52,21 @@ def verb_help(verb: str, module: ModuleType) -> str:
     parts = [
         f"usage: addp {verb} {'[recipe] ' if named else ''}[key=value ...]",
         inspect.cleandoc(module.__doc__ or ""),
+        _examples(verb),
         f"recipes\n{recipes}".rstrip() if named else "",
         describe_keys(module.Recipe),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def short_help(verb: str) -> str:
+    """Return what `addp <verb>` shows without the arguments that it needs: two command lines."""
+    parts = (VERBS[verb][1], _examples(verb), f"`addp {verb} --help` shows the recipes and keys.")
+    return "".join(f"{part}\n\n" for part in parts)
+
+
+def _examples(verb: str) -> str:
+    return "\n".join(["for example", *(f"  {line}" for line in EXAMPLES[verb])]) if verb in EXAMPLES else ""
 
 
 def _first_comment(path: Path) -> str:

@@ -41,6 +41,7 @@ VERBS = {  # verb: (module, one line of help)
     "data": ("tools.datasets.data", "download, verify and unpack a public dataset"),
     "toy": ("tools.toy.toy", "write small datasets in the formats of ImageNet, COCO and ADE20K"),
     "export": ("tools.export.export", "write a checkpoint in another layout"),
+    "completion": ("tools.completion.completion", "print the completion of this command line for bash, zsh or fish"),
     "doctor": ("tools.doctor", "show what is installed and what tasks lack, or check that this machine computes right"),
 }
 
@@ -56,6 +57,7 @@ ONE_PROCESS = {
     "data",
     "toy",
     "export",
+    "completion",
     "doctor",
 }
 

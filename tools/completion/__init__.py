@@ -1,0 +1,1 @@
+"""Completion of verbs, recipes, keys and values in shells."""
