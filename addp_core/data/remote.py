@@ -20,6 +20,8 @@ log = logging.getLogger("addp")
 
 MAX_ADDRESSES = 1_000_000  # that braces may stand for
 CONNECTIONS = 32  # requests of one process at the same time
+FIRST_REQUEST, LONGEST_REQUEST = 1 << 14, 1 << 20  # bytes of a `RemoteFile`
+SMALL_SKIP = 1 << 16  # bytes that are read rather than skipped
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries; it doubles
 TEMPORARY_STATUS = {408, 425, 429}  # of HTTP, as are those from 500 on; any other error stays what it is
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -198,10 +200,16 @@ class RemoteFiles:
 
 
 class RemoteFile(io.RawIOBase):
-    """A file at an address, of which the parts are requested that are read. Wrap it in `io.BufferedReader`."""
+    """A file at an address, of which the parts are requested that are read. Wrap it in `io.BufferedReader`.
+
+    A request is for `FIRST_REQUEST` bytes. If little is skipped between requests, each is twice as long as the one
+    before, so that a tar of small images is read in few requests, and one of large images without their contents.
+    """
 
     def __init__(self, files: RemoteFiles, address: Address, size: int):
         self._files, self._address, self._size, self._position = files, address, size, 0
+        self._first, self._content = 0, b""  # the last request
+        self._length = FIRST_REQUEST
 
     def readable(self) -> bool:
         """Return true."""
@@ -218,14 +226,23 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read as many bytes as the buffer takes and the file has."""
-        end = min(self._position + len(buffer), self._size)
-        if end <= self._position:
+        """Read bytes of one request; none at the end of the file."""
+        if self._position >= self._size:
             return 0
-        [content] = self._files.read([Range(self._address, self._position, end)])
-        buffer[: len(content)] = content
-        self._position = end
-        return len(content)
+        if not self._first <= self._position < self._first + len(self._content):
+            self._request(self._position)
+        start = self._position - self._first
+        part = self._content[start : start + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def _request(self, start: int) -> None:
+        skipped = start - self._first - len(self._content)
+        small = 0 <= skipped <= SMALL_SKIP and self._content
+        self._length = min(2 * self._length, LONGEST_REQUEST) if small else FIRST_REQUEST
+        [self._content] = self._files.read([Range(self._address, start, min(start + self._length, self._size))])
+        self._first = start
 
 
 class _UselessAnswerError(Exception):

@@ -23,7 +23,6 @@ from addp_core.data.tar_index import Index, stored_index
 from addp_core.data.tar_members import RULES, TarMembers
 from addp_core.data.tars import TarShards
 
-HEADER_BYTES = 1 << 14  # read at a time for an index: the headers and label files between two images
 MAX_GAP = 1 << 15  # bytes between two images that are read too, so that they are one request
 MAX_REQUEST = 1 << 24  # bytes that several images in one request may take
 MAX_AHEAD = 1 << 26  # bytes of images that a process holds before they are asked for
@@ -178,7 +177,7 @@ def _read_index(files: RemoteFiles, address: Address) -> Index:
     version = files.version(address)
 
     def open_file() -> IO[bytes]:
-        return cast(IO[bytes], io.BufferedReader(RemoteFile(files, address, version.size), HEADER_BYTES))
+        return cast(IO[bytes], io.BufferedReader(RemoteFile(files, address, version.size)))
 
     def build() -> Index:
         return TarMembers(address.shown).read(open_file).as_index()

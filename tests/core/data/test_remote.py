@@ -1,5 +1,6 @@
 """Files at addresses: patterns, credentials, and what is tried again."""
 
+import io
 import pickle
 
 import pytest
@@ -8,7 +9,7 @@ from shard_server import ShardServer, serve
 from addp_core.base.addresses import has_credentials, without_secrets
 from addp_core.base.errors import UserError
 from addp_core.data import remote
-from addp_core.data.remote import Range, RemoteFiles, expand
+from addp_core.data.remote import Range, RemoteFile, RemoteFiles, expand
 
 pytest.importorskip("aiohttp")
 
@@ -170,6 +171,27 @@ def test_headers_that_fsspec_is_told_to_send(server, monkeypatch):
     monkeypatch.setitem(fsspec_config.conf, "http", {"headers": {"Authorization": "Bearer x"}})
     files().read(ranges(server, ("a.tar", 3, 6)))
     assert server.requests[0].authorization == "Bearer x"
+
+
+def test_a_file_is_read_with_few_requests_and_without_what_is_skipped(server, tmp_path):
+    content = bytes(range(256)) * 8192
+    (tmp_path / "large.tar").write_bytes(content)
+
+    def read(step: int) -> list[tuple[int, int]]:
+        server.requests.clear()
+        [address] = expand(f"{server.url}/large.tar")
+        with io.BufferedReader(RemoteFile(files(), address, len(content))) as file:
+            for start in range(0, len(content), step):
+                file.seek(start)
+                assert file.read(700) == content[start : start + 700]
+            assert file.read() == content[start + 700 :]
+            assert file.read(1) == b""
+        return [(request.start, request.end) for request in server.parts]
+
+    assert len(read(20_000)) < 12
+    parts = read(200_000)
+    assert len(parts) < 25
+    assert sum(end - start for start, end in parts) < len(content) / 3
 
 
 def test_copies_for_other_processes_hold_no_connection(server):
