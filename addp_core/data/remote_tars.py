@@ -10,19 +10,20 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from os.path import commonprefix
 from typing import IO, Any, cast
 
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
+from addp_core.base.launch import rank, world_size
 from addp_core.data.listing import is_tar
 from addp_core.data.remote import CONNECTIONS, Address, Range, RemoteFile, RemoteFiles, expand
 from addp_core.data.tar_index import Index, stored_index
 from addp_core.data.tar_members import RULES, TarMembers
 from addp_core.data.tars import TarShards
 
+LONG_LIST = 8  # shards whose indexes take long enough to show progress
 MAX_GAP = 1 << 15  # bytes between two images that are read too, so that they are one request
 MAX_REQUEST = 1 << 24  # bytes that several images in one request may take
 MAX_AHEAD = 1 << 26  # bytes of images that a process holds before they are asked for
@@ -62,14 +63,15 @@ class RemoteTarShards(TarShards):
         addresses = [self._addresses[shard] for shard in shards]
         self._files.check_ranges(addresses[0])
         members = []
+        # Each process begins elsewhere and finds what the others have read meanwhile.
+        first = len(addresses) * rank() // world_size()
+        order = [*range(first, len(addresses)), *range(first)]
         with ThreadPoolExecutor(min(CONNECTIONS, len(shards))) as pool:
-            indexes = pool.map(_read_index, repeat(self._files), addresses)
-            bar = tqdm(total=len(shards), unit="shard", desc="indexes of shards", leave=False, disable=len(shards) < 8)
+            indexes = {i: pool.submit(_read_index, self._files, addresses[i]) for i in order}
+            hidden = len(shards) < LONG_LIST or rank() > 0
             try:
-                with bar:
-                    for address, index in zip(addresses, indexes, strict=True):
-                        members.append(TarMembers.from_index(address.shown, index))
-                        bar.update()
+                for i in tqdm(range(len(addresses)), "indexes", leave=False, unit="shard", disable=hidden):
+                    members.append(TarMembers.from_index(addresses[i].shown, indexes.pop(i).result()))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

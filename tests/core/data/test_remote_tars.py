@@ -299,3 +299,12 @@ def test_buckets_that_refuse(s3, failure, reason):
     with pytest.raises(UserError, match=rf"s3://web/train-00\.tar: {reason}") as error:
         open_source(DataConfig(source="s3://web/train-{00..02}.tar", tries=1))
     assert "hush" not in str(error.value)
+
+
+def test_where_a_process_begins_with_the_indexes_changes_nothing(server, monkeypatch):
+    expected = open_source(str(server.folder / "web")).digest()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(server.folder / f"cache-{rank}"))
+        monkeypatch.setenv("RANK", str(rank))
+        assert web_source(server).digest() == expected
