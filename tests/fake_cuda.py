@@ -1,7 +1,8 @@
 """A CUDA device that computes nothing, on any machine: shapes, types and devices as on a GPU, but no values.
 
 Whatever would make the host wait for a GPU raises an error: `.item()`, `.tolist()`, `bool(tensor)`, `nonzero`, a mask
-as an index, a blocking copy from the CPU. So does an operation on tensors of two devices. Tensors on the CPU keep their
+as an index, a blocking copy from the CPU. So does an operation on tensors of two devices, and a tensor of type float64,
+which is slow on most GPUs and unknown to Apple's. Tensors on the CPU keep their
 values, and there is no backward pass, for which torch wants a real device.
 """
 
@@ -32,7 +33,10 @@ class _FakeCuda(FakeTensorMode):
             return func(*args, **kwargs)
         if func is torch.ops.aten._to_copy.default and to_cuda and not isinstance(args[0], FakeTensor):
             assert kwargs.get("non_blocking"), "a blocking copy to the device"
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        fakes = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
+        assert not any(each.dtype == torch.float64 and each.device.type == "cuda" for each in fakes), f"float64: {func}"
+        return result
 
 
 @contextmanager

@@ -165,7 +165,7 @@ TASKS = {
 
 PROBE = """
 import json
-found = {"version": None, "cuda": None, "devices": [], "errors": {}}
+found = {"version": None, "cuda": None, "devices": [], "mps": False, "errors": {}}
 try:
     import torch
     found["version"], found["cuda"] = torch.__version__, torch.version.cuda or torch.version.hip
@@ -173,6 +173,7 @@ try:
         p = torch.cuda.get_device_properties(i)
         gib = round(p.total_memory / 2**30, 1)
         found["devices"].append({"name": p.name, "gib": gib, "capability": f"{p.major}.{p.minor}"})
+    found["mps"] = torch.backends.mps.is_available()
 except Exception as error:
     found["errors"]["torch"] = f"{type(error).__name__}: {error}"
 else:
@@ -197,7 +198,7 @@ def run(recipe: Recipe) -> None:
 def examine(imports: bool = False) -> dict[str, Any]:
     """Return the whole report; with `imports`, every package is imported as well."""
     versions = {module: installed_version(package) for module, package in PACKAGES.items()}
-    torch: dict[str, Any] = {"version": None, "cuda": None, "devices": [], "errors": {}}
+    torch: dict[str, Any] = {"version": None, "cuda": None, "devices": [], "mps": False, "errors": {}}
     if versions["torch"]:
         output, error = _run_python(PROBE)
         torch = json.loads(output) if output else torch | {"errors": {"torch": error}}
@@ -325,12 +326,13 @@ def as_text(report: dict[str, Any]) -> str:
     """Return the report as text for a terminal."""
     torch, host = report["torch"], report["machine"]
     devices = [f"{d['name']}, {d['gib']} GiB, compute capability {d['capability']}" for d in torch["devices"]]
+    no_cuda = "Apple's (mps)" if torch["mps"] else "none: everything runs on the CPU"
     build = f"{torch['version']} (CUDA {torch['cuda']})" if torch["cuda"] else torch["version"] or "not usable"
     lines = [
         f"addp {report['addp']}, Python {report['python']} at {report['executable']}",
         f"torch       {build}",
         *(f"GPU {i}       {device}" for i, device in enumerate(devices)),
-        *([] if devices else ["GPU         none: everything runs on the CPU"]),
+        *([] if devices else [f"GPU         {no_cuda}"]),
         f"machine     {host['cores']} cores, {host['memory_gib']} GiB memory, {host['free_disk_gib']} GiB free disk",
         f"compiler    {host['compiler'] or 'none: train.compile=true cannot work (install g++)'}",
         "",

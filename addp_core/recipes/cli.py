@@ -41,6 +41,8 @@ def exit_code(command: Callable[[], int]) -> int:
     """Call a command that returns its exit code, and return that of its error if there is one, which is written to
     stderr. `SystemExit` passes through.
     """
+    if sys.platform == "darwin":  # read when torch is imported: operations that Apple's GPUs lack run on the CPU
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     take_place_from_slurm()
     set_up_logging(rank())
     try:

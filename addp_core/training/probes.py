@@ -29,6 +29,11 @@ class HeadTraining(Protocol):
     weight_decay: float
 
 
+def precise_type(device: torch.device) -> torch.dtype:
+    """Return the type for long sums: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass
 class LinearHeads:
     """Linear heads trained with L learning rates on standardized features; float32."""
@@ -48,8 +53,8 @@ class LinearHeads:
         return torch.addmm(self.bias.flatten(), standardized, self.weight.view(-1, width).t()).view(-1, lrs, classes)
 
     def accuracy(self, features: Tensor, labels: Tensor, k: int = 1) -> Tensor:
-        """Return each head's top-k accuracy on [n,W] features in percent, Double[L]."""
-        correct = torch.zeros(len(self.weight), dtype=torch.double, device=features.device)
+        """Return each head's top-k accuracy on [n,W] features in percent, [L] of `precise_type`."""
+        correct = torch.zeros(len(self.weight), dtype=precise_type(features.device), device=features.device)
         for part, targets in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
             top = self.logits(self.standardize(part)).topk(min(k, self.weight.shape[1]), 2).indices
             correct += (top == targets[:, None, None]).any(2).sum(0)
@@ -124,7 +129,7 @@ def train_best_head(
     Arguments are those of `train_heads`, and `held_out`, the share of the samples that is held out, at least one.
 
     Returns:
-        The head, and the accuracy with each learning rate on the first view of the samples held out, Double[L].
+        The head, and the accuracy with each learning rate on the first view of the samples held out, [L].
     """
     order = torch.randperm(len(features), generator=generator(seed, "held out"))
     remaining, chosen = order.tensor_split([len(features) - held_out_count(len(features), held_out)])
@@ -146,10 +151,12 @@ def standardize(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def mean_and_variance(features: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the [n,W] features at `samples`, Float[W] each, accumulated in double precision."""
+    """Return mean and variance of the [n,W] features at `samples`, Float[W] each, accumulated in `precise_type`."""
     parts = samples.to(features.device).split(CHUNK)
-    mean = torch.stack([features[part].double().sum(0) for part in parts]).sum(0) / len(samples)
-    variance = torch.stack([(features[part].double() - mean).square().sum(0) for part in parts]).sum(0) / len(samples)
+    dtype = precise_type(features.device)
+    mean = torch.stack([features[part].to(dtype).sum(0) for part in parts]).sum(0) / len(samples)
+    squares = [(features[part].to(dtype) - mean).square().sum(0) for part in parts]
+    variance = torch.stack(squares).sum(0) / len(samples)
     return mean.float(), variance.float()
 
 

@@ -89,6 +89,11 @@ def join_group() -> PartialState:
             f"WORLD_SIZE={world_size()}: found {state.num_processes} processes in the group, expected {world_size()}; "
             "give every process RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun does"
         )
+    if state.num_processes > 1 and state.device.type == "mps":
+        raise UserError(
+            f"WORLD_SIZE={world_size()}: found on a machine with Apple's GPU, expected 1: torch's processes cannot "
+            "exchange its tensors; start the command without torchrun"
+        )
     if joins and state.num_processes > 1:
         atexit.register(_leave_group)
     return state

@@ -114,8 +114,10 @@ class TrainingState:
             self.model, self.optimizer = model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        # torch's fused optimizers can skip a step by themselves; fp16's loss scale needs the host anyway.
-        self.skips_on_device = bool(optimizer.defaults.get("fused")) and not self.sharded and accelerator.scaler is None
+        # fp16's loss scale needs the host anyway.
+        self.skips_on_device = (
+            can_skip(optimizer, accelerator.device) and not self.sharded and accelerator.scaler is None
+        )
         self.unwrapped = accelerator.unwrap_model(self.model)
         self.buffers = list(self.unwrapped.buffers())
         self.saved_buffers = [buffer.clone() for buffer in self.buffers]
@@ -203,3 +205,11 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], expected: Iterable[str]
             f"other shape {sorted(other_shape)}; choose another out"
         )
     module.load_state_dict(weights, strict=False)
+
+
+def can_skip(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Return whether an optimizer leaves out a step by itself if its `found_inf` is 1, as torch's fused ones do.
+
+    On Apple's GPUs, they ignore it (github.com/pytorch/pytorch/pull/186360).
+    """
+    return bool(optimizer.defaults.get("fused")) and device.type != "mps"

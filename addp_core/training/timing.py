@@ -22,7 +22,7 @@ class PartTimer:
     """
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.cuda, self.mps = device.type == "cuda", device.type == "mps"
         self.spans: list[tuple[str, str, Any, Any]] = []  # part, enclosing part, start, end
         self.open: list[str] = []  # the parts that have started and not ended
 
@@ -56,6 +56,8 @@ class PartTimer:
         return dict(seconds)
 
     def _now(self) -> Any:
+        if self.mps:
+            torch.mps.synchronize()
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

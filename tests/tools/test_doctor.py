@@ -68,6 +68,7 @@ def impostor(folder, name: str, code: str) -> None:
 
 def test_torchvision_that_was_built_for_another_torch(tmp_path, monkeypatch, capsys):
     torch = "class version: cuda = hip = None\nclass cuda: is_available = staticmethod(lambda: False)\n"
+    torch += "class backends:\n    class mps: is_available = staticmethod(lambda: False)\n"
     impostor(tmp_path, "torch", f"__version__ = '2.14.0+cpu'\n{torch}")
     impostor(tmp_path, "torchvision", "raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
