@@ -4,7 +4,6 @@ import os
 import sys
 from types import SimpleNamespace
 
-import pytest
 import torch
 from checks import assert_user_error
 from torch import nn
@@ -44,14 +43,6 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setattr(processes, "PartialState", State)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_user_error(processes.join_group, "WORLD_SIZE=2: found on a machine with Apple's GPU, expected 1")
-
-
-@pytest.mark.parametrize(("device", "type_"), [("cpu", "cpu"), ("mps", "mps")])
-def test_autocast_knows_the_device(device, type_):
-    from addp_core.training.compute import autocast
-
-    with autocast("bf16", torch.device(device)):
-        assert torch.is_autocast_enabled(type_)
 
 
 def test_operations_that_they_lack_run_on_the_cpu(monkeypatch, capsys):
