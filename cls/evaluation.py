@@ -16,7 +16,7 @@ from addp_core.base.errors import UserError
 from addp_core.data.images import Crop, ImageError
 from addp_core.data.pixels import stack_pixels, to_float
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import ReadErrors, default_workers, errors_of_workers, ignore_signals
+from addp_core.data.stream import ReadErrors, default_workers, ignore_signals, iterate
 from addp_core.networks.classifier import RGB, normalize
 from addp_core.training.compute import autocast
 from addp_core.training.evaluation import check_unreadable
@@ -121,8 +121,8 @@ def compute_outputs(
     hidden = not (title and state.is_main_process)
     mark_pace(VALIDATION, 0)
     bar = tqdm(total=len(own_indices), desc=title, unit="img", disable=hidden, leave=False)
-    with bar, errors_of_workers():
-        for images, labels, batch_indices, new_errors in loader:
+    with bar, iterate(loader) as loaded:
+        for images, labels, batch_indices, new_errors in loaded:
             for name, reason in new_errors:
                 log.warning("skipped an unreadable image: %s (%s)", name, reason)
             errors += new_errors

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform
 from addp_core.data.sources import ImageSource
-from addp_core.data.stream import errors_of_workers
+from addp_core.data.stream import iterate
 from addp_core.training.extractors import Extractor
 from addp_core.training.image_metrics import ARRAYS, ROWS_IN_MEMORY, FeatureSet, mean_and_covariance
 from addp_core.training.pace import FEATURES, mark_pace
@@ -57,8 +57,7 @@ def extract_features(
             _PreparedImages(source, prepare, assigned), EXTRACTOR_BATCH, num_workers=workers, collate_fn=list
         )
         hidden = not state.is_main_process
-        bar = tqdm(total=len(assigned), unit="img", desc="features", disable=hidden, leave=False)
-        with bar, errors_of_workers():
+        with tqdm(total=len(assigned), unit="img", desc="features", disable=hidden, leave=False) as bar:
             _extract_part(loader, extractor, folder, bar)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -78,19 +77,20 @@ def _extract_part(loader: DataLoader, extractor: Extractor, folder: Path, bar: t
     state, rows, begin = PartialState(), len(loader.dataset), 0  # type: ignore[arg-type]
     files: list[np.memmap] = []
     mark_pace(FEATURES, 0)
-    for batch in loader:
-        for problem in filter(lambda item: isinstance(item, str), batch):
-            raise UserError(problem)
-        arrays = [values.cpu().numpy() for values in extractor(torch.stack(batch).to(state.device))]
-        if not files:
-            for name, values in zip(ARRAYS, arrays, strict=True):
-                path = _part(folder, name, state.process_index)
-                files.append(np.lib.format.open_memmap(path, "w+", np.float32, (rows, values.shape[1])))
-        for file, values in zip(files, arrays, strict=True):
-            file[begin : begin + len(batch)] = values
-        begin += len(batch)
-        bar.update(len(batch))
-        mark_pace(FEATURES, len(batch) * state.num_processes)
+    with iterate(loader) as loaded:
+        for batch in loaded:
+            for problem in filter(lambda item: isinstance(item, str), batch):
+                raise UserError(problem)
+            arrays = [values.cpu().numpy() for values in extractor(torch.stack(batch).to(state.device))]
+            if not files:
+                for name, values in zip(ARRAYS, arrays, strict=True):
+                    path = _part(folder, name, state.process_index)
+                    files.append(np.lib.format.open_memmap(path, "w+", np.float32, (rows, values.shape[1])))
+            for file, values in zip(files, arrays, strict=True):
+                file[begin : begin + len(batch)] = values
+            begin += len(batch)
+            bar.update(len(batch))
+            mark_pace(FEATURES, len(batch) * state.num_processes)
     for file in files:
         file.flush()
 

@@ -28,6 +28,7 @@ MAX_GAP = 1 << 15  # bytes between two images that are read too, so that they ar
 MAX_REQUEST = 1 << 24  # bytes that several images in one request may take
 MAX_AHEAD = 1 << 26  # bytes of images that a process holds before they are asked for
 MAX_IMAGES_AHEAD = 8 * CONNECTIONS
+MAX_HEADER = 1 << 24  # bytes of a header, long names and comments included
 MAX_IMAGE = 1 << 28  # bytes of a single image; larger ones count as unreadable
 
 
@@ -175,11 +176,21 @@ class _Plan:
         self._arrived.update(zip(indices, contents, strict=True))
 
 
+class _Headers(io.BufferedReader):
+    """A tar that is read for its headers, whose sizes are what the tar itself says."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return as many bytes. Raises OSError if they are more than a header may have."""
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise OSError(f"a header of more than {MAX_HEADER:,} bytes")
+        return super().read(size)
+
+
 def _read_index(files: RemoteFiles, address: Address) -> Index:
     version = files.version(address)
 
     def open_file() -> IO[bytes]:
-        return cast(IO[bytes], io.BufferedReader(RemoteFile(files, address, version.size)))
+        return cast(IO[bytes], _Headers(RemoteFile(files, address, version.size)))
 
     def build() -> Index:
         return TarMembers(address.shown).read(open_file).as_index()

@@ -164,6 +164,22 @@ def errors_of_workers() -> Iterator[None]:
 
 
 @contextmanager
+def iterate(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """Yield an iterator over a loader, and stop its workers when the block ends.
+
+    A `UserError` of a worker is raised with its message alone. Workers that ignore signals would outlive an error whose
+    traceback holds the iterator, and multiprocessing waits for them.
+    """
+    batches: Any = iter(loader)
+    try:
+        with errors_of_workers():
+            yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()
+
+
+@contextmanager
 def preserve_rng() -> Iterator[None]:
     """Restore the CPU's random states after the block: with workers=0, loading must not change training's numbers."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -1,13 +1,18 @@
 """`data.max_errors` is one count for all processes of a run, in training and in evaluation."""
 
+import tarfile
+
 import pytest
 from ranks import assert_ends, run_ranks
+from shard_server import serve
 from transfers import NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 
+from addp_core.data import remote
 from addp_core.data.config import DataConfig
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import open_source
 from addp_core.data.stream import Stream
+from addp_core.recipes.cli import main
 
 
 @pytest.fixture
@@ -58,3 +63,23 @@ def test_as_many_as_the_limit_are_tolerated(images, tmp_path):
     ended = run_ranks(one_step(images, tmp_path / "run", 2), tmp_path / "job")
     assert ended.codes == [0, 0], ended.text
     assert (tmp_path / "run" / "finished.json").exists()
+
+
+def test_evaluation_ends_with_the_address_of_a_server_that_is_gone(images, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "indexes"))
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
+    for split in ("train", "val"):
+        with tarfile.open(images / f"colors-{split}.tar", "w") as tar:
+            tar.add(images / split, ".")
+    command = one_step(images, tmp_path / "run", 1)
+    with serve(images) as server:
+        command[1] = f"data={server.url}/colors-{{train,val}}.tar"
+        command[3] = "data.workers=1"
+        begun = tmp_path / "run" / "metrics.jsonl"
+        server.fail = lambda request: 503 if "val" in request.name and begun.exists() else None
+        assert main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"addp: data.source: {server.url}/colors-val.tar: HTTP 503")
+        server.fail = lambda request: None
+        assert main(command) == 0

@@ -308,3 +308,14 @@ def test_where_a_process_begins_with_the_indexes_changes_nothing(server, monkeyp
         monkeypatch.setenv("XDG_CACHE_HOME", str(server.folder / f"cache-{rank}"))
         monkeypatch.setenv("RANK", str(rank))
         assert web_source(server).digest() == expected
+
+
+def test_headers_that_claim_to_be_enormous(server):
+    with tarfile.open(server.folder / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        header = tarfile.TarInfo("comment")
+        header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
+        tar.addfile(header)
+        add_member(tar, "1.png", image(1))
+    with pytest.raises(UserError, match=r"x\.tar cannot be read as \.tar \(a header of more than 16,777,216 bytes\)"):
+        open_source(f"{server.url}/x.tar")
+    assert sum(part.end - part.start for part in server.parts) < 1 << 17
