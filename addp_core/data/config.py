@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
+from addp_core.base.addresses import CREDENTIALS_FIX, has_credentials
+from addp_core.base.errors import UserError
 from addp_core.base.paths import DatasetPath, FilePath
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -68,6 +70,8 @@ class DataConfig:
     timeout: Annotated[float, Gt(0), "shards at an address: seconds of silence after which a request has failed"] = 30.0
 
     def __post_init__(self) -> None:
+        if has_credentials(self.source):
+            raise UserError(f"data.source: {CREDENTIALS_FIX}")
         if min(self.hw) < 8:
             raise ValueError(f"size: found {self.size}, expected at least 8 pixels; set size=256 or size=[256,192]")
         for key in ("scale", "ratio"):

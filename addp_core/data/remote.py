@@ -318,7 +318,11 @@ def _is_final(error: Exception) -> bool:
     if status is not None:
         return 400 <= status < 500 and status not in TEMPORARY_STATUS
     final = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, _UselessAnswerError)
-    return isinstance(cause, final) or "Credential" in type(cause).__name__
+    return isinstance(cause, final) or _lacks_credentials(cause)
+
+
+def _lacks_credentials(cause: BaseException) -> bool:
+    return "Credential" in type(cause).__name__  # botocore's NoCredentialsError and its kin
 
 
 def _reason(error: Exception, address: Address, timeout: float) -> str:
@@ -334,7 +338,7 @@ def _reason(error: Exception, address: Address, timeout: float) -> str:
         return f"no answer within {timeout:g} seconds"
     text = " ".join(str(cause).replace(address.url, address.shown).split()).partition(": <")[0]
     text = without_secrets(text)
-    if isinstance(cause, _UselessAnswerError):
+    if isinstance(cause, _UselessAnswerError) or _lacks_credentials(cause):
         return text
     return f"the connection failed ({type(cause).__name__}{f': {text}' if text else ''})"
 
@@ -346,6 +350,10 @@ def _fix(error: Exception) -> str:
         return "; check the address"
     if isinstance(cause, PermissionError) or status in (401, 403):
         return "; check your credentials (docs/data.md, Shards at an address)"
+    if _lacks_credentials(cause):
+        return (
+            "; see docs/data.md (Shards at an address); for a public bucket, export FSSPEC_S3_ANON=true"
+        )
     if isinstance(cause, _UselessAnswerError):
         return "; expected a server that can send a part of a file"
     return ""

@@ -23,3 +23,9 @@ def test_values_are_read():
 def test_impossible_values_are_rejected(setting):
     with pytest.raises(UserError, match=setting.partition("=")[0]):
         load(setting)
+
+
+def test_an_address_with_credentials_never_becomes_a_config():
+    with pytest.raises(UserError, match=r"data\.source: the address holds credentials") as error:
+        DataConfig(source="https://user:secret@host/x.tar")
+    assert "secret" not in str(error.value)

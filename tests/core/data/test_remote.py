@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from base64 import b64encode
 
 import pytest
 from shard_server import ShardServer, serve
@@ -12,6 +13,7 @@ from addp_core.data import remote
 from addp_core.data.remote import Range, RemoteFile, RemoteFiles, expand
 
 pytest.importorskip("aiohttp")
+HTTPFileSystem = pytest.importorskip("fsspec.implementations.http").HTTPFileSystem
 
 
 @pytest.fixture
@@ -164,6 +166,14 @@ def test_credentials_reach_the_server_only(server, monkeypatch, caplog, capfd):
     assert server.requests[0].authorization.startswith("Basic ")
     assert "secret" in server.requests[0].query
     assert "secret" not in str(error.value) + caplog.text + "".join(capfd.readouterr())
+
+
+def test_logins_of_netrc(server, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    HTTPFileSystem.clear_instance_cache()  # a connection of another test would have no login
+    files().read(ranges(server, ("a.tar", 3, 6)))
+    assert server.requests[0].authorization == f"Basic {b64encode(b'user:secret').decode()}"
 
 
 def test_headers_that_fsspec_is_told_to_send(server, monkeypatch):
