@@ -351,9 +351,7 @@ def _fix(error: Exception) -> str:
     if isinstance(cause, PermissionError) or status in (401, 403):
         return "; check your credentials (docs/data.md, Shards at an address)"
     if _lacks_credentials(cause):
-        return (
-            "; see docs/data.md (Shards at an address); for a public bucket, export FSSPEC_S3_ANON=true"
-        )
+        return "; see docs/data.md (Shards at an address); for a public bucket, export FSSPEC_S3_ANON=true"
     if isinstance(cause, _UselessAnswerError):
         return "; expected a server that can send a part of a file"
     return ""

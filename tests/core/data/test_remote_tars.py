@@ -301,6 +301,17 @@ def test_buckets_that_refuse(s3, failure, reason):
     assert "hush" not in str(error.value)
 
 
+def test_a_bucket_without_credentials(s3, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"s3://web/train-00\.tar: Unable to locate credentials; .*FSSPEC_S3_ANON=true"):
+        open_source("s3://web/train-00.tar")
+    monkeypatch.setitem(pytest.importorskip("fsspec.config").conf, "s3", {"anon": True})  # as the variable sets it
+    assert len(open_source("s3://web/train-00.tar")) == IMAGES
+
+
 def test_where_a_process_begins_with_the_indexes_changes_nothing(server, monkeypatch):
     expected = open_source(str(server.folder / "web")).digest()
     monkeypatch.setenv("WORLD_SIZE", "3")
