@@ -47,7 +47,9 @@ def test_the_heads_of_the_proposals():
 
 
 def test_the_first_wait_of_a_step_is_torchvisions():
-    stage = DetStage(tiny_detector(), val=CocoDataset.__new__(CocoDataset))
+    images = CocoDataset.__new__(CocoDataset)  # no step reads one
+    images.masks = True
+    stage = DetStage(tiny_detector(), val=images)
     with fake_cuda():
         model = on_fake_cuda(stage.model).train()
         with pytest.raises(Exception, match=r"blocking copy|nonzero|_local_scalar_dense") as caught:
