@@ -22,6 +22,7 @@ log = logging.getLogger("addp")
 IMAGE_INCHES = 1.25  # width of an image in a figure
 WIDTH_TO_GAP = 16  # width of an image over that of the gap beside it
 SHEET_COLUMN, SHEET_COLUMNS = 1100, 2  # of a contact sheet: the width of a column in pixels, and their number
+UNRELIABLE_GRAY = 0.88
 SHOWN_RANGE = (0.02, 0.98)  # quantiles of a principal component that become the darkest and the brightest color
 
 
@@ -80,6 +81,11 @@ def evenly_spaced(count: int, limit: int) -> list[int]:
 def upsample_tokens(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
     """[C,h,w] -> Float[C,H,W], in which each token is a square of one color."""
     return F.interpolate(tokens[None].float(), hw, mode="nearest")[0]
+
+
+def gray_out(image: Tensor, mask: Tensor) -> Tensor:
+    """Return an image, Float[3,H,W], with gray in place of the unreliable tokens. mask: Bool[1,h,w]."""
+    return torch.where(upsample_tokens(mask, (image.shape[-2], image.shape[-1])) > 0, UNRELIABLE_GRAY, image)
 
 
 def write_contact_sheet(paths: Sequence[Path], path: Path) -> None:

@@ -34,6 +34,7 @@ from gen.drawing import (
     add_title_and_caption,
     draw_image_grid,
     evenly_spaced,
+    gray_out,
     principal_colors,
     save_figure,
     upsample_tokens,
@@ -58,7 +59,6 @@ PLOTTED_METRICS = {
     "is_mean": "higher is better",
     "cs_mean": "higher is better",
 }
-UNRELIABLE_GRAY = 0.88
 
 
 def run(recipe: Recipe) -> None:
@@ -179,8 +179,7 @@ def draw_steps(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
         for i in columns:
             image, mask = states[i].image[row].clamp(0, 1), states[i].mask[row].view(1, *model.config.grid)
             images.append(image)
-            masked = upsample_tokens(mask, model.config.image_size) > 0
-            reliable_parts.append(torch.where(masked, UNRELIABLE_GRAY, image))
+            reliable_parts.append(gray_out(image, mask))
         rows += [images, reliable_parts]
         labels += [f"image {row}", "reliable"]
     caption = (

@@ -1,8 +1,8 @@
 """What the buttons of `addp app` do, without the page itself: no gradio in here."""
 
+import itertools
 import math
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,20 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 from addp_core.method.addp import ADDP
-from addp_core.method.sampler import SampleConfig, SamplerState, denoise, inpaint, sampling_noise
+from addp_core.method.sampler import SampleConfig, composite, denoise, inpainting_states, sampling_noise
+from gen.drawing import UNRELIABLE_GRAY, evenly_spaced, gray_out
+from gen.page_html import Section, tile
 from gen.recipe import Box
+from gen.uploads import NOT_AN_IMAGE, check_pixels
 
-NOT_AN_IMAGE = "The uploaded file cannot be read as an image: upload a complete JPEG, PNG or WebP file."
 NO_IMAGE = "Upload an image first, then paint over the part to fill; a file that is not an image does not appear."
 NOTHING_PAINTED = "Paint over the part of the image to fill first: nothing is painted yet."
+STOPPED_EARLY = "Stopped before the first step."
+HISTORY_STEPS = 10  # of each image, that are shown at the end
+HISTORY_SIDE = 128  # pixels, at most
 
-Result = tuple[list[Image.Image], str]  # images, and a line about them
+Wanted = Callable[[], bool]  # whether the visitor still waits for what is computed
+Reached = tuple[int, Tensor, Tensor]  # a step from 0, its images, Float[B,3,H,W], and unreliable tokens, Bool[B,N]
 
 
 @dataclass(frozen=True)
@@ -35,62 +41,108 @@ class Limits:
     pixels: int  # of an uploaded image
 
 
-class Stopped(Exception):
-    """The visitor has pressed the stop button."""
+@dataclass(frozen=True)
+class Result:
+    """What an action has so far: a line about it, and pictures (None: as before)."""
+
+    note: str
+    sections: list[Section] | None = None
+
+
+class Clicks:
+    """Which of the computations that visitors have asked for are still wanted.
+
+    A visitor stops all of their own at once, those that still wait for their turn too, or leaves.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._current: dict[str, int] = {}
+
+    def begin(self, visitor: str) -> int:
+        """Return the number that a computation needs to stay wanted."""
+        return self._current.setdefault(visitor, next(self._numbers))
+
+    def stop(self, visitor: str) -> None:
+        """Stop all that the visitor has begun."""
+        if visitor in self._current:
+            self._current[visitor] = next(self._numbers)
+
+    def leave(self, visitor: str) -> None:
+        """Stop all that the visitor has begun, and forget the visitor."""
+        self._current.pop(visitor, None)
+
+    def is_wanted(self, visitor: str, number: int) -> bool:
+        """Check whether the visitor has neither stopped nor left since `begin` returned this number."""
+        return self._current.get(visitor) == number
 
 
 class PageActions:
-    """What the page's buttons do. Raises UserError, which the page displays, if the input is wrong.
-
-    `visitor` names the open page that an action belongs to, so that its stop button stops nobody else's sampling.
-    """
+    """What the page's buttons do with a model. Raises UserError, which the page displays, if the input is wrong."""
 
     def __init__(self, model: ADDP, limits: Limits):
         self.model, self.limits = model, limits
         self.device = next(model.parameters()).device
-        self._stops: dict[str, threading.Event] = {}
 
-    def generate(self, visitor: str, n: Any, seed: Any, *sampling: Any) -> Iterator[Result]:
-        """Yield the images after each step, until the last one or until `stop`."""
+    def generate(self, wanted: Wanted, n: Any, seed: Any, *sampling: Any) -> Iterator[Result]:
+        """Yield the images after each step, while they are wanted; at the end, some of the steps side by side."""
         config, n, seed = self.sample_config(*sampling), within_limit("images", n, self.limits.images), as_seed(seed)
-        stop = self._stops[visitor] = threading.Event()
         noise = sampling_noise(config.steps, self.model.config.tokens, seed, range(n))
-        for step, state in enumerate(denoise(self.model, noise.to(self.device), config), 1):
-            stopped = stop.is_set() and step < config.steps
-            yield to_pil_images(state.image), f"{'Stopped after step' if stopped else 'Step'} {step} of {config.steps}."
-            if stopped:
-                return
+        states = enumerate(denoise(self.model, noise.to(self.device), config))
+        yield from self._show_steps(wanted, ((step, state.image, state.mask) for step, state in states), config)
 
     def fill(
-        self, visitor: str, editor_value: Mapping[str, Any] | None, n: Any, seed: Any, blend: Any, *sampling: Any
-    ) -> Result:
-        """Return `n` variations of the image in the editor, with the painted part filled; none after `stop`."""
+        self, wanted: Wanted, editor_value: Mapping[str, Any] | None, n: Any, seed: Any, blend: Any, *sampling: Any
+    ) -> Iterator[Result]:
+        """Yield `n` variations of the image in the editor, with the painted part filled, after each step."""
         config, n, seed = self.sample_config(*sampling), within_limit("images", n, self.limits.images), as_seed(seed)
         image, hole, note = self.read_editor(editor_value)
-        stop = self._stops[visitor] = threading.Event()
+        width = int(as_number("blend", blend))
+        images, holes = image.expand(n, -1, -1, -1).to(self.device), hole.expand(n, -1, -1).to(self.device)
 
-        def stop_if_asked(step: int, _state: SamplerState) -> None:
-            if stop.is_set() and step + 1 < config.steps:
-                raise Stopped(f"Stopped after step {step + 1} of {config.steps}; nothing was filled.")
+        def filled() -> Iterator[Reached]:  # all rows go together, since their holes are the same
+            for step, rows, state in inpainting_states(self.model, images, holes, config, seed):
+                yield step, composite(images[rows], state.image.clamp(0, 1), holes[rows], width), state.mask
 
-        try:
-            images = inpaint(
-                self.model,
-                image.expand(n, -1, -1, -1).to(self.device),
-                hole.expand(n, -1, -1).to(self.device),
-                **vars(config),
-                seed=seed,
-                blend=int(as_number("blend", blend)),
-                on_step=stop_if_asked,
-            )
-        except Stopped as stopped:
-            return [], str(stopped)
-        return to_pil_images(images), note
+        yield from self._show_steps(wanted, filled(), config, note)
 
-    def stop(self, visitor: str) -> None:
-        """Stop the visitor's sampling after its current step; no effect if there is none."""
-        if visitor in self._stops:
-            self._stops[visitor].set()
+    def _show_steps(
+        self, wanted: Wanted, steps: Iterator[Reached], config: SampleConfig, note: str = ""
+    ) -> Iterator[Result]:
+        """Yield the images of each step, and at the end, or when they are no longer wanted, their history too."""
+        history: dict[int, Reached] = {}
+        kept: set[int] = set()
+        while wanted():
+            reached = next(steps, None)
+            if reached is None:
+                return
+            step, images, mask = reached
+            kept = kept or {step + i for i in evenly_spaced(config.steps - step, HISTORY_STEPS)}
+            history = {number: each for number, each in history.items() if number in kept}  # not only the latest
+            history[step] = step, shrink(images), mask
+            sections = [Section("", [tile(each, f"image {i}") for i, each in enumerate(to_pil_images(images))])]
+            progress = f"step {step + 1} of {config.steps}."
+            if step + 1 == config.steps:
+                sections += self._history([*history.values()])
+            yield Result(f"{progress.capitalize()} {note}".strip(), sections)
+            if step + 1 == config.steps:
+                return
+        if not history:
+            yield Result(STOPPED_EARLY)
+        else:
+            yield Result(f"Stopped after {progress} {note}".strip(), [*sections, *self._history([*history.values()])])
+
+    def _history(self, steps: list[Reached]) -> Iterable[Section]:
+        """Yield the steps of each image side by side, each above the part of it that is reliable by then."""
+        for row in range(len(steps[0][1])):
+            tiles = []
+            for step, images, mask in steps:
+                image, height = images[row], images.shape[-2]
+                reliable = gray_out(image, mask[row].cpu().view(1, *self.model.config.grid))
+                gap = image.new_full((3, max(height // 16, 1), images.shape[-1]), UNRELIABLE_GRAY)
+                stacked = to_pil_image(torch.cat([image, gap, reliable], 1))
+                tiles.append(tile(stacked, f"step {step + 1}, {mask[row].float().mean():.0%} unreliable"))
+            yield Section(f"image {row}, step by step, and below the part that is reliable by then", tiles, row=True)
 
     def read_editor(self, editor_value: Mapping[str, Any] | None) -> tuple[Tensor, Tensor, str]:
         """Return the part of the editor's image that the model fills, Float[3,H,W] in [0,1], what was painted over,
@@ -99,11 +151,7 @@ class PageActions:
         background = (editor_value or {}).get("background")
         if not editor_value or background is None:
             raise UserError(NO_IMAGE)
-        if background.width * background.height > self.limits.pixels:
-            raise UserError(
-                f"The image has {background.width} x {background.height} pixels, expected at most "
-                f"{self.limits.pixels} in all: upload a smaller one."
-            )
+        check_pixels(background.width, background.height, self.limits.pixels)
         height, width = self.model.config.image_size
         try:
             with wrap_image_errors():
@@ -136,6 +184,18 @@ class PageActions:
             return SampleConfig(steps, schedule, *numbers, order)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+
+def to_pil_images(images: Tensor) -> list[Image.Image]:
+    """Return Float[B,3,H,W] as Pillow images."""
+    return [to_pil_image(image) for image in images.float().clamp(0, 1).cpu()]
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Return images, Float[B,3,H,W], in [0,1] and with sides of at most HISTORY_SIDE, on the CPU."""
+    images = images.float().clamp(0, 1).cpu()
+    factor = HISTORY_SIDE / max(images.shape[-2:])
+    return F.interpolate(images, scale_factor=factor, mode="area") if factor < 1 else images
 
 
 def read_layers(layers: list[Image.Image], size: tuple[int, int]) -> np.ndarray:
@@ -197,8 +257,3 @@ def within_limit(name: str, value: Any, limit: int) -> int:
     if not 1 <= number <= limit:
         raise UserError(f"{name}: {value}; expected 1 to {limit}")
     return number
-
-
-def to_pil_images(images: Tensor) -> list[Image.Image]:
-    """Convert Float[B,3,H,W], clamped to [0,1]."""
-    return [to_pil_image(image) for image in images.clamp(0, 1).float().cpu()]

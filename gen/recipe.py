@@ -115,7 +115,22 @@ class FiguresRecipe:
 class AppRecipe:
     """Keys of `addp app`."""
 
-    model: ModelSource
+    model: Annotated[
+        str,
+        "a run folder of `addp pretrain`, an ADDP file or zoo:cifar10; any other encoder (MAE, DINO, timm) for its "
+        "features alone; empty: show `runs` alone",
+    ] = ""
+    runs: Annotated[
+        tuple[str, ...], "run folders, or folders of runs, whose curves and previews are shown while they grow"
+    ] = ()
+    data: Annotated[
+        str, "images among which an uploaded image's neighbors are looked for: a folder, .tar file or hub dataset"
+    ] = ""
+    split: Annotated[str, "split of `data`, if it has splits"] = "val"
+    pool: Annotated[int, Ge(1), "number of images of `data` among which neighbors are looked for"] = 500
+    blocks: Annotated[
+        list[int], "blocks whose features are shown, from 1, or from the end if negative; empty: four"
+    ] = field(default_factory=list)
     host: Annotated[str, "address to serve on; 0.0.0.0 makes the page reachable from other machines"] = "127.0.0.1"
     port: Annotated[int, Interval(ge=1, le=65535), "port of the page"] = 7860
     max_n: Annotated[int, Ge(1), "maximum number of images at a time"] = 16
@@ -127,6 +142,9 @@ class AppRecipe:
     tokenizer: TokenizerSource = ""
     encoder_heads: EncoderHeads = None
     decoder_heads: DecoderHeads = None
+    normalisation: Annotated[Normalisation, "mean and std that the encoder expects: ImageNet's, or 0.5 (BEiT)"] = (
+        "imagenet"
+    )
 
 
 @dataclass

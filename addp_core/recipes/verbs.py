@@ -20,7 +20,7 @@ VERBS = {  # verb: (module, one line of help)
     "generate": ("gen.generate", "generate images and a grid of them"),
     "inpaint": ("gen.inpaint", "fill a hole in an image, or extend an image beyond its borders"),
     "figures": ("gen.figures", "draw the paper's figures for a checkpoint"),
-    "app": ("gen.app", "generate and inpaint on a local web page"),
+    "app": ("gen.app", "generate, inpaint, see features and watch runs on a local web page"),
     "evaluate": ("gen.evaluate", "measure FID, IS, precision, recall and KID of generated images"),
     "finetune": ("cls.finetune", "fine-tune the encoder for image classification"),
     "linprobe": ("cls.linprobe", "train a linear classifier on the frozen encoder, as published or in minutes"),

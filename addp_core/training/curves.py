@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 MAX_POINTS = 400  # of a curve; longer ones are averaged in groups
 INK = "#787e84"  # of axes and text: readable on white and on black
 COLORS = ("#2f7fd6", "#e0751c", "#2f9e5b", "#c8508c", "#8a6fd1", "#9c8a12", "#4fa3a5", "#b5523b")
+STYLING = threading.Lock()  # matplotlib's settings are those of all threads
 
 Points: TypeAlias = list[tuple[float, float]]
 
@@ -79,7 +81,7 @@ def draw(panel: Panel, names: Sequence[str]) -> bytes:
         "text.parse_math": False,
     }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with rc_context(style):
+    with STYLING, rc_context(style):
         figure = Figure((4.4, 3.2))
         axes = figure.add_axes((0.15, 0.16, 0.82, 0.74))  # a layout engine takes seconds
         for name, seeds in panel.curves.items():

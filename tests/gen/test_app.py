@@ -1,5 +1,6 @@
 """`addp app`: the page displays errors, and is served to this machine alone by default."""
 
+import asyncio
 import socket
 
 import pytest
@@ -11,16 +12,17 @@ from addp_core.base.errors import UserError
 
 gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'addp[app]'")
 app, page = pytest.importorskip("gen.app"), pytest.importorskip("gen.page")
-actions = pytest.importorskip("gen.page_actions")
+page_actions, uploads = pytest.importorskip("gen.page_actions"), pytest.importorskip("gen.uploads")
 HW = (8, 12)
 SAMPLING = (3, "cosine", 6.0, 1.0, 0, "confidence")
+LIMITS = page_actions.Limits(images=3, steps=5, pixels=5000)
 
 
 @pytest.fixture
 def blocks():
     model = tiny_addp(HW)
     model.predictor = None
-    return page.build_page(actions.PageActions(model, actions.Limits(images=3, steps=5, pixels=2000)), "tiny")
+    return page.build_page(page.Actions(page_actions.PageActions(model, LIMITS)), "tiny")
 
 
 def test_errors_are_displayed_and_leave_no_traceback_in_the_terminal():
@@ -35,7 +37,7 @@ def test_an_upload_that_is_no_image_is_named(tmp_path, content):
     file = gr.FileData(path=str(tmp_path / "photo.png"), orig_name="photo.png")
     payload = gr.components.image_editor.EditorData(background=file, layers=[], composite=None)
     with pytest.raises(gr.Error, match="cannot be read as an image") as raised:
-        page.image_editor().preprocess(payload)
+        page.image_editor(LIMITS, HW).preprocess(payload)
     assert raised.value.print_exception is False
 
 
@@ -44,18 +46,66 @@ def test_a_truncated_upload_is_named(tmp_path):
     (tmp_path / "photo.png").write_bytes((tmp_path / "photo.png").read_bytes()[:700])
     file = gr.FileData(path=str(tmp_path / "photo.png"), orig_name="photo.png")
     with pytest.raises(gr.Error, match="cannot be read as an image"):
-        page.image_editor().preprocess(gr.components.image_editor.EditorData(background=file))
+        page.image_editor(LIMITS, HW).preprocess(gr.components.image_editor.EditorData(background=file))
+
+
+def test_an_upload_that_is_too_large_is_refused_by_its_header(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 60)).save(tmp_path / "photo.png")
+    file = gr.FileData(path=str(tmp_path / "photo.png"), orig_name="photo.png")
+    editor = page.image_editor(LIMITS, HW)
+    with pytest.raises(gr.Error, match="100 x 60 pixels, expected at most 5000"):
+        editor.preprocess(gr.components.image_editor.EditorData(background=file))
+    # what the page itself sends
+    blobs = gr.components.image_editor.EditorDataBlobs(
+        background=(tmp_path / "photo.png").read_bytes(), layers=[], composite=None
+    )
+    editor.blob_storage["sent"] = blobs
+    with pytest.raises(gr.Error, match="100 x 60 pixels, expected at most 5000"):
+        editor.preprocess(gr.components.image_editor.EditorData(id="sent"))
 
 
 def test_the_buttons_reach_the_actions(blocks):
     handlers = {function.name: function for function in blocks.fns.values()}
-    assert {"generate", "fill", "stop"} <= set(handlers)
+    assert {"begin", "generate", "fill", "stop", "leave"} <= set(handlers)
     request = gr.Request(session_hash="visitor")
-    results = list(handlers["generate"].fn(request, 1, 0, *SAMPLING))
+    click, note = handlers["begin"].fn(request)
+    assert note == page.WAITING
+    results = list(handlers["generate"].fn(request, click, 1, 0, *SAMPLING))
     assert [text for _, text in results] == ["Step 1 of 3.", "Step 2 of 3.", "Step 3 of 3."]
-    assert handlers["stop"].fn(request) is None
+    assert "data:image/png;base64," in results[-1][0]
     with pytest.raises(gr.Error, match="Upload an image first"):
-        handlers["fill"].fn(request, None, 1, 0, 8, *SAMPLING)
+        next(handlers["fill"].fn(request, click, None, 1, 0, 8, *SAMPLING))
+
+
+@pytest.mark.parametrize("end", ["stop", "leave"])
+def test_what_waits_is_stopped_too(blocks, end):
+    handlers = {function.name: function for function in blocks.fns.values()}
+    request = gr.Request(session_hash="visitor")
+    click, _ = handlers["begin"].fn(request)
+    assert handlers[end].fn(request) is None
+    (result,) = handlers["generate"].fn(request, click, 1, 0, *SAMPLING)
+    assert result[1] == page_actions.STOPPED_EARLY
+
+
+def test_requests_are_bounded():
+    """By the length that they state, and by what they send."""
+    answers, read = [], []
+
+    async def application(scope, receive, send):
+        while (message := await receive())["type"] != "http.disconnect":
+            read.append(message["body"])
+
+    async def send(message):
+        answers.append(message.get("status"))
+
+    async def receive():
+        return {"type": "http.request", "body": b"1234"}
+
+    bounded = uploads.BoundedBodies(application, limit=10)
+    asyncio.run(bounded({"type": "http", "headers": [(b"content-length", b"11")]}, receive, send))
+    assert (answers[0], read) == (413, [])
+    asyncio.run(bounded({"type": "http", "headers": []}, receive, send))
+    assert read == [b"1234", b"1234"]
 
 
 @pytest.mark.parametrize(("keys", "host"), [({}, "127.0.0.1"), ({"host": "0.0.0.0"}, "0.0.0.0")])
@@ -66,6 +116,7 @@ def test_the_page_is_local_unless_host_says_otherwise(tmp_path, monkeypatch, key
     app.run(app.Recipe(model=str(tmp_path / "model.safetensors"), **keys))
     assert options["server_name"] == host
     assert options["share"] is False
+    assert options["max_file_size"] == "20mb"
 
 
 def test_the_error_names_a_port_that_is_taken(tmp_path):
