@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
@@ -11,7 +10,7 @@ from itertools import zip_longest
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
-from addp_core.data.held_out import check_labels, hold_out
+from addp_core.data.held_out import check_labels, hold_out, same_images
 from addp_core.data.image_source import ImageSource
 from addp_core.data.sources import explain_missing_classes, open_source
 from addp_core.data.splits import MissingSplitError
@@ -76,14 +75,6 @@ def open_splits(
         log.warning("val: %s has the training images: its metrics say nothing about other images", val)
     check_labels(validation, val_source)
     return train, validation
-
-
-def same_images(first: ImageSource, second: ImageSource) -> bool:
-    """Check whether two datasets are the same files, by their number and the paths of three of them."""
-    return len(first) == len(second) and all(
-        os.path.realpath(first.name(index)) == os.path.realpath(second.name(index))
-        for index in (0, len(first) // 2, len(first) - 1)
-    )
 
 
 class LabeledStream(Stream):

@@ -19,12 +19,13 @@ from addp_core.method.addp import ADDP, ADDPConfig
 from addp_core.method.diffusion import InputRows, draw_input_rows, draw_masks
 from addp_core.method.sampler import sample
 from addp_core.networks.cnn import CnnGridEncoder
+from addp_core.networks.encoder import Encoder
 from addp_core.networks.layers import checkpoint_blocks
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.recipes.config import find_recipe, load, recipes_of
 from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
-from addp_core.training.stage import MicroStep, Stage
+from addp_core.training.stage import MicroStep
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fingerprint import fingerprint
@@ -33,6 +34,7 @@ from addp_core.weights.saving import save_model
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
 from pretrain.common import load_frozen_tokenizer, run_stage
+from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
 from pretrain.recipe import PretrainRecipe as Recipe
 from pretrain.tokens import TokenBatch
 
@@ -47,7 +49,7 @@ PUBLISHED = {
 
 def run(recipe: Recipe) -> None:
     """Pretrain, or continue; ends with `<out>/model.safetensors`, which all other verbs read."""
-    run_stage(recipe, lambda source: build_stage(recipe))
+    run_stage(recipe, lambda source: build_stage(recipe), PretrainStage.measured)
 
 
 def build_stage(recipe: Recipe) -> "PretrainStage":
@@ -99,10 +101,11 @@ def load_frozen_parts(recipe: Recipe, tokenizer_source: str, predictor_source: s
     return tokenizer, predictor
 
 
-class PretrainStage(Stage):
+class PretrainStage(EvaluatedStage):
     """Trains the denoiser on images that the frozen parts corrupt."""
 
     name = "pretrain"
+    measured = Measured({"val_loss": False}, encoder=True, images=True)
 
     def __init__(self, addp: ADDP, draw: str = "batch"):
         assert addp.predictor is not None
@@ -135,6 +138,23 @@ class PretrainStage(Stage):
         """Generate images with the paper's sampler, always from the same seed."""
         return {"sample": sample(self._with_denoiser(model), PREVIEW_IMAGES)}
 
+    def measure(self, model: nn.Module, evaluation: Evaluation) -> dict[str, float]:
+        """Return the loss, probes of the encoder, and the distance of generated images to real ones."""
+        addp, process = self._with_denoiser(model), self.addp.config.process
+        masks = evaluation.rows(lambda n, drawn: draw_masks(process, n, addp.config.tokens, drawn), "mask")
+        sums, start = torch.zeros(2, device=addp.denoiser.mean.device), 0  # of the loss at masked ids; their number
+        for images in evaluation.batches():
+            mask, next_mask = (each[start : start + len(images)] for each in masks)
+            loss = addp.loss_of_ids(model, addp.encode_images(images), mask, next_mask)
+            sums += torch.stack([loss.float(), loss.new_ones(()).float()]) * mask.sum()
+            start += len(images)
+        total, count = evaluation.total(sums).tolist()
+        return {
+            "val_loss": total / count,
+            **evaluation.probe(transfer_encoder(addp.denoiser.encoder)),
+            **evaluation.compare_generated(lambda first, n: sample(addp, n, first=first, batch=n)),
+        }
+
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(self._with_denoiser(model), path)
 
@@ -143,6 +163,18 @@ class PretrainStage(Stage):
         addp = copy(self.addp)
         addp._modules = {**self.addp._modules, "denoiser": denoiser}
         return addp
+
+
+def transfer_encoder(encoder: Encoder | CnnGridEncoder) -> Encoder | CnnGridEncoder:
+    """Return the encoder, with the same weights, as transfers use it by default: without ADDP's input norm.
+
+    A CNN stays as pretraining dilates it.
+    """
+    if isinstance(encoder, CnnGridEncoder):
+        return encoder
+    encoder = copy(encoder)
+    encoder.config = replace(encoder.config, tokenizer_norm=encoder.config.pre_norm)
+    return encoder
 
 
 def check_frozen_parts(recipe: Recipe) -> None:
@@ -166,7 +198,9 @@ def _train_frozen_part(recipe: Recipe, part: str, **settings: str) -> str:
 
 
 def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
-    """Return the recipe that trains the tokenizer or predictor on the images of this recipe, with its trackers."""
+    """Return the recipe that trains the tokenizer or predictor on the images of this recipe, with its evaluation and
+    trackers.
+    """
     module, name = FROZEN_STAGES[part], frozen_stage_name(recipe, part)
     try:
         path = find_recipe(module, name)
@@ -176,7 +210,8 @@ def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
     data = recipe.data.without_tokens() if part == "tokenizer" else recipe.data
     stage = load(module.Recipe, path, texts, recipes_of(module))
     shown = {key: getattr(recipe.train, key) for key in ("trackers", "tracker_project")}
-    return replace(stage, data=data, train=replace(stage.train, **shown), launch="local")
+    section = replace(stage.train, **shown)
+    return replace(stage, data=data, evaluation=recipe.evaluation, train=section, launch="local")
 
 
 def frozen_stage_name(recipe: Recipe, part: str) -> str:

@@ -17,11 +17,13 @@ from addp_core.data.stream import Batch, example_images
 from addp_core.method.diffusion import map_tokens
 from addp_core.networks.layers import MaskPositions, checkpoint_blocks, count_visible, gather_tokens
 from addp_core.networks.predictor import TokenPredictor
+from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
-from addp_core.training.stage import MicroStep, Stage
+from addp_core.training.stage import MicroStep
 from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
+from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
 from pretrain.recipe import MaskingConfig as MaskingConfig
 from pretrain.recipe import PredictorRecipe as Recipe
 from pretrain.tokens import TokenBatch
@@ -31,7 +33,7 @@ PREVIEW_IMAGES = 8
 
 def run(recipe: Recipe) -> None:
     """Train a token predictor, or continue; ends with `<out>/model.safetensors`."""
-    run_stage(recipe, lambda source: build_stage(recipe, source), recipe.interpolation)
+    run_stage(recipe, lambda source: build_stage(recipe, source), PredictorStage.measured, recipe.interpolation)
 
 
 def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":
@@ -46,11 +48,12 @@ def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":
     return PredictorStage(predictor, tokenizer, grid, recipe.masking, examples, recipe.draw)
 
 
-class PredictorStage(Stage):
+class PredictorStage(EvaluatedStage):
     """Trains the token predictor with MAGE's loss on the ids of a frozen tokenizer."""
 
     name = "predictor"
     model: "MaskedTokenModel"
+    measured = Measured({"val_loss": False, "val_accuracy": True, "val_context": True}, encoder=True)
 
     def __init__(
         self,
@@ -96,6 +99,35 @@ class PredictorStage(Stage):
         completed = self.tokenizer.decode(to_feature_map(mixed, self.grid))
         return {"guess": torch.cat([images, reconstructed, completed]).clamp(0, 1)}
 
+    def measure(self, model: nn.Module, evaluation: Evaluation) -> dict[str, float]:
+        """Return loss, accuracy and context over the masked ids of all images, and probes of the encoder."""
+        masked = cast(MaskedTokenModel, model)
+        tokens = self.grid[0] * self.grid[1]
+        masks, drops = evaluation.rows(lambda n, drawn: draw_mage_masks(self.masking, n, tokens, drawn), "mask")
+        sums = torch.zeros(3 + masked.vocabulary, dtype=torch.float32)  # loss, hits, masked ids; uses of each id
+        start = 0
+        for images in evaluation.batches():
+            rows = slice(start, start + len(images))
+            mask, dropped = (each[rows].to(images.device) for each in (masks, drops))
+            logits, targets = masked.masked_logits(self.tokenizer.encode(images), mask, dropped)
+            loss = F.cross_entropy(logits, targets, label_smoothing=masked.label_smoothing, reduction="sum")
+            hits = (logits.argmax(-1) == targets).sum()
+            counted = torch.stack([loss, hits.float(), loss.new_tensor(len(targets))])
+            sums += torch.cat([counted, masked.count(targets).float()]).cpu()
+            start = rows.stop
+        (loss, hits, count), uses = evaluation.total(sums.to(self._device)).cpu().split([3, masked.vocabulary])
+        metrics = {
+            "val_loss": (loss / count).item(),
+            "val_accuracy": (hits / count).item(),
+            "val_context": masked.context(uses, loss / count).item(),
+        }
+        size = (self.grid[0] * self.tokenizer.config.stride, self.grid[1] * self.tokenizer.config.stride)
+        return metrics | evaluation.probe(TokenEncoder.of_predictor(masked.predictor, self.tokenizer, size))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tokenizer.quantize.embedding.weight.device
+
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(cast(MaskedTokenModel, model).predictor, path, grid=self.grid)
 
@@ -133,17 +165,38 @@ class MaskedTokenModel(nn.Module):
         the predictor. The frequencies are those of the masked ids themselves, so context starts below zero, by about
         codes / 2 / masked ids.
         """
+        logits, targets = self.masked_logits(ids, mask, dropped, positions, kept)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        accuracy = (logits.argmax(-1) == targets).float().mean()
+        return {"loss": loss, "accuracy": accuracy, "context": self.context(self.count(targets), loss.detach())}
+
+    def masked_logits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        dropped: Tensor,
+        positions: MaskPositions | None = None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits at the masked positions of all images, Float[R,V], and the ids there, Long[R].
+
+        Arguments are those of `forward`.
+        """
         positions = positions or MaskPositions.from_mask(mask)
         logits = self.predictor.logits(ids, mask, dropped, self.vocabulary, kept)
         logits = positions.unpad_masked(gather_tokens(logits, positions.masked)).float()
-        targets = positions.unpad_masked(ids.gather(1, positions.masked))
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        # not `bincount`, for whose length the host has to wait
+        return logits, positions.unpad_masked(ids.gather(1, positions.masked))
+
+    def count(self, ids: Tensor) -> Tensor:
+        """Count how often each id of the vocabulary is in Long[R] ids, Long[V]."""
         counts = torch.zeros(self.vocabulary, dtype=torch.long, device=ids.device)
-        frequencies = counts.index_add(0, targets, torch.ones_like(targets)) / max(len(targets), 1)
+        return counts.index_add(0, ids, torch.ones_like(ids))  # not `bincount`, for whose length the host has to wait
+
+    def context(self, counts: Tensor, loss: Tensor) -> Tensor:
+        """Return how many nats the loss is below that of predicting the frequencies of the ids counted, [V]."""
+        frequencies = counts / counts.sum().clamp_min(1)
         smoothed = (1 - self.label_smoothing) * frequencies + self.label_smoothing / self.vocabulary
-        accuracy = (logits.argmax(-1) == targets).float().mean()
-        return {"loss": loss, "accuracy": accuracy, "context": torch.special.entr(smoothed).sum() - loss.detach()}
+        return torch.special.entr(smoothed).sum() - loss
 
 
 def draw_mage_masks(

@@ -3,14 +3,52 @@
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Interval, MultipleOf
+from annotated_types import Ge, Interval, Lt, MultipleOf
 
-from addp_core.base.paths import FilePath
+from addp_core.base.paths import DatasetPath, FilePath
 from addp_core.data.config import DataConfig, Interpolation
 from addp_core.method.config import DenoiserConfig, ProcessConfig, check_ids_to
 from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
 from addp_core.training.config import TrainConfig
 from addp_core.training.submission import LaunchChoice, SlurmConfig
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation every `train.evaluate_every` steps and at the end, on images that are not trained on."""
+
+    __shorthand__ = "data"
+    data: Annotated[
+        DatasetPath,
+        "labeled images to evaluate on, of which the `val` split is taken if there is one; empty: those of `held_out`",
+    ] = ""
+    held_out: Annotated[
+        float,
+        Ge(0),
+        Lt(1),
+        "share of the images of `data`, of each class, that are not trained on but evaluated; 0: none",
+    ] = 0.0
+    images: Annotated[int, Ge(16), "evaluate on this many images at most, kept in memory"] = 2000
+    classes: Annotated[int, Ge(2), "of at most this many classes, equally many of each"] = 100
+    knn: Annotated[int, Ge(0), "neighbors of the k-NN classifier on the encoder's features; 0: no k-NN"] = 20
+    probe: Annotated[bool, "train a linear probe on the encoder's features"] = True
+    samples: Annotated[
+        int,
+        Ge(0),
+        "images to generate or reconstruct, and compare with as many real ones by Frechet distance, precision and "
+        "recall; 0: none",
+    ] = 256
+    inception: Annotated[
+        FilePath,
+        "file of torch-fidelity's Inception-v3 weights, whose features are compared; empty: where torch keeps "
+        "downloads, or, without them, a small CNN of random weights (nothing is downloaded)",
+    ] = ""
+    extractor: Annotated[FilePath, "a run of `addp finetune` whose features are compared instead"] = ""
+    batch: Annotated[int, Ge(1), "images at a time on each process"] = 64
+
+    def __post_init__(self) -> None:
+        if self.data and self.held_out:
+            raise ValueError(f"held_out: found {self.held_out} beside data={self.data}; expected one of the two")
 
 
 @dataclass
@@ -60,6 +98,7 @@ class TokenizerRecipe:
     data: DataConfig = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: TrainConfig = field(default_factory=_train_defaults)
     launch: LaunchChoice = "local"
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -158,6 +197,7 @@ class PredictorRecipe:
         "or one for each process (as MAGE)",
     ] = "batch"
     interpolation: Annotated[Interpolation, "how crops are resized; bilinear in MAGE"] = "bicubic"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: TransformerTraining = field(default_factory=TransformerTraining)
     launch: LaunchChoice = "local"
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
@@ -185,6 +225,7 @@ class PretrainRecipe:
         "one mask ratio for the whole batch (the same numbers for any number of processes), "
         "or one for each process (as published)",
     ] = "batch"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     train: TransformerTraining = field(default_factory=TransformerTraining)
     launch: LaunchChoice = "local"
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

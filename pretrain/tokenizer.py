@@ -20,9 +20,10 @@ from addp_core.base.errors import UserError
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import Batch, example_images
 from addp_core.networks.tokenizer import Tokenizer, to_feature_map
-from addp_core.training.stage import MicroStep, Stage
+from addp_core.training.stage import MicroStep
 from addp_core.weights.saving import save_model
 from pretrain.common import run_stage, token_grid
+from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
 from pretrain.losses import PatchDiscriminator, PerceptualDistance, hinge_loss
 from pretrain.recipe import LossConfig as LossConfig
 from pretrain.recipe import TokenizerRecipe as Recipe
@@ -34,7 +35,7 @@ NEVER_USED = 2**40  # steps since the last use of a code that has never been use
 
 def run(recipe: Recipe) -> None:
     """Train a tokenizer, or continue; ends with `<out>/model.safetensors`."""
-    run_stage(recipe, lambda source: build_stage(recipe, source))
+    run_stage(recipe, lambda source: build_stage(recipe, source), TokenizerStage.measured)
 
 
 def build_stage(recipe: Recipe, source: ImageSource) -> "TokenizerStage":
@@ -55,11 +56,12 @@ def build_stage(recipe: Recipe, source: ImageSource) -> "TokenizerStage":
     return TokenizerStage(Tokenizer(recipe.model, grid), loss, examples)
 
 
-class TokenizerStage(Stage):
+class TokenizerStage(EvaluatedStage):
     """Trains the encoder, decoder and discriminator by gradient descent, and the codebook by moving averages."""
 
     name = "tokenizer"
     model: "TokenizerTraining"
+    measured = Measured({"val_psnr": True, "val_usage": True, "val_perplexity": True}, images=True)
 
     def __init__(self, tokenizer: Tokenizer, config: LossConfig, examples: Tensor):
         """`examples`: Float[n,3,H,W] in [0,1], the images of previews."""
@@ -101,8 +103,7 @@ class TokenizerStage(Stage):
             loss = loss + weight * out["adversarial"]
             terms |= {name: out[name] for name in ("adversarial", "discriminator")}
             terms["adversarial_weight"] = weight
-        squared_error = (decoded.detach().clamp(0, 1) - images).square().mean((1, 2, 3))
-        return {"loss": loss, **terms, "psnr": -10 * squared_error.clamp_min(1e-10).log10().mean()}
+        return {"loss": loss, **terms, "psnr": psnr(decoded.detach(), images).mean()}
 
     def _gradient_ratio(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """Return how much larger the gradient of the first term is at the decoder's last layer (VQGAN, Eq. 7)."""
@@ -133,6 +134,23 @@ class TokenizerStage(Stage):
         images = self.examples.to(tokenizer.quantize.embedding.weight.device)
         decoded = tokenizer.decode(tokenizer.lookup(tokenizer.encode(images)))
         return {"recon": torch.cat([images, decoded.float()], 3).clamp(0, 1)}
+
+    def measure(self, model: nn.Module, evaluation: Evaluation) -> dict[str, float]:
+        """Return PSNR, use of the codebook, and the distance of reconstructions to the images."""
+        tokenizer = cast(TokenizerTraining, model).tokenizer
+        counts = torch.zeros(tokenizer.config.codebook, device=tokenizer.quantize.embedding.weight.device)
+        ratios = []
+        for images in evaluation.batches():
+            ids = tokenizer.encode(images)
+            counts += ids.flatten().bincount(minlength=len(counts))
+            ratios.append(psnr(tokenizer.decode(tokenizer.lookup(ids)).float(), images))
+        usage, perplexity = codebook_use(evaluation.total(counts))
+        return {
+            "val_psnr": evaluation.gather(torch.cat(ratios) if ratios else torch.empty(0)).mean().item(),
+            "val_usage": usage.item(),
+            "val_perplexity": perplexity.item(),
+            **evaluation.compare_reconstructed(lambda x: tokenizer.decode(tokenizer.lookup(tokenizer.encode(x)))),
+        }
 
     def export(self, model: nn.Module, path: Path) -> None:
         save_model(cast(TokenizerTraining, model).tokenizer, path)
@@ -220,9 +238,20 @@ class TokenizerTraining(nn.Module):
         codes.copy_(torch.where(dead[:, None], candidates, codes))
         for average in (self.count, self.total, self.idle):
             average.masked_fill_(dead if average.ndim == 1 else dead[:, None], 0)
-        share = counts / counts.sum()
-        perplexity = torch.special.entr(share).sum().exp()
-        return {"usage": used.float().mean(), "perplexity": perplexity, "revived": dead.float().sum()}
+        usage, perplexity = codebook_use(counts)
+        return {"usage": usage, "perplexity": perplexity, "revived": dead.float().sum()}
+
+
+def psnr(decoded: Tensor, images: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each decoded image in dB: Float[B,3,H,W] twice -> Float[B]."""
+    squared_error = (decoded.clamp(0, 1) - images).square().mean((1, 2, 3))
+    return -10 * squared_error.clamp_min(1e-10).log10()
+
+
+def codebook_use(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the share of the codes that are used and the perplexity, by how often each is used, Float[K]."""
+    share = counts / counts.sum()
+    return (counts > 0).float().mean(), torch.special.entr(share).sum().exp()
 
 
 def _local_rows(features: Tensor, rows: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def hold_out(
     """
     if source.classes and source.labels is None:
         raise UserError(f"{key}: found {share}, but the labels are not known in advance; expected {instead}=<images>")
-    labels = np.zeros(len(source), dtype=np.int64) if source.labels is None else source.labels
+    labels = source.labels if source.classes else None
+    labels = np.zeros(len(source), dtype=np.int64) if labels is None else labels
     keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
     held_out = np.zeros(len(source), dtype=bool)
     for label, class_name in enumerate(source.classes or ("all images",)):

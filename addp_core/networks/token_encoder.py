@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from addp_core.networks.attention import PLAIN_ATTENTION, AttentionConfig
 from addp_core.networks.encoder import EncoderConfig, TransformerEncoder, padded_grid
-from addp_core.networks.predictor import PredictorConfig, TokenEmbeddings
+from addp_core.networks.predictor import PredictorConfig, TokenEmbeddings, TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
 
 RGB = tuple[float, float, float]  # one value per color channel
@@ -106,6 +106,17 @@ class TokenEncoder(TransformerEncoder):
         self._add_blocks()
         self.tokenizer = Tokenizer(tokenizer).requires_grad_(False)
         del self.tokenizer.decoder  # nothing is decoded back to pixels
+
+    @classmethod
+    def of_predictor(
+        cls, predictor: TokenPredictor, tokenizer: Tokenizer, image_size: tuple[int, int]
+    ) -> "TokenEncoder":
+        """Return the encoder of a predictor behind its tokenizer, in eval mode; it shares their weights."""
+        with torch.device("meta"):
+            encoder = cls(predictor.config, predictor.vocabulary, tokenizer.config, image_size)
+        encoder.token_emb, encoder.blocks, encoder.norm = predictor.token_emb, predictor.blocks, predictor.norm
+        encoder.tokenizer = tokenizer
+        return encoder.eval()
 
     @property
     def architecture(self) -> TokenEncoderArchitecture:

@@ -1,8 +1,11 @@
-"""The networks whose features `addp evaluate` compares: torch-fidelity's Inception-v3, or a classifier of our own."""
+"""The networks whose features are compared, by `addp evaluate` and while pretraining: torch-fidelity's Inception-v3, a
+classifier of our own, or a small CNN of random weights.
+"""
 
 import os
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from torch_fidelity.utils import create_feature_extractor
 from torchvision.models import VGG16_Weights
 
 from addp_core.base.errors import UserError
+from addp_core.base.rng import generator
 from addp_core.networks.classifier import normalize
 from addp_core.weights.files import read_tensors
 from addp_core.weights.fingerprint import fingerprint
@@ -25,6 +29,7 @@ from addp_core.weights.loading import load_classifier
 INCEPTION = "inception-v3-compat"
 VGG16 = "vgg16"
 CLASSIFIER = "addp-classifier"
+RANDOM = "addp-random-cnn"
 EXPECTED_WEIGHTS = {  # by key of the recipe: the layout, and where its file is
     "inception": ("torch-fidelity's Inception-v3", URL_INCEPTION_V3),
     "vgg16": ("torchvision's VGG16", VGG16_Weights.IMAGENET1K_V1.url),
@@ -65,6 +70,50 @@ class ClassifierExtractor(FeatureExtractorBase):
 
 
 register_feature_extractor(CLASSIFIER, ClassifierExtractor)
+
+
+class RandomExtractor(FeatureExtractorBase):
+    """A CNN of fixed random weights, whose feature is the mean of the maps of all its stages, Float[B,240].
+
+    Random embeddings tell sets of images apart, also of domains that Inception does not know (arXiv 2002.09797). The
+    images are resized to 64 x 64 pixels.
+    """
+
+    side, widths = 64, (16, 32, 64, 128)
+
+    def __init__(self, name: str = RANDOM, features_list: list[str] | None = None, **_: Any):
+        super().__init__(name, features_list or list(self.get_provided_features_list()))
+        rng, stages = generator(0, RANDOM), []
+        for channels, width in zip((3, *self.widths), self.widths, strict=False):
+            stage = torch.nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            stage.weight.data = torch.randn(stage.weight.shape, generator=rng) * (2 / (9 * channels)) ** 0.5
+            stages.append(stage)
+        self.stages = torch.nn.ModuleList(stages)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "pooled", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """UInt8[B,3,H,W] -> the features of the requested layers, which are all the same."""
+        size = (self.side, self.side)
+        x = F.interpolate(images.float() / 127.5 - 1, size, mode="bilinear", align_corners=False, antialias=True)
+        means = []
+        for stage in self.stages:
+            x = F.avg_pool2d(F.relu(stage(x)), 2)
+            means.append(x.mean((2, 3)))
+        return tuple(torch.cat(means, 1) for _ in self.features_list)
+
+
+register_feature_extractor(RANDOM, RandomExtractor)
 
 
 @dataclass(frozen=True)
@@ -115,6 +164,20 @@ def open_extractor(inception: str, classifier: str, device: torch.device) -> Ext
         label = f"Inception-v3 ({inception or URL_INCEPTION_V3.rpartition('/')[2]})"
         layer = "Inception-v3's pool3 features, as in ADM's evaluator"
     return Extractor(module.to(device), label, fingerprint(module), not classifier, layer)
+
+
+def open_local_extractor(inception: str, classifier: str, device: torch.device) -> Extractor:
+    """Load the extractor as `open_extractor` does, but download nothing: without Inception's weights in a file or where
+    torch-fidelity keeps them, the extractor is the random CNN.
+    """
+    if not (inception or classifier):
+        downloaded = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rpartition("/")[2]
+        if not downloaded.exists():
+            module = RandomExtractor().to(device).eval().requires_grad_(False)
+            label = "a small CNN of random weights (Inception-v3's are not on this machine)"
+            return Extractor(module, label, fingerprint(module), False, "the random CNN's pooled features")
+        inception = str(downloaded)
+    return open_extractor(inception, classifier, device)
 
 
 def open_vgg16(vgg16: str, device: torch.device) -> Extractor:

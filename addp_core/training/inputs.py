@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from addp_core.base.errors import UserError
 from addp_core.base.files import read_chunks, write_atomically
 from addp_core.base.paths import TOKENS_FILE
-from addp_core.training.run_recipe import RunRecipe, Values
+from addp_core.training.run_recipe import COMPUTE_ONLY_KEYS, RunRecipe, Values
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
@@ -116,7 +116,9 @@ class Inputs:
         return datasets is not None and recorded == {name: each.digest() for name, each in datasets().items()}
 
     def _keys(self, kind: str) -> list[str]:
-        return [key for key, each in self.recipe.paths.items() if each == kind and self.recipe.values.get(key)]
+        """Return the keys of this kind that are given; those that change no result are not recorded."""
+        keys = (key for key, each in self.recipe.paths.items() if each == kind and key not in COMPUTE_ONLY_KEYS)
+        return [key for key in keys if self.recipe.values.get(key)]
 
     def _write(self, record: dict[str, dict[str, Any]]) -> None:
         if record != self.record:

@@ -22,6 +22,8 @@ COMPUTE_ONLY_KEYS = frozenset(
     | {f"train.{key}" for key in ("compile", "channels_last", "parallel", "log_every", "checkpoint_every", "keep")}
     | {f"train.{key}" for key in ("preview_every", "evaluate_every", "export_every", "max_nonfinite")}
     | {f"train.{key}" for key in ("trackers", "tracker_project", "keep_best")}
+    | {f"evaluation.{key}" for key in ("data", "images", "classes", "knn", "probe", "samples", "inception")}
+    | {"evaluation.extractor", "evaluation.batch"}
     | {"data.tries", "data.timeout"}
     | LAUNCH_KEYS
 )
