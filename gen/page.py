@@ -186,7 +186,7 @@ class Computation:
     def connect(self, handlers: Handlers, compute: Callable[..., Any], inputs: list[Any]) -> None:
         """Let the buttons start and stop `compute`, a method of `handlers`, of these inputs."""
         begun = self.button.click(handlers.begin, None, [self.click, self.note], queue=False, **QUIET)
-        begun.then(
+        computed = begun.then(
             compute,
             [self.click, *inputs],
             [self.pictures, self.note],
@@ -194,6 +194,7 @@ class Computation:
             concurrency_limit=1,
             **QUIET,
         )
+        computed.failure(str, None, self.note, queue=False, **QUIET)  # the error is displayed; nothing waits any more
         self.stop.click(handlers.stop, None, None, queue=False, **QUIET)
 
 
