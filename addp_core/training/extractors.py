@@ -36,14 +36,8 @@ EXPECTED_WEIGHTS = {  # by key of the recipe: the layout, and where its file is
 }
 
 
-class ClassifierExtractor(FeatureExtractorBase):
-    """A classifier of `addp finetune` as an extractor of torch-fidelity, with the layers `pooled` (the input of its
-    head) and `logits`.
-    """
-
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any):
-        super().__init__(name, features_list)
-        self.classifier = load_classifier(feature_extractor_weights_path)
+class _OwnExtractor(FeatureExtractorBase):
+    """What torch-fidelity asks of an extractor with the layers `pooled` and `logits`."""
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -56,6 +50,16 @@ class ClassifierExtractor(FeatureExtractorBase):
     @staticmethod
     def can_be_compiled() -> bool:
         return False
+
+
+class ClassifierExtractor(_OwnExtractor):
+    """A classifier of `addp finetune` as an extractor of torch-fidelity, with the layers `pooled` (the input of its
+    head) and `logits`.
+    """
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any):
+        super().__init__(name, features_list)
+        self.classifier = load_classifier(feature_extractor_weights_path)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """UInt8[B,3,H,W] -> the features of the requested layers."""
@@ -72,7 +76,7 @@ class ClassifierExtractor(FeatureExtractorBase):
 register_feature_extractor(CLASSIFIER, ClassifierExtractor)
 
 
-class RandomExtractor(FeatureExtractorBase):
+class RandomExtractor(_OwnExtractor):
     """A CNN of fixed random weights, whose feature is the mean of the maps of all its stages, Float[B,240].
 
     Random embeddings tell sets of images apart, also of domains that Inception does not know (arXiv 2002.09797). The
@@ -89,18 +93,6 @@ class RandomExtractor(FeatureExtractorBase):
             stage.weight.data = torch.randn(stage.weight.shape, generator=rng) * (2 / (9 * channels)) ** 0.5
             stages.append(stage)
         self.stages = torch.nn.ModuleList(stages)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "pooled", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "pooled"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """UInt8[B,3,H,W] -> the features of the requested layers, which are all the same."""
