@@ -41,21 +41,22 @@ class RunsView:
                 raise UserError(f"runs: {folder} is not a folder; expected a run folder, or a folder of runs")
 
     def find(self) -> Runs:
-        """Return the runs that are there now, the one whose metrics are newest first."""
-        found: dict[Path, float] = {}
+        """Return the runs that are there now, the one whose metrics are newest first, and those without any last."""
+        found: dict[Path, tuple[bool, float]] = {}  # whether there are metrics, and when they were written
         names: dict[Path, str] = {}
         for folder in self.folders:
             for name, folders, _ in os.walk(folder):
                 path = Path(name)
                 try:
-                    found[path] = (path / METRICS_FILE).stat().st_mtime
+                    stat = (path / METRICS_FILE).stat()
+                    found[path] = stat.st_size > 0, stat.st_mtime
                     names[path] = str(path.relative_to(folder.parent))
                 except OSError:
                     if len(path.relative_to(folder).parts) < DEPTH:
                         continue
                 folders.clear()  # a run holds no runs
         short = Counter(names.values())
-        newest_first = sorted(found, key=lambda path: -found[path])
+        newest_first = sorted(found, key=lambda path: found[path], reverse=True)
         return {names[path] if short[names[path]] == 1 else str(path): path for path in newest_first}
 
     def choose(self, names: Sequence[str]) -> Runs:

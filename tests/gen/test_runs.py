@@ -38,6 +38,8 @@ def runs(tmp_path) -> Path:
 
 def test_runs_are_found_at_any_depth_the_newest_first(runs):
     assert list(RunsView([str(runs)]).find()) == ["runs/deep/b", "runs/a"]
+    add_metrics(runs / "empty")  # written last, but there is nothing to draw
+    assert list(RunsView([str(runs)]).find()) == ["runs/deep/b", "runs/a", "runs/empty"]
     assert list(RunsView([str(runs / "a")]).find()) == ["a"]
     other = add_metrics(runs.parent / "other" / "a", {"step": 1})
     assert set(RunsView([str(runs / "a"), str(other)]).find()) == {str(runs / "a"), str(other)}
