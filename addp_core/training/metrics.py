@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from addp_core.base.files import write_atomically
+from addp_core.base.files import atomic_replace, write_atomically
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.training.run_folder import log_write_errors
 from addp_core.training.run_recipe import read_values
@@ -96,7 +96,8 @@ class RunLogger:
             with self._log_write_errors(f"images/{name}-{step}.png"):
                 batch = batch.detach().float().clamp(0, 1).cpu()
                 path = self.out / "images" / f"{name}-{step}.png"
-                save_image(batch, path, nrow=columns)
+                with atomic_replace(path) as temporary:  # `addp app` shows a run while it goes on
+                    save_image(batch, temporary, nrow=columns, format="png")
                 self.trackers.add(step, images={name: path})
 
     def has_evaluation(self, step: int) -> bool:
