@@ -23,7 +23,7 @@ from addp_core.recipes.completion import PRINT_CONFIG, completions
 from addp_core.recipes.config import load_recipe, show_recipe
 from addp_core.recipes.examples import EXAMPLES
 from addp_core.recipes.help import group_help, overview, short_help, verb_help
-from addp_core.recipes.verbs import ONE_PROCESS, VERBS, recipe_module, verb_groups
+from addp_core.recipes.verbs import NEED_NO_ARGUMENTS, ONE_PROCESS, VERBS, recipe_module, verb_groups
 
 log = logging.getLogger("addp")
 
@@ -107,7 +107,7 @@ def run(argv: list[str]) -> int:
         if PRINT_CONFIG in arguments:
             sys.stdout.write(show_recipe(module, recipe, settings))
             return 0
-        with _showing_examples("" if arguments else verb):
+        with _showing_examples("" if arguments or verb in NEED_NO_ARGUMENTS else verb):
             resolved = load_recipe(module, recipe, settings)
             importlib.import_module(VERBS[verb][0]).run(resolved)
     return 0

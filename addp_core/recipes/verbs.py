@@ -45,6 +45,9 @@ VERBS = {  # verb: (module, one line of help)
     "doctor": ("tools.doctor", "show what is installed and what tasks lack, or check that this machine computes right"),
 }
 
+# Verbs that run without arguments; their errors are of what they do, and no reason to show command lines.
+NEED_NO_ARGUMENTS = frozenset({"doctor", "throughput", "det cost", "seg cost"})
+
 # Verbs that run as one process, whatever the environment says; `bench` and `sweep` start the processes of others.
 ONE_PROCESS = {
     "app",
