@@ -257,7 +257,7 @@ class _Run:
             state.ema.update_unless(skipped, state.unwrapped, counters.step + 1)
         state.optimizer.zero_grad()
         counters.step += 1
-        self.unread.append(StepValues(counters.step, rate, agreed, more))
+        self.unread.append(StepValues(counters.step, rate, skipped, agreed, more))
         self._read_values(leave=1 if self.reads_late and not self._is_any_due() else 0)
         self.window_seconds += time.perf_counter() - begin
         if self.logger:

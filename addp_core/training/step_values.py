@@ -27,11 +27,13 @@ class StepValues:
         rate: its learning rate.
     """
 
-    def __init__(self, number: int, rate: float, values: Mapping[str, Tensor], more: Mapping[str, Tensor]):
-        """values, more: scalars on the device; those of `more` mean nothing if the step is skipped."""
+    def __init__(
+        self, number: int, rate: float, skipped: Tensor, values: Mapping[str, Tensor], more: Mapping[str, Tensor]
+    ):
+        """skipped, values, more: scalars on the device; those of `more` mean nothing if the step is skipped."""
         self.number, self.rate = number, rate
         self._names, self._more = [*values, *more], list(more)
-        stacked = torch.stack([value.float() for value in (*values.values(), *more.values())])
+        stacked = torch.stack([value.float() for value in (skipped, *values.values(), *more.values())])
         self._copied: torch.cuda.Event | None = None
         if stacked.device.type == "cuda":
             stacked = stacked.to("cpu", non_blocking=True)
@@ -43,9 +45,9 @@ class StepValues:
         """Wait until the device has done the step; return its values, and whether it was skipped."""
         if self._copied:
             self._copied.synchronize()
-        values = dict(zip(self._names, self._values.tolist(), strict=True))
-        skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
-        return {name: value for name, value in values.items() if not (skipped and name in self._more)}, skipped
+        skipped, *numbers = self._values.tolist()
+        values = zip(self._names, numbers, strict=True)
+        return {name: value for name, value in values if not (skipped and name in self._more)}, skipped > 0
 
 
 def count_skipped(
