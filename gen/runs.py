@@ -12,12 +12,12 @@ from typing import TypeAlias
 from PIL import Image
 
 from addp_core.base.errors import UserError
-from addp_core.base.paths import FINISHED_FILE
+from addp_core.base.files import TEMPORARY_PREFIX
+from addp_core.base.paths import FINISHED_FILE, METRICS_FILE
 from addp_core.training.curves import COLORS, Panel, draw, points, read_metrics
 from addp_core.training.metrics import NOT_PLOTTED
 from gen.page_html import Section, Tile, legend, render
 
-METRICS_FILE = "metrics.jsonl"
 SHOWN = len(COLORS)  # runs at a time: as many as there are colors
 DEPTH = 5  # folders between one that is given and a run in it: those of a bench, and not the classes of a dataset
 PREVIEW = re.compile(r"(.+)-(\d+)\.png")
@@ -118,7 +118,7 @@ def newest_previews(name: str, folder: Path) -> list[Tile]:
     """Return the newest complete image of each kind in the folder of a run; one that is still being written is none."""
     steps: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("images/*.png")):
-        if match := PREVIEW.fullmatch(path.name):
+        if (match := PREVIEW.fullmatch(path.name)) and not path.name.startswith(TEMPORARY_PREFIX):
             steps.setdefault(match[1], []).append((int(match[2]), path))
     tiles = []
     for kind, paths in steps.items():

@@ -20,6 +20,7 @@ CachePath = Annotated[str, PathKind("cache")]  # a folder of what can be compute
 MODEL_FILE = "model.safetensors"  # of a run folder
 TOKENS_FILE = "tokens.json"  # of a token cache, whose ids depend on nothing that it does not name
 FINISHED_FILE = "finished.json"  # of a run folder, at the end
+METRICS_FILE = "metrics.jsonl"  # of a run folder
 RECIPE_FILE = "recipe.yaml"  # of a run folder, and of any other that a recipe filled
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from addp_core.base.files import atomic_replace, write_atomically
-from addp_core.base.paths import RECIPE_FILE
+from addp_core.base.paths import METRICS_FILE, RECIPE_FILE
 from addp_core.training.run_folder import log_write_errors
 from addp_core.training.run_recipe import read_values
 from addp_core.training.tracker_backends import TrackedRun, TrackerName
@@ -46,7 +46,7 @@ class RunLogger:
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         self.out, self.total = out, total
-        self.metrics = out / "metrics.jsonl"
+        self.metrics = out / METRICS_FILE
         lines = list(_lines_until(self.metrics, step, total))
         write_atomically(self.metrics, b"".join(lines))
         self.file = self.metrics.open("a")
@@ -143,12 +143,12 @@ class RunLogger:
         if self.bar is not None:
             self.bar.close()
         self.redirection.close()
-        with self._log_write_errors("metrics.jsonl"):
+        with self._log_write_errors(METRICS_FILE):
             self.file.close()
         self.trackers.close()
 
     def _write(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        with self._log_write_errors("metrics.jsonl"):
+        with self._log_write_errors(METRICS_FILE):
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
         self.trackers.add(step, tagged(metrics))

@@ -205,7 +205,7 @@ def release_out(out: str | Path) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    for folder in (out, out / "checkpoints"):
+    for folder in (out, out / "checkpoints", out / "images"):
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
             if path.is_dir():
                 shutil.rmtree(path)

@@ -8,6 +8,7 @@ from typing import Any
 
 from addp_core.base.files import write_atomically
 from addp_core.base.launch import rank
+from addp_core.base.paths import METRICS_FILE
 from addp_core.base.tables import text_table
 from cls.probing.recipe import FastConfig
 from cls.results import RESULTS
@@ -56,7 +57,7 @@ def write_results(
     }
     lines = [{"step": row["block"], **{name: row[name] for name in row if name != "sweep"}} for row in rows]
     write_atomically(out / RESULTS, json.dumps(results, indent=1).encode())
-    write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(out / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
     plot_by_block(rows, out / "images" / "blocks.png")
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from addp_core.base.files import write_atomically
 from addp_core.base.launch import rank
+from addp_core.base.paths import METRICS_FILE
 from addp_core.base.tables import text_table
 from addp_core.data.images import write_png
 from seg.probing.probes import Row, Scenes
@@ -58,7 +59,7 @@ def write_results(out: Path, recipe: Recipe, scenes: Scenes, rows: Sequence[Row]
     }
     lines = [{"step": row["block"], **{name: row[name] for name in row if name != "sweep"}} for row in short]
     write_atomically(out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_atomically(out / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def plot_by_block(rows: Sequence[Row], path: Path) -> None:

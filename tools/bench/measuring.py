@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import METRICS_FILE
 from addp_core.training.curves import read_metrics
 from addp_core.training.pace import FEATURES, PACE_FILE, SAMPLING, VALIDATION, Mark, read_pace
 from addp_core.training.run_folder import INTERMEDIATE_MODELS
@@ -178,7 +179,7 @@ class _Child:
         return next((folder for folder in folders if (folder / MODEL_FILE).exists()), None)
 
     def _look_at_steps(self, began: float) -> None:
-        lines = read_metrics(self.out / RUN / "metrics.jsonl")
+        lines = read_metrics(self.out / RUN / METRICS_FILE)
         steps = [self.batch / line["img_s"] for line in lines if line.get("img_s")]  # seconds
         if steps and not self.start_up:
             self.start_up = max(0.0, time.time() - began - sum(steps))

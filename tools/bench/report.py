@@ -16,6 +16,7 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import METRICS_FILE
 from addp_core.training.curves import Panel, draw, points, read_metrics
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.comparison import measured_difference
@@ -357,7 +358,7 @@ def _curves(bench: BenchResults, benchmark: str, metrics: Sequence[Metric]) -> I
     runs: dict[str, list[list[dict[str, float]]]] = {}
     for arm in bench.arms:
         folders = (bench.out / folder for folder in (bench.step(benchmark, arm) or {}).get("runs", {}).values())
-        runs[arm] = [lines for folder in folders if (lines := read_metrics(folder / "metrics.jsonl"))]
+        runs[arm] = [lines for folder in folders if (lines := read_metrics(folder / METRICS_FILE))]
     # the fast linear probe measures once per block of the encoder, not per step
     per_block = any("block" in line for of_arm in runs.values() for lines in of_arm for line in lines)
     x = "block" if per_block else "step"
@@ -420,7 +421,7 @@ def _drawings(panels: Sequence[Panel], names: Sequence[str]) -> Drawings:
 def _pretraining(bench: BenchResults) -> Iterator[Block]:
     """The loss of the arms that are pretraining runs; of a run of several stages, the last stage's."""
     folders = {name: Path(arm["run"]) for name, arm in bench.arms.items() if arm.get("run")}
-    runs = {name: read_metrics(folder / "metrics.jsonl") for name, folder in folders.items()}
+    runs = {name: read_metrics(folder / METRICS_FILE) for name, folder in folders.items()}
     panels = []
     for x, label in (("step", "step"), ("images", "images seen")):
         curves = {name: [curve] for name, lines in runs.items() if len(curve := points(lines, "loss", x)) > 1}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from addp_core.base.paths import METRICS_FILE
 from tools.children import ADDP, TORCHRUN, Children, Stopped, last_lines, launch
 
 POLL_SECONDS = 0.05
@@ -103,6 +104,6 @@ class Commands(Children):
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a run's metrics so far."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS_FILE
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
