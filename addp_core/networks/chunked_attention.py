@@ -37,6 +37,8 @@ def chunked_attention(
         vertical: Float[B,heads,Q,h]; the bias of a query and a key in row i is its entry i. Then L = h * w.
         horizontal: Float[B,heads,Q,w], the same for the columns.
     """
+    if not q.numel():  # no queries, as in the last block of a pretraining in which every position is masked
+        return q @ k.mT @ v
     per_sequence = [None if x is None else x.flatten(0, 1) for x in (q, k, v, vertical, horizontal)]
     out = _ChunkedAttention.apply(None if bias is None else bias[0], *per_sequence)
     return out.unflatten(0, q.shape[:2])

@@ -56,6 +56,17 @@ def test_values_may_have_another_width():
     torch.testing.assert_close(chunked_attention(*tensors), reference(*tensors))
 
 
+def test_no_queries_give_no_outputs_and_no_gradient():
+    """When every position is masked, the last block of the encoder has nothing to compute."""
+    q, k, v = (torch.randn(2, 4, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (0, 5, 5))
+
+    out = chunked_attention(q, k, v)
+    out.sum().backward()
+
+    assert out.shape == q.shape and out.dtype == q.dtype
+    assert not k.grad.any() and not v.grad.any()
+
+
 def test_long_sequences_keep_no_scores(monkeypatch):
     def kept(chunk):
         monkeypatch.setattr(module, "CHUNK_BYTES", 8 * chunk)  # of float64
