@@ -10,7 +10,7 @@ from itertools import zip_longest
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
-from addp_core.data.held_out import check_labels, hold_out, same_images
+from addp_core.data.held_out import check_labels, hold_out, keep_share, same_images
 from addp_core.data.image_source import ImageSource
 from addp_core.data.sources import explain_missing_classes, open_source
 from addp_core.data.splits import MissingSplitError
@@ -26,7 +26,7 @@ CROP_FRACTION, MAX_CROPPED_SIZE = 0.875, 224
 
 
 def open_splits(
-    config: DataConfig, val: str = "", val_share: float = 0.0, seed: int = 0
+    config: DataConfig, val: str = "", val_share: float = 0.0, seed: int = 0, label_share: float = 1.0
 ) -> tuple[ImageSource, ImageSource]:
     """Open the training images and the validation images, with the same classes in the same order.
 
@@ -34,7 +34,8 @@ def open_splits(
         config: the training images.
         val: a dataset to validate on; by default the `val` split of the training dataset.
         val_share: the share of the training images of each class to validate on instead.
-        seed: of the choice of these images.
+        seed: of the choice of these images, and of those to train on.
+        label_share: the share of the training images of each class to train on.
 
     Raises UserError if the images have fewer than two classes, if the two splits differ in their classes, or if there
     are no images to validate on but those of training.
@@ -51,7 +52,8 @@ def open_splits(
         )
     check_labels(train, config.source)
     if val_share:
-        return hold_out(train, val_share, seed)
+        train, validation = hold_out(train, val_share, seed)
+        return keep_share(train, label_share, seed, "label_share"), validation
     val_source = val or config.source
     try:
         validation = open_source(replace(config, source=val_source), "val", train.classes)
@@ -74,7 +76,7 @@ def open_splits(
             )
         log.warning("val: %s has the training images: its metrics say nothing about other images", val)
     check_labels(validation, val_source)
-    return train, validation
+    return keep_share(train, label_share, seed, "label_share"), validation
 
 
 class LabeledStream(Stream):

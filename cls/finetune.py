@@ -42,7 +42,9 @@ log = logging.getLogger("addp")
 
 def run(recipe: Recipe) -> None:
     """Fine-tune, or continue; end with `<out>/model.safetensors` and its metrics in results.json."""
-    datasets = functools.cache(lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed))
+    datasets = functools.cache(
+        lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed, recipe.label_share)
+    )
     if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         if recipe.confusion and not (Path(recipe.out) / CONFUSION).exists():
             log.info("confusion: the matrix is written at validations, and this run has finished; nothing to do")

@@ -20,7 +20,9 @@ from cls.probing.report import print_results
 
 def run(recipe: Recipe) -> None:
     """Probe an encoder, or continue; end with results.json and `<out>/model.safetensors`, a classifier."""
-    datasets = functools.cache(lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed))
+    datasets = functools.cache(
+        lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed, recipe.label_share)
+    )
     if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         print_results(Path(recipe.out), recipe.mode)
         return

@@ -19,6 +19,13 @@ EvaluationCrop: TypeAlias = Annotated[
     Le(1),
     "fraction of the shorter side that validation crops (default: 0.875 up to 224 px, 1 above)",
 ]
+LabelShare: TypeAlias = Annotated[
+    float,
+    Gt(0),
+    Le(1),
+    "train on this share of the training images of each class, chosen by train.seed (usual few-label "
+    "protocols: 0.01 and 0.1); 1: all",
+]
 
 
 @dataclass
@@ -53,6 +60,7 @@ class FinetuneRecipe(EncoderKeys):
     val_share: Annotated[
         float, Ge(0), Lt(1), "hold out this share of the training images of each class for validation; 0: none"
     ] = 0.0
+    label_share: LabelShare = 1.0
     pooling: Annotated[Pooling, "input of the head: the mean of the patch tokens, or the class token"] = "avg"
     drop_path: Annotated[
         float, Interval(ge=0, lt=1), "stochastic depth rate of the last block, increasing linearly from 0"

@@ -29,12 +29,13 @@ from addp_core.training.stage import MicroStep
 from addp_core.weights.architectures import recipe_heads
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fingerprint import fingerprint
-from addp_core.weights.loading import load_predictor
+from addp_core.weights.loading import load_addp, load_predictor
 from addp_core.weights.saving import save_model
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
+from pretrain.initial_weights import start_from, warn_of_other_ids
 from pretrain.recipe import PretrainRecipe as Recipe
 from pretrain.tokens import TokenBatch
 
@@ -61,7 +62,7 @@ def build_stage(recipe: Recipe) -> "PretrainStage":
 
 
 def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
-    """Return ADDP with both frozen parts loaded and a randomly initialized denoiser.
+    """Return ADDP with both frozen parts loaded and the denoiser of `init`, or a randomly initialized one.
 
     Raises UserError if the predictor and the tokenizer do not belong together.
     """
@@ -74,6 +75,10 @@ def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
     assert model.predictor is not None
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.predictor.load_state_dict(predictor.state_dict())
+    if recipe.init:
+        start = load_addp(recipe.init, image_size=recipe.data.hw)
+        start_from(model.denoiser, start.denoiser, recipe.model, start.config.denoiser, recipe.init)
+        warn_of_other_ids(fingerprint(start.tokenizer), fingerprint(tokenizer), recipe.init, tokenizer_source)
     checkpoint_blocks(model.denoiser, recipe.train.checkpointing)
     if isinstance(model.denoiser.encoder, CnnGridEncoder):  # which has no such blocks
         model.denoiser.encoder.checkpointing = recipe.train.checkpointing

@@ -21,9 +21,11 @@ from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
 from addp_core.training.stage import MicroStep
 from addp_core.weights.fingerprint import fingerprint
+from addp_core.weights.loading import load_predictor
 from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
+from pretrain.initial_weights import start_from, warn_of_other_ids
 from pretrain.recipe import MaskingConfig as MaskingConfig
 from pretrain.recipe import PredictorRecipe as Recipe
 from pretrain.tokens import TokenBatch
@@ -37,11 +39,18 @@ def run(recipe: Recipe) -> None:
 
 
 def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":
-    """Return the stage with a randomly initialized predictor. `source` provides the images of previews."""
+    """Return the stage with the predictor of `init`, or a randomly initialized one.
+
+    `source` provides the images of previews.
+    """
     tokenizer, grid = load_frozen_tokenizer(recipe.tokenizer, recipe.data)
     torch.manual_seed(recipe.train.seed)
     vocabulary = Vocabulary.with_slots(tokenizer.config.codebook, recipe.unused_ids)
     predictor = TokenPredictor(recipe.model, grid[0] * grid[1], vocabulary)
+    if recipe.init:
+        start = load_predictor(recipe.init, grid)
+        start_from(predictor, start, recipe.model, start.config, recipe.init)
+        warn_of_other_ids(start.trained_on, fingerprint(tokenizer), recipe.init, recipe.tokenizer)
     predictor.trained_on = fingerprint(tokenizer)
     checkpoint_blocks(predictor, recipe.train.checkpointing)
     examples = example_images(source, recipe.data, PREVIEW_IMAGES)

@@ -183,6 +183,10 @@ class PredictorRecipe:
     ]
     data: TokenData = field(default_factory=TokenData)
     model: PredictorConfig = field(default_factory=PredictorConfig)
+    init: Annotated[
+        FilePath,
+        "MAGE file or run to start from; positions are resampled to `data.size` (default: random weights)",
+    ] = ""
     unused_ids: Annotated[
         int,
         Ge(1),
@@ -219,6 +223,11 @@ class PretrainRecipe:
     predictor_heads: Annotated[int | None, Ge(1), "for a MAGE file whose heads are not width/64"] = None
     predictor_decoder_heads: Annotated[int | None, Ge(1), "for a MAGE file whose decoder heads are not 16"] = None
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    init: Annotated[
+        FilePath,
+        "ADDP file or run whose encoder and decoder to start from, as zoo:cifar10; positions are resampled to "
+        "`data.size` (default: random weights)",
+    ] = ""
     process: ProcessConfig = field(default_factory=ProcessConfig)
     draw: Annotated[
         Literal["batch", "process"],

@@ -1,8 +1,9 @@
-"""Images that are held out of training, and checks of the labels of a whole dataset."""
+"""Images that are held out of training, a share of the labeled ones, and checks of the labels of a whole dataset."""
 
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -39,12 +40,8 @@ def hold_out(
     """
     if source.classes and source.labels is None:
         raise UserError(f"{key}: found {share}, but the labels are not known in advance; expected {instead}=<images>")
-    labels = source.labels if source.classes else None
-    labels = np.zeros(len(source), dtype=np.int64) if labels is None else labels
-    keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
     held_out = np.zeros(len(source), dtype=bool)
-    for label, class_name in enumerate(source.classes or ("all images",)):
-        indices = sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
+    for class_name, indices in _shuffled_classes(source, seed):
         if len(indices) < 2 and not every_class:
             continue
         if len(indices) < 2:
@@ -59,6 +56,44 @@ def hold_out(
         *(held_out.sum(), len(source), key, share, seed),
     )
     return Subset(source, np.flatnonzero(~held_out)), Subset(source, np.flatnonzero(held_out))
+
+
+def keep_share(source: ImageSource, share: float, seed: int, key: str) -> ImageSource:
+    """Return this share of the images of each class, at least one; all of them, unchanged, if it is 1.
+
+    Which images are kept depends on the seed and their names, as in `hold_out`; with one seed, those of a smaller share
+    are among those of a larger one.
+
+    Args:
+        source: the dataset, with classes.
+        share: of the images of each class to keep, above 0 and at most 1.
+        seed: of their choice.
+        key: of the recipe that holds the share.
+
+    Raises UserError if the labels are not known without reading the images.
+    """
+    if share == 1:
+        return source
+    if source.labels is None:
+        raise UserError(
+            f"{key}: found {share}, but the labels are not known in advance; expected 1, or images in class folders"
+        )
+    kept = [indices[: max(1, round(share * len(indices)))] for _, indices in _shuffled_classes(source, seed)]
+    chosen = np.sort(np.concatenate(kept))
+    log.info("data: %d of %d images are trained on (%s=%s, seed %d)", len(chosen), len(source), key, share, seed)
+    return Subset(source, chosen)
+
+
+def _shuffled_classes(source: ImageSource, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield each class and its images, in the order of the digests of the seed and their names.
+
+    Images without classes count as one class.
+    """
+    labels = source.labels if source.classes else None
+    labels = np.zeros(len(source), dtype=np.int64) if labels is None else labels
+    keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
+    for label, class_name in enumerate(source.classes or ("all images",)):
+        yield class_name, sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
 
 
 def check_labels(source: ImageSource, name: str) -> None:

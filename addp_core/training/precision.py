@@ -19,10 +19,11 @@ PrecisionChoice = Annotated[
     "fp16: GPUs only",
 ]
 AUTO = "auto"
-# Features per token from which `auto` takes bf16. On an EPYC with AVX512-BF16, one thread, torch 2.15, forward passes
-# and training steps of four blocks are 1.4 to 1.8 times as fast at 192, and 1.03 to 1.5 times at 96 (docs/speed.md):
-# networks below ViT-Ti are of demonstrations, whose numbers are the same everywhere in fp32.
-BF16_WIDTH = 192
+# Features per token from which `auto` takes bf16. On an EPYC with AVX512-BF16, one thread, torch 2.15, the networks of
+# the recipes `cifar10`, 128 wide, train 1.5 to 1.8 times as fast in bf16. At 96, forward passes and training steps are
+# 1.03 to 1.5 times as fast (docs/speed.md): these are networks of demonstrations, whose numbers are the same everywhere
+# in fp32.
+BF16_WIDTH = 128
 MATRIX_UNIT = "amx_bf16"
 NATIVE_CPU_FLAGS = frozenset({"avx512_bf16", MATRIX_UNIT})  # in /proc/cpuinfo
 AMPERE = 8  # CUDA's compute capability from which tensor cores multiply bf16

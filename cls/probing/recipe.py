@@ -13,7 +13,7 @@ from addp_core.training.config import TrainConfig
 from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
 from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.weights.config import EncoderKeys
-from cls.recipe import EvaluationCrop
+from cls.recipe import EvaluationCrop, LabelShare
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Recipe(EncoderKeys):
     val_share: Annotated[
         float, Ge(0), Lt(1), "hold out this share of the training images of each class for validation; 0: none"
     ] = 0.0
+    label_share: LabelShare = 1.0
     mode: Annotated[
         Literal["full", "fast"],
         "full: the published training of one head, as set in `train`; fast: features computed once and many heads, as "

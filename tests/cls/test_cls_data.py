@@ -60,6 +60,22 @@ def test_held_out_share(tmp_path, caplog):
         open_splits(config, val_share=0.3)
 
 
+def test_a_share_of_the_labels(tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = write_folders(tmp_path / "set")
+    tenth, val = open_splits(config, val_share=0.2, label_share=0.1)
+    half, _ = open_splits(config, val_share=0.2, label_share=0.5)
+    assert np.bincount(tenth.labels).tolist() == [1, 1]
+    assert np.bincount(half.labels).tolist() == [4, 4]
+    assert "8 of 16 images are trained on (label_share=0.5, seed 0)" in caplog.text
+    assert names_of(tenth) < names_of(half)
+    assert not names_of(half) & names_of(val)
+    assert [half.read(i)[1] for i in range(8)] == half.labels.tolist()
+    assert names_of(open_splits(config, val_share=0.2, label_share=0.5, seed=1)[0]) != names_of(half)
+    everything, _ = open_splits(config, val_share=0.2, label_share=1.0)
+    assert len(everything) == 16
+
+
 def test_validation_images_without_classes(tmp_path):
     write_folders(tmp_path / "train")
     Image.new("RGB", (8, 8)).save(tmp_path / "ILSVRC2012_val_00000001.JPEG")

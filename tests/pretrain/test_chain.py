@@ -354,3 +354,52 @@ def test_the_stages_that_are_trained_first_have_the_trackers(chain):
         stage = addp.frozen_stage_recipe(recipe, part, out="out", **({"tokenizer": ""} if part == "predictor" else {}))
         assert stage.train.tracking == (("wandb", "tensorboard"), "photos")
         assert stage.train.steps == 6
+
+
+# -------------------- the weights of a file to start from
+
+# the weights stay as they begin
+STILL = ["train.steps=1", "train.lr=1.0e-9", "train.min_lr=0", "train.weight_decay=0"]
+
+
+def same_values(a: Path, b: Path, prefix: str = "") -> bool:
+    first, second = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    names = [name for name in first if name.startswith(prefix) and "pos_embed" not in name]
+    return bool(names) and all(torch.allclose(first[name], second[name], atol=1e-6) for name in names)
+
+
+@pytest.mark.parametrize("size", ["[16,24]", "[24,24]"])
+def test_pretraining_starts_from_the_weights_of_a_run(chain, tmp_path, size):
+    assert main([*pretrain(chain, tmp_path / "on", f"init={chain / 'run'}", f"data.size={size}"), *STILL]) == 0
+    assert same_values(tmp_path / "on", chain / "run", "denoiser.encoder.blocks.")
+    assert main([*pretrain(chain, tmp_path / "anew"), *STILL]) == 0
+    assert not same_values(tmp_path / "anew", chain / "run", "denoiser.encoder.blocks.")
+
+
+def test_the_predictor_starts_from_the_weights_of_a_run(chain, tmp_path):
+    predictor, tokenizer = chain / "run" / "predictor", chain / "run" / "tokenizer"
+    line = ["predictor", str(chain / "stages" / "predictor.yaml"), *data_setting(chain), "data.size=[16,24]", *STILL]
+    assert main([*line, f"tokenizer={tokenizer}", f"out={tmp_path / 'mage'}", f"init={predictor}"]) == 0
+    assert same_values(tmp_path / "mage", predictor)
+
+
+def test_another_tokenizer_than_that_of_the_initial_weights_is_named(chain, tmp_path, caplog):
+    anew = ["tokenizer", str(chain / "stages" / "tokenizer.yaml"), *data_setting(chain), "data.size=[16,24]"]
+    assert main([*anew, "train.seed=1", f"out={tmp_path / 'tokenizer'}"]) == 0
+    line = ["predictor", str(chain / "stages" / "predictor.yaml"), *data_setting(chain), "data.size=[16,24]", *STILL]
+    line += [f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'mage'}"]
+    assert main([*line, f"init={chain / 'run' / 'predictor'}"]) == 0
+    assert "was trained on the ids of another tokenizer" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.encoder.heads=4", "init: {run} has encoder.heads = 2, this recipe 4; expected the same architecture"),
+        ("model.decoder.depth=2", "init: {run} has decoder.depth = 1, this recipe 2; expected the same architecture"),
+        ("process.ids_to=none", "init: {run}: decoder."),
+    ],
+)
+def test_a_file_of_another_architecture_is_refused(chain, tmp_path, capsys, setting, message):
+    assert main(pretrain(chain, tmp_path / "run", f"init={chain / 'run'}", setting)) == 2
+    assert message.format(run=chain / "run") in capsys.readouterr().err

@@ -100,6 +100,7 @@ class Benchmark(ABC):
         datasets: The datasets that it reads, at `data.<key>` of the recipe.
         builds_on: The benchmarks whose runs it evaluates.
         needs_labels: Whether it reads the labels of its images.
+        of_paper: Whether the paper has it; a transfer that is not of the paper runs only where its recipe is named.
         metrics: Its metrics, in the order of the report's columns.
         published: model -> metric -> value in the ADDP paper, in the order of the report's rows.
     """
@@ -113,6 +114,7 @@ class Benchmark(ABC):
     datasets: ClassVar[tuple[Dataset, ...]]
     builds_on: ClassVar[tuple[str, ...]] = ()
     needs_labels: ClassVar[bool] = False
+    of_paper: ClassVar[bool] = True
     metrics: ClassVar[tuple[Metric, ...]]
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 
@@ -145,6 +147,10 @@ class Benchmark(ABC):
     def paths(self, recipe: BenchRecipe) -> dict[str, str]:
         """Return the paths of its datasets that are given."""
         return {dataset.key: path for dataset in self.datasets if (path := recipe.data.path(dataset.key))}
+
+    def is_of_interest(self, recipe: BenchRecipe) -> bool:
+        """Return whether a bench has steps of it although nothing names the benchmark."""
+        return True
 
     def missing_key(self, recipe: BenchRecipe) -> str:
         """Return the key, such as that of a dataset, without which the benchmark does not run and which is not given.
@@ -241,6 +247,14 @@ class Transfer(Benchmark):
     source: ClassVar[str]
     predict: ClassVar[str] = ""
     predict_settings: ClassVar[Mapping[str, Any]] = {}
+
+    def is_of_interest(self, recipe: BenchRecipe) -> bool:
+        section = recipe.section(self.name)
+        assert isinstance(section, TransferKeys)
+        return self.of_paper or bool(section.recipe)
+
+    def missing_key(self, recipe: BenchRecipe) -> str:
+        return super().missing_key(recipe) or ("" if self.is_of_interest(recipe) else f"{self.name}.recipe")
 
     def chance_level(self, results: Mapping[str, Any]) -> float:
         """Return the chance level of its metrics, given the results.json of a run."""

@@ -234,7 +234,10 @@ def plan_steps(
     names = [arm.name for arm in arms]
     steps = dict(pretraining)
     included = wanted_steps(recipe, names, ())
+    named = {*recipe.benchmarks, *(name.split("/")[0] for name in recipe.bench.only)}
     for benchmark in BENCHMARKS.values():
+        if benchmark.name not in named and not benchmark.is_of_interest(recipe):
+            continue
         is_wanted = any(name.startswith(f"{benchmark.name}/") for name in wanted)
         for unknown in set(recipe.section(benchmark.name).arms) - set(names) if is_wanted else ():
             expected = f"some of {', '.join(names)}{did_you_mean(unknown, names)}"

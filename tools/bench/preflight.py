@@ -59,7 +59,7 @@ def _check_model(training: Any) -> None:
 def _check_labeled_images(training: Any) -> None:
     from cls.data import open_splits
 
-    open_splits(training.data, training.val, training.val_share, training.train.seed)
+    open_splits(training.data, training.val, training.val_share, training.train.seed, training.label_share)
 
 
 def _check_coco(training: Any) -> None:

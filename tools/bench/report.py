@@ -115,7 +115,8 @@ def _overview(bench: BenchResults) -> Iterator[Block]:
             "warn",
         )
     yield _overview_table(bench)
-    left_out = [name for name in BENCHMARKS if name not in bench.included_benchmarks()]
+    included = bench.included_benchmarks()
+    left_out = [name for name, each in BENCHMARKS.items() if each.of_paper and name not in included]
     if left_out:
         titles = ", ".join(BENCHMARKS[name].title.lower() for name in left_out)
         yield Text(f"Left out, because no data are given or by choice: {titles}.")

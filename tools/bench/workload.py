@@ -116,7 +116,7 @@ def _of_pretraining(recipe: Any) -> dict[str, float]:
 def _of_classification(recipe: Any) -> dict[str, float]:
     from cls.data import open_splits
 
-    train_set, val_set = open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed)
+    train_set, val_set = open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed, recipe.label_share)
     if getattr(recipe, "mode", "full") == "fast":
         return {VALIDATION: len(train_set) + len(val_set), HEADS: 1.0}
     return _training(recipe.train, len(train_set), len(val_set))

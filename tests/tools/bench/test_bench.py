@@ -47,9 +47,7 @@ def test_steps_and_table_and_what_the_same_command_repeats(toys, fake, tmp_path,
     assert step["runs"]["1"] == "finetune/a/a/best-seed1"
     sweep = yaml.safe_load((out / "finetune" / "random" / "sweep.yaml").read_text())
     assert sweep["arms"] == {"random": {"model": str(toys / "a"), "init": "random"}}
-    assert {state for name, state in states(out).items() if not name.startswith(("generation/", "seg_probe/"))} == {
-        "done"
-    }
+    assert {state for name, state in states(out).items() if not name.startswith("generation/")} == {"done"}
 
     def again(*settings: str) -> list[str]:
         assert main([*line, *settings]) == 0
@@ -100,6 +98,22 @@ def test_a_benchmark_for_some_arms(toys, fake, tmp_path, capsys):
     assert "seg.arms: found 'randm', expected some of a, b, random; did you mean 'random'?" in capsys.readouterr().err
 
 
+def test_few_labels_are_a_benchmark_where_a_recipe_asks_for_them(toys, fake, tmp_path, capsys):
+    inputs = [f"model={toys / 'a'}", f"data.imagenet={toys / 'toy' / 'imagenet'}"]
+    asked = ["finetune_1.recipe=tiny", "finetune_1.set={train.epochs: 20}", "bench.only=finetune_1", "seeds=[0,1]"]
+    assert main(["bench", f"out={tmp_path}", *inputs, *asked]) == 0
+    assert {name for name in states(tmp_path) if name.startswith("finetune_")} == {
+        "finetune_1/addp",
+        "finetune_1/random",
+    }
+    sweep = yaml.safe_load((tmp_path / "finetune_1" / "addp" / "sweep.yaml").read_text())
+    assert sweep["set"]["label_share"] == 0.01
+    assert sweep["set"]["train.epochs"] == 20
+    capsys.readouterr()
+    assert main(["bench", f"out={tmp_path / 'b'}", *inputs, "bench.only=finetune_10"]) == 2
+    assert "finetune_10.recipe is not given" in capsys.readouterr().err
+
+
 def test_a_changed_checkpoint_or_dataset_is_noticed(toys, fake, tmp_path):
     out, model = tmp_path / "out", tmp_path / "model.safetensors"
     save_model(tiny_addp((8, 8)), model)
@@ -145,11 +159,11 @@ def test_sample_images_are_those_of_the_current_dataset(toys, fake, tmp_path):
         assert [path.read_bytes() for path in samples] == [path.read_bytes() for path in validation]
 
 
-@pytest.mark.parametrize(("recipe", "top1"), [("vit_b_90ep", 50), ("fast", 40)])
-def test_a_linear_probe_reports_its_last_validation_or_the_best_head(toys, fake, tmp_path, recipe, top1):
+@pytest.mark.parametrize(("recipe", "scores"), [("vit_b_90ep", {"top1": [50]}), ("fast", {"top1": [40], "knn": [35]})])
+def test_a_linear_probe_reports_its_last_validation_or_the_best_head(toys, fake, tmp_path, recipe, scores):
     assert main(bench_command(toys, tmp_path, f"linprobe.recipe={recipe}", "bench.only=linprobe/a")) == 0
     step = step_entry(tmp_path, "linprobe/a")
-    assert step["scores"] == {"top1": [top1]}
+    assert step["scores"] == scores
 
 
 def test_notes_of_a_sweep_are_logged(toys, fake, tmp_path, capsys):

@@ -17,7 +17,7 @@ generation:
         extractor: "best:finetune/random", workers: 0}
 finetune:
   set: {data.size: 8, data.workers: 0, train.batch: 4, train.steps: 1, augment.auto: "", train.warmup_steps: 0}
-linprobe: {recipe: tiny, set: {data.size: 8, data.workers: 0, fast.epochs: 1, fast.knn: 0, fast.held_out: 0.0}}
+linprobe: {recipe: tiny, set: {data.size: 8, data.workers: 0, fast.epochs: 1, fast.knn: 3, fast.held_out: 0.0}}
 robustness: {set: {workers: 0}}
 det:
   recipe: tiny
@@ -56,7 +56,7 @@ def test_every_benchmark_for_real(toys, tmp_path, monkeypatch, capsys):
     results = json.loads((out / "finetune" / "addp" / "addp" / "best-seed0" / "results.json").read_text())
     assert steps["finetune/addp"]["scores"] == {"top1": [results["last"]["top1"]]}
     results = json.loads((out / "linprobe" / "addp" / "addp" / "best-seed0" / "results.json").read_text())
-    assert steps["linprobe/addp"]["scores"] == {"top1": [results["best"]["top1"]]}  # of the heads that it has tried
+    assert steps["linprobe/addp"]["scores"] == {key: [results["best"][key]] for key in ("top1", "knn")}
     assert set(steps["generation/addp"]["scores"]) == {"fd", "cs", "precision", "recall"}
     rows = steps["generation/addp"]["rows"]
     assert [(row["setting"]["sampling.steps"], row["setting"]["sampling.schedule"]) for row in rows] == [

@@ -119,8 +119,8 @@ def test_settings_in_which_arms_differ(tmp_path):
     [
         (
             "arms={{a: {{fine-tune: {{top1: 1}}}}}}",
-            "paper.arms.a: found 'fine-tune', expected one of generation, finetune, linprobe, robustness, det, seg, "
-            "seg_probe; did you mean 'finetune'?",
+            "paper.arms.a: found 'fine-tune', expected one of generation, finetune, finetune_10, finetune_1, "
+            "linprobe, robustness, det, seg, seg_probe; did you mean 'finetune'?",
         ),
         (
             "arms={{a: {{generation: {{fidd: 1}}}}}}",

@@ -239,7 +239,7 @@ def test_what_the_page_holds(written):
     assert "Scores against images seen" in text
     # against images seen: FD, CS, precision, recall, top-1 twice, A; fine-tuning; pretraining twice
     assert page.count("data:image/svg") == 10
-    assert "Left out, because no data are given or by choice: segmentation, frozen segmentation." in text
+    assert "Left out, because no data are given or by choice: segmentation." in text
     assert "12 of 14 steps done, 1 failed, 1 blocked, last at 2026-01-02T03:04:05. a CPU" in text
 
 

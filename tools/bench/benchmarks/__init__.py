@@ -2,7 +2,7 @@
 
 from tools.bench.benchmark import Benchmark
 from tools.bench.benchmarks.det import Detection
-from tools.bench.benchmarks.finetune import Finetune
+from tools.bench.benchmarks.finetune import Finetune, FinetuneOnePercent, FinetuneTenPercent
 from tools.bench.benchmarks.generation import Generation
 from tools.bench.benchmarks.linprobe import LinearProbe
 from tools.bench.benchmarks.robustness import Robustness
@@ -15,6 +15,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     for benchmark in (
         Generation(),
         Finetune(),
+        FinetuneTenPercent(),
+        FinetuneOnePercent(),
         LinearProbe(),
         Robustness(),
         Detection(),

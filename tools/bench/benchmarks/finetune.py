@@ -1,11 +1,14 @@
-"""Fine-tuning on ImageNet."""
+"""Fine-tuning on ImageNet, with all labels or with a few of them."""
 
 from collections.abc import Mapping
 from typing import ClassVar
 
-from tools.bench.benchmark import Transfer
+from tools.bench.benchmark import Settings, Transfer
 from tools.bench.benchmarks.imagenet import IMAGENET, unlike_imagenet
+from tools.bench.inputs import Inputs
 from tools.bench.metric import Metric
+from tools.bench.recipe import BenchRecipe
+from tools.bench.step import Step
 
 
 class Finetune(Transfer):
@@ -30,3 +33,32 @@ class Finetune(Transfer):
 
     def unlike_paper(self, chance: Mapping[str, float]) -> str:
         return unlike_imagenet(chance)
+
+
+class FewLabels(Finetune):
+    """Fine-tuning on a share of the labeled images, which the seed chooses; the paper has no numbers of it."""
+
+    share: ClassVar[float]
+    of_paper = False
+    published: ClassVar = {}
+
+    def add_commands(
+        self, step: Step, settings: Settings, paths: Mapping[str, str], recipe: BenchRecipe, inputs: Inputs
+    ) -> None:
+        super().add_commands(step, {"label_share": self.share, **settings}, paths, recipe, inputs)
+
+
+class FinetuneTenPercent(FewLabels):
+    name = "finetune_10"
+    title = "Fine-tuning, 10 % of the labels"
+    about = "Top-1 in per cent on validation images after training the whole encoder on a tenth of the labeled images."
+    share = 0.1
+
+
+class FinetuneOnePercent(FewLabels):
+    name = "finetune_1"
+    title = "Fine-tuning, 1 % of the labels"
+    about = (
+        "Top-1 in per cent on validation images after training the whole encoder on a hundredth of the labeled images."
+    )
+    share = 0.01

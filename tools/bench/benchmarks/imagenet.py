@@ -32,7 +32,9 @@ def check_class_folders(path: str, recipe: BenchRecipe, readers: Sequence[Benchm
 
 
 IMAGENET = Dataset(
-    "imagenet", "train/<class>/ and val/<class>/: generation, finetune, linprobe, robustness", check_class_folders
+    "imagenet",
+    "train/<class>/ and val/<class>/: generation, finetune, finetune_10, finetune_1, linprobe, robustness",
+    check_class_folders,
 )
 
 

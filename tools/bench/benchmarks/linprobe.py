@@ -12,13 +12,19 @@ from tools.bench.metric import Metric
 class LinearProbe(Transfer):
     name = "linprobe"
     title = "Linear probe"
-    about = "Top-1 in per cent of a linear layer on frozen features."
+    about = (
+        "Top-1 in per cent of a linear layer on frozen features; k-NN: of the nearest neighbors by the features of the "
+        "same block."
+    )
     task = "cls"
     datasets = (IMAGENET,)
     needs_labels = True
     verb = "linprobe"
     source = "data.source"
-    metrics = (Metric("top1", "top-1 ↑", result="last.top1", curve="top1"),)
+    metrics = (
+        Metric("top1", "top-1 ↑", result="last.top1", curve="top1"),
+        Metric("knn", "k-NN ↑", optional=True, result="best.knn"),
+    )
     published: ClassVar = {
         "ADDP ViT-B": {"top1": 11.5},
         "ADDP ViT-L": {"top1": 23.8},
@@ -29,10 +35,12 @@ class LinearProbe(Transfer):
     }
 
     def measured(self, training: Any) -> tuple[Metric, ...]:
-        """The fast mode trains many heads at once and selects the best one itself."""
-        if training.mode == "fast":
-            return tuple(replace(metric, result="best.top1") for metric in self.metrics)
-        return self.metrics
+        """The fast mode trains many heads at once, selects the best one itself, and classifies by neighbors too."""
+        top1, knn = self.metrics
+        if training.mode == "full":
+            return (top1,)
+        probe = replace(top1, result="best.top1")
+        return (probe, knn) if training.fast.knn else (probe,)
 
     def unlike_paper(self, chance: Mapping[str, float]) -> str:
         return unlike_imagenet(chance)

@@ -7,7 +7,6 @@ from typing import Any
 from tools.bench.benchmark import Transfer
 from tools.bench.benchmarks.seg import ADE20K
 from tools.bench.metric import Metric
-from tools.bench.recipe import BenchRecipe, TransferKeys
 
 
 class SegmentationProbe(Transfer):
@@ -21,16 +20,11 @@ class SegmentationProbe(Transfer):
     datasets = (ADE20K,)
     verb = "seg probe"
     source = "data.source"
+    of_paper = False
     metrics = (
         Metric("linear", "linear mIoU ↑", optional=True, result="best.linear.mIoU"),
         Metric("knn", "k-NN mIoU ↑", optional=True, result="best.knn.mIoU"),
     )
-
-    def missing_key(self, recipe: BenchRecipe) -> str:
-        """The benchmark is not the paper's, and so runs only where a recipe of its verb is named."""
-        section = recipe.section(self.name)
-        assert isinstance(section, TransferKeys)
-        return super().missing_key(recipe) or ("" if section.recipe else f"{self.name}.recipe")
 
     def measured(self, training: Any) -> tuple[Metric, ...]:
         measured = (metric for metric in self.metrics if metric.key in training.probes)
