@@ -37,6 +37,7 @@ from addp_core.networks.classifier import normalize
 from addp_core.networks.encoder import FeatureEncoder
 from addp_core.networks.pooled_features import PooledFeatures
 from addp_core.training.evaluation import check_evaluation, check_unreadable
+from addp_core.training.probe_keys import HeadTraining
 from addp_core.training.probes import NearestNeighbors, train_best_head
 from addp_core.training.processes import process_state
 from addp_core.training.stage import Stage
@@ -51,16 +52,6 @@ LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 MIN_PER_CLASS = 4  # images; classes are left out rather than to have fewer
 DECODED_AT_ONCE = 64
 DRAWN_TOGETHER = 64  # images that share a mask ratio, as those of a batch do
-
-
-@dataclass
-class ProbeTraining:
-    """How the linear probe is trained: as `addp linprobe mode=fast` does by default."""
-
-    epochs: int = 50
-    batch: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -237,7 +228,7 @@ class Evaluation:
                 neighbors = NearestNeighbors(train, train_labels, classes, self.config.knn)
                 metrics["knn"] = neighbors.accuracy(test, test_labels)
             if "probe" in self.probes:
-                rates, training = LEARNING_RATES, ProbeTraining()
+                rates, training = LEARNING_RATES, HeadTraining()  # as `addp linprobe mode=fast` by default
                 head, _ = train_best_head(train[:, None], train_labels, classes, rates, training, SEED, HELD_OUT)
                 metrics["probe"] = head.accuracy(test, test_labels).item()
         return metrics

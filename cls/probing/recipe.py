@@ -10,14 +10,14 @@ from addp_core.base.paths import DatasetPath
 from addp_core.data.config import DataConfig
 from addp_core.networks.config import FeatureNorm, Pooling
 from addp_core.training.config import TrainConfig
-from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
+from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadTraining, SpacedBlocks
 from addp_core.training.submission import LaunchChoice, SlurmConfig
 from addp_core.weights.config import EncoderKeys
 from cls.recipe import EvaluationCrop, LabelShare
 
 
 @dataclass
-class FastConfig:
+class FastConfig(HeadTraining):
     """For mode=fast: features computed once per image, then linear heads trained with many learning rates."""
 
     blocks: Annotated[
@@ -33,10 +33,6 @@ class FastConfig:
         *(0.0003, 0.001, 0.003, 0.01),
         *(0.03, 0.1, 0.3, 1.0, 3.0),
     )
-    epochs: Annotated[int, Ge(1), "passes over the features, with a cosine learning rate schedule"] = 50
-    batch: Annotated[int, Ge(1), "images of one step"] = 256
-    momentum: HeadMomentum = 0.9
-    weight_decay: HeadDecay = 0.0
     held_out: Annotated[
         float,
         Ge(0),
