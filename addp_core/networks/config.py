@@ -209,7 +209,8 @@ class CnnConfig:
 def cnn_stages(arch: str) -> tuple[tuple[int, int], ...]:
     """Return stride and channels of the last four maps of a CNN of timm.
 
-    Raises ValueError if timm has no such model, or the model is no CNN whose stages can be dilated.
+    Raises ValueError if timm has no such model, or the model is no CNN with stochastic depth and stages that can be
+    dilated.
     """
     import timm  # takes seconds
     import torch
@@ -219,13 +220,13 @@ def cnn_stages(arch: str) -> tuple[tuple[int, int], ...]:
         raise ValueError(f"arch: found {arch!r}, expected a CNN of timm, such as resnet50{hint}")
     try:
         with torch.device("meta"):
-            body: Any = timm.create_model(arch, num_classes=0, output_stride=OUTPUT_STRIDES[-1])
+            body: Any = timm.create_model(arch, num_classes=0, output_stride=OUTPUT_STRIDES[-1], drop_path_rate=0.0)
         body.forward_intermediates  # noqa: B018 (which timm cannot read stage by stage lacks it)
         stages = [(info["reduction"], info["num_chs"]) for info in body.feature_info][-STAGES:]
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(
-            f"arch: found {arch!r}, which is no CNN of timm that can be dilated; expected one such as resnet50, "
-            "convnext_tiny, regnety_032 or efficientnet_b0"
+            f"arch: found {arch!r}, which is no CNN of timm that can be dilated and has stochastic depth; expected one "
+            "such as resnet50, convnext_tiny, regnety_032 or efficientnet_b0"
         ) from error
     return tuple(stages)
 

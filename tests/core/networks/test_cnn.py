@@ -105,6 +105,7 @@ def test_stages_of_resnet50():
         ("resnet5", "arch: found 'resnet5', expected a CNN of timm, such as resnet50; did you mean 'resnet50'"),
         ("vit_tiny_patch16_224", "arch: found 'vit_tiny_patch16_224', which is no CNN of timm that can be dilated"),
         ("densenet121", "arch: found 'densenet121', which is no CNN of timm that can be dilated"),
+        ("vgg11_bn", "arch: found 'vgg11_bn', which is no CNN of timm that can be dilated and has stochastic depth"),
     ],
 )
 def test_other_models_are_refused(arch, message):
