@@ -4,12 +4,13 @@
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, MinLen
 
 from addp_core.base.errors import did_you_mean
+from addp_core.weights.config import EncoderKeys
 
 BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step with its first seed
 MODEL_ARM = "addp"  # the arm of the key `model`, and that of a pretraining without arms
@@ -193,6 +194,7 @@ class BenchRecipe:
     def __post_init__(self) -> None:
         if self.model:
             self._replace_models()
+        self._join_models()
         for name in self.models:
             if not ARM_NAME.fullmatch(name) or name == "random":
                 raise ValueError(f"models: {name!r}, expected a name of letters, digits, . + - _, other than random")
@@ -200,6 +202,14 @@ class BenchRecipe:
                 raise ValueError(f"models: {name!r} is also in pretrain.arms, expected another name")
             if not self.model_of(name):
                 raise ValueError(f"models.{name}: found no model, expected {{model: <run or file>, ...}}")
+
+    def _join_models(self) -> None:
+        """Put `models.<name>.<key>=<value>`, a setting of one model among the others, into that model."""
+        for dotted in [name for name in self.models if "." in name]:
+            name, _, key = dotted.rpartition(".")
+            if name in self.models and key in {each.name for each in fields(EncoderKeys)}:
+                model, value = self.models[name], self.models.pop(dotted)
+                self.models[name] = ({"model": model} if isinstance(model, str) else model) | {key: value}
 
     def _replace_models(self) -> None:
         """Put `model` in the place of all models and of the pretraining, and in the place of each one that a section

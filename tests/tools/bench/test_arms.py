@@ -9,6 +9,8 @@ from tiny import TOKENIZER, tiny_addp, tiny_cnn_addp
 
 from addp_core import save_model
 from addp_core.networks.tokenizer import Tokenizer
+from addp_core.recipes.config import load_recipe
+from tools.bench import bench
 from tools.bench.arms import open_arm, random_arm
 
 
@@ -55,6 +57,17 @@ def test_ids_of_another_codebook_are_refused(tmp_path):
         "models.x: tokenizer=",
         "it has 32 codes, but the model predicts 24",
     )
+
+
+def test_one_setting_of_one_model_on_the_command_line(tmp_path):
+    (tmp_path / "b.yaml").write_text("models: {addp: runs/addp, mage: {model: runs/mage, tokenizer: a.ckpt}}")
+    settings = ["models.mage.model=runs/b", "models.addp.init=random", "models.v1.5=runs/c"]
+    recipe = load_recipe(bench, str(tmp_path / "b.yaml"), settings)
+    assert recipe.models == {
+        "addp": {"model": "runs/addp", "init": "random"},
+        "mage": {"model": "runs/b", "tokenizer": "a.ckpt"},
+        "v1.5": "runs/c",
+    }
 
 
 def test_settings_of_the_encoder(toys):
