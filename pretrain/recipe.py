@@ -1,4 +1,4 @@
-"""The keys of `addp tokenizer`, `addp tokenizer cache`, `addp predictor` and `addp pretrain`."""
+"""The keys of `addp tokenizer`, `addp tokenizer cache`, `addp predictor`, `addp pretrain` and `addp mae`."""
 
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ from annotated_types import Ge, Interval, Lt, MultipleOf
 from addp_core.base.paths import DatasetPath, FilePath
 from addp_core.data.config import DataConfig, Interpolation
 from addp_core.method.config import DenoiserConfig, ProcessConfig, check_ids_to
-from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
+from addp_core.networks.config import MaeConfig, PredictorConfig, TokenizerConfig, Vocabulary
 from addp_core.training.config import TrainConfig
 from addp_core.training.submission import LaunchChoice, SlurmConfig
 
@@ -248,3 +248,20 @@ class PretrainRecipe:
             )
         if self.data.tokens and not self.tokenizer:
             raise ValueError("tokenizer: found none; expected the one that computed the ids of data.tokens")
+
+
+@dataclass
+class MaeRecipe:
+    """Keys of `addp mae`."""
+
+    out: Annotated[str, "run folder"]
+    data: DataConfig = field(default_factory=DataConfig)
+    model: MaeConfig = field(default_factory=MaeConfig)
+    mask_ratio: Annotated[float, Interval(gt=0, lt=1), "share of the patches that the encoder does not see"] = 0.75
+    norm_pix_loss: Annotated[
+        bool, "normalize each patch of the target by its own mean and variance (published: better features)"
+    ] = True
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    train: TransformerTraining = field(default_factory=TransformerTraining)
+    launch: LaunchChoice = "local"
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)

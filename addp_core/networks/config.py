@@ -3,10 +3,10 @@ needed, so that a recipe is checked in a fraction of a second.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypedDict
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Interval, MultipleOf
 
 from addp_core.base.errors import did_you_mean
 
@@ -238,6 +238,35 @@ class DecoderConfig:
     depth: Annotated[int, Ge(1), "number of blocks"] = 8
     heads: Annotated[int, Ge(1), "attention heads"] = 16
     dropout: Annotated[float, Interval(ge=0, lt=1), "dropout in attention and MLP"] = 0.1
+
+
+@dataclass(frozen=True)
+class PixelDecoderConfig:
+    """Architecture of MAE's decoder of pixels; the defaults are the published ones."""
+
+    width: Annotated[int, Ge(4), MultipleOf(4), "features per token"] = 512
+    depth: Annotated[int, Ge(1), "number of blocks"] = 8
+    heads: Annotated[int, Ge(1), "attention heads"] = 16
+
+    def __post_init__(self) -> None:
+        check_heads("heads", self.heads, self.width)
+
+
+@dataclass(frozen=True)
+class MaeConfig:
+    """Architecture of MAE; the defaults are those of MAE ViT-B."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    patch_size: Annotated[int, Ge(1), "side of a patch in pixels"] = 16
+    decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.encoder.width % 4:
+            raise ValueError(
+                f"encoder.width: found {self.encoder.width}, expected a multiple of 4 for sines and cosines of two axes"
+            )
+        if self.encoder.tokenizer_norm:
+            raise ValueError("encoder.tokenizer_norm: found true, expected false: MAE's encoder has no such norm")
 
 
 Pooling = Literal["avg", "token"]  # the mean of the patch tokens, or the class token

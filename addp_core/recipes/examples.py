@@ -17,6 +17,10 @@ EXAMPLES = {
         "addp pretrain tiny data=photos out=runs/tiny",
         "addp pretrain vit_b_1600ep data=imagenet tokenizer=vqgan.ckpt predictor=mage.pth out=runs/vit_b",
     ),
+    "mae": (
+        "addp mae tiny data=photos out=runs/mae",
+        "addp mae vit_b_1600ep data=imagenet out=runs/mae_b",
+    ),
     "generate": (
         "addp generate model=zoo:cifar10 out=runs/first n=64",
         "addp generate model=runs/vit_b out=runs/vit_b/generated n=64",

@@ -25,7 +25,7 @@ def texts(line: str) -> list[str]:
         ("--", ["--help", "--version"]),
         ("det ", ["train", "eval", "predict", "cost"]),
         ("tokenizer ca", ["cache"]),
-        ("tokenizer c", ["cache", "cifar10"]),
+        ("tokenizer c", ["cache", "cifar10", "cifar10_gpu"]),
         ("pretrain ti", ["tiny"]),
         ("pretrain tiny ti", []),
         ("pretrain --p", ["--print-config"]),

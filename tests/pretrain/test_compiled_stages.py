@@ -9,10 +9,13 @@ from tiny import HEIGHT, TOKENS, WIDTH, tiny_addp
 
 from addp_core.base.rng import generator
 from addp_core.data.stream import Batch
+from addp_core.networks.config import EncoderConfig, MaeConfig, PixelDecoderConfig
+from addp_core.networks.mae import MaskedAutoencoder
 from addp_core.training.compute import accelerate_model
 from addp_core.training.stage import MicroStep, Stage
 from pretrain import addp, predictor
 from pretrain.addp import PretrainStage
+from pretrain.mae import MaeStage
 from pretrain.predictor import MaskingConfig, PredictorStage
 from pretrain.tokenizer import LossConfig, TokenizerStage
 
@@ -78,6 +81,12 @@ def test_predictor_has_two_graphs_for_all_mask_ratios(monkeypatch):
 def test_tokenizer_is_one_graph():
     tokenizer = tiny_addp().tokenizer.requires_grad_(True)
     check_compiled(TokenizerStage(tokenizer, LossConfig(), torch.zeros(0)), 2, graphs=1)
+
+
+def test_mae_is_one_graph():
+    config = MaeConfig(EncoderConfig(16, 2, 2), 2, PixelDecoderConfig(8, 1, 2))
+    stage = MaeStage(MaskedAutoencoder(config, (HEIGHT, WIDTH)), 0.75, True, torch.zeros(0))
+    check_compiled(stage, 2, graphs=1)
 
 
 def test_dropout_on_a_cpu_does_not_break_the_graph():

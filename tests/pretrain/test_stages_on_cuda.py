@@ -8,8 +8,11 @@ from fake_cuda import fake_cuda, on_fake_cuda
 from tiny import HEIGHT, WIDTH, tiny_addp
 
 from addp_core.data.stream import Batch
+from addp_core.networks.config import EncoderConfig, MaeConfig, PixelDecoderConfig
+from addp_core.networks.mae import MaskedAutoencoder
 from addp_core.training.stage import MicroStep, Stage
 from pretrain.addp import PretrainStage
+from pretrain.mae import MaeStage
 from pretrain.predictor import MaskingConfig, PredictorStage
 from pretrain.tokenizer import LossConfig, TokenizerStage
 
@@ -48,3 +51,11 @@ def test_tokenizer_and_its_codebook():
         counts, sums = training.statistics(stage.quantized)
         metrics = training.update_codebook(counts, sums, sums, decay=0.9, revive_after=2)
         assert {value.device.type for value in metrics.values()} == {"cuda"}
+
+
+def test_mae():
+    with fake_cuda():
+        config = MaeConfig(EncoderConfig(16, 2, 2), 2, PixelDecoderConfig(8, 1, 2))
+        stage = MaeStage(MaskedAutoencoder(config, (HEIGHT, WIDTH)), 0.75, True, torch.zeros(0))
+        on_fake_cuda(stage.model)
+        assert {value.device.type for value in loss_terms(stage).values()} == {"cuda"}

@@ -167,7 +167,7 @@ class Benchmark(ABC):
         if section.arms and arm.name not in section.arms:
             step.left_out = f"not one of {self.name}.arms"
         elif missing := self.missing_key(recipe):
-            step.left_out = f"{missing} is not given"
+            step.left_out, step.lacks_key = f"{missing} is not given", True
         elif problem := arm.problem or next(filter(None, map(inputs.problems.get, self.paths(recipe))), ""):
             step.left_out = problem
         else:

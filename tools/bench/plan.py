@@ -90,7 +90,7 @@ class Plan:
             if not self.only or step.benchmark in self.only or step.name in self.only:
                 if not step.left_out:
                     add(step)
-                elif step.name in self.only or (step.benchmark in self.only and step.left_out.startswith("data.")):
+                elif step.name in self.only or (step.benchmark in self.only and step.lacks_key):
                     raise UserError(f"bench.only: {step.name} cannot be done: {step.left_out}")
         if not names:
             reason = next(iter(self.left_out_steps()))

@@ -42,6 +42,7 @@ class Step:
         needs: Names of the steps that have to be done before.
         basis: What all results in the folder depend on.
         left_out: Why the step is not part of the bench, "" if it is.
+        lacks_key: Whether that is because a key of the recipe is not given, such as a dataset.
     """
 
     benchmark: str
@@ -56,6 +57,7 @@ class Step:
     needs: list[str] = field(default_factory=list)
     basis: dict[str, Any] = field(default_factory=dict)
     left_out: str = ""
+    lacks_key: bool = False
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from addp_core.recipes.keys import all_keys
 from addp_core.recipes.verbs import VERBS, recipe_module, verb_of
 from addp_core.training.submission import KEYS
 
-TRAININGS = ("tokenizer", "predictor", "pretrain", "finetune", "linprobe", "det train", "seg train", "seg probe")
+TRAININGS = ("tokenizer", "predictor", "pretrain", "mae", "finetune", "linprobe", "det train", "seg train", "seg probe")
 
 
 @pytest.fixture
