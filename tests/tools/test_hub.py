@@ -20,6 +20,8 @@ from addp_core import load_classifier, save_model
 from addp_core.networks.classifier import Classifier
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
+from addp_core.recipes.keys import all_keys
+from addp_core.recipes.verbs import recipe_module
 from addp_core.weights.files import MODEL_FILE
 from tools.export.hub import TIMM_FILE
 
@@ -146,6 +148,22 @@ def check_card(card: str) -> None:
     ):
         assert text in body, body
     assert "/home/me" not in body
+
+
+TRAININGS = ("tokenizer", "predictor", "pretrain", "mae", "finetune", "linprobe", "det train", "seg train")
+
+
+@pytest.mark.parametrize("verb", TRAININGS)
+def test_the_card_names_the_verb_of_the_run(hub, run_folder, verb):
+    """A recipe in a run folder has all keys of its verb, and an older one some of them not."""
+    keys = [name for name, _ in all_keys(recipe_module(verb).Recipe) if "." not in name]
+    recipe = {name: "here" for name in keys if name != "launch"} | {"data": {"source": "photos"}}
+    recipe |= {"model": {"width": 8}} if verb in TRAININGS[:4] else {"model": "runs/tiny"}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert export(f"model={run_folder}", "out=out.safetensors", "push=me/addp") == 0
+    card = hub.files["me/addp"]["README.md"].decode()
+    assert f"`addp {verb}`, with every key of the run" in card
+    assert ("| trained from | tiny |" in card) == (verb not in TRAININGS[:4])
 
 
 def test_a_classifier_of_timms_layout_beside_a_card_of_the_user(hub, tmp_path, capsys):

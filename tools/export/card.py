@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, how to use it, its recipe, data, metrics, license and citation."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import yaml
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.recipes.verbs import RECIPES, recipe_module
 from addp_core.weights.reading import Weights, read_weights
 from tools.bench.benchmarks import BENCHMARKS
 from tools.export.compare import given_heads
@@ -71,8 +73,8 @@ def _details(weights: Weights, recipe: Mapping[str, Any], run: Path | None) -> l
     if recipe:
         data = recipe.get("data", {})
         rows.append(("data", str(data.get("source") or data)))
-        if recipe.get("model"):
-            rows.append(("trained from", str(recipe["model"])))
+        if isinstance(recipe.get("model"), str):  # not the architecture that a pretraining has under this key
+            rows.append(("trained from", recipe["model"]))
     if run and (run / "finished.json").exists():
         finished = json.loads((run / "finished.json").read_text())
         rows.append(("steps", str(finished.get("step", "-"))))
@@ -127,10 +129,10 @@ def _shortened(value: Any) -> Any:
 
 
 def _verb(recipe: Mapping[str, Any]) -> str:
-    """Return the verb whose recipe this is, by keys that it alone has; "..." if none is known."""
-    verbs = {"process": "pretrain", "masking": "predictor", "mixup": "finetune", "fast": "linprobe"}
-    verbs |= {"detector": "det train", "channels": "seg train", "codebook": "tokenizer"}
-    return next((verb for key, verb in verbs.items() if key in recipe), "...")
+    """Return the verb whose recipe this is: the one that has all of its keys, and the fewest others; "..." if none."""
+    keys = {verb: {field.name for field in dataclasses.fields(recipe_module(verb).Recipe)} for verb in RECIPES}
+    fitting = [verb for verb in RECIPES if recipe.keys() <= keys[verb]]
+    return min(fitting, key=lambda verb: len(keys[verb]), default="...")
 
 
 # -------------------- metrics of a bench
