@@ -59,13 +59,13 @@ def test_wrong_input(toys, fake, tmp_path, capsys, settings, message):
 
 
 def test_model_replaces_the_models_of_a_recipe(toys, fake, tmp_path, capsys):
-    """The sections of `demo` name its two models, addp and early."""
+    """The sections of `demo` name its three models: addp, early and zoo."""
     out, data = tmp_path / "out", dict.fromkeys(("imagenet_a", "imagenet_r", "sketch", "imagenet_c", "ade20k"), "")
     line = ["bench", "demo", f"model={toys / 'b'}", f"out={out}", "bench.only=finetune", "seeds=[0]"]
     data |= {name: str(toys / "toy" / name) for name in ("imagenet", "coco")}
     assert main([*line, *as_arguments({f"data.{name}": path for name, path in data.items()})]) == 0
     assert commands_run(fake, out) == ["sweep finetune/addp", "sweep finetune/random"]
-    assert "replaces the models of the recipe: addp, early" in capsys.readouterr().err
+    assert "replaces the models of the recipe: addp, early, zoo" in capsys.readouterr().err
     assert {name: arm["model"] for name, arm in bench_json(out)["arms"].items()} == dict.fromkeys(
         ("addp", "random"), str(toys / "b")
     )
