@@ -87,7 +87,7 @@ class MaeStage(EvaluatedStage):
         return model(_normalize(batch.images), visible, self.norm_pix_loss)
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Show each image, what the encoder sees of it, and the reconstruction."""
+        """Show beside each image what the encoder sees of it, and the reconstruction."""
         mae = cast(MaskedAutoencoder, model)
         images, side, grid = self.examples.to(mae.mask_token.device), mae.config.patch_size, mae.encoder.grid
         generator = torch.Generator().manual_seed(PREVIEW_SEED)
@@ -102,7 +102,7 @@ class MaeStage(EvaluatedStage):
         reconstructed = torch.where(is_visible, patches, predicted)
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         shown = [images, from_patches(seen, grid, side), from_patches(reconstructed, grid, side) * std + mean]
-        return {"reconstruction": torch.cat(shown).clamp(0, 1)}
+        return {"reconstruction": torch.cat(shown, 3).clamp(0, 1)}
 
     def measure(self, model: nn.Module, evaluation: Evaluation) -> dict[str, float]:
         """Return the loss over all images, and probes of the encoder."""

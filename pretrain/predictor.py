@@ -94,7 +94,7 @@ class PredictorStage(EvaluatedStage):
         return model(ids, mask, dropped, positions, MaskPositions.from_mask(dropped, counts[1]).visible)
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Show each image, its reconstruction from its ids, and what the predictor makes of it with half of the ids
+        """Show beside each image its reconstruction from its ids, and what the predictor makes of it with half of the ids
         masked."""
         codebook = self.tokenizer.quantize.embedding.weight
         images = self.examples.to(codebook.device)
@@ -106,7 +106,7 @@ class PredictorStage(EvaluatedStage):
         mixed = torch.where(mask.unsqueeze(-1), predicted, self.tokenizer.quantize.embedding(ids))
         reconstructed = self.tokenizer.decode(self.tokenizer.lookup(ids, self.grid))
         completed = self.tokenizer.decode(to_feature_map(mixed, self.grid))
-        return {"guess": torch.cat([images, reconstructed, completed]).clamp(0, 1)}
+        return {"guess": torch.cat([images, reconstructed, completed], 3).clamp(0, 1)}
 
     def measure(self, model: nn.Module, evaluation: Evaluation) -> dict[str, float]:
         """Return loss, accuracy and context over the masked ids of all images, and probes of the encoder."""

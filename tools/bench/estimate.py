@@ -196,6 +196,8 @@ def _commands(step: Step) -> list[list[list[str]]]:
         commands = [command.arguments for command in step.commands]
         return [[each] for each in commands] if step.in_sequence else [commands]
     pending = [arguments for _, arguments in sweep.pending_commands(step.trials)]
+    if sweep.has_one_point(step.trials):
+        return [pending]
     first = f"{step.trials.seed_key}={step.seeds[0]}"
     return [[each for each in pending if first in each], [each for each in pending if first not in each]]
 

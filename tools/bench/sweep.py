@@ -1,12 +1,12 @@
 """`addp sweep`: the same training for several arms, each with its own best setting of one small grid, over seeds.
 
 An arm is one checkpoint or baseline under comparison. Every arm tries the whole grid with the first seed; its best
-setting is repeated with the other seeds, and the table gives mean and standard deviation. Settings are selected and
-reported on the same validation images, which is fair between arms and optimistic for all of them. Each run has a folder
-of its own, `out/<arm>/<setting>,seed<n>`, and the same command again repeats no finished run. The links
-`out/<arm>/best-seed<n>` lead to the runs of the best setting. A setting that fails, for instance because its learning
-rate makes training diverge, is named and left out; the sweep fails if an arm has no setting left, or if a seed of its
-best setting fails.
+setting is repeated with the other seeds (all seeds at once if the grid has one setting), and the table gives mean and
+standard deviation. Settings are selected and reported on the same validation images, which is fair between arms and
+optimistic for all of them. Each run has a folder of its own, `out/<arm>/<setting>,seed<n>`, and the same command again
+repeats no finished run. The links `out/<arm>/best-seed<n>` lead to the runs of the best setting. A setting that fails,
+for instance because its learning rate makes training diverge, is named and left out; the sweep fails if an arm has no
+setting left, or if a seed of its best setting fails.
 """
 
 import itertools
@@ -134,17 +134,28 @@ def _search_and_repeat(
 ) -> tuple[RunScores, dict[str, GridPoint]]:
     """Search the grid with the first seed, then repeat each arm's best point with the others.
 
-    Returns the score of every run, and arm -> best point; an arm all of whose runs failed has none.
+    A grid of one point needs no search: all seeds are trained together.
+
+    Returns the score of every run, and arm -> best point; an arm all of whose searching runs failed has none.
     """
     points, first = _grid_points(recipe), recipe.seeds[0]
-    scores = _score_all(recipe, [SweepRun(arm, p, first) for arm in recipe.arms for p in points], children, shares)
+    together = recipe.seeds if has_one_point(recipe) else [first]
+    runs = [SweepRun(arm, point, seed) for arm in recipe.arms for point in points for seed in together]
+    scores = _score_all(recipe, runs, children, shares)
     best = {}
     for arm in recipe.arms:
-        tried = {each.point: score for each, score in scores.items() if each.arm == arm and score is not None}
+        searched = {each: score for each, score in scores.items() if each.arm == arm and each.seed == first}
+        tried = {each.point: score for each, score in searched.items() if score is not None}
         if tried:
             best[arm] = max(tried, key=lambda point: tried[point])
     repeats = [SweepRun(arm, point, seed) for seed in recipe.seeds[1:] for arm, point in best.items()]
+    repeats = [each for each in repeats if each not in scores]
     return scores | _score_all(recipe, repeats, children, shares), best
+
+
+def has_one_point(recipe: Recipe) -> bool:
+    """Check whether the grid leaves nothing to search."""
+    return len(_grid_points(recipe)) == 1
 
 
 def _grid_points(recipe: Recipe) -> list[GridPoint]:

@@ -124,6 +124,28 @@ def test_a_setting_that_fails_is_left_out(sweep, tmp_path, capsys):
     assert summary["grid"]["a/lr=9.0,seed0"] is None
 
 
+# Ends when the run of the other seed has begun too.
+MEETING = """
+import json, pathlib, sys, time
+keys = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+out = pathlib.Path(json.loads(keys["out"]))
+(out / "begun").touch()
+deadline = time.time() + 60
+while len(list(out.parent.glob("*/begun"))) < 2 and time.time() < deadline:
+    time.sleep(0.01)
+if time.time() < deadline:
+    (out / "results.json").write_text(json.dumps({"AP": 0.5}))
+    (out / "finished.json").write_text("{}")
+"""
+
+
+@pytest.mark.parametrize("grid", ["{train.lr: [0.1]}", "{}"])
+def test_without_a_choice_all_seeds_are_trained_together(sweep, tmp_path, capsys, grid):
+    (tmp_path / "training.py").write_text(MEETING)
+    assert main([*sweep, f"grid={grid}", "seeds=[0, 1]", "jobs=2"]) == 0
+    assert "0.5000, 0.5000" in capsys.readouterr().out
+
+
 def test_a_failed_seed_of_the_best_setting_is_an_error(sweep, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main([*sweep, "grid={train.lr: [0.1, 0.2]}", "seeds=[0, 2]"])
