@@ -21,7 +21,7 @@ help:
 	@echo "make test    make lint, then all tests, $(WORKERS) at a time (WORKERS=n)"
 	@echo "make gpu-test     the tests that need a GPU; fails where there is none"
 	@echo "make test-oldest  all tests with the oldest versions that pyproject.toml allows, in $(OLDEST) (PYTHON=$(PYTHON))"
-	@echo "make demo    toy datasets, pretraining, every benchmark and a report, under runs/demo; 15 minutes on two cores"
+	@echo "make demo    toy datasets, pretraining, every benchmark and a report, under runs/demo; 13 minutes on two cores"
 	@echo "make lint    style, formatting, the contract of imports and types"
 	@echo "make docs    the documentation as a website in site/"
 	@echo "make clean   remove $(VENV), $(OLDEST) and caches; runs/ stays"

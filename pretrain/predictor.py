@@ -94,8 +94,9 @@ class PredictorStage(EvaluatedStage):
         return model(ids, mask, dropped, positions, MaskPositions.from_mask(dropped, counts[1]).visible)
 
     def preview(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        """Show beside each image its reconstruction from its ids, and what the predictor makes of it with half of the ids
-        masked."""
+        """Show beside each image its reconstruction from its ids, and what the predictor makes of it with half of them
+        masked.
+        """
         codebook = self.tokenizer.quantize.embedding.weight
         images = self.examples.to(codebook.device)
         ids = self.tokenizer.encode(images)
