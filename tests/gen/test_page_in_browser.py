@@ -165,6 +165,10 @@ def test_closing_the_page_stops_its_sampling(served, browser, wide):
         served.steps.clear()
         click(other, "generate")
         see(other, page_module.WAITING)
+        for _ in range(40):  # until its first step has begun, which the gate holds
+            if served.steps:
+                break
+            other.wait_for_timeout(250)
     for _ in range(40):  # until the server knows
         if len(served.left) == len(served.visits) - 1:
             break
