@@ -10,7 +10,7 @@ from addp_core.data.sources import open_source
 from addp_core.training.processes import process_state
 from addp_core.weights.reading import read_weights
 from gen.encoder_figures import open_view
-from gen.model import load_for_sampling
+from gen.model import GENERATORS, load_for_sampling
 from gen.neighbors import ImagePool
 from gen.page_actions import Limits, PageActions
 from gen.page_features import FeatureActions
@@ -51,5 +51,5 @@ def open_actions(recipe: Recipe) -> tuple[PageActions | None, FeatureActions | N
     if recipe.data:
         with renaming_keys({"data.source": "data", "data.split": "split"}):
             pool = ImagePool(view, open_source(recipe.data, recipe.split), recipe.pool)
-    sampling = PageActions(load_for_sampling(recipe, process_state().device), limits) if kind == "addp" else None
+    sampling = PageActions(load_for_sampling(recipe, process_state().device), limits) if kind in GENERATORS else None
     return sampling, FeatureActions(view, limits, pool), runs

@@ -35,7 +35,7 @@ from addp_core.training.processes import process_state
 from gen import generate
 from gen.features import RequireSize, ResizeAndCrop, extract_features
 from gen.image_folder import open_images
-from gen.model import load_recipe_model
+from gen.model import load_generator
 from gen.recipe import EvaluateRecipe as Recipe
 from gen.reference import Reference, digest_of_images, load_reference, open_reference
 from gen.report import format_report, write_report
@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> None:
             folder_images = open_source(recipe.images) if is_address(recipe.images) else open_images(path)
     check_image_count(recipe.n if folder_images is None else len(folder_images), recipe.is_splits)
     reference_source = open_reference(recipe.reference, recipe.split)
-    hw = load_recipe_model(recipe).config.image_size if folder_images is None else size_of_first(folder_images)
+    hw = load_generator(recipe).config.image_size if folder_images is None else size_of_first(folder_images)
     extractor = open_extractor(recipe.inception, recipe.extractor, state.device)
     try:
         out.mkdir(parents=True, exist_ok=True)

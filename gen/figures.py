@@ -41,7 +41,7 @@ from gen.drawing import (
     write_contact_sheet,
 )
 from gen.encoder_figures import DRAW_ENCODER, Subject, open_view
-from gen.model import load_recipe_model
+from gen.model import load_recipe_addp
 from gen.recipe import FiguresRecipe as Recipe
 from gen.report import METRIC_LABELS, read_report
 
@@ -77,7 +77,7 @@ def run(recipe: Recipe) -> None:
             names.remove("metrics")
     drawn: list[Path] = []
     if model_names := [name for name in names if name in DRAW]:
-        model = load_recipe_model(recipe, predictor=recipe.predictor or None).requires_grad_(False)
+        model = load_recipe_addp(recipe, predictor=recipe.predictor or None).requires_grad_(False)
         model = model.to(process_state().device)
         accelerate_model(model)
         for name in [name for name in model_names if name in FROM_PREDICTOR]:

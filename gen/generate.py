@@ -30,10 +30,9 @@ def run(recipe: Recipe) -> None:
     has_gpu = torch.accelerator.is_available()
     state = process_state()
     out = Path(recipe.out)
+    model = load_for_sampling(recipe, state.device, recipe.compile)  # a folder is not claimed for a model that fails
     if state.is_main_process:
         claim_folder(out, recipe, may_change={"out", "n", "grid"} | (set() if has_gpu else {"batch"}))
-    model = load_for_sampling(recipe, state.device, recipe.compile)
-    if state.is_main_process:
         claim_weights(out, model)
 
     batches = range(-(-recipe.n // recipe.batch))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
@@ -21,7 +21,6 @@ from addp_core.base.files import write_atomically
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.data.images import write_png
 from addp_core.data.sources import ImageFiles, ImageSource, open_source
-from addp_core.method.addp import ADDP
 from addp_core.recipes.config import dump, load
 from addp_core.weights.fingerprint import fingerprint
 
@@ -56,7 +55,7 @@ def claim_folder(out: Path, recipe: Any, may_change: Set[str] = frozenset()) -> 
         ) from error
 
 
-def claim_weights(out: Path, model: ADDP) -> None:
+def claim_weights(out: Path, model: nn.Module) -> None:
     """Write the fingerprint of the weights. Raises UserError if the folder's images come from other weights."""
     path, digest = out / FINGERPRINT_FILE, fingerprint(model)
     if path.exists() and path.read_text(encoding="ascii") != digest:

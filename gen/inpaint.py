@@ -23,11 +23,12 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform, wrap_image_errors
 from addp_core.method.addp import ADDPConfig
+from addp_core.method.mage import MAGEConfig
 from addp_core.method.sampler import inpaint
 from addp_core.training.compute import autocast
 from addp_core.training.processes import process_state
 from gen.image_folder import claim_folder, image_path, write_image
-from gen.model import load_for_sampling, load_recipe_model
+from gen.model import load_for_sampling, load_generator
 from gen.recipe import InpaintRecipe as Recipe
 
 log = logging.getLogger("addp")
@@ -40,7 +41,7 @@ def run(recipe: Recipe) -> None:
     """Write the variations, the input, the mask and a grid of all. Raises UserError if the keys do not fit together."""
     image, hole = open_canvas(recipe)
     hw = (image.shape[1], image.shape[2])
-    check_size(hw, load_recipe_model(recipe).config)
+    check_size(hw, load_generator(recipe).config)
     out, device = Path(recipe.out), process_state().device
     claim_folder(out, recipe, may_change={"n"})
     model = load_for_sampling(recipe, device, image_size=hw)
@@ -135,7 +136,7 @@ def read_image(path: str, key: str) -> Image.Image:
         raise UserError(f"{key}: {path}: {error}; expected an image file") from error
 
 
-def check_size(hw: tuple[int, int], config: ADDPConfig) -> None:
+def check_size(hw: tuple[int, int], config: ADDPConfig | MAGEConfig) -> None:
     """Raise UserError if the model's patches do not tile the image, and warn if the image is far too large."""
     stride = config.tokenizer.stride
     if hw[0] % stride or hw[1] % stride:

@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 from addp_core.method.addp import ADDP
+from addp_core.method.mage import MAGE
 from addp_core.method.sampler import SampleConfig, composite, denoise, inpainting_states, sampling_noise
 from gen.drawing import UNRELIABLE_GRAY, evenly_spaced, gray_out
 from gen.page_html import Section, tile
@@ -80,7 +81,7 @@ class Clicks:
 class PageActions:
     """What the page's buttons do with a model. Raises UserError, which the page displays, if the input is wrong."""
 
-    def __init__(self, model: ADDP, limits: Limits):
+    def __init__(self, model: ADDP | MAGE, limits: Limits):
         self.model, self.limits = model, limits
         self.device = next(model.parameters()).device
 

@@ -12,9 +12,13 @@ from addp_core.training.precision import Precision
 from gen.report import REPORT_FILE
 
 ModelSource = Annotated[
-    str, "a run folder of `addp pretrain`, an ADDP file (ours or published), zoo:cifar10, or hf://owner/repository/file"
+    str,
+    "a run folder of `addp pretrain`, an ADDP file (ours or published), zoo:cifar10, or hf://owner/repository/file; or "
+    "MAGE, a run of `addp predictor` or a published file",
 ]
-TokenizerSource = Annotated[str, "tokenizer file, for a model file that does not include its tokenizer"]
+TokenizerSource = Annotated[
+    str, "tokenizer file, for a model file that does not include its tokenizer (MAGE's: default that of its run)"
+]
 EncoderHeads = Annotated[
     int | None, Ge(1), "encoder heads of a published file, if not those of published ViTs of its width"
 ]
@@ -195,7 +199,9 @@ class EvaluateRecipe:
     ] = "bilinear"
     images: Annotated[str, "folder of generated images, all of one size"] = ""
     model: Annotated[
-        str, "instead of `images`: a run or ADDP file, from which missing images are generated into folders in `out`"
+        str,
+        "instead of `images`: a run or file of ADDP or MAGE, from which missing images are generated into folders in "
+        "`out`",
     ] = ""
     n: Annotated[int, Ge(1), "number of images to generate; published metrics use 50000"] = 50_000
     seed: Annotated[int, "random seed of the generated images"] = 0

@@ -5,8 +5,10 @@ them; decode the mixture of ids and guesses into a noisy image; from this image 
 distribution of the unreliable ids.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -132,6 +134,8 @@ def _build_encoder(config: ADDPConfig) -> Encoder | CnnGridEncoder:
 class ADDP(nn.Module):
     """The frozen tokenizer and token predictor, and the denoiser."""
 
+    reads_images: ClassVar[bool] = True
+
     def __init__(self, config: ADDPConfig):
         super().__init__()
         self.config = config
@@ -256,6 +260,31 @@ class ADDP(nn.Module):
         codes = self.tokenizer.quantize.embedding(ids)
         mixed = torch.where(mask.unsqueeze(-1), embeddings.to(codes.dtype), codes)
         return self.tokenizer.decode(to_feature_map(mixed, self.config.grid))
+
+    @torch.no_grad()
+    def next_probabilities(self, images: Tensor, ids: Tensor, mask: Tensor, masked: Sequence[int]) -> Tensor:
+        """Return the distribution over the codebook at the unreliable positions, Float[B,N,K]; elsewhere undefined.
+
+        Args:
+            images: before clamping, Float[B,3,H,W]; not read while all ids are unreliable.
+            ids: Long[B,N].
+            mask: Bool[B,N], True where the id is unreliable.
+            masked: how many ids of each image are, so that the host need not ask the device.
+        """
+        (batch, tokens), codes = mask.shape, self.config.tokenizer.codebook
+        if min(masked) == tokens:
+            # If nothing is known, the decoder ignores the encoder's output, and all images get the same distribution.
+            positions = MaskPositions.from_mask(mask[:1], [0])
+            logits = self.denoiser.decoder(None, ids[:1], mask[:1], vocabulary=codes, positions=positions)
+            return logits.float().softmax(-1).expand(batch, -1, -1)
+        visible = [tokens - count for count in masked]
+        positions = MaskPositions.from_mask(mask, visible, self.denoiser.compiled)
+        masked_logits = self.denoiser(images, ids, mask, vocabulary=codes, masked_only=True, positions=positions)
+        return positions.scatter_masked(masked_logits, tokens).float().softmax(-1)
+
+    def masked_after(self, share: float, masked: int) -> int:
+        """Return how many ids a step leaves unreliable: this share of all, rounded up, at least one."""
+        return min(max(math.ceil(self.config.tokens * share), 1), self.config.tokens)
 
     def logits(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return logits Float[B,N,V] for images before clamping Float[B,3,H,W], ids Long[B,N] and mask Bool[B,N]."""

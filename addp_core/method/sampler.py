@@ -1,7 +1,8 @@
 """Generation and inpainting by alternating denoising: ids from pixels, pixels from ids (Sec. 3.4, App. E).
 
 Every step draws ids at the masked positions, keeps some of them, and decodes the mixture into the image that the next
-step sees. The token predictor is not needed. The random numbers of image i depend on the seed and on i only.
+step sees. The token predictor is not needed. MAGE's own sampling is the same loop without the images. The random
+numbers of image i depend on the seed and on i only.
 
 A step keeps the most confident ids, with Gumbel noise on the confidence, as in the paper. As an addition to the paper,
 it can keep those at the next points of a Halton sequence over the grid (Halton-MaskGIT, ICLR 2025), so that ids that
@@ -12,19 +13,39 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from addp_core.base.rng import generator
-from addp_core.method.addp import ADDP
+from addp_core.method.addp import ADDPConfig
 from addp_core.method.config import ORDERS as ORDERS
 from addp_core.method.config import Order as Order
 from addp_core.method.config import SampleConfig as SampleConfig
 from addp_core.method.config import Schedule as Schedule
 from addp_core.method.diffusion import SCHEDULES, map_tokens
-from addp_core.networks.layers import MaskPositions
+from addp_core.method.mage import MAGEConfig
+from addp_core.networks.tokenizer import Tokenizer
+
+
+class GenerativeModel(Protocol):
+    """What the loop needs of a model: `ADDP` or `MAGE`, whose methods describe themselves.
+
+    reads_images: whether `next_probabilities` reads the images, which every step has to decode then.
+    """
+
+    reads_images: ClassVar[bool]
+
+    @property
+    def config(self) -> ADDPConfig | MAGEConfig: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    def encode_images(self, images: Tensor) -> Tensor: ...
+    def next_probabilities(self, images: Tensor, ids: Tensor, mask: Tensor, masked: Sequence[int]) -> Tensor: ...
+    def masked_after(self, share: float, masked: int) -> int: ...
+    def render(self, embeddings: Tensor, ids: Tensor, mask: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ OnStep = Callable[[int, SamplerState], None]
 
 
 def sample(
-    model: ADDP,
+    model: GenerativeModel,
     n: int,
     steps: int = 20,
     schedule: Schedule = "cosine",
@@ -68,18 +89,19 @@ def sample(
         on_step: called as on_step(step, SamplerState) after every step of every batch, for intermediate images.
     """
     config = SampleConfig(steps, schedule, temperature, top_p, top_k, order)
-    device = model.denoiser.mean.device
+    device = model.tokenizer.quantize.embedding.weight.device
     height, width = model.config.image_size
     images = torch.empty(n, 3, height, width, device=device)
     for start in range(0, n, batch):
         rows = range(first + start, first + min(start + batch, n))
         noise = sampling_noise(config.steps, model.config.tokens, seed, rows).to(device, non_blocking=True)
-        images[start : start + len(rows)] = _final_state(denoise(model, noise, config), on_step).image.clamp(0, 1)
+        states = denoise(model, noise, config, every_image=on_step is not None)
+        images[start : start + len(rows)] = _final_state(states, on_step).image.clamp(0, 1)
     return images
 
 
 def inpaint(
-    model: ADDP,
+    model: GenerativeModel,
     images: Tensor,
     hole: Tensor,
     steps: int = 20,
@@ -118,7 +140,7 @@ def inpaint(
 
 
 def inpainting_states(
-    model: ADDP, images: Tensor, hole: Tensor, config: SampleConfig, seed: int = 0, first: int = 0
+    model: GenerativeModel, images: Tensor, hole: Tensor, config: SampleConfig, seed: int = 0, first: int = 0
 ) -> Iterator[tuple[int, Tensor, SamplerState]]:
     """Yield the step, the rows, Long[R], and their state after each step of `inpaint`: what `composite` puts into the
     holes. Rows whose holes cover about as many tokens go together, and one such group after the other.
@@ -148,12 +170,20 @@ def inpainting_states(
 
 @torch.no_grad()
 def denoise(
-    model: ADDP, noise: Tensor, config: SampleConfig, state: SamplerState | None = None, first_step: int = 0
+    model: GenerativeModel,
+    noise: Tensor,
+    config: SampleConfig,
+    state: SamplerState | None = None,
+    first_step: int = 0,
+    every_image: bool = True,
 ) -> Iterator[SamplerState]:
     """Run the alternating denoising from step `first_step` on and yield the state after each step (Sec. 3.4).
 
-    noise: Float[B,S,2,N] uniform in (0,1), for the ids and for the confidence. state: the initial state (default: all
-    positions masked).
+    Args:
+        noise: Float[B,S,2,N] uniform in (0,1), for the ids and for the confidence.
+        state: the initial state (default: all positions masked).
+        every_image: without it, a model that does not read images decodes the last one alone; the states before have
+            that of `state`.
     """
     batch, tokens = len(noise), model.config.tokens
     codebook = model.tokenizer.quantize.embedding.weight
@@ -163,7 +193,7 @@ def denoise(
         state = SamplerState(torch.empty(0, device=noise.device), no_ids, all_masked, [tokens] * batch)
     ranks = halton_ranks(model.config.grid, noise) if config.order == "halton" else None
     for step in range(first_step, config.steps):
-        probabilities = _step_logits(model, state).float().softmax(-1)
+        probabilities = model.next_probabilities(state.image, state.ids, state.mask, state.masked)
         drawn = draw_ids(probabilities, noise[:, step, 0], config.top_p, config.top_k)
         ids = torch.where(state.mask, drawn, state.ids)
 
@@ -174,28 +204,14 @@ def denoise(
             confidence = log_probability + config.temperature * (1 - progress) * gumbel
         else:
             confidence = -ranks
-        still_masked = min(max(math.ceil(tokens * SCHEDULES[config.schedule](progress)), 1), tokens)
+        still_masked = model.masked_after(SCHEDULES[config.schedule](progress), max(state.masked))
         rank = confidence.masked_fill(~state.mask, math.inf).argsort(1).argsort(1)
         mask = (rank < still_masked) & state.mask
-        image = model.render(map_tokens(probabilities, codebook, "weighted"), ids, mask)
+        image = state.image
+        if model.reads_images or every_image or step == config.steps - 1:
+            image = model.render(map_tokens(probabilities, codebook, "weighted"), ids, mask)
         state = SamplerState(image, ids, mask, [min(count, still_masked) for count in state.masked])
         yield state
-
-
-def _step_logits(model: ADDP, state: SamplerState) -> Tensor:
-    """Return the logits over the codebook, Float[B,N,K]; those at reliable positions are not to be read."""
-    (batch, tokens), codes = state.mask.shape, model.config.tokenizer.codebook
-    if min(state.masked) == tokens:
-        # If nothing is known, the decoder ignores the encoder's output, and all images get the same distribution.
-        positions = MaskPositions.from_mask(state.mask[:1], [0])
-        logits = model.denoiser.decoder(None, state.ids[:1], state.mask[:1], vocabulary=codes, positions=positions)
-        return logits.expand(batch, -1, -1)
-    visible = [tokens - count for count in state.masked]
-    positions = MaskPositions.from_mask(state.mask, visible, model.denoiser.compiled)
-    masked_logits = model.denoiser(
-        state.image, state.ids, state.mask, vocabulary=codes, masked_only=True, positions=positions
-    )
-    return positions.scatter_masked(masked_logits, tokens)
 
 
 def draw_ids(probabilities: Tensor, uniform: Tensor, top_p: float, top_k: int = 0) -> Tensor:

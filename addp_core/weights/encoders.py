@@ -1,16 +1,12 @@
 """`load_encoder`: the encoder for recognition, detection and segmentation, from any file that has one."""
 
-import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import timm
-import yaml
 
 from addp_core.base.errors import UserError, renaming_keys
-from addp_core.base.paths import RECIPE_FILE
 from addp_core.method.addp import ADDPConfig
 from addp_core.networks.attention import AttentionConfig
 from addp_core.networks.cnn import CnnArchitecture, CnnConfig, CnnEncoder
@@ -19,7 +15,7 @@ from addp_core.networks.config import InputChoice as InputChoice
 from addp_core.networks.encoder import VIT_SIZES, Encoder, EncoderConfig
 from addp_core.networks.predictor import PredictorConfig
 from addp_core.networks.token_encoder import TokenEncoder
-from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig, Vocabulary
+from addp_core.networks.tokenizer import TokenizerConfig, Vocabulary
 from addp_core.weights.architectures import (
     NORMALISATION,
     EncoderArchitecture,
@@ -29,12 +25,11 @@ from addp_core.weights.architectures import (
     check_stored_heads,
     with_own_norm,
 )
-from addp_core.weights.assumptions import Assumption, settle
+from addp_core.weights.assumptions import settle
 from addp_core.weights.files import Source, State, strip_prefix
-from addp_core.weights.fingerprint import fingerprint
 from addp_core.weights.fitting import AnyArchitecture, AnyEncoder, fill, fit_encoder_state
 from addp_core.weights.layouts.vit import trained_on
-from addp_core.weights.loading import check_codebook
+from addp_core.weights.mage import check_tokenizer_of_mage, read_tokenizer_of_mage
 from addp_core.weights.reading import Weights, as_user_error, describe_kind, read_part, read_weights
 
 DEFAULT_PATCH_SIZE = 16  # of an encoder that is built by its size
@@ -285,10 +280,7 @@ def _read_mage_encoder(
 
     If that is None, it is the one in MAGE's own file, or the one that the recipe of its run names, which is then said.
     """
-    if vqgan is None:
-        vqgan = read_weights(source, "tokenizer", wanted=wanted)
-        if vqgan.kind != "tokenizer":
-            vqgan = _read_tokenizer_of_run(source, weights.source)
+    vqgan = vqgan or read_tokenizer_of_mage(source, weights.source, wanted)
     with renaming_keys({"predictor_heads": "encoder_heads"}):
         assumed = ("weights",) if heads is not None else ("weights", "predictor_heads")
         weights.settle(assumed, assumed)
@@ -300,45 +292,12 @@ def _read_mage_encoder(
         with as_user_error(weights.source):
             mage = replace(mage, predictor=replace(mage.predictor, heads=heads))
     codes: TokenizerConfig = vqgan.architecture.tokenizer
-    check_codebook(vqgan, mage.vocabulary.codebook)
-    if mage.trained_on not in ("", fingerprint(fill(Tokenizer(codes), vqgan.state, vqgan.source))):
-        raise UserError(
-            f"tokenizer={vqgan.source}: {weights.source} was trained on another tokenizer; expected that one"
-        )
+    check_tokenizer_of_mage(mage, weights.source, vqgan)
     size = (mage.grid[0] * codes.stride, mage.grid[1] * codes.stride)
     encoder_names = ("token_emb.", "blocks.", "norm.")
     state = {key: value for key, value in weights.state.items() if key.startswith(encoder_names)}
     state |= _encoding_part(vqgan.state)
     return weights.source, state, TokenEncoderArchitecture(mage.predictor, mage.vocabulary, codes, size)
-
-
-def _read_tokenizer_of_run(source: Source, name: str) -> Weights:
-    """Return the tokenizer that the recipe beside a file of `addp predictor` names, and say so.
-
-    Raises UserError if there is none.
-    """
-    expected = "expected tokenizer=<VQGAN file> with it"
-    path = _tokenizer_in_recipe(source)
-    if not path:
-        raise UserError(f"{name}: MAGE reads token ids; {expected}")
-    try:
-        vqgan = read_part(path, "tokenizer")
-    except UserError as error:
-        raise UserError(f"{name}: MAGE reads token ids, and its run names a tokenizer ({error}); {expected}") from error
-    note = f"took the tokenizer that the recipe of its run names, {path}"
-    settle(name, (Assumption("tokenizer", note, "tokenizer=<file> takes another"),), ("tokenizer",))
-    return vqgan
-
-
-def _tokenizer_in_recipe(source: Source) -> str:
-    """Return the key `tokenizer` of the recipe in a run folder, or beside a file of it; "" if there is none."""
-    if not isinstance(source, str | os.PathLike):
-        return ""
-    path = Path(source).expanduser()
-    recipe = (path if path.is_dir() else path.parent) / RECIPE_FILE
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        return str(yaml.safe_load(recipe.read_text(encoding="utf-8")).get("tokenizer") or "")
-    return ""
 
 
 def _encoding_part(state: State) -> State:

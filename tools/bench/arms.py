@@ -34,7 +34,7 @@ class Arm:
         digest: Hash of architecture and weights.
         parameters: Number of parameters of the encoder, None if the file holds no encoder.
         image_size: (height, width) in pixels.
-        generates: Whether the checkpoint is a complete ADDP model, which can generate images.
+        generates: Whether the checkpoint can generate images: ADDP, or MAGE with its tokenizer.
         problem: Why the checkpoint cannot be read, "" if it can; no chosen step needs such an arm.
         random_digest: Digest of the arm "random" if it has this one's architecture.
         seeds: Seeds of its pretraining, if this bench does it; with several, {seed} in `model` stands for the seed.
@@ -202,7 +202,7 @@ def _open_arm(name: str, model: str) -> Arm:
         parameters = sum(parameter.numel() for parameter in encoder.parameters())
         random_digest = _random_digest(encoder)
     height, width = size[0], size[1]
-    generates = weights.kind == "addp"
+    generates = weights.kind in ("addp", "predictor")
     return Arm(name, model, PRETRAINED, digest, parameters, (height, width), generates, random_digest=random_digest)
 
 

@@ -1,18 +1,22 @@
-"""GPUs for commands that run at the same time: each gets its own."""
+"""GPUs and cores for commands that run at the same time: each gets its own."""
 
 import os
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from addp_core.base.cpu import usable_cores
 from addp_core.base.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # which GPUs a process sees, by number or name (GPU-..., MIG-...)
+THREADS = "OMP_NUM_THREADS"  # with which torch computes on a CPU; torchrun sets it to one for each process
 JOBS_WITHOUT_GPU = 2  # of jobs=null
 
 
 class DeviceShares:
-    """The GPUs that this process sees, in equal shares for `jobs` commands at a time of `processes` processes each.
+    """The GPUs that this process sees, in equal shares for `jobs` commands at a time of `processes` processes each; and
+    its cores, unless OMP_NUM_THREADS is set: commands that all compute with a thread for each core slow each other down
+    many times over.
 
     Args:
         jobs: None for as many as there are GPUs for, or two without a GPU.
@@ -34,17 +38,22 @@ class DeviceShares:
                 f"{visible}; expected jobs={most} or fewer"
             )
         self.jobs = jobs or (len(devices) // processes if devices else JOBS_WITHOUT_GPU)
-        self._shares: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._shares: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+        threads = str(max(usable_cores() // self.jobs, 1))
         for job in range(self.jobs):
-            share = ",".join(devices[job * processes : (job + 1) * processes])
-            self._shares.put(share if devices and self.jobs > 1 else None)
+            share = {}
+            if devices and self.jobs > 1:
+                share[VISIBLE] = ",".join(devices[job * processes : (job + 1) * processes])
+            if processes == 1 and self.jobs > 1 and THREADS not in os.environ:
+                share[THREADS] = threads
+            self._shares.put(share)
 
     @contextmanager
     def take(self) -> Iterator[dict[str, str]]:
         """Yield the environment variables of a command that has a share to itself; waits until one is free."""
         share = self._shares.get()
         try:
-            yield {} if share is None else {VISIBLE: share}
+            yield share
         finally:
             self._shares.put(share)
 

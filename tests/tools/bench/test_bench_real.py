@@ -5,7 +5,10 @@ import json
 import pytest
 import yaml
 from bench_commands import bench_command, bench_json
+from transfers import write_tiny_mage
 
+from addp_core import load_encoder, save_model
+from addp_core.networks.classifier import Classifier
 from addp_core.recipes.cli import main
 from tools import children
 from tools.bench.sweep import best_run
@@ -84,6 +87,24 @@ def test_every_benchmark_for_real(toys, tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("results.json")}
     assert main(line) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_mage_generates_beside_addp(toys, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(children.Children, "run_addp", run_here)
+    classifier = tmp_path / "classifier.safetensors"
+    save_model(Classifier(load_encoder(toys / "a", (8, 8)), classes=3), classifier)
+    (run, tokenizer), out = write_tiny_mage(tmp_path, side=2), tmp_path / "out"
+    images = {"n": 4, "sampling.steps": 2, "is_splits": 2, "workers": 0, "cache": str(tmp_path / "cache")}
+    settings = [f"generation.set={json.dumps(images | {'extractor': str(classifier)})}", "seeds=[0]"]
+    models = f"models={{addp: {toys / 'a'}, mage: {{model: {run}, tokenizer: {tokenizer}}}}}"
+    assert main(bench_command(toys, out, models, "bench.only=[generation]", *settings)) == 0, capsys.readouterr().err
+    steps = {step["name"]: step for step in bench_json(out)["steps"] if step["state"] == "done"}
+    assert [*steps] == ["generation/addp", "generation/mage"]
+    evaluation, filling = steps["generation/mage"]["commands"][:2]
+    assert f"tokenizer={tokenizer}" in evaluation
+    assert f"tokenizer={tokenizer}" in filling
+    assert steps["generation/mage"]["scores"].keys() == {"fd", "cs", "precision", "recall"}
 
 
 def test_two_models_in_processes_of_their_own(toys, tmp_path, capsys):

@@ -12,6 +12,7 @@ from transfers import NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 from addp_core.base.errors import UserError
 from addp_core.recipes.cli import main
 from tools import children
+from tools.bench import devices
 from tools.bench.devices import DeviceShares
 
 # stands in for `addp finetune`: notes its GPUs, and ends when another one has done so
@@ -64,6 +65,23 @@ def shares_of(jobs: int | None, processes: int) -> list[str]:
 def test_each_command_has_gpus_of_its_own(monkeypatch, count, visible, jobs, processes, expected):
     pretend(monkeypatch, count, visible)
     assert shares_of(jobs, processes) == expected
+
+
+def test_each_command_has_cores_of_its_own_unless_the_user_says_how_many(monkeypatch):
+    def threads(jobs: int | None, processes: int = 1) -> list[str | None]:
+        shares = DeviceShares(jobs, processes)
+        return [shares.take().__enter__().get("OMP_NUM_THREADS") for _ in range(shares.jobs)]
+
+    pretend(monkeypatch, 0, None)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert threads(2) == [None] * 2
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert (threads(None), threads(3), threads(9)) == (["3"] * 2, ["2"] * 3, ["1"] * 9)
+    assert threads(1) == [None]  # all of them
+    assert threads(2, processes=2) == [None] * 2  # torchrun decides
+    pretend(monkeypatch, 4, None)
+    assert threads(None) == ["1"] * 4
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

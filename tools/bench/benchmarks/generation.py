@@ -15,6 +15,7 @@ from tools.bench.step import INPAINTED, Command, Step
 
 GRID_IMAGES = 64  # generated images on the grid
 INPAINTED_IMAGES = 3  # sample images with a hole to fill
+MODEL_KEYS = ("tokenizer", "encoder_heads")  # of an arm's settings: those that its model needs here too
 SHARED_SECTIONS = ("sampling", "tokenizer", "encoder_heads", "decoder_heads", "precision")  # of evaluate and inpaint
 COLUMNS = {"fid": "fid", "fd": "fd", "is_mean": "is", "cs_mean": "cs", "precision": "precision", "recall": "recall"}
 
@@ -50,11 +51,12 @@ class Generation(Benchmark):
     def unsuitable(self, arm: Arm) -> str:
         if arm.init == "random":
             return "an encoder with random weights generates nothing"
-        return "" if arm.generates else f"{arm.model} is not an ADDP checkpoint"
+        return "" if arm.generates else f"{arm.model} is no ADDP or MAGE checkpoint"
 
     def add_commands(
         self, step: Step, settings: Settings, paths: Mapping[str, str], recipe: BenchRecipe, inputs: Inputs
     ) -> None:
+        settings = {key: value for key, value in step.arm.settings.items() if key in MODEL_KEYS} | dict(settings)
         for seed in step.seeds:
             fixed = {
                 "model": step.arm.model_of(seed),
