@@ -18,6 +18,7 @@ from addp_core.weights.pretrained import NORMALISATION
 from seg.mmseg_checkpoint import MmsegSegmentor
 from seg.recipe import AugmentedInferenceConfig as AugmentedInferenceConfig
 from seg.recipe import InferenceConfig as InferenceConfig
+from seg.recipe import TrainScenes
 from seg.segmentor import Segmentor
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
@@ -131,6 +132,15 @@ def fill_sizes(cfg: Any, crop: tuple[int, int], scale: tuple[int, int]) -> None:
                 transform.scale = scale[::-1]
             elif transform.type == "RandomCrop":
                 transform.crop_size = crop
+
+
+def fill_augmentation(cfg: Any, data: TrainScenes) -> None:
+    """Write how training varies the size of images, and whether it mirrors them, into the pipeline of a config."""
+    for transform in cfg.train_dataloader.dataset.pipeline:
+        if transform.type == "RandomResize":
+            transform.ratio_range = data.jitter
+        elif transform.type == "RandomFlip":
+            transform.prob = 0.5 if data.flip else 0.0
 
 
 def fill_mmseg_model(cfg: Any, segmentor: MmsegSegmentor) -> None:

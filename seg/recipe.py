@@ -44,8 +44,22 @@ class SceneConfig(SceneFiles):
     crop: Annotated[int | None, Ge(16), "side of the crops in pixels; null: the config's"] = None
     scale: Annotated[
         tuple[int, int] | None,
-        "shorter and longest side of resized images, in training times a factor of 0.5 to 2; null: the config's",
+        "shorter and longest side of resized images, in training times a random factor; null: the config's",
     ] = None
+
+
+@dataclass
+class TrainScenes(SceneConfig):
+    """The dataset, the sizes of its images, and how training varies them."""
+
+    jitter: Annotated[
+        tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]], "range of the random factor on `scale` in training"
+    ] = (0.5, 2.0)
+    flip: Annotated[bool, "mirror training images horizontally with probability 1/2"] = True
+
+    def __post_init__(self) -> None:
+        if self.jitter[0] > self.jitter[1]:
+            raise ValueError(f"jitter: found {list(self.jitter)}, expected the smaller factor first")
 
 
 @dataclass
@@ -107,7 +121,7 @@ class TrainRecipe(EncoderKeys):
     """Keys of `addp seg train`."""
 
     out: Annotated[str, "run folder"]
-    data: SceneConfig
+    data: TrainScenes
     config: Annotated[str, "a config of seg/configs, without .py"] = "upernet_addp-b_80k_ade20k-512x512"
     model: Annotated[
         FilePath,

@@ -26,7 +26,7 @@ from addp_core.training.submission import is_for_slurm, number_of_processes
 from addp_core.weights.encoders import DEFAULT_PATCH_SIZE
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fitting import AnyEncoder
-from seg.mmseg_config import CNN_BACKBONE, fill_model, fill_runtime, read_config
+from seg.mmseg_config import CNN_BACKBONE, fill_augmentation, fill_model, fill_runtime, read_config
 from seg.recipe import TrainConfig as TrainConfig
 from seg.recipe import TrainRecipe as Recipe
 from seg.scenes import SceneListing, check_scenes, read_class_names
@@ -212,6 +212,7 @@ def fill_config(cfg: Any, recipe: Recipe, segmentor: Segmentor) -> None:
     """Write a resolved recipe into the config."""
     train, out = recipe.train, Path(recipe.out)
     fill_model(cfg, segmentor)
+    fill_augmentation(cfg, recipe.data)
     backbone: dict[str, Any] = {"drop_path": train.drop_path, "checkpointing": train.checkpointing}
     if recipe.init == "pretrained" or segmentor.tokens is not None:
         init_cfg = {"type": "Pretrained", "checkpoint": recipe.model}

@@ -51,6 +51,23 @@ def test_gradient_accumulation_from_random_initialization(scenes, encoder_file, 
     assert not any("relative" in name for name in state)
 
 
+def test_how_training_varies_the_images(scenes, encoder_file, tmp_path, capsys):
+    def transforms(*settings: str) -> dict:
+        command = train_command(scenes, encoder_file, tmp_path / "run", *settings)
+        cfg = read_config("upernet_addp-tiny_500_ade20k-512x512")
+        recipe = seg_train.resolve(load(seg_train.Recipe, None, command[2:]), cfg)
+        seg_train.fill_config(cfg, recipe, seg_train.describe_segmentor(recipe, cfg, ("thing", "other")))
+        return {transform.type: transform for transform in cfg.train_dataloader.dataset.pipeline}
+
+    default, changed = transforms(), transforms("data.jitter=[0.8,1.25]", "data.flip=false")
+    paper = {each.type: each for each in read_base_config().train_dataloader.dataset.pipeline}
+    for key, name in (("ratio_range", "RandomResize"), ("prob", "RandomFlip")):
+        assert default[name][key] == paper[name][key]
+    assert (changed["RandomResize"].ratio_range, changed["RandomFlip"].prob) == ((0.8, 1.25), 0.0)
+    command = train_command(scenes, encoder_file, tmp_path / "wrong", "data.jitter=[2,1]")
+    assert "data.jitter: found [2.0, 1.0], expected the smaller factor first" in user_error(capsys, *command)
+
+
 def test_the_model_file_keeps_the_norms_of_its_initialization(scenes, tmp_path, capsys):
     """CLIP's norm after the patches, and BEiT's normalization of images, are part of the segmentor's file."""
     torch.manual_seed(0)
