@@ -15,6 +15,8 @@ from addp_core import load_mage, save_model
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.recipes.cli import main
 from addp_core.weights.files import strip_prefix
+from gen.app import open_actions
+from gen.recipe import AppRecipe
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,16 @@ def test_a_hole_of_another_size_is_filled(run, sets, tmp_path):
     keys = ("size=[16,16]", "box=[4,4,20,20]", "n=2", "sampling.steps=3")
     assert main(["inpaint", f"model={run}", f"image={image}", f"out={tmp_path / 'filled'}", *keys]) == 0
     assert Image.open(tmp_path / "filled" / "000001.png").size == (16, 16)
+
+
+def test_the_page_shows_its_steps(run):
+    sampling, features, _ = open_actions(AppRecipe(model=str(run)))
+    assert features is not None
+    assert sampling is not None
+    steps = list(sampling.generate(lambda: True, 2, 0, 3, "cosine", 6.0, 1.0, 0, "confidence"))
+    assert [step.note for step in steps] == ["Step 1 of 3.", "Step 2 of 3.", "Step 3 of 3."]
+    contents = [step.sections[0].tiles[0].content for step in steps]
+    assert len(set(contents)) == 3  # each step has an image of its own
 
 
 def test_a_published_file_with_and_without_its_tokenizer():
