@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError
 from addp_core.data.images import ImageError, LazyImage, eval_transform, wrap_image_errors
-from addp_core.method.addp import ADDPConfig
-from addp_core.method.mage import MAGEConfig
+from addp_core.method.config import TokenizedImages
 from addp_core.method.sampler import inpaint
 from addp_core.training.compute import autocast
 from addp_core.training.processes import process_state
@@ -136,7 +135,7 @@ def read_image(path: str, key: str) -> Image.Image:
         raise UserError(f"{key}: {path}: {error}; expected an image file") from error
 
 
-def check_size(hw: tuple[int, int], config: ADDPConfig | MAGEConfig) -> None:
+def check_size(hw: tuple[int, int], config: TokenizedImages) -> None:
     """Raise UserError if the model's patches do not tile the image, and warn if the image is far too large."""
     stride = config.tokenizer.stride
     if hw[0] % stride or hw[1] % stride:

@@ -19,7 +19,7 @@ from addp_core.training.precision import resolve_precision
 from addp_core.training.timing import PartTimer, peak_memory, reset_peak_memory
 from seg.mmseg_config import fill_model, import_mmseg, read_config
 from seg.recipe import CostRecipe as Recipe
-from seg.scenes import SceneConfig
+from seg.recipe import TrainScenes
 from seg.segmentor import Segmentor
 from seg.train import Recipe as TrainRecipe
 from seg.train import describe_segmentor, load_model, resolve, resolve_for_cnn
@@ -100,7 +100,7 @@ def time_step(recipe: Recipe, device: torch.device, step: Callable[[], None], cr
 def read_segmentor(recipe: Recipe) -> tuple[Any, Segmentor]:
     """Return the config, and the segmentor that `addp seg train` would train with the same keys."""
     cfg = read_config(recipe.config)
-    data = SceneConfig(source="", crop=recipe.crop)
+    data = TrainScenes(source="", crop=recipe.crop)
     train_recipe = TrainRecipe(
         out="", data=data, config=recipe.config, model=recipe.model, init="random", relative=recipe.relative
     )

@@ -23,7 +23,6 @@ from addp_core.base.errors import UserError
 from addp_core.data.image_source import ImageFiles
 from addp_core.data.images import COMMON_EXTENSIONS, ImageError, LazyImage, wrap_image_errors
 from addp_core.data.listing import Listing, count_text, list_folder
-from seg.recipe import SceneConfig as SceneConfig
 from seg.recipe import SceneFiles as SceneFiles
 
 log = logging.getLogger("addp")

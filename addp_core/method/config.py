@@ -95,18 +95,12 @@ class DenoiserConfig:
 
 
 @dataclass(frozen=True)
-class ADDPConfig:
-    """The whole model: image size in pixels (height, width), its parts, and the process."""
+class TokenizedImages:
+    """Image size in pixels (height, width), the tokenizer, and the ids of both."""
 
     image_size: tuple[int, int] = (256, 256)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     vocabulary: Vocabulary = field(default_factory=lambda: Vocabulary(TokenizerConfig.codebook))
-    predictor: PredictorConfig | None = field(default_factory=PredictorConfig)  # None: a model for sampling only
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    process: ProcessConfig = field(default_factory=ProcessConfig)
-
-    def __post_init__(self) -> None:
-        check_ids_to(self.denoiser, self.process)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -117,6 +111,25 @@ class ADDPConfig:
     def tokens(self) -> int:
         """N, the number of tokens per image."""
         return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class ADDPConfig(TokenizedImages):
+    """The whole model: its images, its parts, and the process."""
+
+    predictor: PredictorConfig | None = field(default_factory=PredictorConfig)  # None: a model for sampling only
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+
+    def __post_init__(self) -> None:
+        check_ids_to(self.denoiser, self.process)
+
+
+@dataclass(frozen=True)
+class MAGEConfig(TokenizedImages):
+    """MAGE as a generator: its images and its network."""
+
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
 
 
 def check_ids_to(denoiser: DenoiserConfig, process: ProcessConfig) -> None:

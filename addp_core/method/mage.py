@@ -5,36 +5,15 @@ Ids are drawn from what the predictor makes of the ids that are known; pixels co
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from addp_core.networks.config import PredictorConfig, TokenizerConfig, Vocabulary
+from addp_core.method.config import MAGEConfig as MAGEConfig
 from addp_core.networks.layers import MaskPositions
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class MAGEConfig:
-    """The whole model: image size in pixels (height, width), and its parts."""
-
-    image_size: tuple[int, int]
-    tokenizer: TokenizerConfig
-    vocabulary: Vocabulary
-    predictor: PredictorConfig
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of tokens."""
-        return self.tokenizer.grid(self.image_size)
-
-    @property
-    def tokens(self) -> int:
-        """N, the number of tokens per image."""
-        return self.grid[0] * self.grid[1]
 
 
 class MAGE(nn.Module):

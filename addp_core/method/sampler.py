@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from addp_core.base.rng import generator
-from addp_core.method.addp import ADDPConfig
 from addp_core.method.config import ORDERS as ORDERS
 from addp_core.method.config import Order as Order
 from addp_core.method.config import SampleConfig as SampleConfig
 from addp_core.method.config import Schedule as Schedule
+from addp_core.method.config import TokenizedImages
 from addp_core.method.diffusion import SCHEDULES, map_tokens
-from addp_core.method.mage import MAGEConfig
 from addp_core.networks.tokenizer import Tokenizer
 
 
@@ -39,7 +38,7 @@ class GenerativeModel(Protocol):
     reads_images: ClassVar[bool]
 
     @property
-    def config(self) -> ADDPConfig | MAGEConfig: ...
+    def config(self) -> TokenizedImages: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
     def encode_images(self, images: Tensor) -> Tensor: ...
