@@ -14,7 +14,7 @@ from addp_core.weights.architectures import PredictorArchitecture
 from addp_core.weights.assumptions import Assumption, settle
 from addp_core.weights.files import Source
 from addp_core.weights.fingerprint import fingerprint
-from addp_core.weights.fitting import fill, resample_state
+from addp_core.weights.fitting import fill, replace_part, resample_state
 from addp_core.weights.loading import PREDICTOR_HEADS, check_codebook
 from addp_core.weights.reading import Weights, describe_kind, read_part, read_weights
 
@@ -48,8 +48,7 @@ def load_mage(
     size = image_size or (stored.grid[0] * codes.stride, stored.grid[1] * codes.stride)
     config = MAGEConfig((size[0], size[1]), codes, stored.vocabulary, stored.predictor)
     predictor = resample_state(weights.state, stored.grid, config.grid)
-    parts = {"tokenizer.": vqgan.state, "predictor.": predictor}
-    state = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
+    state = replace_part(replace_part({}, "tokenizer.", vqgan.state), "predictor.", predictor)
     return fill(MAGE(config), state, weights.source)
 
 

@@ -189,6 +189,7 @@ def _open_arm(name: str, model: str) -> Arm:
     """Read a checkpoint."""
     from addp_core.weights.encoders import load_encoder
     from addp_core.weights.reading import read_weights
+    from gen.model import GENERATORS
 
     weights = read_weights(model)
     architecture: Any = weights.architecture
@@ -202,7 +203,7 @@ def _open_arm(name: str, model: str) -> Arm:
         parameters = sum(parameter.numel() for parameter in encoder.parameters())
         random_digest = _random_digest(encoder)
     height, width = size[0], size[1]
-    generates = weights.kind in ("addp", "predictor")
+    generates = weights.kind in GENERATORS
     return Arm(name, model, PRETRAINED, digest, parameters, (height, width), generates, random_digest=random_digest)
 
 
