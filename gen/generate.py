@@ -5,6 +5,7 @@ continues an interrupted run.
 """
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -21,6 +22,10 @@ from gen.recipe import GenerateRecipe as Recipe
 
 log = logging.getLogger("addp")
 
+# On a CPU, so many images are computed together that their tokens are about as many as these, with any `batch`: fewer
+# rows of a matrix leave most of the time to overheads, more gain nothing.
+ROWS_AT_ONCE = 256
+
 
 def run(recipe: Recipe) -> None:
     """Write the images that do not exist yet, then the grid.
@@ -35,14 +40,14 @@ def run(recipe: Recipe) -> None:
         claim_folder(out, recipe, may_change={"out", "n", "grid"} | (set() if has_gpu else {"batch"}))
         claim_weights(out, model)
 
-    batches = range(-(-recipe.n // recipe.batch))
+    together = recipe.batch if has_gpu else max(1, ROWS_AT_ONCE // model.config.tokens)
+    size = math.ceil(recipe.batch / together) * together
+    batches = [range(first, min(first + size, recipe.n)) for first in range(0, recipe.n, size)]
     # Rank 0 lists the folder for all processes: files appear while the other processes would still be listing it.
-    pending = [
-        [batch for batch in batches if not all(image_path(out, i).exists() for i in image_numbers(recipe, batch))]
-    ]
+    pending = [[numbers for numbers in batches if not all(image_path(out, i).exists() for i in numbers)]]
     broadcast_object_list(pending)
     assigned = pending[0][state.process_index :: state.num_processes]
-    missing, share = (sum(len(image_numbers(recipe, batch)) for batch in part) for part in (pending[0], assigned))
+    missing, share = (sum(map(len, part)) for part in (pending[0], assigned))
     log.info(
         "%d of %d images to generate, %d of them by this process (%d processes)",
         missing,
@@ -52,15 +57,14 @@ def run(recipe: Recipe) -> None:
     )
     mark_pace(SAMPLING, 0)
     with tqdm(total=share, unit="img", disable=not state.is_main_process) as bar:
-        for batch in assigned:
-            numbers = image_numbers(recipe, batch)
-            # The rounding of a matrix product can depend on its number of rows, and rounding can flip an id. On a CPU,
-            # one image at a time is as fast as a batch; a GPU always computes whole batches of the same images.
-            first, n, at_once = batch * recipe.batch, recipe.batch, recipe.batch
-            if not has_gpu:
-                n, at_once = len(numbers), 1
+        for numbers in assigned:
+            # The rounding of a matrix product can depend on its number of rows, and rounding can flip an id: images
+            # that are computed together always are, the unwanted ones of the last batch too.
+            n = math.ceil(len(numbers) / together) * together
             with autocast(recipe.precision, state.device):
-                images = sample(model, n, **vars(recipe.sampling), seed=recipe.seed, first=first, batch=at_once)
+                images = sample(
+                    model, n, **vars(recipe.sampling), seed=recipe.seed, first=numbers.start, batch=together
+                )
             for i, image in zip(numbers, images, strict=False):
                 write_image(image, image_path(out, i))
             bar.update(len(numbers))
@@ -70,8 +74,3 @@ def run(recipe: Recipe) -> None:
         if recipe.grid:
             write_grid(out, min(recipe.n, recipe.grid))
         log.info("%d images in %s", recipe.n, out)
-
-
-def image_numbers(recipe: Recipe, batch: int) -> range:
-    """Return the numbers of the images in this batch; the last batch may be incomplete."""
-    return range(batch * recipe.batch, min((batch + 1) * recipe.batch, recipe.n))

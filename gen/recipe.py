@@ -23,6 +23,9 @@ EncoderHeads = Annotated[
     int | None, Ge(1), "encoder heads of a published file, if not those of published ViTs of its width"
 ]
 DecoderHeads = Annotated[int | None, Ge(1), "decoder heads of a published file, where they are not 16"]
+GeneratedAtOnce = Annotated[
+    int, Gt(0), "images generated at a time by each process; rounded up on a CPU, where small images go together"
+]
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "box"]  # torchvision's names
 
 
@@ -35,7 +38,7 @@ class GenerateRecipe:
     n: Annotated[int, Ge(1), "number of images"] = 64
     seed: Annotated[int, "random seed; image i depends on it and on i alone"] = 0
     sampling: SampleConfig = field(default_factory=SampleConfig)
-    batch: Annotated[int, Gt(0), "images generated at a time by each process"] = 16
+    batch: GeneratedAtOnce = 16
     grid: Annotated[int, Ge(0), "number of images in grid.png, the first ones; 0 for no grid"] = 64
     precision: Precision = "fp32"
     compile: Annotated[
@@ -218,7 +221,7 @@ class EvaluateRecipe:
     is_splits: Annotated[int, Ge(1), "parts over which the score's mean and standard deviation are taken"] = 10
     kid_subset: Annotated[int, Ge(2), "images in each of KID's 100 subsets, or all images if there are fewer"] = 1000
     cache: Annotated[str, "folder that keeps the features of references"] = "~/.cache/addp/features"
-    batch: Annotated[int, Gt(0), "images generated at a time by each process"] = 16
+    batch: GeneratedAtOnce = 16
     workers: Annotated[int, Ge(0), "data loading processes of each process"] = 2
     precision: Precision = "fp32"
     tokenizer: TokenizerSource = ""

@@ -174,7 +174,7 @@ def generated(chain) -> dict[str, bytes]:
 
 
 def generate(root: Path, out: Path, *settings: str) -> list[str]:
-    return ["generate", f"model={root / 'run'}", f"out={out}", "n=7", "sampling.steps=4", *settings]
+    return ["generate", f"model={root / 'run'}", f"out={out}", "n=12", "sampling.steps=4", *settings]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
@@ -185,9 +185,9 @@ def test_images_do_not_depend_on_the_batch_size(chain, generated, tmp_path, batc
 
 def test_generation_continues_where_it_stopped(chain, generated, tmp_path):
     out = tmp_path / "g"
-    assert main(generate(chain, out, "n=3", "batch=2")) == 0
+    assert main(generate(chain, out, "n=11", "batch=2")) == 0
     kept = (out / "000001.png").stat().st_mtime_ns
-    (out / "000002.png").unlink()
+    (out / "000010.png").unlink()
     assert main(generate(chain, out, "batch=2")) == 0
     assert pixels(out) == generated
     assert (out / "000001.png").stat().st_mtime_ns == kept
@@ -196,7 +196,7 @@ def test_generation_continues_where_it_stopped(chain, generated, tmp_path):
 def test_processes_share_the_work(chain, generated, tmp_path):
     ended = run_ranks(generate(chain, tmp_path / "g", "batch=2"), tmp_path / "job", launcher="torchrun")
     assert ended.codes == [0], ended.text
-    assert "7 of 7 images to generate, 4 of them by this process (2 processes)" in ended.outputs[0]
+    assert "12 of 12 images to generate, 10 of them by this process (2 processes)" in ended.outputs[0]
     assert pixels(tmp_path / "g") == generated
 
 

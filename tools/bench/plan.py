@@ -151,7 +151,7 @@ def benchmarks_of(steps: Collection[str]) -> set[str]:
 
 
 def arm_of_run(model: str) -> str:
-    """Return the arm whose pretraining `pretrain:<arm>/models/step-<n>` names, "" for any other model."""
+    """Return the arm whose pretraining `pretrain:<arm>` names, with or without a checkpoint, "" for any other model."""
     return model.removeprefix(PRETRAINED_HERE).partition("/")[0] if model.startswith(PRETRAINED_HERE) else ""
 
 
@@ -165,7 +165,7 @@ def all_arms(recipe: BenchRecipe, pretraining: Pretraining, needed: Collection[s
         model, settings = recipe.model_of(name), recipe.encoder_settings(name)
         try:
             if arm_of_run(model):
-                arms.append(with_settings(pretraining.intermediate(name, model), settings))
+                arms.append(with_settings(pretraining.model_of_arm(name, model), settings))
             else:
                 arms.append(open_arm(name, model, settings))
         except UserError as error:

@@ -231,10 +231,11 @@ class Pretraining:
 
     # ---------------------------------------------------------------- models that name a run of this bench
 
-    def intermediate(self, name: str, model: str) -> Arm:
-        """Return the arm of a model `pretrain:<arm>/models/step-<n>`, an intermediate checkpoint of an arm.
+    def model_of_arm(self, name: str, model: str) -> Arm:
+        """Return the arm of a model `pretrain:<arm>`, another arm's own (with other settings in its transfers), or
+        `pretrain:<arm>/models/step-<n>`, an intermediate checkpoint of it.
 
-        Raises UserError, with the key, if there will be no such checkpoint.
+        Raises UserError, with the key, if there will be no such model.
         """
         key, (arm_name, _, path) = f"models.{name}", model.removeprefix(PRETRAINED_HERE).partition("/")
         arm = next((arm for arm in self.arms if arm.name == arm_name), None)
@@ -244,6 +245,8 @@ class Pretraining:
             raise UserError(f"{key}: found {model!r}, expected an arm of pretrain.arms ({known}){hint}")
         if arm.problem:
             raise UserError(f"{key}: {arm.problem}")
+        if not path:
+            return replace(arm, name=name)
         _check_intermediate(key, path, self.trainings[arm_name])
         step = self.steps[arm.pretrained_by]
         missing = [seed for seed in step.seeds if step.done and not Path(arm.model_of(seed), path).exists()]

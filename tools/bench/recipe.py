@@ -16,7 +16,7 @@ BEST_RUN = "best:"  # best:finetune/random stands for the best run of that step 
 MODEL_ARM = "addp"  # the arm of the key `model`, and that of a pretraining without arms
 PRETRAIN = "pretrain"  # the section, the folder and the steps of pretraining
 STAGES = "stages"  # the step that trains the tokenizer and the predictor which arms share
-PRETRAINED_HERE = "pretrain:"  # pretrain:addp/models/step-100 stands for that checkpoint of the arm's pretraining
+PRETRAINED_HERE = "pretrain:"  # pretrain:addp stands for the model of the arm's pretraining
 ARM_NAME = re.compile(r"[\w.+-]+")
 
 

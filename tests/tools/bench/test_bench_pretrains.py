@@ -61,7 +61,7 @@ def test_arms_share_their_stages_and_nothing_is_repeated(toys, recipes, fake, tm
         assert main(bench_line(toys, recipes, out, *settings)) == 0
         return commands_run(fake, out)
 
-    assert ran() == [*STAGES, *RUNS, *SWEEPS]
+    assert ran() == [*STAGES, *RUNS, "sweep finetune/ours", "sweep finetune/norm"]
     assert step_entry(out, "pretrain/z_t")["commands"] == [
         f"addp pretrain {recipes}/pretrain.yaml stages={recipes} process.condition=z_t "
         f"data.source={toys}/toy/imagenet tokenizer={out}/pretrain/stages/tokenizer "
@@ -101,6 +101,24 @@ def test_seeds_of_pretraining_and_transfer_are_the_same(toys, recipes, fake, tmp
     assert "finetune.seeds: found 5, expected seeds of pretrain.seeds: [3, 4]" in last_line(capsys)
     assert main(bench_line(toys, recipes, tmp_path / "one", "pretrain.seeds=[3]", "seeds=[0,1]")) == 0
     assert "seed3\n" in (tmp_path / "one" / "finetune" / "z_t" / "sweep.yaml").read_text()
+
+
+def test_a_pretraining_of_the_bench_with_other_settings_in_its_transfers(toys, recipes, fake, tmp_path, capsys):
+    out = tmp_path / "out"
+    models = "models={norm: {model: 'pretrain:ours', tokenizer_norm: true}}"
+    assert main(bench_line(toys, recipes, out, models, "bench.only=[finetune/ours,finetune/norm]")) == 0
+    assert commands_run(fake, out)[len(STAGES) :] == [
+        "pretrain pretrain/ours/seed0",
+        "sweep finetune/ours",
+        "sweep finetune/norm",
+    ]
+    plain, norm = ((out / "finetune" / arm / "sweep.yaml").read_text() for arm in ("ours", "norm"))
+    same_model = f"model: {out}/pretrain/ours/seed0\n"
+    assert same_model in plain
+    assert same_model in norm
+    assert "tokenizer_norm" not in plain
+    assert "tokenizer_norm: true" in norm
+    assert bench_json(out)["arms"]["norm"]["settings"]["tokenizer_norm"] is True
 
 
 def test_arms_beside_files_and_intermediate_checkpoints(toys, recipes, fake, tmp_path, capsys):
