@@ -1,29 +1,19 @@
-"""Stage 1: every loss term has its effect, the codebook follows the features and stays in use, runs continue exactly,
-and the exported file holds the tokenizer alone."""
+"""Stage 1: every loss term has its effect, and the codebook follows the features and stays in use."""
 
-import json
 import math
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from small_tokenizer import MODEL, SIZE, smooth_images
 from torch.nn import functional as F
 
 from addp_core.base.errors import UserError
 from addp_core.data.stream import Batch
 from addp_core.networks.tokenizer import Tokenizer, TokenizerConfig
-from addp_core.recipes import config as recipes
-from addp_core.training.metrics import RunLogger
 from addp_core.training.stage import MicroStep
-from addp_core.weights.loading import load_tokenizer
-from pretrain import tokenizer as tokenizer_stage
 from pretrain.losses import VGG16, PatchDiscriminator, PerceptualDistance, hinge_loss
-from pretrain.tokenizer import LossConfig, Recipe, TokenizerStage, TokenizerTraining
-
-MODEL = TokenizerConfig(width=32, multipliers=(1, 1), blocks=1, codebook=16, dim=4)
-SIZE = 24  # pixels, 12 x 12 tokens
+from pretrain.tokenizer import LossConfig, TokenizerStage, TokenizerTraining
 
 
 class OneProcess:
@@ -38,12 +28,6 @@ def micro_step_at(step: int, batch: int, rows: slice | None = None, world: int =
     return MicroStep(seed=0, step=step, index=step, rank=rank, world=world, batch=batch, rows=rows or slice(0, batch))
 
 
-def images(n: int = 4, seed: int = 0, size: int = SIZE) -> torch.Tensor:
-    """Smooth color noise, which a few codes can describe."""
-    coarse = torch.rand(n, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(coarse, size=(size, size), mode="bilinear")
-
-
 def batch_of(pixels: torch.Tensor) -> Batch:
     n = len(pixels)
     return Batch(pixels, torch.full((n,), -1), torch.arange(n), [])
@@ -52,7 +36,7 @@ def batch_of(pixels: torch.Tensor) -> Batch:
 def stage_of(model: TokenizerConfig = MODEL, **loss) -> TokenizerStage:
     torch.manual_seed(0)
     tokenizer = Tokenizer(model, model.grid((SIZE, SIZE)))
-    return TokenizerStage(tokenizer, LossConfig(**loss), images(2))
+    return TokenizerStage(tokenizer, LossConfig(**loss), smooth_images(2))
 
 
 def step(stage: TokenizerStage, number: int, pixels: torch.Tensor) -> tuple[dict, dict]:
@@ -69,38 +53,38 @@ def step(stage: TokenizerStage, number: int, pixels: torch.Tensor) -> tuple[dict
 
 def test_gradient_passes_straight_through_the_codes():
     stage = stage_of(commitment=0.0)
-    step(stage, 0, images())
+    step(stage, 0, smooth_images())
     stage.model.zero_grad()
-    stage.loss(stage.model, batch_of(images()), micro_step_at(1, 4))["loss"].backward()
+    stage.loss(stage.model, batch_of(smooth_images()), micro_step_at(1, 4))["loss"].backward()
     parameters = dict(stage.model.named_parameters())
     assert all(value.grad is not None and value.grad.abs().max() > 0 for value in parameters.values())
     assert not any("quantize" in name for name in parameters)  # codes are averages
 
     # The encoder's output gets the gradient of the decoder's input.
-    h = stage.model.tokenizer.encoder(images()).detach().requires_grad_()
+    h = stage.model.tokenizer.encoder(smooth_images()).detach().requires_grad_()
     codes = stage.model.tokenizer.lookup(stage.model.tokenizer.quantize.nearest_ids(h))
-    F.l1_loss(stage.model.tokenizer.decode(codes + (h - h.detach())), images()).backward()
+    F.l1_loss(stage.model.tokenizer.decode(codes + (h - h.detach())), smooth_images()).backward()
     assert parameters["tokenizer.encoder.conv_out.bias"].grad == pytest.approx(h.grad.sum((0, 2, 3)), rel=1e-4)
 
 
 def test_commitment_pulls_features_to_their_codes():
     stage = stage_of(commitment=0.0)
-    step(stage, 0, images())
-    out = stage.model(images())
+    step(stage, 0, smooth_images())
+    out = stage.model(smooth_images())
     codes = stage.model.tokenizer.quantize.embedding(out["ids"].flatten())
     assert out["commitment"].item() == pytest.approx((out["features"] - codes).square().mean().item(), rel=1e-5)
-    without = stage.loss(stage.model, batch_of(images()), micro_step_at(1, 4))["loss"]
+    without = stage.loss(stage.model, batch_of(smooth_images()), micro_step_at(1, 4))["loss"]
     stage.config = replace(stage.config, commitment=2.0)
-    terms = stage.loss(stage.model, batch_of(images()), micro_step_at(1, 4))
+    terms = stage.loss(stage.model, batch_of(smooth_images()), micro_step_at(1, 4))
     assert (terms["loss"] - without).item() == pytest.approx(2 * terms["commitment"].item(), rel=1e-4)
 
 
 def test_pixel_terms_and_psnr():
     stage = stage_of(l1=0.5, l2=3.0, commitment=0.0)
-    terms = stage.loss(stage.model, batch_of(images()), micro_step_at(0, 4))
+    terms = stage.loss(stage.model, batch_of(smooth_images()), micro_step_at(0, 4))
     assert terms["loss"].item() == pytest.approx((0.5 * terms["l1"] + 3 * terms["l2"]).item(), rel=1e-5)
-    decoded = stage.model(images())["images"].detach().clamp(0, 1)
-    each = [-10 * math.log10(F.mse_loss(*pair).item()) for pair in zip(decoded, images(), strict=True)]
+    decoded = stage.model(smooth_images())["images"].detach().clamp(0, 1)
+    each = [-10 * math.log10(F.mse_loss(*pair).item()) for pair in zip(decoded, smooth_images(), strict=True)]
     assert terms["psnr"].item() == pytest.approx(sum(each) / 4, rel=1e-4)
 
 
@@ -151,15 +135,15 @@ def test_unused_codes_move_to_candidates_in_time():
 def test_codebook_starts_from_features_and_revival_keeps_it_in_use():
     def usage(revive_after):
         stage = stage_of(revive_after=revive_after, codebook_decay=0.5)
-        _, first = step(stage, 0, images())
+        _, first = step(stage, 0, smooth_images())
         assert first["revived"] > 0
-        features = stage.model(images())["features"]
+        features = stage.model(smooth_images())["features"]
         codes = stage.model.tokenizer.quantize.embedding.weight
         assert torch.cdist(codes, features).amin(1).max() < features.std()  # each code is close to some feature
         # All but four codes are far from every feature, as after a sudden change of the encoder.
         codes[4:] += 100
         stage.model.count[4:] = stage.model.total[4:] = 0
-        return [step(stage, number, images(seed=number))[1]["usage"] for number in range(1, 8)]
+        return [step(stage, number, smooth_images(seed=number))[1]["usage"] for number in range(1, 8)]
 
     assert max(usage(None)) <= 4 / 16
     assert usage(3)[-1] > 8 / 16
@@ -169,7 +153,7 @@ def test_codebook_starts_from_features_and_revival_keeps_it_in_use():
 def test_several_processes_agree_with_one(world):
     """Counts, sums and candidates of all processes add up to those of one process with all rows."""
     whole = stage_of()
-    whole.loss(whole.model, batch_of(images()), micro_step_at(0, 4))
+    whole.loss(whole.model, batch_of(smooth_images()), micro_step_at(0, 4))
 
     class Recorder(OneProcess):
         def __init__(self):
@@ -190,7 +174,7 @@ def test_several_processes_agree_with_one(world):
     for rank in range(world):
         rows = slice(4 * rank // world, 4 * (rank + 1) // world)
         stage = stage_of()
-        stage.loss(stage.model, batch_of(images()[rows]), micro_step_at(0, 4, rows, world))
+        stage.loss(stage.model, batch_of(smooth_images()[rows]), micro_step_at(0, 4, rows, world))
         shares.append(recorded(stage, micro_step_at(0, 4, rows, world)))
     for one, parts in zip(expected, zip(*shares, strict=True), strict=True):
         assert torch.allclose(one, sum(parts), atol=1e-5)
@@ -198,11 +182,11 @@ def test_several_processes_agree_with_one(world):
 
 def test_micro_steps_count_together_and_skipped_steps_do_not():
     stage = stage_of()
-    stage.loss(stage.model, batch_of(images(seed=7)), micro_step_at(0, 4))  # skipped: no after_step
+    stage.loss(stage.model, batch_of(smooth_images(seed=7)), micro_step_at(0, 4))  # skipped: no after_step
     for part in (slice(0, 2), slice(2, 4)):
-        stage.loss(stage.model, batch_of(images()[part]), micro_step_at(1, 2))
+        stage.loss(stage.model, batch_of(smooth_images()[part]), micro_step_at(1, 2))
     counts, sums = stage.model.statistics(stage.quantized)
-    stage.loss(stage.model, batch_of(images()), micro_step_at(2, 4))
+    stage.loss(stage.model, batch_of(smooth_images()), micro_step_at(2, 4))
     expected = stage.model.statistics(stage.quantized)
     assert torch.equal(counts, expected[0])
     assert torch.allclose(sums, expected[1], atol=1e-5)
@@ -229,7 +213,7 @@ def test_perceptual_distance_is_vgg16s(tmp_path):
     torchvision = pytest.importorskip("torchvision")
     state = write_vgg(tmp_path / "vgg.pth", 2)
     distance = PerceptualDistance(tmp_path / "vgg.pth", depth=2)
-    a, b = images(2), images(2, seed=1)
+    a, b = smooth_images(2), smooth_images(2, seed=1)
     assert distance(a, a).item() == 0
     with torch.device("meta"):
         reference = torchvision.models.vgg16(weights=None).features[:9]
@@ -252,8 +236,8 @@ def test_perceptual_term_reaches_the_encoder(tmp_path):
         l1=0.0, commitment=0.0, perceptual_weights=str(tmp_path / "vgg.pth"), perceptual=0.5, perceptual_depth=1
     )
     assert list(stage.frozen) == [stage.perceptual]
-    step(stage, 0, images())
-    terms, _ = step(stage, 1, images())
+    step(stage, 0, smooth_images())
+    terms, _ = step(stage, 1, smooth_images())
     assert terms["loss"].item() == pytest.approx(0.5 * terms["perceptual"].item(), rel=1e-5)
     assert stage.model.tokenizer.encoder.conv_in.weight.grad.abs().max() > 0
     assert not any("perceptual" in name or "blocks.0.0" in name for name in stage.model.state_dict())
@@ -286,12 +270,12 @@ ADVERSARIAL = {"adversarial": 0.5, "discriminator_width": 32, "discriminator_lay
 
 def test_adversarial_term_starts_at_its_step():
     stage = stage_of(**ADVERSARIAL, adversarial_start=1)
-    terms, _ = step(stage, 0, images())
+    terms, _ = step(stage, 0, smooth_images())
     assert "adversarial" not in terms
     assert terms["loss"].item() == pytest.approx(terms["l1"].item(), rel=1e-6)
     gradients = [value.grad for value in stage.model.discriminator.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
-    terms, _ = step(stage, 1, images())
+    terms, _ = step(stage, 1, smooth_images())
     parts = terms["l1"] + terms["discriminator"] + 0.5 * terms["adversarial"]
     assert terms["loss"].item() == pytest.approx(parts.item(), rel=1e-5)
     assert all(value.grad.abs().max() > 0 for value in stage.model.discriminator.parameters())
@@ -299,31 +283,31 @@ def test_adversarial_term_starts_at_its_step():
 
 def test_each_side_learns_from_its_own_loss_alone():
     stage = stage_of(**ADVERSARIAL)
-    step(stage, 0, images())
+    step(stage, 0, smooth_images())
     training = stage.model
     for name, mine, others in [
         ("adversarial", training.tokenizer, training.discriminator),
         ("discriminator", training.discriminator, training.tokenizer),
     ]:
         training.zero_grad()
-        training(images(), True)[name].backward()
+        training(smooth_images(), True)[name].backward()
         assert all(value.grad is None for value in others.parameters()), name
         assert all(value.grad.abs().max() > 0 for value in mine.parameters()), name
-    out = training(images(), True)
-    scores = training.discriminator(images()), training.discriminator(out["images"])
+    out = training(smooth_images(), True)
+    scores = training.discriminator(smooth_images()), training.discriminator(out["images"])
     assert out["discriminator"].item() == pytest.approx(hinge_loss(*scores).item(), rel=1e-5)
     assert out["adversarial"].item() == pytest.approx(-scores[1].mean().item(), rel=1e-5)
 
 
 def test_adaptive_weight_balances_the_gradients():
     stage = stage_of(**ADVERSARIAL, adversarial_balance="adaptive")
-    step(stage, 0, images())
-    terms, _ = step(stage, 1, images())
+    step(stage, 0, smooth_images())
+    terms, _ = step(stage, 1, smooth_images())
     last = stage.model.tokenizer.decoder.conv_out.weight
     stage.model.zero_grad()
-    out = stage.model(images(), True)
+    out = stage.model(smooth_images(), True)
     fooled = torch.autograd.grad(out["adversarial"], last, retain_graph=True)[0].norm()
-    similar = torch.autograd.grad(F.l1_loss(out["images"], images()), last)[0].norm()
+    similar = torch.autograd.grad(F.l1_loss(out["images"], smooth_images()), last)[0].norm()
     # after_step has updated the codebook between the two evaluations, so the values agree only roughly
     assert terms["adversarial_weight"].item() == pytest.approx((0.5 * similar / fooled).item(), rel=0.5)
     assert not terms["adversarial_weight"].requires_grad
@@ -333,7 +317,7 @@ def test_discriminator_learns_to_distinguish():
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(32, 1)
     optimizer = torch.optim.Adam(discriminator.parameters(), 2e-3)
-    real, fake = images(), images(seed=1) + 0.2 * torch.randn(4, 3, SIZE, SIZE)
+    real, fake = smooth_images(), smooth_images(seed=1) + 0.2 * torch.randn(4, 3, SIZE, SIZE)
     before = hinge_loss(discriminator(real), discriminator(fake)).item()
     for _ in range(15):
         optimizer.zero_grad()
@@ -341,117 +325,3 @@ def test_discriminator_learns_to_distinguish():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * before
-
-
-# -------------------- whole runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_curves():
-    """Do not plot curves, which takes a second for each run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLogger, "plot_curves", lambda self: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("photos")
-    for number, image in enumerate(images(6, size=32)):
-        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(root / f"{number}.png")
-    return root
-
-
-def load(folder, out, *settings: str) -> Recipe:
-    """A recipe with every loss term except the perceptual one, for six steps of two micro-steps."""
-    tiny = [
-        f"data.source={folder}", f"out={out}", f"data.size={SIZE}", "data.workers=0", "model.width=32",
-        "model.multipliers=[1,1]", "model.blocks=1", "model.codebook=16", "model.dim=4", "loss.adversarial=0.1",
-        "loss.adversarial_start=2", "loss.adversarial_balance=adaptive", "loss.discriminator_layers=1",
-        "loss.discriminator_width=32", "loss.revive_after=2", "train.steps=6", "train.batch=4", "train.accumulate=2",
-        "train.lr=1e-3", "train.schedule=constant", "train.log_every=1", "train.checkpoint_every=3",
-    ]  # fmt: skip
-    return recipes.load(Recipe, None, [*tiny, *settings])
-
-
-@pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    tokenizer_stage.run(load(folder, out))
-    return out
-
-
-def test_exported_file_is_the_tokenizer_alone(finished):
-    tokenizer = load_tokenizer(finished)
-    assert tokenizer.grid == (12, 12)
-    assert set(tokenizer.state_dict()) == set(Tokenizer(MODEL).state_dict())
-    state = torch.load(finished / "checkpoints/step-6/training.pt", weights_only=True)["model"]
-    assert any(name.startswith("discriminator.") for name in state)
-    training = TokenizerTraining(Tokenizer(MODEL), PatchDiscriminator(32, 1))
-    training.load_state_dict(state)
-    ids = tokenizer.encode(images())
-    assert torch.equal(ids, training.tokenizer.encode(images()))
-    assert torch.equal(tokenizer.lookup(ids), training.tokenizer.lookup(ids, (12, 12)))
-
-
-def test_run_folder(finished):
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert {"l1", "commitment", "psnr", "usage", "perplexity", "revived", "adversarial", "discriminator"} <= set(
-        lines[-1]
-    )
-    assert "adversarial" not in lines[0]
-    with Image.open(finished / "images" / "recon-6.png") as image:
-        assert image.width > 2 * SIZE
-    before = (finished / "model.safetensors").stat().st_mtime_ns
-    tokenizer_stage.run(recipes.load(Recipe, finished / "recipe.yaml", []))
-    assert (finished / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_continued_run_equals_one_that_never_stopped(folder, finished, tmp_path):
-    for steps in (3, 6):
-        tokenizer_stage.run(load(folder, tmp_path / "run", f"train.steps={steps}"))
-    runs = [tmp_path / "run", finished]
-    states = [torch.load(run / "checkpoints/step-6/training.pt", weights_only=True)["model"] for run in runs]
-    assert {"count", "total", "idle", "tokenizer.quantize.embedding.weight"} <= set(states[0])
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
-
-
-@pytest.mark.parametrize("recipe", ["tiny", "vqgan_256"])
-def test_black_images_train(folder, tmp_path, recipe):
-    """Exactly black maps have no variance, at which the derivative of a norm is 1000: no step may be skipped."""
-    shutil.copytree(folder, tmp_path / "images")
-    for number in range(2):
-        Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "images" / f"black{number}.png")
-    tiny = [
-        f"data={tmp_path / 'images'}", f"out={tmp_path / 'run'}", "data.size=32", "data.workers=0", "model.width=32",
-        "train.batch=4", "train.steps=5", "train.lr=2e-3", "train.warmup_steps=1", "train.log_every=1",
-        "loss.discriminator_width=32", "loss.discriminator_layers=1", "loss.adversarial_start=3",
-    ]  # fmt: skip
-    tokenizer_stage.run(recipes.load(Recipe, recipes.recipes_of(tokenizer_stage)[recipe], tiny))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [0] * 5
-    assert lines[-1]["l1"] < 0.8 * lines[0]["l1"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["data.size=25"], r"data\.size: image size 25 x 25: expected multiples of the tokenizer's stride 2"),
-        (["loss.discriminator_layers=4"], r"loss\.discriminator_layers: found 4, for images of at least 48 pixels"),
-        (
-            ["loss.adversarial=0", "loss.perceptual_weights=vgg.pth"],
-            r"loss\.perceptual_weights: vgg\.pth: no such file",
-        ),
-        (["loss.l1=0"], r"loss\.l1: found 0"),
-        (["loss.codebook_decay=1"], r"loss\.codebook_decay: found 1, expected a number >= 0 and < 1"),
-        (["loss.revive_after=0"], r"loss\.revive_after: found 0, expected a whole number >= 1 or null"),
-        (["loss.revive=3"], r"unknown key 'loss\.revive'; did you mean 'loss\.revive_after'"),
-        (["train.compile=true"], r"train\.compile: found true, expected false with loss\.adversarial_balance=adaptive"),
-        (["model.width=48"], r"model\.width: found 48, expected a multiple of groups = 32"),
-    ],
-)
-def test_bad_input(folder, tmp_path, settings, message):
-    with pytest.raises(UserError, match=message) as error:
-        tokenizer_stage.run(load(folder, tmp_path / "run", *settings))
-    assert "\n" not in str(error.value)
