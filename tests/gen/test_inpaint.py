@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from tiny import tiny_addp
 
-from addp_core import save_model
+from addp_core import load_addp, sample, save_model
 from addp_core.recipes.cli import main
+from gen.image_folder import write_image
 
 HW = (8, 12)  # of the model's images; a token spans 2 x 2 pixels
 
@@ -77,13 +78,14 @@ def test_an_empty_hole_returns_the_image(inputs, tmp_path, capsys):
     assert "the hole is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [[], ["sampling.order=halton", "sampling.top_k=3"]])
-def test_a_hole_over_the_whole_image_equals_generation(inputs, tmp_path, settings):
+@pytest.mark.parametrize("sampling", [{}, {"order": "halton", "top_k": 3}])
+def test_a_hole_over_the_whole_image_equals_generation(inputs, tmp_path, sampling):
+    settings = [f"sampling.{key}={value}" for key, value in sampling.items()]
     assert main(inpaint_command(inputs, tmp_path / "out", "box=[0,0,12,8]", "seed=4", *settings)) == 0
-    generate = ["generate", f"model={inputs / 'model.safetensors'}", f"out={tmp_path / 'plain'}", "n=2", "seed=4"]
-    assert main([*generate, "sampling.steps=3", *settings]) == 0
-    for i in range(2):
-        assert (pixels(tmp_path / "out" / f"{i:06d}.png") == pixels(tmp_path / "plain" / f"{i:06d}.png")).all()
+    generated = sample(load_addp(inputs / "model.safetensors").eval(), 2, steps=3, seed=4, batch=1, **sampling)
+    for i, image in enumerate(generated):
+        write_image(image, tmp_path / "generated.png")
+        assert (pixels(tmp_path / "out" / f"{i:06d}.png") == pixels(tmp_path / "generated.png")).all()
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_arms_share_their_stages_and_nothing_is_repeated(toys, recipes, fake, tm
         assert main(bench_line(toys, recipes, out, *settings)) == 0
         return commands_run(fake, out)
 
-    assert ran() == [*STAGES, *RUNS, "sweep finetune/ours", "sweep finetune/norm"]
+    assert ran() == [*STAGES, *RUNS, *SWEEPS]
     assert step_entry(out, "pretrain/z_t")["commands"] == [
         f"addp pretrain {recipes}/pretrain.yaml stages={recipes} process.condition=z_t "
         f"data.source={toys}/toy/imagenet tokenizer={out}/pretrain/stages/tokenizer "
