@@ -31,7 +31,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.grid = grid
-        self.chunk_size: int | None = None  # compute only: images at a time without gradients; None: all of them
+        self.chunk_pixels: int | None = None  # compute only: pixels at a time without gradients; None: the whole batch
         self.encoder = VQEncoder(config)
         self.decoder = VQDecoder(config)
         self.quantize = Codebook(config.codebook, config.dim)
@@ -43,7 +43,7 @@ class Tokenizer(nn.Module):
         """
         images = images.to(self.encoder.conv_in.weight.dtype)
         with torch.autocast(images.device.type, enabled=False):
-            return self._in_chunks(lambda x: self.quantize.nearest_ids(self.encoder(x)), images)
+            return self._in_chunks(lambda x: self.quantize.nearest_ids(self.encoder(x)), images, stride=1)
 
     def lookup(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Map ids Long[B,N] to code embeddings Float[B,D,h,w].
@@ -57,13 +57,17 @@ class Tokenizer(nn.Module):
 
     def decode(self, embeddings: Tensor) -> Tensor:
         """Map code embeddings or mixtures of them, Float[B,D,h,w], to unclamped images Float[B,3,H,W]."""
-        return self._in_chunks(self.decoder, embeddings)
+        return self._in_chunks(self.decoder, embeddings, self.config.stride)
 
-    def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Apply `function` to the batch, `chunk_size` images at a time."""
-        if self.chunk_size is None or len(x) <= self.chunk_size or torch.is_grad_enabled():
+    def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Tensor, stride: int) -> Tensor:
+        """Apply `function` to the batch, as many images at a time as have `chunk_pixels` pixels, but at least one.
+
+        stride: side in pixels of what a position of x stands for.
+        """
+        if self.chunk_pixels is None or torch.is_grad_enabled():
             return function(x)
-        return torch.cat([function(chunk) for chunk in x.split(self.chunk_size)])
+        images = max(1, self.chunk_pixels // (x.shape[2] * x.shape[3] * stride**2))
+        return function(x) if len(x) <= images else torch.cat([function(chunk) for chunk in x.split(images)])
 
 
 def to_feature_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,5 +1,7 @@
 """The tokenizer."""
 
+import copy
+
 import pytest
 import torch
 from tiny import BATCH, HEIGHT, TOKENIZER, TOKENS, WIDTH
@@ -22,6 +24,22 @@ def test_tokenizer_round_trip_shapes(model, images):
 def test_lookup_needs_a_fitting_grid(model):
     with pytest.raises(ValueError, match="found 23 ids, expected 4 x 6"):
         model.tokenizer.lookup(torch.zeros(1, 23, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("pixels", "calls"), [(None, 1), (3 * HEIGHT * WIDTH, 2), (HEIGHT * WIDTH - 1, 5)])
+def test_chunks_hold_as_many_images_as_have_the_pixels(pixels, calls, model):
+    tokenizer = copy.deepcopy(model.tokenizer)
+    images = torch.rand(5, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    counts = {"encoder": 0, "decoder": 0}
+    for name in counts:
+        getattr(tokenizer, name).register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1}))
+    with torch.no_grad():
+        expected = model.tokenizer.encode(images)
+        tokenizer.chunk_pixels = pixels
+        assert torch.equal(tokenizer.encode(images), expected)
+        codes = tokenizer.lookup(expected)
+        torch.testing.assert_close(tokenizer.decode(codes), model.tokenizer.decode(codes))
+    assert counts == {"encoder": calls, "decoder": calls}
 
 
 def test_encode_finds_the_nearest_codes(model, images):
