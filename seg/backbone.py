@@ -252,7 +252,10 @@ class AddpViT(MmsegBackbone, Encoder, BaseModule):  # type: ignore[misc]  # forw
 
 @MODELS.register_module()
 class MapPyramid(Feature2Pyramid):
-    """Feature maps of one scale -> x4, x2, x1 and x0.5, from four feature maps or from one for all four levels."""
+    """Feature maps of one scale -> one map for each of `rescales`, from four feature maps or from one for all levels.
+
+    rescales: 4, 2, 1 and 0.5, or 2, 1, 0.5 and 0.25.
+    """
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One Float[B,W,h,w], or one for each level -> Float[B,W,4h,4w], ..., Float[B,W,h/2,w/2]."""

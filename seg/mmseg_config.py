@@ -114,7 +114,7 @@ def _fill_vit(model: Any, s: Segmentor, norm: dict[str, Any]) -> None:
         for key in ("patch_size", "tokenizer_norm"):
             model.backbone.pop(key)
         model.backbone.update(type="AddpTokenViT", normalisation=s.normalisation, **asdict(s.tokens))
-    model.neck.update(embed_dim=s.width, norm_cfg=norm)
+    model.neck.update(embed_dim=s.width, rescales=list(s.rescales), norm_cfg=norm)
 
 
 def _fill_cnn(model: Any, s: Segmentor, arch: str, norm: dict[str, Any]) -> None:

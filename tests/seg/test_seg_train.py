@@ -92,6 +92,18 @@ def test_the_model_file_keeps_the_norms_of_its_initialization(scenes, tmp_path, 
     assert seg_train.describe_segmentor(resolved, cfg, ("thing", "other")).tokenizer_norm
 
 
+def test_the_model_file_keeps_the_scales_of_its_pyramid(scenes, encoder_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = ["config=upernet_addp-tiny-wide_1k_ade20k-512x512", "train.steps=2"]
+    assert main(train_command(scenes, encoder_file, out, *settings)) == 0
+    segmentor, state = load_segmentor(out)
+    assert segmentor.rescales == (2, 1, 0.5, 0.25)
+    assert not any(name.startswith("neck.upsample_4x") for name in state)
+    assert main(["seg", "test", f"model={out}", f"data={scenes}", f"out={tmp_path}", "data.workers=0"]) == 0
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads((tmp_path / "metrics.json").read_text())["aAcc"] == pytest.approx(last["aAcc"], abs=0.011)
+
+
 def without_key(text: str, key: str) -> str:
     """Remove a key at the top level of a recipe's YAML."""
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{key}:"))
