@@ -41,7 +41,7 @@ class Segmentor:
     class_token: bool | None = None  # None in files from before this field: see `has_class_token`
     tokens: TokenInput | None = None  # of an encoder that reads the ids of a frozen tokenizer
     cnn: CnnConfig | None = None  # of a CNN, which has no blocks, heads, patches or relative positions
-    rescales: tuple[float, ...] = (4, 2, 1, 0.5)  # sizes of the pyramid's maps over a ViT, relative to the patches' grid
+    rescales: tuple[float, ...] = (4, 2, 1, 0.5)  # of the pyramid's maps over a ViT, from the patches' grid
 
     @property
     def has_class_token(self) -> bool:
