@@ -205,7 +205,7 @@ def describe_segmentor(
         scale=resolved(recipe.data.scale),
         normalisation=recipe.normalisation,
         class_token=recipe.class_token,
-        rescales=tuple(cfg.model.neck.rescales) if "neck" in cfg.model else Segmentor.rescales,
+        rescales=tuple(cfg.model.neck.rescales) if cfg.model.get("neck") else Segmentor.rescales,
     )
 
 
