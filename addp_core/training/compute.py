@@ -18,7 +18,7 @@ from addp_core.networks.tokenizer import Tokenizer
 from addp_core.training.kernel_choices import kernel_choices
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENIZER_PIXELS = 4 * 256**2  # what a tokenizer processes at a time on a CPU: more leave its cache, and fewer idle
+TOKENIZER_PIXELS = 4 * 256**2  # at a time in a tokenizer on a CPU: more leave the cache, fewer repeat a call's work
 
 
 def accelerate_model(model: nn.Module, compile: bool = False, channels_last: bool = False) -> None:

@@ -8,3 +8,7 @@ model = dict(
     auxiliary_head=dict(channels=64),
 )
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=1000, val_interval=1000)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", eta_min=0.0, by_epoch=False, begin=50, end=1000),
+]

@@ -29,3 +29,11 @@ def test_configs_have_the_papers_settings():
             "RandomFlip",
             "PhotoMetricDistortion",
         ]
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_the_learning_rate_falls_until_the_last_step(name):
+    """In the configs themselves, which mmseg's own tools read."""
+    cfg = read_config(name)
+    warmup, decay = cfg.param_scheduler
+    assert (warmup.begin, warmup.end, decay.end) == (0, decay.begin, cfg.train_cfg.max_iters)
