@@ -151,6 +151,7 @@ class RunFolder(Hook):
         # Sums of the losses, number of iterations and start time since the last line of metrics.
         self.window: dict[str, torch.Tensor] = {}
         self.window_iterations, self.window_start = 0, 0.0
+        self.evaluation_start = 0.0
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.evaluated_iteration = -1  # when it took place
 
@@ -198,6 +199,7 @@ class RunFolder(Hook):
             self._exit(step, interrupt)
 
     def before_val_epoch(self, runner: AddpRunner) -> None:
+        self.evaluation_start = time.perf_counter()
         mark_pace(VALIDATION, 0)
 
     def after_val_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -211,7 +213,7 @@ class RunFolder(Hook):
         self.metrics, self.evaluated_iteration = dict(metrics or {}), runner.iter
         if self.run_logger:
             self.run_logger.log_evaluation(runner.iter // self.accumulate, self.metrics)
-        self.window_start, self.window_iterations = time.perf_counter(), 0
+        self.window_start += time.perf_counter() - self.evaluation_start  # the rate is that of the training alone
 
     def close(self) -> None:
         """Restore the signal handlers and close the files."""

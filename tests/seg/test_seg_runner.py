@@ -72,6 +72,20 @@ def test_an_evaluation_that_a_signal_stopped_is_repeated(scenes, encoder_file, t
     assert evaluations(tmp_path / "run").keys() == {2, STEPS}
 
 
+def test_an_evaluation_between_two_lines_of_metrics_does_not_change_them(trained_run, scenes, encoder_file, tmp_path):
+    out = tmp_path / "run"
+    assert main(train_command(scenes, encoder_file, out, "train.evaluate_every=1", f"train.log_every={STEPS}")) == 0
+    (line,) = training_metrics(out)
+    losses = [each["loss"] for each in training_metrics(trained_run)]  # each step's
+    assert line["loss"] == pytest.approx(sum(losses) / STEPS, rel=1e-6)
+
+
+def training_metrics(run: Path) -> list[dict[str, float]]:
+    """Return the lines of metrics of a run's training."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
 def evaluations(run: Path) -> dict[int, dict[str, float]]:
     """Return the metrics of each evaluation of a run, by its step."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
