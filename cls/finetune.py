@@ -149,11 +149,13 @@ def _module_name(parameter: str) -> str:
 def train_transform(recipe: Recipe) -> Any:
     """Return timm's training transform: an RGB Pillow image -> Float[3,h,w], normalized."""
     mean, std = NORMALISATION[recipe.normalisation]
+    height, width = recipe.data.hw
+    low, high = (ratio * width / height for ratio in recipe.data.ratio)  # timm's is not relative to the size
     return create_transform(
         recipe.data.hw,
         is_training=True,
         scale=recipe.data.scale,
-        ratio=recipe.data.ratio,
+        ratio=(low, high),
         hflip=0.5 if recipe.data.flip else 0.0,
         color_jitter=recipe.augment.color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
         auto_augment=recipe.augment.auto or None,

@@ -53,7 +53,7 @@ def run(recipe: Recipe) -> None:
     for number, part in enumerate(parts, 1):
         source = evaluator.open(part)
         indices = evaluator.indices(part, source)
-        key = result_key(evaluator.settings(part, len(indices)))
+        key = result_key(evaluator.settings(part, source, len(indices)))
         if key not in store.counts:
             title = f"{part.title} ({number}/{len(parts)})"
             store.add(key, part, evaluator.evaluate(part, source, indices, title))

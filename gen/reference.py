@@ -25,7 +25,6 @@ from addp_core.training.extractors import Extractor
 from addp_core.training.image_metrics import FeatureSet
 from gen.features import ResizeAndCrop, extract_features
 from gen.image_folder import is_generated, open_images
-from gen.recipe import Interpolation
 
 log = logging.getLogger("addp")
 
@@ -65,7 +64,7 @@ def load_reference(
     digest: that of the images, if it is known.
     """
     if isinstance(reference, Path):
-        return read_statistics(reference, extractor, prepare.resize)
+        return read_statistics(reference, extractor, prepare)
     digest = digest or digest_of_images(reference)
     return Reference(cached_features(reference, digest, prepare, extractor, cache, workers), digest)
 
@@ -153,10 +152,10 @@ def _make_unfinished_folder(folder: Path) -> str | None:
         ) from error
 
 
-def read_statistics(path: Path, extractor: Extractor, resize: Interpolation) -> Reference:
+def read_statistics(path: Path, extractor: Extractor, prepare: ResizeAndCrop) -> Reference:
     """Read a folder of the cache, or an .npz file with `mu` and `sigma` (as TTUR and ADM publish them).
 
-    Warns if the folder's images were not resized by `resize`. Raises UserError if the file cannot be read, or belongs
+    Warns if the folder's images were not prepared by `prepare`. Raises UserError if the file cannot be read, or belongs
     to another extractor.
     """
     try:
@@ -165,12 +164,18 @@ def read_statistics(path: Path, extractor: Extractor, resize: Interpolation) -> 
             if about["key"] != extractor.key:
                 raise UserError(f"reference: {path} holds features of {about['extractor']}, not of {extractor.label}")
             cached_resize = about.get("resize", RESIZE_BEFORE_IT_WAS_RECORDED)
-            if cached_resize != resize:
+            if cached_resize != prepare.resize:
                 log.warning(
                     "reference: the images of %s were resized by %s, not by reference_resize=%s",
                     path,
                     cached_resize,
-                    resize,
+                    prepare.resize,
+                )
+            if (size := tuple(about["size"])) != prepare.hw:
+                log.warning(
+                    "reference: the images of %s had %d x %d pixels, and those that they are compared with have %d x "
+                    "%d: the metrics then tell their sharpness apart; expected the images, or features of that size",
+                    *(path, *size, *prepare.hw),
                 )
             return Reference(FeatureSet.read(path), about["content"])
         with np.load(path, allow_pickle=False) as file:

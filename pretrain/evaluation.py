@@ -117,6 +117,7 @@ class Evaluation:
             _check_classes(source, where)
         self.indices = choose_images(source, config.images, config.classes)  # of all processes
         self.own = self.indices[self.state.process_index :: self.state.num_processes]
+        self.share = math.ceil(len(self.indices) / self.state.num_processes)  # the most that one process has
         self.samples = min(config.samples, len(self.indices)) if measured.images else 0
         distance = {}
         if self.samples:
@@ -137,7 +138,7 @@ class Evaluation:
         All processes have to use it up together. Raises EvaluationStopped if a signal asks the run to stop.
         """
         pixels = self._read()
-        for start in self._rounds(len(self.indices), self.config.batch):
+        for start in self._rounds(self.share, self.config.batch):
             if len(part := pixels[start : start + self.config.batch]):
                 yield to_float(part.to(self.state.device))
 
@@ -179,7 +180,7 @@ class Evaluation:
                 return error
 
         with ThreadPoolExecutor(usable_cores()) as pool:
-            for start in self._rounds(len(self.indices), DECODED_AT_ONCE):
+            for start in self._rounds(self.share, DECODED_AT_ONCE):
                 part = self.own[start : start + DECODED_AT_ONCE].tolist()
                 self.source.read_ahead(part)
                 for index, decoded in zip(part, pool.map(decode, part), strict=True):
@@ -193,16 +194,20 @@ class Evaluation:
                 self._check_errors(errors)
         self.own = np.array(readable, dtype=np.int64)
         self.labels = self.gather(torch.tensor(labels, dtype=torch.long))
-        self.indices = np.sort(np.concatenate(gather_object([self.own])))
+        shares = gather_object([self.own])
+        self.indices, self.share = np.sort(np.concatenate(shares)), max(map(len, shares))
         self.pixels = torch.stack(images) if images else torch.empty(0, 3, *self.data.hw, dtype=torch.uint8)
         return self.pixels
 
     def _check_errors(self, errors: ReadErrors) -> None:
         check_unreadable(errors, self.data.max_errors, len(self.indices))
 
-    def _rounds(self, images: int, size: int) -> Iterator[int]:
-        """Yield where this process's next part of at most `size` images begins; all processes yield equally often."""
-        for start in range(0, math.ceil(images / self.state.num_processes), size):
+    def _rounds(self, share: int, size: int) -> Iterator[int]:
+        """Yield where a process's next part of at most `size` images begins; all processes yield equally often.
+
+        share: images of the process that has the most.
+        """
+        for start in range(0, share, size):
             check_evaluation([], 0)
             yield start
 
@@ -244,7 +249,7 @@ class Evaluation:
             return {}
         own = np.array_split(np.arange(self.samples), self.state.num_processes)[self.state.process_index]
         parts = []
-        for start in self._rounds(self.samples, self.config.batch):
+        for start in self._rounds(math.ceil(self.samples / self.state.num_processes), self.config.batch):
             if len(numbers := own[start : start + self.config.batch]):
                 parts.append(self._features(generate(int(numbers[0]), len(numbers))))
         return self._distances(torch.cat(gather_object(parts)))
@@ -261,7 +266,7 @@ class Evaluation:
         compared = np.isin(self.own, self.indices[np.linspace(0, len(self.indices) - 1, self.samples).astype(int)])
         assert self.pixels is not None
         pixels, parts = self.pixels[torch.from_numpy(compared)], []
-        for start in self._rounds(len(self.indices), self.config.batch):
+        for start in self._rounds(self.share, self.config.batch):
             if len(part := pixels[start : start + self.config.batch]):
                 parts.append(self._features(change(to_float(part.to(self.state.device)))))
         return torch.cat(gather_object(parts))

@@ -33,6 +33,7 @@ OPAQUE_WHITE = (255, 255, 255, 255)
 
 EXIF_ORIENTATION = 0x0112
 TIFF_PHOTOMETRIC, TIFF_MIN_IS_WHITE = 262, 0
+ORIENTATION_SOURCES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # what Pillow's getexif reads
 TRANSPOSES = {  # value of the EXIF orientation -> operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -113,8 +114,12 @@ class LazyImage:
     def decode(self) -> Image.Image:
         """Return the whole upright image as 8-bit RGB."""
         with wrap_image_errors():
-            image = self._image.transpose(self._transpose) if self._transpose is not None else self._image
-            return _to_rgb(image, self._white_is_zero)
+            if self._transpose is None:
+                return _to_rgb(self._image, self._white_is_zero)
+            upright = _to_rgb(self._image.transpose(self._transpose), self._white_is_zero)
+            for key in ORIENTATION_SOURCES:  # Pillow keeps them, and who reads this image would turn it again
+                upright.info.pop(key, None)
+            return upright
 
     def pixels(self) -> Tensor:
         """Return the whole upright image as UInt8[3,h,w] with channels last in memory: the pixels of `decode`, sooner.

@@ -95,8 +95,9 @@ class HubDataset(ImageSource):
             return file.read(), int(label)
 
     def name(self, index: int) -> str:
-        """Return the dataset's name, the split and the index."""
-        return f"{self._source}/{self._split}[{index}]"
+        """Return the dataset's name, the split, the index and, unless it is `image`, the column."""
+        column = "" if self._image_key == DataConfig.image_key else f".{self._image_key}"
+        return f"{self._source}/{self._split}[{index}]{column}"
 
 
 def open_source(

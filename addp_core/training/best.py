@@ -12,9 +12,7 @@ from typing import Any
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
-from addp_core.training.run_folder import log_write_errors
-
-BEST_MODEL, BEST_METRICS = "model-best.safetensors", "best.json"
+from addp_core.training.run_folder import BEST_METRICS, BEST_MODEL, log_write_errors
 
 
 def check_keep_best(metric: str, metrics: Mapping[str, bool]) -> None:

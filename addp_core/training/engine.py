@@ -118,6 +118,7 @@ class _Run:
             module.to(self.device).eval().requires_grad_(False)
             accelerate_model(module, config.compile, config.channels_last)
         self.state, self.counters = self._build_state()
+        self.untimed_steps = self.counters.window_steps  # of the window, but of an earlier process
         self.unread: deque[StepValues] = deque()  # of steps whose values the host has not read yet
         self.reads_late = self.device.type in LATE_DEVICES and self.state.skips_on_device
         self.stops = self.interrupts = False  # a signal has asked for it, on any process
@@ -361,10 +362,10 @@ class _Run:
         """Log the mean metrics of the steps since the last call."""
         config, step, seconds = self.config, self.counters.step, max(self.window_seconds, 1e-9)
         means, window_steps = self.counters.take_window()
-        self.window_seconds = 0.0
+        timed_steps = max(window_steps - self.untimed_steps, 1)
+        self.window_seconds, self.untimed_steps = 0.0, 0
         if not self.logger:
             return
-        window_steps = max(window_steps, 1)
         metrics: dict[str, float | None] = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
@@ -373,9 +374,9 @@ class _Run:
             **means,
             "lr": learning_rate(step - 1, self.total, self.warmup, config),
             "skipped": self.counters.skipped,
-            "img_s": window_steps * config.batch / seconds,
+            "img_s": timed_steps * config.batch / seconds,
         }
-        self.logger.log_training(metrics, eta=(self.total - step) * seconds / window_steps)
+        self.logger.log_training(metrics, eta=(self.total - step) * seconds / timed_steps)
 
     @contextlib.contextmanager
     def _model_for_inference(self, purpose: str) -> Iterator[nn.Module]:

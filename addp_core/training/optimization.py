@@ -43,6 +43,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     One-dimensional tensors and those that the model's `no_weight_decay()` names are not decayed. With `layer_decay`,
     the learning rate falls from layer to layer, in the order of the model's `group_matcher`.
     """
+    lars_without_decay = config.optimizer == "lars" and not config.weight_decay
+    if config.layer_decay not in (None, 1.0) and (lars_without_decay or not hasattr(model, "group_matcher")):
+        who = "lars without weight decay" if lars_without_decay else f"a {type(model).__name__}"
+        raise UserError(f"train.layer_decay: found {config.layer_decay}, expected null: {who} has no layers to decay")
     info = timm.optim.get_optimizer_info(config.optimizer)
     options: dict[str, Any] = {"betas": config.betas} if info.has_betas else {}
     if info.has_momentum:
@@ -50,7 +54,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer in ("adam", "adamw"):
         options["fused"] = True  # one pass over the weights; half the time on a CPU
     options |= {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
-    if config.optimizer == "lars" and not config.weight_decay:
+    if lars_without_decay:
         options["param_group_fn"] = _lars_groups
     try:
         return timm.optim.create_optimizer_v2(model, opt=config.optimizer, lr=config.peak_lr, **options)

@@ -56,6 +56,7 @@ from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
 
+BEST_MODEL, BEST_METRICS = "model-best.safetensors", "best.json"  # of `train.keep_best`
 INTERMEDIATE_MODELS = "models"  # subfolder of the intermediate checkpoints: models/step-N, weights only
 
 
@@ -139,6 +140,8 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
     inputs, previous = Inputs(out, recipe), _previous_values(out)
     if previous is None:
         inputs.record = {}
+        for name in (BEST_METRICS, BEST_MODEL):  # of a run that ended before its first checkpoint
+            (out / name).unlink(missing_ok=True)
     else:
         _check_recipe(out, recipe, inputs, previous)
     finished = _finished_result(out, recipe, datasets, result)
@@ -152,7 +155,12 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
         _log_new_length(recipe, previous)
     if datasets:
         inputs.record_files()
-        inputs.check_datasets(datasets())
+        try:
+            opened = datasets()
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise UserError(f"data: {where}cannot be read ({_reason(error)})") from error
+        inputs.check_datasets(opened)
     write_atomically(out / RECIPE_FILE, recipe.text.encode())
     return None
 

@@ -60,7 +60,7 @@ def match_classes(
         key, location: the recipe's key of the dataset and its path, for messages.
         classes: of the dataset, in the order of its labels.
         names: of the model's logits.
-        numbered: the dataset's labels are the model's, whatever the names of its classes.
+        numbered: the dataset's labels are the model's if it has as many, whatever the names of its classes.
 
     Raises:
         UserError: the dataset has no classes, or classes that the model does not have.
@@ -76,6 +76,11 @@ def match_classes(
         raise UserError(
             f"{key}: class {unknown[0]!r}{more} of {location} is not among the model's {len(names)} classes, such as "
             f"{names[0]!r}{did_you_mean(unknown[0], names) or _hint(names)}"
+        )
+    if numbered and len(classes) != len(names):
+        raise UserError(
+            f"{key}: {location} has {len(classes)} classes, such as {unknown[0]!r}, and the model has {len(names)} "
+            "without it, so that neither names nor labels match; expected class folders with the model's names"
         )
     if len(classes) > len(names):
         raise UserError(

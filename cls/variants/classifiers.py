@@ -84,6 +84,7 @@ def _own_classifier(recipe: Recipe) -> EvaluatedClassifier:
     hw, crop = model.encoder.image_size, classifier_crop(model, recipe.crop)
     interface: tuple[Any, ...] = (model.pooling, model.norm)
     interface += () if model.feature_norm == "none" else (model.feature_norm,)
+    interface += () if recipe.encoder_heads is None else (f"{recipe.encoder_heads} heads",)
     names, mean, std = model.class_names, model.mean, model.std
     return EvaluatedClassifier(recipe.model, model, model.num_classes, names, hw, crop, mean, std, interface)
 

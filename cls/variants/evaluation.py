@@ -172,10 +172,11 @@ class Evaluator:
         scores = scores.gather()
         return Counts(scores.images, len(competing), int(scores.confusion.trace()), scores.top5)
 
-    def settings(self, part: DatasetPart, images: int) -> dict[str, Any]:
-        """Return everything that the result on a part depends on."""
+    def settings(self, part: DatasetPart, source: ImageSource, images: int) -> dict[str, Any]:
+        """Return everything that the result on this many of a part's images depends on."""
         path = part.path or getattr(self.recipe, part.key)
         settings = {"model": self.digest, "set": part.key, "path": os.path.realpath(path), "images": images}
+        settings["listing"] = source.digest()
         settings |= {"size": self.hw, "crop": self.crop, "precision": self.recipe.precision, "split": self.recipe.split}
         if part.corruption:
             settings |= {"corruption": part.corruption, "severity": part.severity}

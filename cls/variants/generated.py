@@ -36,6 +36,9 @@ class CorruptedImages(ImageSource):
     def read_bytes(self, index: int) -> tuple[bytes, int]:
         return self._source.read_bytes(index)
 
+    def encoded_size(self, index: int) -> int | None:
+        return self._source.encoded_size(index)
+
     def read_ahead(self, indices: Sequence[int]) -> None:
         self._source.read_ahead(indices)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checks import shards_on_cpus
+from PIL import Image
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -158,6 +159,17 @@ def test_every_option_trains(images, pretrained, tmp_path, more):
     assert json.loads((tmp_path / "results.json").read_text())["images"] == 18
     losses = [json.loads(line).get("loss") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite([loss for loss in losses if loss is not None]).all()
+
+
+def test_training_keeps_the_shape_of_what_it_shows(images, pretrained, tmp_path):
+    """The crop's aspect ratio is relative to that of the images which the model gets."""
+    keys = ["data.size=[64,32]", "data.scale=[0.5,0.5]", "data.ratio=[1,1]", "data.flip=false"]
+    transform = cls.finetune.train_transform(load(Recipe, None, settings(images, pretrained, tmp_path, *keys)[1:]))
+    rows, columns = np.mgrid[-1:1:128j, -1:1:64j]
+    disc = Image.fromarray(255 * (np.hypot(2 * rows, columns) < 0.4).astype(np.uint8)).convert("RGB")
+    shown = transform(disc)[0] > 0
+    height, width = (int(shown.any(axis).sum()) for axis in (1, 0))
+    assert abs(height - width) <= 2
 
 
 def test_options_of_the_initial_classifier(images, pretrained, tmp_path):

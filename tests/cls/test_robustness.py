@@ -13,6 +13,7 @@ import timm.data
 import torch
 from PIL import Image
 from ranks import run_ranks
+from safetensors.torch import save_file
 
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
 from addp_core.data.images import LazyImage, eval_transform
@@ -23,7 +24,9 @@ from addp_core.recipes.cli import main
 from addp_core.weights.saving import save_model
 from cls.variants import evaluation
 from cls.variants.classes import published_classes
+from cls.variants.classifiers import open_classifier
 from cls.variants.mce import corruption_errors
+from cls.variants.recipe import Recipe
 from tools.toy import toy
 
 DIGITS = tuple("0123456789")
@@ -232,6 +235,32 @@ def test_an_interrupted_run_repeats_nothing(files, tmp_path, monkeypatch):
     assert main(command(files, tmp_path / "out", "sketch", **other)) == 0  # a different model is evaluated anew
     assert main(command(files, tmp_path / "out", "sketch", crop=0.5)) == 0
     assert len(evaluated) == before + 2
+
+
+def test_images_that_have_moved_to_another_class_are_evaluated_again(files, tmp_path):
+    digits = tmp_path / "digits"
+    shutil.copytree(files / "imagenet" / "val", digits / "val")
+    arguments = command(files, tmp_path / "out", val=digits, model=files / "constant.safetensors")  # says 1
+    assert main(arguments) == 0
+    assert results(tmp_path / "out")["val"]["top1"] == 10
+    for path in (digits / "val" / "0").iterdir():
+        path.rename(digits / "val" / "1" / f"0-{path.name}")
+    write_image(digits / "val" / "0" / "other.png")
+    (digits / "val" / "9").joinpath(min(os.listdir(digits / "val" / "9"))).unlink()  # as many images as before
+    assert main(arguments) == 0
+    assert results(tmp_path / "out")["val"]["top1"] == 20
+
+
+def test_another_number_of_heads_is_evaluated_anew(files, tmp_path):
+    model = classifier()
+    state = {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
+    state = {name: value for name, value in state.items() if not name.startswith("norm.")}  # as in MAE's files
+    save_file(state, tmp_path / "foreign.safetensors")  # does not store its heads
+    digests = []
+    for heads in (2, 4):
+        recipe = Recipe(str(tmp_path / "foreign.safetensors"), str(tmp_path), encoder_heads=heads)
+        digests.append(evaluation.Evaluator(recipe, open_classifier(recipe)).digest)
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.slow

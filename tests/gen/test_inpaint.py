@@ -45,6 +45,24 @@ def write_mask(path: Path, hole: np.ndarray, mode: str = "L") -> Path:
     return path
 
 
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_the_hole_of_a_turned_photograph_is_where_it_is_seen(inputs, tmp_path, orientation):
+    """A camera that was turned says so in the file; `size` must not turn the upright image again."""
+    upright = np.zeros((16, 24, 3), dtype=np.uint8)
+    upright[:4, :4] = 255  # in a corner
+    turned = {3: np.rot90(upright, 2), 6: np.rot90(upright, 1), 8: np.rot90(upright, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = tmp_path / "photo.png"
+    Image.fromarray(turned).save(photo, exif=exif)
+    settings = [f"image={photo}", "box=[12,8,24,16]", "size=[8,12]", "n=1"]
+    assert main(inpaint_command(inputs, tmp_path / "out", *settings)) == 0
+    kept = pixels(tmp_path / "out" / "input.png")
+    assert kept[0, 0].min() > 200
+    assert kept[:4, 4:].max() < 50
+    assert kept[5:, :6].max() < 50
+
+
 def test_pixels_outside_the_hole_are_unchanged_and_variations_differ(inputs, tmp_path):
     hole = np.zeros(HW, dtype=bool)
     hole[1:6, 3:9] = True

@@ -120,6 +120,15 @@ def test_cached_features_of_another_resize_are_pointed_out(sets, tmp_path, capsy
     assert "were resized by bicubic, not by reference_resize=bilinear" in capsys.readouterr().err
 
 
+def test_cached_features_of_images_of_another_size_are_pointed_out(sets, tmp_path, capsys):
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}")) == 0
+    (cached,) = (tmp_path / "cache").iterdir()
+    about = json.loads((cached / "about.json").read_text())
+    (cached / "about.json").write_text(json.dumps(about | {"size": [4, 5]}))
+    assert main(evaluate_command(sets, tmp_path / "out", f"images={sets / 'a'}", f"reference={cached}")) == 0
+    assert f"{cached} had 4 x 5 pixels" in capsys.readouterr().err
+
+
 def test_images_and_reference_in_shards_at_an_address(sets, tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "indexes"))

@@ -3,6 +3,7 @@ repeated nor lost, on one process and on two, and the mistakes that users make."
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -218,6 +219,21 @@ def test_a_stopped_run_neither_repeats_nor_loses_an_evaluation(root, tmp_path, m
 def test_two_processes_measure_what_one_does(root, tmp_path):
     settings = ["train.steps=2", *(f"model.{key}=0" for key in ("encoder.dropout", "decoder.dropout"))]
     settings += ["model.encoder.input_dropout=0", "evaluation.images=23", "evaluation.samples=7"]
+    assert main(evaluated(root, tmp_path / "one", *settings)) == 0
+    ended = run_ranks(evaluated(root, tmp_path / "two", *settings), tmp_path / "job")
+    assert ended.codes == [0, 0], ended.text
+    (one,), (two,) = (evaluations(tmp_path / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_an_unreadable_image_of_one_process_leaves_no_image_of_another_out(root, tmp_path):
+    """Of 21 images, the first process has 11; without one of the second's, the average share is a round of 10."""
+    images = shutil.copytree(root / "images", tmp_path / "images")
+    source = open_source(str(images), "val")
+    Path(source.name(choose_images(source, 21, 100)[1])).write_bytes(b"no image")
+    settings = [f"evaluation={images}", "evaluation.images=21", "evaluation.batch=10", "data.max_errors=3"]
+    settings += ["train.steps=2", *(f"model.{key}=0" for key in ("encoder.dropout", "decoder.dropout"))]
+    settings += ["model.encoder.input_dropout=0", "evaluation.samples=7"]
     assert main(evaluated(root, tmp_path / "one", *settings)) == 0
     ended = run_ranks(evaluated(root, tmp_path / "two", *settings), tmp_path / "job")
     assert ended.codes == [0, 0], ended.text

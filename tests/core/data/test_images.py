@@ -110,7 +110,9 @@ def test_exif_orientation(kind, orientation):
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(reference))).convert("RGB"))
     image = LazyImage(encoded)
     assert (image.height, image.width) == expected.shape[:2]
-    assert (np.asarray(image.decode()) == expected).all()
+    decoded = image.decode()
+    assert (np.asarray(decoded) == expected).all()
+    assert (np.asarray(LazyImage(decoded).decode()) == expected).all()  # an upright image is not turned again
     top, right = 2, expected.shape[1] - 3  # a box away from the center shows whether the box is transposed too
     crop = np.asarray(LazyImage(encoded).crop((right - 5, top, right, top + 4), (5, 4)))
     assert (crop == expected[top : top + 4, right - 5 : right]).all()

@@ -125,7 +125,7 @@ class FakeHub:
     class_to_idx = {"cat": 0, "dog": 1}  # noqa: RUF012
 
     def __init__(self, splits):
-        self.splits, self.split, self.dataset = splits, "", self
+        self.splits, self.split, self.dataset, self.column = splits, "", self, "image"
 
     def __call__(self, _, split, **__):
         if split not in self.splits:
@@ -137,7 +137,7 @@ class FakeHub:
         return 2
 
     def __getitem__(self, index):
-        return {"image": "", "label": np.array([1.0, np.nan]) if isinstance(index, slice) else 1}
+        return {self.column: "", "label": np.array([1.0, np.nan]) if isinstance(index, slice) else 1}
 
     def select_columns(self, _):
         return self
@@ -173,6 +173,9 @@ def test_hub_split_names(requested, splits, opened, monkeypatch):
         assert hub.split == opened
         assert source.labels.tolist() == [1, -1]  # the second image has no label
         assert source.name(1) == f"hfds/someone/something/{requested}[1]"
+        hub.column = "photo"  # features that were kept by the names of images must not serve for another column
+        other = open_source(DataConfig(source="hfds/someone/something", image_key="photo"), requested)
+        assert other.name(1) == f"hfds/someone/something/{requested}[1].photo"
 
 
 def test_hub_dataset_needs_a_package(monkeypatch):

@@ -155,6 +155,14 @@ def test_webdataset_labels_that_are_wrong_or_missing(tmp_path, caplog):
     assert "1 of 3 images have no .cls file" in caplog.text
 
 
+def test_numbers_of_classes_whose_names_are_numbers(tmp_path):
+    """Sorted folders 0 to 11 are 0, 1, 10, 11, 2, ...; the label 2 is the class of that name."""
+    write_tar(tmp_path / "a.tar", ["1.jpg", "2.jpg", "3.jpg"], ".cls", ("2", "10", "0"))
+    source = open_source(str(tmp_path), classes=sorted(map(str, range(12))))
+    assert [source.classes[label] for label in source.labels] == ["2", "10", "0"]
+    assert open_source(str(tmp_path), classes=["cat", *map(str, range(1, 12))]).labels.tolist() == [2, 10, 0]
+
+
 def test_shards_are_classes_only_if_they_are_not_numbered(tmp_path):
     for name in ("cat", "dog"):
         write_tar(tmp_path / "named" / f"{name}.tar", ["1.png", "2.png"])

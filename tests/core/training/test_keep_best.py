@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from toy_stage import Faults, ToyStage, metrics, run
 
 from addp_core.base.errors import UserError
-from addp_core.training.best import BEST_METRICS, BEST_MODEL, keep_best
+from addp_core.training.best import keep_best
+from addp_core.training.run_folder import BEST_METRICS, BEST_MODEL
 
 KEEPING = ["train.evaluate_every=2", "train.keep_best=accuracy", "train.checkpoint_every=4"]
 
@@ -41,6 +42,26 @@ def test_a_continued_run_keeps_the_same_best_model(tmp_path, monkeypatch):
         run(settings)
     assert (tmp_path / "run" / BEST_MODEL).read_bytes() == (tmp_path / "stopped" / BEST_MODEL).read_bytes()
     assert metrics(tmp_path / "run") == metrics(tmp_path / "stopped")
+
+
+def test_a_run_that_begins_again_forgets_the_best_model_of_before(tmp_path, monkeypatch):
+    """A run that ended before its first checkpoint may be begun again with other settings."""
+
+    def fail_after_two(self, model, step):
+        if step > 4:
+            raise RuntimeError("a failure")
+        return {"accuracy": 0.9}
+
+    settings = [f"out={tmp_path}", *KEEPING, "train.checkpoint_every=0"]
+    monkeypatch.setattr(ToyStage, "evaluate", fail_after_two)
+    with pytest.raises(RuntimeError, match="a failure"):
+        run(settings)
+    assert json.loads((tmp_path / BEST_METRICS).read_text()) == {"step": 2, "accuracy": 0.9}
+    monkeypatch.setattr(ToyStage, "evaluate", evaluate_as({8: 0.7}))
+    run([*settings, "train.lr=0.01", "train.export_every=8"])
+    assert json.loads((tmp_path / BEST_METRICS).read_text()) == {"step": 8, "accuracy": 0.7}
+    best, expected = (load_file(tmp_path / name) for name in (BEST_MODEL, "models/step-8/model.safetensors"))
+    assert all(torch.equal(best[key], value) for key, value in expected.items())
 
 
 def test_keeping_the_best_and_evaluating_change_no_number_of_training(tmp_path):

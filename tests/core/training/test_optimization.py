@@ -2,10 +2,16 @@
 
 import pytest
 import timm
+import torch
 from toy_stage import Net
 
+from addp_core.base.errors import UserError
 from addp_core.training.optimization import learning_rate, make_optimizer
 from addp_core.training.stage import TrainConfig
+
+
+def vit() -> torch.nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=4)
 
 
 def test_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
@@ -21,11 +27,24 @@ def test_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
     assert learning_rate(1, 100, 2.5, TrainConfig(lr=0.3)) == pytest.approx(0.3 / 2.5)
 
 
+@pytest.mark.parametrize(
+    ("model", "settings", "expected"),
+    [
+        (Net(0, True), {}, "a Net has no layers to decay"),
+        (vit(), {"optimizer": "lars", "weight_decay": 0.0}, "lars without weight decay has no layers to decay"),
+    ],
+)
+def test_layer_decay_without_effect_is_refused(model, settings, expected):
+    with pytest.raises(UserError, match=rf"train\.layer_decay: found 0\.5, expected null: {expected}"):
+        make_optimizer(model, TrainConfig(layer_decay=0.5, **settings))
+    make_optimizer(model, TrainConfig(layer_decay=1.0, **settings))
+
+
 def test_vectors_are_not_decayed_and_layer_decay_scales_learning_rates():
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=4)
-    optimizer = make_optimizer(vit, TrainConfig(layer_decay=0.5, betas=(0.8, 0.9), weight_decay=0.1))
+    model = vit()
+    optimizer = make_optimizer(model, TrainConfig(layer_decay=0.5, betas=(0.8, 0.9), weight_decay=0.1))
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    groups = {name: group_of[id(p)] for name, p in vit.named_parameters()}
+    groups = {name: group_of[id(p)] for name, p in model.named_parameters()}
     assert groups["blocks.0.attn.qkv.weight"]["weight_decay"] == 0.1
     for vector in ("blocks.0.attn.qkv.bias", "blocks.2.norm1.weight", "pos_embed", "cls_token", "head.bias"):
         assert groups[vector]["weight_decay"] == 0, vector

@@ -1,11 +1,14 @@
 """A run that is stopped, killed or extended and then continued equals one that was never stopped."""
 
+import itertools
+import json
 import logging
 import os
 import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -43,6 +46,14 @@ def test_stopped_and_continued_equals_never_stopped(number, code, continues_from
     assert wait_for(start_process([f"out={out}"], None, log)) == 0
     assert f"continues from step {continues_from}" in log.read_text()
     assert_same(out, uninterrupted)
+
+
+def test_the_rate_after_a_stop_counts_the_steps_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a step takes 1 s
+    stopped_run(tmp_path, step=6)
+    run([f"out={tmp_path}"])
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert {line["step"]: line["img_s"] for line in lines if "img_s" in line} == {4: 8.0, 8: 8.0, 12: 8.0}
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """Who may work in a run folder, and with which recipe."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -55,6 +56,14 @@ def test_a_folder_that_cannot_be_written(kind, tmp_path):
     out = {"file": tmp_path / "file", "inside a file": tmp_path / "file/run", "not writable": Path("/proc/addp")}[kind]
     with pytest.raises(UserError, match=f"out={out}: cannot be written"):
         prepare_out(out, "a: 1")
+
+
+def test_images_that_cannot_be_read_are_no_fault_of_the_folder(tmp_path):
+    def datasets():
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "photos/dog")
+
+    with pytest.raises(UserError, match=r"^data: photos/dog: cannot be read \(Input/output error\)$"):
+        prepare_out(tmp_path, "a: 1", datasets)
 
 
 def claim_and_pause(out: Path) -> None:
