@@ -1,11 +1,18 @@
-"""Tables of text, for terminals, Markdown and LaTeX."""
+"""Tables of text, for terminals, Markdown and LaTeX, and durations."""
 
+import time
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
 Rows = Sequence[Sequence[str]]
 KEEP_TEXT = {"disable_numparse": True, "preserve_whitespace": True}  # cells are text that is formatted already
+
+
+def duration(seconds: float) -> str:
+    """Return hours, minutes and seconds as 02:03:04, after a day or more as 1d 02:03:04."""
+    days = f"{int(seconds // 86400)}d " if seconds >= 86400 else ""
+    return days + time.strftime("%H:%M:%S", time.gmtime(seconds % 86400))
 
 
 def text_table(rows: Rows, left_columns: int = 1) -> str:

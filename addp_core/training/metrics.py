@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from addp_core.base.files import atomic_replace, write_atomically
 from addp_core.base.paths import METRICS_FILE, RECIPE_FILE
+from addp_core.base.tables import duration
 from addp_core.training.run_folder import log_write_errors
 from addp_core.training.run_recipe import read_values
 from addp_core.training.tracker_backends import TrackedRun, TrackerName
@@ -77,10 +77,8 @@ class RunLogger:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:
-            remaining = time.strftime("%H:%M:%S", time.gmtime(eta % 86400))
-            remaining = f"{int(eta // 86400)}d {remaining}" if eta >= 86400 else remaining
             step, epoch = metrics["step"], metrics["epoch"]
-            log.info("step %d/%d  epoch %.2f  %s  eta %s", step, self.total, epoch, text, remaining)
+            log.info("step %d/%d  epoch %.2f  %s  eta %s", step, self.total, epoch, text, duration(eta))
 
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an evaluation."""

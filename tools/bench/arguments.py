@@ -1,6 +1,7 @@
 """Arguments of the commands that a bench runs: written from settings, resolved as `addp` would, compared by result."""
 
 import functools
+import hashlib
 import importlib
 import json
 import re
@@ -43,6 +44,25 @@ def verb_recipe(arguments: Sequence[str], benchmark: str) -> Any:
     if (launch := getattr(recipe, "launch", "local")) != "local":
         raise UserError(f"{benchmark}: launch: found {launch}, expected local in a bench or sweep; see bench.launch")
     return recipe
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digests_of_files(recipe: Any, made_in: Path) -> dict[str, str]:
+    """Return the digest of each file that a verb's recipe names, by its key.
+
+    Without models and tokenizers, of which a bench knows more, and without what is below `made_in`.
+    """
+    from addp_core.training.inputs import file_digest
+    from addp_core.training.run_recipe import RunRecipe
+
+    resolved = RunRecipe(recipe)
+    keys = [key for key, kind in resolved.paths.items() if kind == "file" and resolved.values[key]]
+    keys = [key for key in keys if key not in keys_without_effect() | {"tokenizer", "predictor"}]
+    outside = [key for key in keys if not Path(resolved.values[key]).absolute().is_relative_to(made_in.absolute())]
+    return {key: found for key in outside if (found := file_digest(resolved.values[key]))}
 
 
 @functools.cache

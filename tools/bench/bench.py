@@ -27,6 +27,7 @@ from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.base.slurm import check_options, check_slurm, jobs_in_queue
+from addp_core.base.tables import duration
 from addp_core.recipes.config import dump
 from addp_core.training.run_folder import lock_out, release_out
 from tools.bench import pretraining
@@ -124,7 +125,7 @@ def _without_queued(pending: Sequence[Step], queued: Mapping[str, str]) -> list[
     for step in pending:
         if step.name not in queued:
             continue
-        changed = step.record().get("fingerprint") != step.fingerprint
+        changed = not step.describes(step.record())
         advice = "; if it runs, it has begun with other settings than these: submit again when it has ended"
         log.info("%s: job %s is in the queue%s", step.name, queued[step.name], advice if changed else "")
     return [step for step in pending if step.name not in queued]
@@ -245,7 +246,7 @@ class Runner:
         if not estimates:
             return ""
         sign = "" if len(estimates) == len(pending) else "more than "
-        return f", eta {sign}{time.strftime('%H:%M:%S', time.gmtime(sum(estimates)))}"
+        return f", eta {sign}{duration(sum(estimates))}"
 
     def _content(self) -> dict[str, Any]:
         content = bench_content(self.recipe, self.plan.arms, list(self.steps.values()))
@@ -275,7 +276,7 @@ def _prepare(step: Step) -> None:
         log.info("%s: its inputs or settings have changed; the previous results are in %s", step.name, moved_to)
     if moved_to or not record:
         record = {"state": "missing", "error": "", "seconds": 0.0, "scores": {}}
-        record |= {"basis": step.basis_digest, "fingerprint": step.fingerprint, "commands": step.lines}
+        record |= step.about()
         write_atomically(step.folder / STEP, json.dumps(record, indent=1).encode())
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+import yaml
+
 import addp_core
 from addp_core.base.errors import UserError
 from tools.bench import sweep
-from tools.bench.arguments import as_arguments, result_settings, verb_recipe
+from tools.bench.arguments import as_arguments, digests_of_files, result_settings, verb_recipe
 from tools.bench.arms import PRETRAINED, Arm
 from tools.bench.inputs import Inputs
 from tools.bench.metric import Metric
@@ -124,7 +126,7 @@ class Benchmark(ABC):
     def add_commands(
         self, step: Step, settings: Settings, paths: Mapping[str, str], recipe: BenchRecipe, inputs: Inputs
     ) -> None:
-        """Fill in a step: its commands, its `needs`, and `basis["settings"]`, the settings which decide its result.
+        """Fill in a step: its commands, its `needs`, and by `set_basis` the settings which decide its result.
 
         Args:
             step: The step to fill in.
@@ -136,6 +138,13 @@ class Benchmark(ABC):
         Raises:
             UserError: If a verb refuses the settings.
         """
+
+    @staticmethod
+    def set_basis(step: Step, verb_recipe: Any) -> None:
+        """Let a step's results depend on the recipe of its verb, and on the content of the files that it names."""
+        step.basis["settings"] = result_settings(verb_recipe)
+        if files := digests_of_files(verb_recipe, step.out):
+            step.basis["files"] = files
 
     def unsuitable(self, arm: Arm) -> str:
         """Return why an arm cannot take part, "" if it can."""
@@ -220,6 +229,22 @@ class Benchmark(ABC):
         return ""
 
 
+def keep_architecture(step: Step) -> None:
+    """Let random weights take their architecture from where the runs in the folder have it, if that still exists.
+
+    Another checkpoint of the same architecture leaves these runs as good as they were.
+    """
+    path = step.folder / SWEEP
+    if step.arm.init == PRETRAINED or not step.trials or step.record().get("basis") != step.basis_digest:
+        return
+    try:
+        before = str(yaml.safe_load(path.read_text(encoding="utf-8"))["arms"][step.arm.name]["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return
+    if Path(before).exists():
+        step.trials.arms[step.arm.name]["model"] = before
+
+
 def _resolve_best_run(value: Any, step: Step, recipe: BenchRecipe) -> Any:
     """Return the path behind "best:<step>", which the step then needs, and any other value as it is."""
     if not (isinstance(value, str) and value.startswith(BEST_RUN)):
@@ -278,7 +303,7 @@ class Transfer(Benchmark):
         for values in itertools.product(*section.grid.values()):
             verb_recipe([*arguments, *as_arguments(dict(zip(section.grid, values, strict=True)))], self.name)
         training = verb_recipe(arguments, self.name)
-        step.basis["settings"] = result_settings(training)
+        self.set_basis(step, training)
         step.metrics = self.measured(training)
         step.trials = sweep.Recipe(
             out=str(step.folder),

@@ -10,7 +10,7 @@ from addp_core.base.errors import UserError, did_you_mean
 from tools import doctor
 from tools.bench.arguments import errors_name
 from tools.bench.arms import PRETRAINED, Arm, open_arm, random_arm, with_settings
-from tools.bench.benchmark import Benchmark, Dataset
+from tools.bench.benchmark import Benchmark, Dataset, keep_architecture
 from tools.bench.benchmarks import BENCHMARKS
 from tools.bench.inputs import Inputs, listing_digest
 from tools.bench.paper import check_paper
@@ -254,10 +254,13 @@ def plan_steps(
                 step = Step(benchmark.name, arm, Path(recipe.out), left_out=str(error))
             steps[step.name] = step
     _check_needs(steps, wanted)
-    for step in steps.values():
+    needs_of = {step.name: [needed for needed in step.needs if needed not in pretraining] for step in steps.values()}
+    for step in sorted(steps.values(), key=lambda step: len(needs_of[step.name])):  # those that others need first
         if not step.left_out and step.name not in pretraining:  # an arm's digest stands for its pretraining
-            needs = [needed for needed in step.needs if needed not in pretraining]
-            step.basis["needs"] = {needed: steps[needed].fingerprint for needed in needs}
+            needs = needs_of[step.name]
+            step.basis["needs"] = {needed: steps[needed].basis_digest for needed in needs}
+            step.needed = {needed: steps[needed].fingerprint for needed in needs}
+            keep_architecture(step)
     return steps
 
 

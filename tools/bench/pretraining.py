@@ -6,6 +6,7 @@ tokenizer and the predictor of arms that train them in the same way on the same 
 on its seeds: a further seed keeps what exists.
 """
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import addp_core
 from addp_core.base.errors import UserError, did_you_mean
-from tools.bench.arguments import as_argument, as_arguments, verb_recipe
+from tools.bench.arguments import as_argument, as_arguments, digest, digests_of_files, verb_recipe
 from tools.bench.arms import PRETRAINED, Arm
 from tools.bench.benchmark import Outcome, Settings
 from tools.bench.benchmarks.imagenet import IMAGENET
 from tools.bench.inputs import Inputs, listing_digest
 from tools.bench.recipe import PRETRAIN, PRETRAINED_HERE, STAGES, BenchRecipe
-from tools.bench.step import Command, Step, digest
+from tools.bench.step import STEP, Command, Step
 
 if TYPE_CHECKING:
     from pretrain.addp import Recipe as PretrainRecipe
@@ -91,6 +92,8 @@ class Pretraining:
             "data": self._listing(training),
             "frozen": frozen.identity,
         }
+        if files := digests_of_files(training, self.out):
+            basis["files"] = files
         encoder = {key: value for key, value in basis["settings"].items() if key.startswith("model.encoder.")}
         arm = Arm(
             name,
@@ -218,7 +221,7 @@ class Pretraining:
         }
         if (key := digest(basis)) in self._stages:
             return self._stages[key]
-        folder = self.out / PRETRAIN / (f"{STAGES}-{name}" if self._stages else STAGES)
+        folder = self._folder_of_stages(name, key)
         arm = Arm(folder.name, str(folder / wanted[-1]), PRETRAINED, key, None, training.data.hw, generates=False)
         step = Step(PRETRAIN, arm, self.out, processes=self.recipe.bench.processes, basis=basis, in_sequence=True)
         tokenizer = given.get("tokenizer") or str(folder / "tokenizer")
@@ -228,6 +231,17 @@ class Pretraining:
             )
         self._stages[key] = step
         return step
+
+    def _folder_of_stages(self, name: str, key: str) -> Path:
+        """Return the folder with the frozen parts of this digest or, without one, a folder that no others are in."""
+        folder, of_arm = self.out / PRETRAIN / STAGES, self.out / PRETRAIN / f"{STAGES}-{name}"
+        recorded = {
+            path.parent: json.loads(path.read_text(encoding="utf-8"))["basis"]
+            for path in sorted((self.out / PRETRAIN).glob(f"{STAGES}*/{STEP}"))
+        }
+        if existing := next((path for path, basis in recorded.items() if basis == key), None):
+            return existing
+        return of_arm if self._stages or folder in recorded else folder
 
     # ---------------------------------------------------------------- models that name a run of this bench
 

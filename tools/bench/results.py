@@ -34,8 +34,10 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "torch_fidelity", "pyc
 def write_record(step: Step, **fields: Any) -> None:
     """Write a step's step.json."""
     step.folder.mkdir(parents=True, exist_ok=True)
-    record = {"state": "missing", "error": "", "seconds": 0.0, "scores": {}, **fields}
-    record |= {"basis": step.basis_digest, "fingerprint": step.fingerprint, "commands": step.lines}
+    before = step.record()
+    record = {"state": "missing", "error": "", "seconds": 0.0, "scores": {}, **fields, **step.about()}
+    if record["state"] == "blocked":  # what is in the folder is still that of before
+        record |= {key: before[key] for key in ("basis", "pretrainings", "seconds") if key in before}
     record |= {"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "hardware": hardware()}
     write_atomically(step.folder / STEP, json.dumps(record, indent=1).encode())
 
@@ -53,8 +55,9 @@ def bench_content(recipe: BenchRecipe, arms: Sequence[Arm], steps: Sequence[Step
         entry |= {"log": f"{step.name}/{LOG}", "setting": {}, "seeds": step.seeds, "scores": {}, "pictures": []}
         if step.left_out:
             entry |= {"state": "left out", "error": step.left_out}
-        elif record.get("fingerprint") == step.fingerprint:
-            entry |= {key: value for key, value in record.items() if key not in ("basis", "fingerprint", "chance")}
+        elif step.describes(record):
+            internal = ("basis", "fingerprint", "pretrainings", "chance")
+            entry |= {key: value for key, value in record.items() if key not in internal}
             if record["state"] not in ("done", "failed", "blocked"):
                 entry["state"] = "missing"
             if record["state"] == "done":

@@ -2,7 +2,6 @@
 depends on.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -12,8 +11,8 @@ from typing import Any
 
 from addp_core.recipes.config import dump
 from tools.bench import sweep
-from tools.bench.arguments import keys_without_effect
-from tools.bench.arms import Arm
+from tools.bench.arguments import digest, keys_without_effect
+from tools.bench.arms import PRETRAINED, Arm
 from tools.bench.metric import Metric
 from tools.children import command_line
 
@@ -41,6 +40,7 @@ class Step:
         in_sequence: Whether each command needs the one before.
         needs: Names of the steps that have to be done before.
         basis: What all results in the folder depend on.
+        needed: Fingerprints of the steps in `needs` whose results this one reads.
         left_out: Why the step is not part of the bench, "" if it is.
         lacks_key: Whether that is because a key of the recipe is not given, such as a dataset.
     """
@@ -56,6 +56,7 @@ class Step:
     in_sequence: bool = False
     needs: list[str] = field(default_factory=list)
     basis: dict[str, Any] = field(default_factory=dict)
+    needed: dict[str, str] = field(default_factory=dict)
     left_out: str = ""
     lacks_key: bool = False
 
@@ -85,21 +86,35 @@ class Step:
             [argument for argument in command.arguments if argument.partition("=")[0] not in ignored]
             for command in self.commands
         ]
-        return digest([self.basis, commands, self.trials.grid if self.trials else {}, self.seeds])
+        needed = [self.needed] if self.needed else []
+        return digest([self.basis, commands, self.trials.grid if self.trials else {}, self.seeds, *needed])
+
+    @property
+    def pretrainings(self) -> dict[str, int]:
+        """Each seed's seed of the pretraining that it starts from, in a bench that pretrains; {} elsewhere."""
+        if not self.arm.pretrained_by or self.arm.init != PRETRAINED:
+            return {}
+        return {str(seed): seed if len(self.arm.seeds) > 1 else self.arm.seeds[0] for seed in self.seeds}
 
     def record(self) -> dict[str, Any]:
         """Return the content of its step.json, {} if there is none."""
         path = self.folder / STEP
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def describes(self, record: dict[str, Any]) -> bool:
+        """Check whether a step.json is about this step as it is now, rather than with other settings or inputs."""
+        same = record.get("pretrainings", self.pretrainings) == self.pretrainings
+        return same and record.get("fingerprint") == self.fingerprint
+
+    def about(self) -> dict[str, Any]:
+        """Return what step.json says of the step itself."""
+        about = {"basis": self.basis_digest, "fingerprint": self.fingerprint, "commands": self.lines}
+        return about | ({"pretrainings": self.pretrainings} if self.pretrainings else {})
+
     @property
     def done(self) -> bool:
         record = self.record()
-        return record.get("state") == "done" and record["fingerprint"] == self.fingerprint
-
-
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return record.get("state") == "done" and self.describes(record)
 
 
 def prepare_folder(step: Step) -> str:
@@ -107,9 +122,10 @@ def prepare_folder(step: Step) -> str:
 
     Void results move to `out/before` first; returns where to, "" if there were none.
     """
-    moved_to = ""
-    recorded = step.record().get("basis")
-    if recorded is not None and recorded != step.basis_digest:
+    moved_to, record = "", step.record()
+    before = record.get("pretrainings", {})
+    others = any(before.get(seed, number) != number for seed, number in step.pretrainings.items())
+    if record.get("basis", step.basis_digest) != step.basis_digest or others:
         target = _folder_for_void_results(step)
         target.parent.mkdir(exist_ok=True)
         step.folder.rename(target)

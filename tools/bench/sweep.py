@@ -28,7 +28,7 @@ from addp_core.base.files import write_atomically
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
-from tools.bench.arguments import as_argument
+from tools.bench.arguments import as_argument, digest, result_settings, verb_recipe
 from tools.bench.devices import DeviceShares
 from tools.bench.preflight import check_commands
 from tools.children import Children, Stopped, last_lines
@@ -241,7 +241,7 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children, shares: Devi
         if part not in score:
             raise UserError(f"metric: {folder} has no {part!r}; expected one of {', '.join(score)}")
         score = score[part]
-    content = {"command": command, "metric": recipe.metric, "score": score}
+    content = {"command": command, "metric": recipe.metric, "score": score, "inputs": _inputs(command)}
     write_atomically(folder / SCORE, json.dumps(content).encode())
     return score
 
@@ -255,13 +255,31 @@ def _arguments(recipe: Recipe, sweep_run: SweepRun) -> list[str]:
 
 
 def _recorded_score(recipe: Recipe, sweep_run: SweepRun) -> float | None:
-    """Return the metric of a run that has finished before with the same command, None if there is none."""
+    """Return the metric of a run that has finished before with the same command, None if there is none.
+
+    Nor is there one if the recipe that the command names, or the checkpoint, is another one now.
+    """
     record = Path(recipe.out) / sweep_run.name / SCORE
     if not record.exists():
         return None
     recorded = json.loads(record.read_text(encoding="utf-8"))
-    task = {"command": _arguments(recipe, sweep_run), "metric": recipe.metric}
-    return recorded["score"] if recorded | task == recorded else None
+    command = _arguments(recipe, sweep_run)
+    if recorded | {"command": command, "metric": recipe.metric} != recorded:
+        return None
+    before, now = recorded.get("inputs", {}), _inputs(command)
+    return recorded["score"] if all(before[key] == now[key] for key in before.keys() & now.keys()) else None
+
+
+def _inputs(command: list[str]) -> dict[str, str]:
+    """Return digests of the settings that a command stands for and of its checkpoint, as far as they can be read."""
+    from addp_core.training.inputs import file_digest
+
+    try:
+        training = verb_recipe(command, "sweep")
+    except UserError:  # the command itself will say so
+        return {}
+    model = file_digest(getattr(training, "model", ""))
+    return {"settings": digest(result_settings(training))} | ({"model": model} if model else {})
 
 
 def _log_of(sweep_run: SweepRun, out: Path) -> Path:

@@ -145,6 +145,28 @@ def test_a_changed_checkpoint_or_dataset_is_noticed(toys, fake, tmp_path):
     assert commands_run(fake, out) == []
 
 
+def test_random_weights_keep_the_checkpoint_that_their_architecture_came_from(toys, fake, tmp_path):
+    """Their runs in the folder were begun with it, and would refuse another one."""
+    out, data = tmp_path / "out", f"data.imagenet={toys}/toy/imagenet"
+    for model in ("a", "b"):
+        assert main(["bench", f"out={out}", f"model={toys}/{model}", data, "bench.only=finetune", "seeds=[0]"]) == 0
+    assert commands_run(fake, out) == ["sweep finetune/addp", "sweep finetune/random", "sweep finetune/addp"]
+    more = ["bench", f"out={out}", f"model={toys}/b", data, "bench.only=finetune/random", "seeds=[0,1]"]
+    assert main(more) == 0
+    assert f"model: {toys}/a\n" in (out / "finetune" / "random" / "sweep.yaml").read_text()
+
+
+def test_more_seeds_keep_what_was_evaluated_of_the_others(toys, fake, tmp_path):
+    out, only = tmp_path / "out", "bench.only=[finetune/a,robustness/a]"
+    line = bench_command(toys, out, only)
+    assert main([*line, "seeds=[0]"]) == 0
+    (out / "robustness" / "a" / "seed0").rename(tmp_path / "kept")  # the fake verb makes its folder itself
+    commands_run(fake, out)
+    assert main([*line, "seeds=[0,1]"]) == 0
+    assert not (out / "before").exists()
+    assert "robustness robustness/a/seed1" in commands_run(fake, out)
+
+
 def test_sample_images_are_those_of_the_current_dataset(toys, fake, tmp_path):
     for name, kind, count in (("old", "png", 4), ("new", "png", 2), ("other", "bmp", 2)):
         for part in ("train", "val"):

@@ -1,6 +1,7 @@
 """A bench that begins with pretraining: its steps, what it does not repeat, what it refuses, and one that is killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -101,6 +102,62 @@ def test_seeds_of_pretraining_and_transfer_are_the_same(toys, recipes, fake, tmp
     assert "finetune.seeds: found 5, expected seeds of pretrain.seeds: [3, 4]" in last_line(capsys)
     assert main(bench_line(toys, recipes, tmp_path / "one", "pretrain.seeds=[3]", "seeds=[0,1]")) == 0
     assert "seed3\n" in (tmp_path / "one" / "finetune" / "z_t" / "sweep.yaml").read_text()
+
+
+def test_scores_of_another_seed_of_pretraining_are_void(toys, recipes, fake, tmp_path):
+    out, one_arm = tmp_path / "out", "pretrain.arms={ours: {}}"
+
+    def ran(*settings: str) -> list[str]:
+        assert main(bench_line(toys, recipes, out, one_arm, "random=false", *settings)) == 0
+        return commands_run(fake, out)
+
+    assert ran("seeds=[0,1]") == [*STAGES, RUNS[0], SWEEPS[0]]
+    # seed 1 started from the pretraining with seed 0
+    assert ran("seeds=[0,1]", "pretrain.seeds=[0,1]") == [RUNS[0], "pretrain pretrain/ours/seed1", SWEEPS[0]]
+    assert (out / "before" / "finetune-ours-1").exists()
+    assert ran("seeds=[0]", "pretrain.seeds=[0,1]") == [SWEEPS[0]]  # fewer seeds, with the same pretrainings
+    assert not (out / "before" / "finetune-ours-2").exists()
+    assert ran("seeds=[0]", "pretrain.seeds=[1]") == [RUNS[0].replace("seed0", "seed1"), SWEEPS[0]]
+    assert (out / "before" / "finetune-ours-2").exists()
+
+
+def test_results_stay_void_if_what_they_need_fails_first(toys, recipes, fake, tmp_path):
+    out, only = tmp_path / "out", "bench.only=[finetune/ours]"
+    assert main(bench_line(toys, recipes, out, only)) == 0
+    longer = [only, "pretrain.arms={ours: {train.steps: 50}}"]
+    set_behavior(fake, fail="pretrain/ours")
+    with pytest.raises(SystemExit, match="1"):
+        main(bench_line(toys, recipes, out, *longer))
+    assert states(out)["finetune/ours"] == "blocked"
+    set_behavior(fake)
+    assert main(bench_line(toys, recipes, out, *longer)) == 0
+    assert (out / "before" / "finetune-ours-1").exists()
+
+
+def test_frozen_parts_stay_where_they_are_when_arms_change(toys, recipes, fake, tmp_path):
+    out, only = tmp_path / "out", "bench.only=[pretrain]"
+    ours, wide, long = "ours: {}", "wide: {data.size: [16,24]}", "long: {data.size: [24,16]}"
+    assert main(bench_line(toys, recipes, out, only, f"pretrain.arms={{{ours}, {wide}}}")) == 0
+    commands_run(fake, out)
+    assert main(bench_line(toys, recipes, out, only, f"pretrain.arms={{{wide}}}")) == 0
+    assert commands_run(fake, out) == []
+    assert main(bench_line(toys, recipes, out, only, f"pretrain.arms={{{long}, {wide}, {ours}}}")) == 0
+    stages = [line.replace("stages", "stages-long") for line in STAGES]
+    assert commands_run(fake, out) == [*stages, "pretrain pretrain/long/seed0"]
+    assert not (out / "before").exists()
+
+
+def test_files_that_a_recipe_names_count_by_their_content(toys, recipes, fake, tmp_path):
+    out, start = tmp_path / "out", tmp_path / "start.safetensors"
+    shutil.copy(toys / "a" / "model.safetensors", start)
+    settings = ["bench.only=[pretrain/ours]", f"pretrain.set={{stages: {recipes}, init: {start}}}"]
+    assert main(bench_line(toys, recipes, out, *settings)) == 0
+    commands_run(fake, out)
+    assert main(bench_line(toys, recipes, out, *settings)) == 0
+    assert commands_run(fake, out) == []
+    shutil.copy(toys / "b" / "model.safetensors", start)
+    assert main(bench_line(toys, recipes, out, *settings)) == 0
+    assert commands_run(fake, out) == [RUNS[0]]
 
 
 def test_a_pretraining_of_the_bench_with_other_settings_in_its_transfers(toys, recipes, fake, tmp_path, capsys):

@@ -157,6 +157,17 @@ def test_a_failed_seed_of_the_best_setting_is_an_error(sweep, tmp_path, capsys):
     assert "may do better" not in errors  # each of two values is an edge
 
 
+def test_an_edited_recipe_is_not_taken_for_the_one_of_before(sweep, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    line = [*sweep, f"recipe={recipe}", "grid={train.lr: [0.1]}", "seeds=[0]"]
+    trainings = tmp_path / "out" / "a" / "lr=0.1,seed0" / "log.txt"
+    for text, again in (("train: {epochs: 3}", True), ("train: {epochs: 3}", False), ("train: {epochs: 4}", True)):
+        recipe.write_text(text)
+        trainings.unlink(missing_ok=True)
+        assert main(line) == 0
+        assert trainings.exists() == again
+
+
 def test_another_metric_is_read_again(sweep, tmp_path, capsys):
     grid = "grid={train.lr: [0.1, 0.2]}"
     assert main([*sweep, grid, "seeds=[0]"]) == 0

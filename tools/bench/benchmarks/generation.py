@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from tools.bench.arguments import as_arguments, result_settings, verb_recipe
+from tools.bench.arguments import as_arguments, verb_recipe
 from tools.bench.arms import Arm
 from tools.bench.benchmark import Benchmark, Outcome, Settings
 from tools.bench.benchmarks.imagenet import IMAGENET
@@ -65,7 +65,7 @@ class Generation(Benchmark):
             }
             arguments = ["evaluate", *as_arguments(fixed | {"seed": seed} | settings)]
             step.commands.append(Command(arguments, step.processes))
-        step.basis["settings"] = result_settings(verb_recipe(step.commands[0].arguments, self.name))
+        self.set_basis(step, verb_recipe(step.commands[0].arguments, self.name))
         shared = {key: value for key, value in settings.items() if key.split(".")[0] in SHARED_SECTIONS}
         for image in inputs.samples["imagenet"][:INPAINTED_IMAGES]:
             fixed = {"model": step.arm.model_of(step.seeds[0]), "image": image.path}

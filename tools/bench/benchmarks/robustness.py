@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from addp_core.base.errors import UserError
 from tools.bench import sweep
-from tools.bench.arguments import as_arguments, result_settings, verb_recipe
+from tools.bench.arguments import as_arguments, verb_recipe
 from tools.bench.benchmark import Benchmark, Dataset, Outcome, Scores, Settings
 from tools.bench.benchmarks.finetune import Finetune
 from tools.bench.inputs import Inputs
@@ -78,7 +78,7 @@ class Robustness(Benchmark):
             model = sweep.best_run(step.out / finetuned / step.arm.name, seed)
             fixed = {"model": model, "out": step.folder / f"seed{seed}", **paths, **settings}
             step.commands.append(Command(["robustness", *as_arguments(fixed)], step.processes))
-        step.basis["settings"] = result_settings(verb_recipe(step.commands[0].arguments, self.name))
+        self.set_basis(step, verb_recipe(step.commands[0].arguments, self.name))
 
     def read_outcome(self, step: Step) -> Outcome:
         runs = {seed: step.folder / f"seed{seed}" for seed in step.seeds}
