@@ -94,14 +94,22 @@ class CocoDataset(ImageSource):
             raise UserError(self._describe_lack())
 
     def check_readable(self, samples: int = 100) -> None:
-        """Raise UserError if, of up to `samples` images across the dataset, more than `max_errors` are unreadable."""
-        errors = []
-        for index in sorted({i * len(self) // samples for i in range(samples)}):
+        """Raise UserError if, of up to `samples` images across the dataset, more than `max_errors` are unreadable, or
+        more than half.
+        """
+        errors, indices = [], sorted({i * len(self) // samples for i in range(samples)})
+        for index in indices:
             try:
                 self.open_image(index)
             except ImageError as error:
                 errors.append((self.name(index), str(error)))
         self.check_errors(errors)
+        tolerated = error_limit(self.max_errors, len(self)) / len(self)
+        if len(errors) > len(indices) * min(max(tolerated, 0.5), 1 - 1 / len(indices)):
+            raise UserError(
+                f"data.max_errors: {len(errors)} of {len(indices)} images of {self.path} that were looked at are "
+                f"unreadable: {first_examples([f'{name} ({reason})' for name, reason in errors])}; repair them"
+            )
 
     def check_errors(self, errors: Sequence[tuple[str, str]]) -> None:
         """Raise UserError if these (name, reason) of unreadable images are more than `max_errors` allows."""

@@ -85,7 +85,7 @@ def keep_settings_of_run(recipe: Recipe) -> Recipe:
     """
     recorded: dict = {}
     interpolation = recipe.data.interpolation
-    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError):  # prepare_out reports a broken file
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, KeyError):  # prepare_out reports it
         recorded = dict(yaml.safe_load((Path(recipe.out) / RECIPE_FILE).read_text()))
         if "interpolation" not in recorded["data"] and interpolation != FORMER_INTERPOLATION:
             log.info("out=%s: goes on with data.interpolation=%s, as it began", recipe.out, FORMER_INTERPOLATION)

@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS, MODELS
+from torch import Tensor
 
 from addp_core.data.images import write_png
 from seg.scenes import class_colors, read_class_map, to_class_map
@@ -39,6 +40,23 @@ class ClassIoU(IoUMetric):
     def __init__(self, maps: str = "", root: str = "", **options: Any):
         super().__init__(**options)
         self.maps, self.root = maps, root
+
+    @staticmethod
+    def intersect_and_union(
+        pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the pixels of each class, Double[num_classes]: intersection, union, predicted, labeled.
+
+        mmseg counts in float32, in which 16,777,216 + 1 is 16,777,216.
+        """
+        known = label != ignore_index
+        predicted, labeled = pred_label[known].long(), label[known].long()
+
+        def count(labels: Tensor) -> Tensor:
+            return torch.bincount(labels[labels < num_classes], minlength=num_classes).cpu().double()
+
+        areas = count(predicted[predicted == labeled]), count(predicted), count(labeled)
+        return areas[0], areas[1] + areas[2] - areas[0], areas[1], areas[2]
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         super().process(data_batch, data_samples)

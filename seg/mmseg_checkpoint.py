@@ -65,7 +65,7 @@ def read_runner_checkpoint(content: FileContent) -> tuple[MmsegSegmentor, dict[s
     if scale is None:
         scale = (crop, 4 * crop)
         log.warning("%s: its test pipeline has no Resize to a scale with keep_ratio; took %d to %d px", source, *scale)
-    return MmsegSegmentor(model, tuple(map(str, classes)), crop, scale), dict(content.state)
+    return MmsegSegmentor(model, tuple(str(name).strip() for name in classes), crop, scale), dict(content.state)
 
 
 def scale_of(cfg: Mapping[str, Any]) -> tuple[int, int] | None:

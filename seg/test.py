@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from addp_core.base.files import write_atomically
 from addp_core.base.launch import rank
 from addp_core.base.tables import text_table
 from addp_core.training.precision import matrix_width, resolve_precision
+from seg.mmseg_checkpoint import MmsegSegmentor
 from seg.mmseg_config import (
     fill_inference,
     fill_model,
@@ -24,7 +26,7 @@ from seg.mmseg_config import (
 )
 from seg.recipe import TestRecipe as Recipe
 from seg.scenes import check_pairs, class_map_folder, find_pairs, read_class_names
-from seg.segmentor import load_segmentor, load_tensors
+from seg.segmentor import Segmentor, load_segmentor, load_tensors
 
 log = logging.getLogger("addp")
 
@@ -47,12 +49,10 @@ def run(recipe: Recipe) -> None:
     cfg, state = read_base_config(), None
     if recipe.model:
         segmentor, state = load_segmentor(recipe.model)
-        if segmentor.classes != classes:
-            raise UserError(
-                f"data.classes: {data.source} has {len(classes)} classes ({', '.join(classes[:3])}, ...), expected the "
-                f"model's {len(segmentor.classes)} ({', '.join(segmentor.classes[:3])}, ...)"
-            )
+        compare_classes(segmentor, classes, data.source)
         fill_model(cfg, replace(segmentor, crop=data.crop or segmentor.crop, scale=data.scale or segmentor.scale))
+        if isinstance(segmentor, Segmentor) and segmentor.cnn is None:  # its positions are those of training's crops
+            cfg.model.backbone.img_size = (segmentor.crop, segmentor.crop)
         fill_inference(cfg, recipe.test)
     else:
         folder, root = Path(recipe.predictions), class_map_folder(data.source, "val")
@@ -68,6 +68,29 @@ def run(recipe: Recipe) -> None:
     metrics, per_class = evaluate(cfg, recipe, state)
     if per_class:  # on rank 0 alone
         report(classes, metrics, per_class, out)
+
+
+def compare_classes(segmentor: Segmentor | MmsegSegmentor, classes: tuple[str, ...], source: str) -> None:
+    """Raise UserError if a dataset has other classes than the model.
+
+    mmseg's datasets have names of their own: there the same number of classes is enough, and other names are logged.
+    """
+    if segmentor.classes == classes:
+        return
+    pairs = zip_longest(classes, segmentor.classes, fillvalue="none")
+    number, (found, expected) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    if isinstance(segmentor, MmsegSegmentor) and len(segmentor.classes) == len(classes):
+        others = sum(a != b for a, b in zip(classes, segmentor.classes, strict=True))
+        log.warning(
+            "data.classes: %d of %d names differ from the model's: class %d is %r in %s and %r in the model; taken to "
+            "be the same",
+            *(others, len(classes), number, found, source, expected),
+        )
+        return
+    raise UserError(
+        f"data.classes: {source} has {len(classes)} classes, expected the model's {len(segmentor.classes)}: class "
+        f"{number} is {found!r} in the one and {expected!r} in the other"
+    )
 
 
 def evaluate(cfg: Any, recipe: Recipe, state: dict[str, Any] | None) -> tuple[dict[str, float], dict[str, Any]]:

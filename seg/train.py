@@ -47,6 +47,7 @@ def run(recipe: Recipe) -> None:
     recipe = resolve(given, cfg)
     if given.class_token is None and recorded is not None and recorded.get("class_token") is None:
         recipe = replace(recipe, class_token=None)
+    check_length(recipe, recorded)
     check_settings(recipe)
     load = functools.cache(functools.partial(load_model, recipe, cfg))
     if isinstance(load(), CnnEncoder) if recorded is None else recorded.get("relative", "") is None:
@@ -126,6 +127,16 @@ def values_of_run(out: str) -> dict[str, Any] | None:
         return dict(read_values((folder / RECIPE_FILE).read_text()))
     except (OSError, yaml.YAMLError, TypeError, ValueError):
         return None  # `prepare_out` reports it
+
+
+def check_length(recipe: Recipe, recorded: dict[str, Any] | None) -> None:
+    """Raise UserError if the run in the folder has another length: mmengine's schedules cannot be changed."""
+    steps = (recorded or {}).get("train.steps")
+    if steps is not None and steps != recipe.train.steps:
+        raise UserError(
+            f"train.steps: found {recipe.train.steps}, but out={recipe.out} holds a run of {steps}; the schedule of a "
+            "run cannot be changed: restore the length or choose another out"
+        )
 
 
 def _values_for_null_keys(section: Any, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -206,8 +206,8 @@ def _number(
         places: dict[int, int] = {}  # of the numbers, if they are names: sorted folders are 0, 1, 10, 2
         if set(names) == set(map(str, range(len(names)))):
             places = {int(name): place for place, name in enumerate(names)}
-        numbers = [-1 if label is None else int(label) for label in labels]
-        return names, np.array([places.get(number, number) for number in numbers], dtype=np.int64)
+        values = [-1 if label is None else int(label) for label in labels]
+        return names, np.array([places.get(value, value) for value in values], dtype=np.int64)
     texts = [None if label is None else str(label) for label in labels]
     if classes is None:
         classes = sorted({text for text in texts if text is not None}, key=lambda text: (natural_key(text), text))

@@ -89,6 +89,22 @@ def encoder_options(cfg: CfgNode) -> dict[str, Any]:
     return {**DEFAULTS, **given}
 
 
+def square_pad(cfg: CfgNode) -> int:
+    """Return MODEL.ENCODER.square_pad. Raises UserError if larger images would be cut off, which detectron2 does
+    without a word.
+    """
+    side, sizes = encoder_options(cfg)["square_pad"], {"MAX_SIZE_TEST": cfg.INPUT.MAX_SIZE_TEST}
+    if not cfg.INPUT.CROP.ENABLED:
+        sizes["MAX_SIZE_TRAIN"] = cfg.INPUT.MAX_SIZE_TRAIN
+    for key, size in sizes.items():
+        if 0 < side < size:
+            raise UserError(
+                f"{NODE}.square_pad: found {side}, but INPUT.{key}={size}: larger images would be cut off; expected "
+                f"INPUT.{key}={side}, or {NODE}.square_pad={size} or 0"
+            )
+    return side
+
+
 def _refuse_unknown(found: Any, known: Any, node: str) -> None:
     for key in found:
         if key not in known:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from addp_core.base.errors import UserError
 from det.native.backbone import EncoderBackbone
-from det.native.config import LEVELS, encoder_options
+from det.native.config import LEVELS, encoder_options, square_pad
 from det.native.consumers import levels_of, missing_levels
 from det.pyramid import make_level
 
@@ -76,7 +76,7 @@ class EncoderPyramid(Backbone):
             "net": EncoderBackbone(cfg, input_shape),
             "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "levels": levels,
-            "square_pad": options["square_pad"],
+            "square_pad": square_pad(cfg),
         }
 
     @property

@@ -17,7 +17,7 @@ from addp_core.networks.cnn import OUTPUT_STRIDES, CnnEncoder
 from addp_core.weights.pretrained import has_cnn
 from det.config import DetectorConfig, padded_size
 from det.native.backbone import misplaced_encoder
-from det.native.config import build_cnn, encoder_options
+from det.native.config import build_cnn, encoder_options, square_pad
 from det.native.consumers import check_images, missing_levels
 from det.native.lazy import mask_rcnn
 
@@ -101,7 +101,7 @@ class EncoderFPN(FPN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        node, square_pad = cfg.MODEL.FPN, encoder_options(cfg)["square_pad"]
+        node = cfg.MODEL.FPN
         names = list(node.IN_FEATURES) or [*STAGE_NAMES]
         if unknown := [name for name in names if name not in STAGE_NAMES]:
             raise UserError(
@@ -120,7 +120,7 @@ class EncoderFPN(FPN):
             "norm": node.NORM,
             "top_block": top,
             "fuse_type": node.FUSE_TYPE,
-            "square_pad": square_pad,
+            "square_pad": square_pad(cfg),
         }
 
 

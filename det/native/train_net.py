@@ -48,7 +48,8 @@ from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
 from addp_core.networks.encoder import TransformerEncoder
 from addp_core.training.signals import STOP_SIGNALS, StopSignals
-from addp_core.weights.files import MODEL_FILE, read_tensors
+from addp_core.weights.architectures import NORMALISATION
+from addp_core.weights.files import MODEL_FILE, read_file, read_tensors
 from addp_core.weights.pretrained import check_positions
 from det.config import DetectorArchitecture, DetectorConfig, describe_encoder
 from det.model import build_detector, mismatched_tensors, save_detector
@@ -193,9 +194,10 @@ def move_encoder(cfg: DictConfig) -> None:
 def load_weights(model: nn.Module, source: str) -> None:
     """Load a complete detector from a checkpoint of this program, or from the run or the model file of either program.
 
-    Raises UserError if its tensors do not match the model's.
+    Raises UserError if its tensors do not match the model's, or its images were normalized in another way.
     """
-    state = {name.removeprefix(MODEL_PREFIX): value for name, value in read_tensors(source).items()}
+    content = read_file(source)
+    state = {name.removeprefix(MODEL_PREFIX): value for name, value in content.state.items()}
     mismatched = mismatched_tensors(model, state)
     if mismatched:
         names = ", ".join(mismatched[:3])
@@ -203,14 +205,36 @@ def load_weights(model: nn.Module, source: str) -> None:
             f"train.init_checkpoint={source}: {len(mismatched)} tensors do not match this config's ({names}); expected "
             "a detector of the same config; for the encoder's checkpoint use model.backbone.net.encoder.source"
         )
+    stated = ((content.description or {}).get("architecture") or {}).get("normalisation")
+    if stated is not None and stated != normalisation_of(model):
+        mean, std = ([round(255 * value, 3) for value in part] for part in NORMALISATION[stated])
+        raise UserError(
+            f"train.init_checkpoint={source}: was trained on images of another normalization; expected "
+            f"model.pixel_mean={mean} model.pixel_std={std}"
+        )
     model.load_state_dict(state)
 
 
+def normalisation_of(model: Any) -> str | None:
+    """Return the key of `NORMALISATION` with the mean and std of a detectron2 model; None if there is none."""
+    values = [part.flatten().cpu() / 255 for part in (model.pixel_mean, model.pixel_std)]
+    for key, parts in NORMALISATION.items():
+        if all(torch.allclose(value, torch.tensor(part), atol=1e-4) for value, part in zip(values, parts, strict=True)):
+            return key
+    return None
+
+
 def export(cfg: DictConfig, model: nn.Module) -> None:
-    """Write model.safetensors with its architecture, unless the model is no longer ViTDet's Mask R-CNN."""
+    """Write model.safetensors with its architecture, unless the model is no longer ViTDet's Mask R-CNN, or the file
+    could not state the mean and std of its images.
+    """
     path = Path(cfg.train.output_dir) / MODEL_FILE
     encoder = cast(TransformerEncoder, cast(Any, model).backbone.net.encoder)
-    detector = build_detector(architecture_of(cfg, encoder), deepcopy(encoder)).to(cfg.train.device)
+    normalisation = normalisation_of(model)
+    if normalisation is None:
+        log.warning("%s: not written; it cannot say model.pixel_mean and model.pixel_std, see model_final.pth", path)
+        return
+    detector = build_detector(architecture_of(cfg, encoder, normalisation), deepcopy(encoder)).to(cfg.train.device)
     try:
         detector.load_state_dict({MODEL_PREFIX + name: value for name, value in model.state_dict().items()})
     except RuntimeError:
@@ -219,8 +243,11 @@ def export(cfg: DictConfig, model: nn.Module) -> None:
     save_detector(detector, path)
 
 
-def architecture_of(cfg: DictConfig, encoder: TransformerEncoder) -> DetectorArchitecture:
-    """Return the architecture that a config of ViTDet's Mask R-CNN describes."""
+def architecture_of(cfg: DictConfig, encoder: TransformerEncoder, normalisation: str) -> DetectorArchitecture:
+    """Return the architecture that a config of ViTDet's Mask R-CNN describes.
+
+    normalisation: a key of `NORMALISATION`.
+    """
     rcnn = cfg.model
     metadata = MetadataCatalog.get(instantiate(cfg.dataloader.test.dataset.names))
     return DetectorArchitecture(
@@ -238,6 +265,7 @@ def architecture_of(cfg: DictConfig, encoder: TransformerEncoder) -> DetectorArc
             detections=rcnn.roi_heads.box_predictor.test_topk_per_image,
         ),
         categories=metadata.categories,
+        normalisation=cast(Any, normalisation),
         interpolation="bilinear",  # as in detectron2's data loading
     )
 

@@ -161,6 +161,28 @@ def test_more_unreadable_images_than_tolerated_are_found_before_training(make_da
         make_dataset_again.check_readable()
 
 
+def test_images_of_which_most_are_unreadable_are_found_whatever_is_tolerated(make_dataset, tmp_path):
+    """Of a large dataset, fewer images are looked at than may be unreadable."""
+    content = coco_content(annotation(1, 0, 7, (5, 5, 8, 8)), images=6)
+    for i in range(6):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"{i}.png")
+    dataset = make_dataset(content, max_errors=5)
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+        if i < 3:
+            dataset.check_readable()
+    dataset.max_errors = 3
+    with pytest.raises(UserError, match=r"data\.max_errors: at least 4 of 6 .*, 3 tolerated"):
+        dataset.check_readable()
+    dataset.max_errors = 5
+    dataset.check_readable()  # two thirds are tolerated as said
+    for i in range(4, 6):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    dataset.max_errors = 100
+    with pytest.raises(UserError, match=r"data\.max_errors: 6 of 6 images of .* that were looked at are unreadable"):
+        dataset.check_readable()
+
+
 def test_images_without_objects_are_kept_or_dropped(make_dataset):
     crowd = annotation(2, 10, 7, (5, 5, 8, 8), iscrowd=1)
     assert len(make_dataset(coco_content(annotation(1, 0, 7, (5, 5, 8, 8)), crowd))) == 2

@@ -155,6 +155,19 @@ def test_what_the_training_script_wrote_is_tested_and_predicted_with(runner_file
     assert main(["seg", "predict", f"model={runner_file}", f"images={images}", f"out={tmp_path}/out", "n=1"]) == 0
 
 
+def test_other_names_of_as_many_classes_are_logged(runner_file, scenes, tmp_path, capsys):
+    """mmseg's list of ADE20K's classes has other names than the dataset's table, such as "bed "."""
+    names = [line.split("\t")[1] for line in (scenes / "objectInfo.txt").read_text().splitlines()[1:]]
+    names[7] = "bed"
+    table = tmp_path / "classes.txt"
+    table.write_text("Idx\tName\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names, 1)))
+    expected = metrics_of_addp(runner_file, scenes, tmp_path / "same")
+    capsys.readouterr()
+    found = metrics_of_addp(runner_file, scenes, tmp_path / "other", f"data.classes={table}")
+    assert found["mIoU"] == expected["mIoU"]
+    assert "1 of 13 names differ from the model's: class 8 is 'bed' in" in capsys.readouterr().err
+
+
 def test_errors_of_a_foreign_checkpoint():
     state = {"decode_head.conv_seg.weight": torch.zeros(2, 2, 1, 1)}
 

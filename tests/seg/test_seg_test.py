@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy_segmentation import CLASSES, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
 from addp_core.recipes.cli import main
+from seg.evaluation import ClassIoU
 from seg.scenes import find_pairs, read_class_names
 
 
@@ -82,6 +84,24 @@ def test_chance_level_is_that_of_the_most_frequent_class(scenes, tmp_path):
     assert metrics["mIoU"] == pytest.approx(metrics["constant_mIoU"], abs=0.011)
 
 
+def test_windows_may_have_another_size_than_the_crops_of_training(trained_run, scenes, tmp_path):
+    arguments = ["seg", "test", f"model={trained_run}", f"data={scenes}", "data.workers=0"]
+    metrics = {}
+    for side in (32, 48):
+        assert main([*arguments, f"data.crop={side}", f"out={tmp_path}/{side}"]) == 0
+        metrics[side] = json.loads((tmp_path / str(side) / "metrics.json").read_text())
+    assert main([*arguments, f"out={tmp_path}/default"]) == 0
+    assert metrics[32] == json.loads((tmp_path / "default" / "metrics.json").read_text()) != metrics[48]
+
+
+def test_pixels_are_counted_beyond_what_single_precision_holds():
+    pixels = torch.zeros(4097 * 4096, dtype=torch.uint8)
+    pixels[0] = 1
+    areas = ClassIoU.intersect_and_union(pixels, torch.zeros_like(pixels), 3, 255)
+    count = len(pixels)
+    assert [area.tolist() for area in areas] == [[count - 1, 0, 0], [count, 1, 0], [count - 1, 1, 0], [count, 0, 0]]
+
+
 def test_class_maps_of_a_nested_dataset_keep_their_folders(trained_run, scenes_copy, tmp_path):
     """Images of the same name in different folders, of different sizes."""
     for number, pair in enumerate(find_pairs(scenes_copy, "val")):
@@ -117,6 +137,7 @@ def test_errors_name_what_does_not_fit_the_dataset(trained_run, scenes, encoder_
     class_table = tmp_path / "table.txt"
     class_table.write_text("Idx\tName\n" + "".join(f"{i}\tthing {i}\n" for i in range(1, 20)))
     arguments.append(f"model={trained_run}")
-    assert "19 classes" in user_error(capsys, *arguments, f"data.classes={class_table}")
+    error = user_error(capsys, *arguments, f"data.classes={class_table}")
+    assert "19 classes, expected the model's 13: class 1 is 'thing 1' in the one and '0' in the other" in error
     expected = "data.crop: found 100, expected a multiple of the model's patch size 8"
     assert expected in user_error(capsys, *arguments, "data.crop=100")

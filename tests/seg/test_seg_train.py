@@ -109,6 +109,16 @@ def without_key(text: str, key: str) -> str:
     return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(f"{key}:"))
 
 
+def test_another_length_of_a_run_is_refused_before_its_recipe_is_written(
+    scenes, trained_run, encoder_file, tmp_path, capsys
+):
+    out = shutil.copytree(trained_run, tmp_path / "run")
+    before = (out / "recipe.yaml").read_bytes()
+    error = user_error(capsys, *train_command(scenes, encoder_file, out, "train.steps=9"))
+    assert f"train.steps: found 9, but out={out} holds a run of {STEPS}; the schedule of a run cannot be" in error
+    assert (out / "recipe.yaml").read_bytes() == before
+
+
 def test_a_run_from_before_the_class_token_continues_without_it(scenes, encoder_file, tmp_path, capsys):
     out, arguments = tmp_path / "run", train_command(scenes, encoder_file, tmp_path / "run", "train.steps=1")
     assert main([*arguments, "class_token=false"]) == 0

@@ -92,6 +92,18 @@ def test_train_net_stops_continues_evaluates_and_exports(arguments, tmp_path, mo
     assert results.read_text() == before
 
 
+def test_the_mean_and_std_of_images_are_those_of_the_detector(arguments, tmp_path, capfd):
+    out = tmp_path / "out"
+    half = ["model.pixel_mean=[127.5,127.5,127.5]", "model.pixel_std=[127.5,127.5,127.5]"]
+    train_net.run([*arguments, *half, "train.max_iter=2"])
+    assert load_detector(out).architecture.normalisation == "half"
+    with pytest.raises(SystemExit) as caught:
+        train_net.run(["--eval-only", *arguments, f"train.init_checkpoint={out}"])
+    assert caught.value.code == 2
+    assert "expected model.pixel_mean=[127.5, 127.5, 127.5] model.pixel_std=[127.5, " in capfd.readouterr().err
+    train_net.run(["--eval-only", *arguments, *half, f"train.init_checkpoint={out}"])
+
+
 def test_a_signal_to_the_group_of_processes_leaves_a_checkpoint(arguments, encoder_file, tmp_path):
     """As `timeout`, a terminal and Slurm stop a job; the encoder comes from train.init_checkpoint."""
     settings = [a for a in arguments if not a.startswith("model.backbone.net.encoder.source")]
