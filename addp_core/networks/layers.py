@@ -277,8 +277,11 @@ class Dropout(nn.Dropout):
             return super().forward(x)  # torch.compile cannot trace `random_`, and fuses its own dropout
         size, last = x.numel(), dropped - 2**15 - 1  # the largest of the integers that drop
         bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:size]
-        keep = bits.clamp_(last, last + 1).to(x.dtype).sub_(last)  # 0 or 1
-        return x * keep.mul_(2**16 / (2**16 - dropped)).view(x.shape)
+        keep = bits.clamp_(last, last + 1).sub_(last).to(x.dtype)  # 0 or 1: 16-bit floats have no `last` + 1
+        scale = 2**16 / (2**16 - dropped)
+        if _is_half(x):  # in which a rounded scale would change the mean
+            return (x * keep.view(x.shape)).mul_(scale)
+        return x * keep.mul_(scale).view(x.shape)
 
 
 def _is_half(x: Tensor) -> bool:

@@ -17,11 +17,12 @@ from addp_core.networks.layers import (
 )
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_has_the_right_rate_and_keeps_the_mean(p):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+def test_dropout_has_the_right_rate_and_keeps_the_mean(p, dtype):
     torch.manual_seed(0)
-    drop, x = Dropout(p).train(), torch.ones(1001, 999)
-    y = drop(x)
+    drop, x = Dropout(p).train(), torch.ones(1001, 999, dtype=dtype)
+    y = drop(x).float()
     assert (y == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
     assert y.mean().item() == pytest.approx(1, abs=2e-3)
     assert len(y.unique()) == 2
