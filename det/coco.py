@@ -94,8 +94,8 @@ class CocoDataset(ImageSource):
             raise UserError(self._describe_lack())
 
     def check_readable(self, samples: int = 100) -> None:
-        """Raise UserError if, of up to `samples` images across the dataset, more than `max_errors` are unreadable, or
-        more than half.
+        """Raise UserError if, of up to `samples` images across the dataset, more than `max_errors` are unreadable, all,
+        or more than half where no more than a quarter may be.
         """
         errors, indices = [], sorted({i * len(self) // samples for i in range(samples)})
         for index in indices:
@@ -105,7 +105,7 @@ class CocoDataset(ImageSource):
                 errors.append((self.name(index), str(error)))
         self.check_errors(errors)
         tolerated = error_limit(self.max_errors, len(self)) / len(self)
-        if len(errors) > len(indices) * min(max(tolerated, 0.5), 1 - 1 / len(indices)):
+        if len(errors) == len(indices) or (tolerated <= 0.25 and 2 * len(errors) > len(indices)):
             raise UserError(
                 f"data.max_errors: {len(errors)} of {len(indices)} images of {self.path} that were looked at are "
                 f"unreadable: {first_examples([f'{name} ({reason})' for name, reason in errors])}; repair them"

@@ -32,6 +32,7 @@ from gen.recipe import InpaintRecipe as Recipe
 
 log = logging.getLogger("addp")
 
+INPUT, MASK, GRID = "input.png", "mask.png", "grid.png"  # beside the variations
 GRAY = 0.5  # color of the hole in input.png
 TOKEN_WARNING_FACTOR = 4  # times the tokens of training, above which positions are stretched too far for good images
 
@@ -42,12 +43,13 @@ def run(recipe: Recipe) -> None:
     hw = (image.shape[1], image.shape[2])
     check_size(hw, load_generator(recipe).config)
     out, device = Path(recipe.out), process_state().device
+    check_inputs_stay(recipe)
     claim_folder(out, recipe, may_change={"n"})
     model = load_for_sampling(recipe, device, image_size=hw)
     if not hole.any():
         log.warning("inpaint: the hole is empty; all variations will be equal to the image")
     variations: list[Tensor] = []
-    for i in tqdm(range(recipe.n), unit="img"):
+    for i, path in enumerate(tqdm(variation_paths(recipe), unit="img")):
         with autocast(recipe.precision, device):
             variations += inpaint(
                 model,
@@ -58,12 +60,26 @@ def run(recipe: Recipe) -> None:
                 blend=recipe.blend,
                 first=i,
             ).cpu()
-        write_image(variations[-1], image_path(out, i))
+        write_image(variations[-1], path)
     masked = torch.where(hole, GRAY, image)
-    write_image(masked, out / "input.png")
-    write_image(hole.float().expand(3, -1, -1), out / "mask.png")
-    write_image(make_grid([masked, *variations], nrow=recipe.n + 1, pad_value=1.0), out / "grid.png")
+    write_image(masked, out / INPUT)
+    write_image(hole.float().expand(3, -1, -1), out / MASK)
+    write_image(make_grid([masked, *variations], nrow=recipe.n + 1, pad_value=1.0), out / GRID)
     log.info("%d variations in %s, %.0f %% of the image filled", recipe.n, out, 100 * hole.float().mean())
+
+
+def check_inputs_stay(recipe: Recipe) -> None:
+    """Raise UserError if `image` or `mask` is a file that this would write."""
+    out = Path(recipe.out)
+    written = {path.resolve() for path in [*(out / name for name in (INPUT, MASK, GRID)), *variation_paths(recipe)]}
+    for key in ("image", "mask"):
+        path = getattr(recipe, key)
+        if path and Path(path).expanduser().resolve() in written:
+            raise UserError(f"{key}: {path} would be overwritten in out={recipe.out}; expected another out")
+
+
+def variation_paths(recipe: Recipe) -> list[Path]:
+    return [image_path(Path(recipe.out), i) for i in range(recipe.n)]
 
 
 def open_canvas(recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -74,16 +90,26 @@ def open_canvas(recipe: Recipe) -> tuple[Tensor, Tensor]:
     hole_image = draw_hole(recipe, original.size)
     if recipe.size is None:
         image = torch.from_numpy(np.array(original)).permute(2, 0, 1) / 255
+        hole = torch.from_numpy(np.array(hole_image)) > 0
     else:
         crop = eval_transform(recipe.size)
         image = crop(original)
         bounds = crop.box(original.width, original.height)
         check_crop_keeps_hole(recipe, np.array(hole_image) > 0, bounds)
-        hole_image = hole_image.resize(crop.hw[::-1], Image.Resampling.NEAREST, box=bounds)
+        hole = shrink_hole(np.array(hole_image) > 0, bounds, crop.hw)
     left, top, right, bottom = recipe.extend
-    hole = torch.from_numpy(np.array(hole_image)) > 0
     sides = (left, right, top, bottom)
     return F.pad(image, sides, value=GRAY), F.pad(hole, sides, value=True)
+
+
+def shrink_hole(hole: np.ndarray, bounds: tuple[float, float, float, float], hw: tuple[int, int]) -> Tensor:
+    """Return Bool[h,w]: the pixels of the resized part within `bounds` that touch the hole, however thin it is.
+
+    hole: Bool[H,W] of the original image. bounds: left, top, right, bottom.
+    """
+    left, top, right, bottom = bounds
+    part = hole[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
+    return F.adaptive_max_pool2d(torch.from_numpy(part)[None].float(), hw)[0] > 0
 
 
 def check_crop_keeps_hole(recipe: Recipe, hole: np.ndarray, bounds: tuple[float, float, float, float]) -> None:

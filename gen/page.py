@@ -118,17 +118,21 @@ def image_editor(limits: Limits, hw: tuple[int, int]) -> gr.ImageEditor:
     read = editor.preprocess
 
     def read_or_say(payload: Any) -> Any:
-        with displayed_errors():
-            # Gradio opens any format that Pillow knows, whatever its size: the headers are checked before.
-            files = editor.blob_storage.get(payload.id, payload) if payload is not None else None
-            for file in [files.background, *(files.layers or []), files.composite] if files else []:
-                if file is not None:
-                    open_upload(file if isinstance(file, bytes) else file.path, limits.pixels)
-            try:
-                with wrap_image_errors():
-                    return read(payload)
-            except ImageError as error:  # cut off, broken
-                raise UserError(NOT_AN_IMAGE) from error
+        try:
+            with displayed_errors():
+                # Gradio opens any format that Pillow knows, whatever its size: the headers are checked before.
+                files = editor.blob_storage.get(payload.id, payload) if payload is not None else None
+                for file in [files.background, *(files.layers or []), files.composite] if files else []:
+                    if file is not None:
+                        open_upload(file if isinstance(file, bytes) else file.path, limits.pixels)
+                try:
+                    with wrap_image_errors():
+                        return read(payload)
+                except ImageError as error:  # cut off, broken
+                    raise UserError(NOT_AN_IMAGE) from error
+        finally:  # gradio forgets what it has read, and this what was refused
+            if payload is not None:
+                editor.blob_storage.pop(payload.id, None)
 
     setattr(editor, "preprocess", read_or_say)  # noqa: B010 (a subclass would need a frontend of its own)
     return editor

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
+from addp_core.base.paths import FilePath
 from addp_core.method.config import SampleConfig
 from addp_core.networks.config import Normalisation
 from addp_core.training.precision import Precision
@@ -210,14 +211,16 @@ class EvaluateRecipe:
     seed: Annotated[int, "random seed of the generated images"] = 0
     sampling: SampleConfig = field(default_factory=SampleConfig)
     sweep: Sweep = field(default_factory=Sweep)
-    inception: Annotated[str, "file of torch-fidelity's Inception-v3 weights; empty: download it"] = ""
-    extractor: Annotated[str, "instead of Inception-v3: a run of `addp finetune` on labeled images, or its file"] = ""
+    inception: Annotated[FilePath, "file of torch-fidelity's Inception-v3 weights; empty: download it"] = ""
+    extractor: Annotated[
+        FilePath, "instead of Inception-v3: a run of `addp finetune` on labeled images, or its file"
+    ] = ""
     prc_features: Annotated[
         Literal["extractor", "vgg16"],
         "features of precision and recall: those of FID (Inception's pool3, as in ADM's evaluator), or VGG16's "
         "(torch-fidelity's default)",
     ] = "extractor"
-    vgg16: Annotated[str, "file of torchvision's VGG16 weights, for prc_features=vgg16; empty: download it"] = ""
+    vgg16: Annotated[FilePath, "file of torchvision's VGG16 weights, for prc_features=vgg16; empty: download it"] = ""
     is_splits: Annotated[int, Ge(1), "parts over which the score's mean and standard deviation are taken"] = 10
     kid_subset: Annotated[int, Ge(2), "images in each of KID's 100 subsets, or all images if there are fewer"] = 1000
     cache: Annotated[str, "folder that keeps the features of references"] = "~/.cache/addp/features"

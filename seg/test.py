@@ -77,19 +77,20 @@ def compare_classes(segmentor: Segmentor | MmsegSegmentor, classes: tuple[str, .
     """
     if segmentor.classes == classes:
         return
-    pairs = zip_longest(classes, segmentor.classes, fillvalue="none")
+    pairs = zip_longest(classes, segmentor.classes, fillvalue="")
     number, (found, expected) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
     if isinstance(segmentor, MmsegSegmentor) and len(segmentor.classes) == len(classes):
         others = sum(a != b for a, b in zip(classes, segmentor.classes, strict=True))
-        log.warning(
-            "data.classes: %d of %d names differ from the model's: class %d is %r in %s and %r in the model; taken to "
-            "be the same",
-            *(others, len(classes), number, found, source, expected),
-        )
+        if rank() == 0:
+            log.warning(
+                "data.classes: %d of %d names differ from the model's: class %d is %r in %s and %r in the model; taken "
+                "to be the same",
+                *(others, len(classes), number, found, source, expected),
+            )
         return
     raise UserError(
         f"data.classes: {source} has {len(classes)} classes, expected the model's {len(segmentor.classes)}: class "
-        f"{number} is {found!r} in the one and {expected!r} in the other"
+        f"{number} is {found!r} in the dataset and {expected!r} in the model"
     )
 
 

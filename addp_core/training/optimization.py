@@ -37,16 +37,26 @@ def warn_if_warmup_is_too_long(warmup: float, total: int) -> None:
         )
 
 
+def check_layer_decay(model: nn.Module, config: TrainConfig) -> None:
+    """Raise UserError if `train.layer_decay` would have no effect."""
+    if config.layer_decay in (None, 1.0):
+        return
+    reason = "lars without weight decay has one rate for all layers" if _is_lars_without_decay(config) else ""
+    reason = reason or ("" if hasattr(model, "group_matcher") else f"{type(model).__name__} does not name its layers")
+    if reason:
+        raise UserError(f"train.layer_decay: found {config.layer_decay}, expected null: {reason}")
+
+
+def _is_lars_without_decay(config: TrainConfig) -> bool:
+    return config.optimizer == "lars" and not config.weight_decay
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Build timm's optimizer over its parameter groups.
 
     One-dimensional tensors and those that the model's `no_weight_decay()` names are not decayed. With `layer_decay`,
     the learning rate falls from layer to layer, in the order of the model's `group_matcher`.
     """
-    lars_without_decay = config.optimizer == "lars" and not config.weight_decay
-    if config.layer_decay not in (None, 1.0) and (lars_without_decay or not hasattr(model, "group_matcher")):
-        who = "lars without weight decay" if lars_without_decay else f"a {type(model).__name__}"
-        raise UserError(f"train.layer_decay: found {config.layer_decay}, expected null: {who} has no layers to decay")
     info = timm.optim.get_optimizer_info(config.optimizer)
     options: dict[str, Any] = {"betas": config.betas} if info.has_betas else {}
     if info.has_momentum:
@@ -54,7 +64,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if config.optimizer in ("adam", "adamw"):
         options["fused"] = True  # one pass over the weights; half the time on a CPU
     options |= {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
-    if lars_without_decay:
+    if _is_lars_without_decay(config):
         options["param_group_fn"] = _lars_groups
     try:
         return timm.optim.create_optimizer_v2(model, opt=config.optimizer, lr=config.peak_lr, **options)

@@ -138,10 +138,11 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
     """Do the work of `prepare_out` in the locked folder."""
     _remove_leftovers(out)
     inputs, previous = Inputs(out, recipe), _previous_values(out)
-    if previous is None:
-        inputs.record = {}
+    if not _has_results(out):
         for name in (BEST_METRICS, BEST_MODEL):  # of a run that ended before its first checkpoint
             (out / name).unlink(missing_ok=True)
+    if previous is None:
+        inputs.record = {}
     else:
         _check_recipe(out, recipe, inputs, previous)
     finished = _finished_result(out, recipe, datasets, result)
@@ -226,8 +227,12 @@ def _remove_leftovers(out: Path) -> None:
 
 def _previous_values(out: Path) -> Values | None:
     """Return the recipe of what has been computed in the folder, or None if nothing has: it may then be corrected."""
+    return _stored_values(out) if _has_results(out) else None
+
+
+def _has_results(out: Path) -> bool:
     traces = [*(out / "checkpoints").glob("*"), out / FINISHED, out / LAST_CHECKPOINT]
-    return _stored_values(out) if any(trace.exists() for trace in traces) else None
+    return any(trace.exists() for trace in traces)
 
 
 def _stored_values(out: Path) -> Values | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from addp_core.base.errors import UserError
 from addp_core.training import parallel
 from addp_core.training.compute import accelerate_model
-from addp_core.training.optimization import make_optimizer
+from addp_core.training.optimization import check_layer_decay, make_optimizer
 from addp_core.training.stage import TrainConfig
 
 log = logging.getLogger("addp")
@@ -109,6 +109,8 @@ class TrainingState:
             if config.channels_last and accelerator.is_main_process:
                 log.info("train.channels_last: with train.parallel=fsdp, of the frozen parts alone")
         accelerate_model(model, config.compile, config.channels_last and not self.sharded)
+        if not payload:  # a run from before this was an error goes on
+            check_layer_decay(model, config)
         optimizer = make_optimizer(model, config)
         if self.sharded:
             self.model, self.optimizer = model, accelerator.prepare(optimizer)

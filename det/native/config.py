@@ -2,6 +2,7 @@
 describes.
 """
 
+import logging
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,6 +19,8 @@ from addp_core.weights.encoders import DEFAULT_PATCH_SIZE, load_encoder
 from addp_core.weights.fitting import AnyArchitecture, AnyEncoder
 from addp_core.weights.pretrained import NORMALISATION
 from det.config import vitdet_attention
+
+log = logging.getLogger("detectron2.addp")
 
 NODE = "MODEL.ENCODER"
 DEFAULT_SIZE = 1024  # pixels, as in ViTDet
@@ -93,15 +96,16 @@ def square_pad(cfg: CfgNode) -> int:
     """Return MODEL.ENCODER.square_pad. Raises UserError if larger images would be cut off, which detectron2 does
     without a word.
     """
-    side, sizes = encoder_options(cfg)["square_pad"], {"MAX_SIZE_TEST": cfg.INPUT.MAX_SIZE_TEST}
-    if not cfg.INPUT.CROP.ENABLED:
-        sizes["MAX_SIZE_TRAIN"] = cfg.INPUT.MAX_SIZE_TRAIN
-    for key, size in sizes.items():
-        if 0 < side < size:
-            raise UserError(
+    side = encoder_options(cfg)["square_pad"]
+    for key in ("MAX_SIZE_TEST", "MAX_SIZE_TRAIN"):
+        if 0 < side < (size := cfg.INPUT[key]):
+            problem = (
                 f"{NODE}.square_pad: found {side}, but INPUT.{key}={size}: larger images would be cut off; expected "
                 f"INPUT.{key}={side}, or {NODE}.square_pad={size} or 0"
             )
+            if key == "MAX_SIZE_TEST":
+                raise UserError(problem)
+            log.warning("%s", problem)  # a script's own loader may crop, and evaluation has no use for it
     return side
 
 

@@ -88,6 +88,28 @@ def test_pixels_outside_the_hole_are_unchanged_and_variations_differ(inputs, tmp
     assert (pixels(tmp_path / "seed" / "000000.png") != variations[0]).any()
 
 
+def test_a_thin_stroke_on_a_large_image_is_filled(inputs, tmp_path):
+    hole = np.zeros((40, 60), dtype=bool)
+    hole[:, [1, 23, 47]] = True
+    mask = write_mask(tmp_path / "mask.png", hole)
+    settings = [f"image={inputs / 'large.png'}", f"mask={mask}", "size=[8,12]", "n=1"]
+    assert main(inpaint_command(inputs, tmp_path / "out", *settings)) == 0
+    filled = pixels(tmp_path / "out" / "mask.png")[..., 0] > 0
+    assert filled[:, [0, 4, 9]].all()
+    assert filled.sum() == 3 * 8
+
+
+@pytest.mark.parametrize("name", ["input.png", "mask.png", "000001.png"])
+def test_what_is_read_is_not_overwritten(inputs, tmp_path, expect_user_error, name):
+    path = tmp_path / name
+    path.write_bytes((inputs / "same.png").read_bytes())
+    before = path.read_bytes()
+    for key in ("image", "mask"):
+        settings = [f"{key}={path}"] + (["box=[2,2,4,4]"] if key == "image" else [])
+        expect_user_error(inpaint_command(inputs, tmp_path, *settings), f"{key}: {path} would be overwritten")
+    assert path.read_bytes() == before
+
+
 def test_an_empty_hole_returns_the_image(inputs, tmp_path, capsys):
     mask = write_mask(tmp_path / "mask.png", np.zeros(HW, dtype=bool))
     assert main(inpaint_command(inputs, tmp_path / "out", f"mask={mask}")) == 0

@@ -138,6 +138,6 @@ def test_errors_name_what_does_not_fit_the_dataset(trained_run, scenes, encoder_
     class_table.write_text("Idx\tName\n" + "".join(f"{i}\tthing {i}\n" for i in range(1, 20)))
     arguments.append(f"model={trained_run}")
     error = user_error(capsys, *arguments, f"data.classes={class_table}")
-    assert "19 classes, expected the model's 13: class 1 is 'thing 1' in the one and '0' in the other" in error
+    assert "19 classes, expected the model's 13: class 1 is 'thing 1' in the dataset and '0' in the model" in error
     expected = "data.crop: found 100, expected a multiple of the model's patch size 8"
     assert expected in user_error(capsys, *arguments, "data.crop=100")

@@ -165,6 +165,17 @@ def test_the_differences_are_told(tmp_path, caplog):
     assert config["num_classes"] == 3
 
 
+def test_the_model_is_not_overwritten(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    save_model(tiny_addp(), run / MODEL_FILE)
+    before = (run / MODEL_FILE).read_bytes()
+    wrong(capsys, run, run, "out: ", "is the model itself", layout="timm")
+    wrong(capsys, run, run / MODEL_FILE, "is the model itself", layout="encoder")
+    wrong(capsys, run / MODEL_FILE, run, "is the model itself", layout="timm")
+    assert (run / MODEL_FILE).read_bytes() == before
+
+
 def test_an_export_that_differs_is_refused_and_removed(tmp_path, monkeypatch):
     from tools.export import timm_folder as module
 

@@ -114,7 +114,8 @@ def bench(tmp_path, run_folder) -> Path:
     folder = tmp_path / "bench"
     folder.mkdir()
     arms = {"addp": {"model": str(run_folder), "init": "pretrained"}, "random": {"model": "x", "init": "random"}}
-    (folder / "bench.json").write_text(json.dumps({"arms": arms, "steps": [step]}))
+    steps = [step, step | {"arm": "random", "scores": {"top1": [7.0, 9.0]}}]
+    (folder / "bench.json").write_text(json.dumps({"arms": arms, "steps": steps}))
     return folder
 
 
@@ -130,6 +131,28 @@ def test_a_whole_addp_is_read_by_plain_timm_and_by_load_addp(hub, tmp_path, run_
     assert hub.private["me/addp"]
     check_card(files["README.md"].decode())
     read_in_process(hub, tmp_path, READ, ROOT, run_folder)
+
+
+def test_the_card_has_the_scores_of_the_model_alone(hub, tmp_path, run_folder, bench, monkeypatch):
+    monkeypatch.chdir(run_folder)  # where the missing path of the random arm would be that of the model
+    settings = ["model=.", f"out={tmp_path}/out.safetensors", "push=me/addp", "license=mit", f"bench={bench}"]
+    assert export(*settings) == 0
+    card = hub.files["me/addp"]["README.md"].decode()
+    assert "81.00" in card
+    assert "8.00" not in card
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.5,) * 3, (0.5,) * 3), ((0.1, 0.2, 0.3), (0.5,) * 3)])
+def test_the_encoder_of_a_classifier_keeps_its_normalization_for_timm(hub, tmp_path, mean, std):
+    encoder = Encoder(EncoderConfig(64, 2, 2), (32, 32), 8)
+    save_model(Classifier(encoder, 3, mean=mean, std=std), tmp_path / "classifier.safetensors")
+    settings = [f"model={tmp_path}/classifier.safetensors", "layout=encoder", "push=me/encoder", "license=mit"]
+    assert export(*settings, "out=encoder.safetensors") == 0
+    files = hub.files["me/encoder"]
+    if mean[0] == 0.5:
+        assert json.loads(files["config.json"])["pretrained_cfg"]["mean"] == list(mean)
+    else:
+        assert TIMM_FILE not in files  # which could not be told the right one
 
 
 def check_card(card: str) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,17 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def digests_of_files(recipe: Any, made_in: Path) -> dict[str, str]:
+def digests_of_files(recipe: Any, made_in: Path, known: Collection[str] = ()) -> dict[str, str]:
     """Return the digest of each file that a verb's recipe names, by its key.
 
-    Without models and tokenizers, of which a bench knows more, and without what is below `made_in`.
+    Without models and the keys `known`, of which a bench knows more, and without what is below `made_in`.
     """
     from addp_core.training.inputs import file_digest
     from addp_core.training.run_recipe import RunRecipe
 
     resolved = RunRecipe(recipe)
     keys = [key for key, kind in resolved.paths.items() if kind == "file" and resolved.values[key]]
-    keys = [key for key in keys if key not in keys_without_effect() | {"tokenizer", "predictor"}]
+    keys = [key for key in keys if key not in keys_without_effect() | set(known)]
     outside = [key for key in keys if not Path(resolved.values[key]).absolute().is_relative_to(made_in.absolute())]
     return {key: found for key in outside if (found := file_digest(resolved.values[key]))}
 

@@ -19,7 +19,7 @@ import addp_core
 from addp_core.base.errors import UserError
 from tools.bench import sweep
 from tools.bench.arguments import as_arguments, digests_of_files, result_settings, verb_recipe
-from tools.bench.arms import PRETRAINED, Arm
+from tools.bench.arms import PRETRAINED, Arm, open_arm
 from tools.bench.inputs import Inputs
 from tools.bench.metric import Metric
 from tools.bench.recipe import BEST_RUN, BenchRecipe, EvaluationKeys, TransferKeys
@@ -143,7 +143,7 @@ class Benchmark(ABC):
     def set_basis(step: Step, verb_recipe: Any) -> None:
         """Let a step's results depend on the recipe of its verb, and on the content of the files that it names."""
         step.basis["settings"] = result_settings(verb_recipe)
-        if files := digests_of_files(verb_recipe, step.out):
+        if files := digests_of_files(verb_recipe, step.out, known=step.arm.settings):
             step.basis["files"] = files
 
     def unsuitable(self, arm: Arm) -> str:
@@ -235,14 +235,14 @@ def keep_architecture(step: Step) -> None:
     Another checkpoint of the same architecture leaves these runs as good as they were.
     """
     path = step.folder / SWEEP
-    if step.arm.init == PRETRAINED or not step.trials or step.record().get("basis") != step.basis_digest:
+    if step.arm.init == PRETRAINED or not step.trials or not step.holds(step.record()):
         return
     try:
         before = str(yaml.safe_load(path.read_text(encoding="utf-8"))["arms"][step.arm.name]["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        if before != step.arm.model and open_arm(step.arm.name, before).random_digest == step.arm.digest:
+            step.trials.arms[step.arm.name]["model"] = before
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UserError):
         return
-    if Path(before).exists():
-        step.trials.arms[step.arm.name]["model"] = before
 
 
 def _resolve_best_run(value: Any, step: Step, recipe: BenchRecipe) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Annotated
 
@@ -254,13 +255,14 @@ def plan_steps(
                 step = Step(benchmark.name, arm, Path(recipe.out), left_out=str(error))
             steps[step.name] = step
     _check_needs(steps, wanted)
+    # an arm's digest stands for its pretraining
     needs_of = {step.name: [needed for needed in step.needs if needed not in pretraining] for step in steps.values()}
-    for step in sorted(steps.values(), key=lambda step: len(needs_of[step.name])):  # those that others need first
-        if not step.left_out and step.name not in pretraining:  # an arm's digest stands for its pretraining
-            needs = needs_of[step.name]
-            step.basis["needs"] = {needed: steps[needed].basis_digest for needed in needs}
-            step.needed = {needed: steps[needed].fingerprint for needed in needs}
-            keep_architecture(step)
+    for name in TopologicalSorter(needs_of).static_order():
+        if name in steps and not steps[name].left_out and name not in pretraining:
+            needs = {needed: steps[needed] for needed in needs_of[name]}
+            steps[name].basis["needs"] = {needed: each.basis_digest for needed, each in needs.items()}
+            steps[name].needed = {needed: (each.fingerprint, each.pretrainings) for needed, each in needs.items()}
+            keep_architecture(steps[name])
     return steps
 
 

@@ -6,6 +6,7 @@ tokenizer and the predictor of arms that train them in the same way on the same 
 on its seeds: a further seed keeps what exists.
 """
 
+import itertools
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pretrain.addp import Recipe as PretrainRecipe
 
 SEED_KEY = "train.seed"
+FROZEN_KEYS = ("tokenizer", "predictor")  # whose weights are in the basis
 SET_BY_BENCH = {"out": "the bench's out", SEED_KEY: "pretrain.seeds"}
 
 
@@ -92,7 +94,7 @@ class Pretraining:
             "data": self._listing(training),
             "frozen": frozen.identity,
         }
-        if files := digests_of_files(training, self.out):
+        if files := digests_of_files(training, self.out, known=FROZEN_KEYS):
             basis["files"] = files
         encoder = {key: value for key, value in basis["settings"].items() if key.startswith("model.encoder.")}
         arm = Arm(
@@ -219,6 +221,9 @@ class Pretraining:
             "data": self._listing(training),
             "given": identity,
         }
+        files = {part: digests_of_files(recipe, self.out, known=FROZEN_KEYS) for part, recipe in recipes.items()}
+        if any(files.values()):
+            basis["files"] = files
         if (key := digest(basis)) in self._stages:
             return self._stages[key]
         folder = self._folder_of_stages(name, key)
@@ -234,14 +239,15 @@ class Pretraining:
 
     def _folder_of_stages(self, name: str, key: str) -> Path:
         """Return the folder with the frozen parts of this digest or, without one, a folder that no others are in."""
-        folder, of_arm = self.out / PRETRAIN / STAGES, self.out / PRETRAIN / f"{STAGES}-{name}"
         recorded = {
             path.parent: json.loads(path.read_text(encoding="utf-8"))["basis"]
             for path in sorted((self.out / PRETRAIN).glob(f"{STAGES}*/{STEP}"))
         }
         if existing := next((path for path, basis in recorded.items() if basis == key), None):
             return existing
-        return of_arm if self._stages or folder in recorded else folder
+        taken = {*recorded, *(step.folder for step in self._stages.values())}
+        names = itertools.chain([STAGES, f"{STAGES}-{name}"], (f"{STAGES}-{name}-{i}" for i in itertools.count(2)))
+        return next(folder for each in names if (folder := self.out / PRETRAIN / each) not in taken)
 
     # ---------------------------------------------------------------- models that name a run of this bench
 

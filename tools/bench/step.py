@@ -40,7 +40,7 @@ class Step:
         in_sequence: Whether each command needs the one before.
         needs: Names of the steps that have to be done before.
         basis: What all results in the folder depend on.
-        needed: Fingerprints of the steps in `needs` whose results this one reads.
+        needed: Fingerprint and `pretrainings` of the steps in `needs` whose results this one reads.
         left_out: Why the step is not part of the bench, "" if it is.
         lacks_key: Whether that is because a key of the recipe is not given, such as a dataset.
     """
@@ -56,7 +56,7 @@ class Step:
     in_sequence: bool = False
     needs: list[str] = field(default_factory=list)
     basis: dict[str, Any] = field(default_factory=dict)
-    needed: dict[str, str] = field(default_factory=dict)
+    needed: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)
     left_out: str = ""
     lacks_key: bool = False
 
@@ -101,15 +101,31 @@ class Step:
         path = self.folder / STEP
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def has_other_pretrainings(self, record: dict[str, Any]) -> bool:
+        """Check whether a seed of the step.json started from another pretraining than it does now."""
+        before = record.get("pretrainings", {})
+        return any(before.get(seed, number) != number for seed, number in self.pretrainings.items())
+
     def describes(self, record: dict[str, Any]) -> bool:
         """Check whether a step.json is about this step as it is now, rather than with other settings or inputs."""
-        same = record.get("pretrainings", self.pretrainings) == self.pretrainings
-        return same and record.get("fingerprint") == self.fingerprint
+        blocked = record.get("state") == "blocked"  # its pretrainings are those of what is in the folder
+        return record.get("fingerprint") == self.fingerprint and (blocked or not self.has_other_pretrainings(record))
 
     def about(self) -> dict[str, Any]:
-        """Return what step.json says of the step itself."""
+        """Return what step.json says of the step itself, and of seeds whose runs are in the folder from before."""
         about = {"basis": self.basis_digest, "fingerprint": self.fingerprint, "commands": self.lines}
-        return about | ({"pretrainings": self.pretrainings} if self.pretrainings else {})
+        pretrainings = self.record().get("pretrainings", {}) | self.pretrainings
+        return about | ({"pretrainings": pretrainings} if pretrainings else {})
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Check whether the runs of a step.json hold for this step, which may have more of them.
+
+        Also if its basis is from before it had the content of files, and needed steps without their grid and seeds.
+        """
+        basis = {key: value for key, value in self.basis.items() if key != "files"}
+        needs = {name: fingerprint for name, (fingerprint, _) in self.needed.items()}
+        bases = (None, self.basis_digest, digest(basis), digest(basis | {"needs": needs}))
+        return record.get("basis") in bases and not self.has_other_pretrainings(record)
 
     @property
     def done(self) -> bool:
@@ -122,10 +138,8 @@ def prepare_folder(step: Step) -> str:
 
     Void results move to `out/before` first; returns where to, "" if there were none.
     """
-    moved_to, record = "", step.record()
-    before = record.get("pretrainings", {})
-    others = any(before.get(seed, number) != number for seed, number in step.pretrainings.items())
-    if record.get("basis", step.basis_digest) != step.basis_digest or others:
+    moved_to = ""
+    if not step.holds(step.record()):
         target = _folder_for_void_results(step)
         target.parent.mkdir(exist_ok=True)
         step.folder.rename(target)

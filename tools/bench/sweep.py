@@ -9,6 +9,7 @@ for instance because its learning rate makes training diverge, is named and left
 setting left, or if a seed of its best setting fails.
 """
 
+import functools
 import itertools
 import json
 import logging
@@ -28,6 +29,7 @@ from addp_core.base.files import write_atomically
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
+from addp_core.weights.files import MODEL_FILE
 from tools.bench.arguments import as_argument, digest, result_settings, verb_recipe
 from tools.bench.devices import DeviceShares
 from tools.bench.preflight import check_commands
@@ -224,9 +226,10 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children, shares: Devi
     """Do a run, unless it has finished before, and return its metric; None if it fails."""
     if (recorded := _recorded_score(recipe, sweep_run)) is not None:
         return recorded
-    folder = Path(recipe.out) / sweep_run.name
+    folder, command = Path(recipe.out) / sweep_run.name, _arguments(recipe, sweep_run)
+    inputs = _inputs(command)  # as they are when the run begins
+    _move_run_of_other_inputs(folder, command, inputs)
     folder.mkdir(parents=True, exist_ok=True)
-    command = _arguments(recipe, sweep_run)
     children.wait_until_free(folder)
     output = _log_of(sweep_run, Path(recipe.out))
     with shares.take() as environment:
@@ -241,7 +244,7 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children, shares: Devi
         if part not in score:
             raise UserError(f"metric: {folder} has no {part!r}; expected one of {', '.join(score)}")
         score = score[part]
-    content = {"command": command, "metric": recipe.metric, "score": score, "inputs": _inputs(command)}
+    content = {"command": command, "metric": recipe.metric, "score": score, "inputs": inputs}
     write_atomically(folder / SCORE, json.dumps(content).encode())
     return score
 
@@ -259,27 +262,57 @@ def _recorded_score(recipe: Recipe, sweep_run: SweepRun) -> float | None:
 
     Nor is there one if the recipe that the command names, or the checkpoint, is another one now.
     """
-    record = Path(recipe.out) / sweep_run.name / SCORE
-    if not record.exists():
-        return None
-    recorded = json.loads(record.read_text(encoding="utf-8"))
+    recorded = _record(Path(recipe.out) / sweep_run.name)
     command = _arguments(recipe, sweep_run)
-    if recorded | {"command": command, "metric": recipe.metric} != recorded:
+    if recorded.get("command") != command or recorded.get("metric") != recipe.metric:
         return None
-    before, now = recorded.get("inputs", {}), _inputs(command)
-    return recorded["score"] if all(before[key] == now[key] for key in before.keys() & now.keys()) else None
+    return recorded["score"] if _are_same_inputs(recorded, _inputs(command)) else None
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """Return what a run's cell.json says, {} if there is none."""
+    path = folder / SCORE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _inputs(command: list[str]) -> dict[str, str]:
     """Return digests of the settings that a command stands for and of its checkpoint, as far as they can be read."""
-    from addp_core.training.inputs import file_digest
-
     try:
         training = verb_recipe(command, "sweep")
     except UserError:  # the command itself will say so
         return {}
-    model = file_digest(getattr(training, "model", ""))
+    source = Path(str(getattr(training, "model", "") or "-")).expanduser()
+    path = source / MODEL_FILE if source.is_dir() else source
+    model = _file_digest(path, path.stat().st_mtime_ns) if path.is_file() else None
     return {"settings": digest(result_settings(training))} | ({"model": model} if model else {})
+
+
+@functools.cache
+def _file_digest(path: Path, modified: int) -> str | None:
+    """Return the digest of a file as it was at a time of modification, which is read once."""
+    from addp_core.training.inputs import file_digest
+
+    return file_digest(path)
+
+
+def _are_same_inputs(recorded: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    """Compare what is known of both; a cell.json from before there were inputs in it says nothing."""
+    before = recorded.get("inputs", {})
+    return all(before[key] == inputs[key] for key in before.keys() & inputs.keys())
+
+
+def _move_run_of_other_inputs(folder: Path, command: list[str], inputs: Mapping[str, str]) -> None:
+    """Move a finished run of the same command with another recipe or checkpoint to `<folder>,before<n>`.
+
+    It would otherwise answer that it has finished already.
+    """
+    recorded = _record(folder)
+    if recorded.get("command") != command or _are_same_inputs(recorded, inputs):
+        return
+    names = (folder.with_name(f"{folder.name},before{number}") for number in itertools.count(1))
+    target = next(path for path in names if not path.exists())
+    folder.rename(target)
+    log.info("%s: its recipe or checkpoint has changed; the previous run is in %s", folder.name, target)
 
 
 def _log_of(sweep_run: SweepRun, out: Path) -> Path:

@@ -152,9 +152,8 @@ def _metrics(recipe: Recipe) -> str:
         content = json.loads(path.read_text())
         models = {name: str(arm["model"]) for name, arm in content["arms"].items() if arm["init"] != "random"}
         steps: list[dict[str, Any]] = [step for step in content["steps"] if step["state"] == "done"]
-        steps = [
-            step for step in steps if os.path.realpath(models.get(step["arm"], "")) == os.path.realpath(recipe.model)
-        ]
+        model = os.path.realpath(recipe.model)
+        steps = [step for step in steps if step["arm"] in models and os.path.realpath(models[step["arm"]]) == model]
         rows = [row for step in steps for row in _rows(step)]
     except OSError as error:
         raise UserError(f"bench: {path}: {error.strerror}; expected the folder of an `addp bench`") from error

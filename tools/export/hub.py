@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from addp_core.base.errors import UserError
+from addp_core.weights.architectures import NORMALISATION
 from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.hub import hub_errors, hub_reason
+from addp_core.weights.reading import read_weights
 from tools.export.card import check_bench, write_card
+from tools.export.compare import given_heads
 from tools.export.recipe import Recipe
 from tools.export.timm_folder import export_timm
 
@@ -95,7 +98,8 @@ def _add_timm(recipe: Recipe, out: Path, folder: Path) -> bool:
     """Write the encoder of our file in timm's layout beside it, if timm has a place for it."""
     exported = folder / "timm"
     try:
-        export_timm(Recipe(model=str(out), out=str(exported), layout="timm"), exported)
+        normalisation = _normalisation(recipe)
+        export_timm(Recipe(str(out), str(exported), layout="timm", normalisation=normalisation), exported)
     except (ValueError, UserError) as error:
         log.info("timm's layout is left out: %s", error)
         return False
@@ -106,6 +110,20 @@ def _add_timm(recipe: Recipe, out: Path, folder: Path) -> bool:
     shutil.move(exported / MODEL_FILE, folder / TIMM_FILE)
     shutil.rmtree(exported)
     return True
+
+
+def _normalisation(recipe: Recipe) -> Any:
+    """Return the key of `NORMALISATION` that a classifier was trained with, None for another model.
+
+    Raises ValueError if there is no such key.
+    """
+    weights = read_weights(recipe.model, "classifier", given_heads(recipe), wanted=recipe.weights)
+    if weights.kind != "classifier":
+        return None
+    stated = tuple(weights.architecture.mean), tuple(weights.architecture.std)
+    if (key := next((key for key, parts in NORMALISATION.items() if parts == stated), None)) is None:
+        raise ValueError(f"no key of normalisation has the model's mean {stated[0]} and std {stated[1]}")
+    return key
 
 
 def _api() -> Any:

@@ -55,15 +55,17 @@ PARTS = ("vq_encode", "predictor", "vq_decode", "encoder", "decoder", "denoiser"
 
 def run(recipe: Recipe) -> None:
     """Measure, write the JSON file and print the tables."""
-    report: dict[str, Any] = {"settings": dataclasses.asdict(recipe) | machine()}
+    tasks = chosen_tasks(recipe)
+    device = pick_device(recipe) if tasks else None  # loading is the CPU's
+    report: dict[str, Any] = {"settings": dataclasses.asdict(recipe) | machine(device)}
     if recipe.train or recipe.sample:
         report = measure_model(recipe)
     if recipe.data:
         size = report["settings"]["size"] or ADDPConfig.image_size
         hw = (size, size) if isinstance(size, int) else size
         report["loading"] = measure_loading(recipe.data, hw, recipe.repeats, recipe.warmup)
-    if tasks := chosen_tasks(recipe):
-        report["transfer"] = measure_transfer(recipe, pick_device(recipe), tasks)
+    if tasks and device:
+        report["transfer"] = measure_transfer(recipe, device, tasks)
     if recipe.json:
         write_json(Path(recipe.json), report)
     sys.stdout.write(as_text(report))

@@ -6,7 +6,7 @@ import torch
 from toy_stage import Net
 
 from addp_core.base.errors import UserError
-from addp_core.training.optimization import learning_rate, make_optimizer
+from addp_core.training.optimization import check_layer_decay, learning_rate, make_optimizer
 from addp_core.training.stage import TrainConfig
 
 
@@ -30,14 +30,14 @@ def test_learning_rate_rises_linearly_and_falls_along_half_a_cosine():
 @pytest.mark.parametrize(
     ("model", "settings", "expected"),
     [
-        (Net(0, True), {}, "a Net has no layers to decay"),
-        (vit(), {"optimizer": "lars", "weight_decay": 0.0}, "lars without weight decay has no layers to decay"),
+        (Net(0, True), {}, "Net does not name its layers"),
+        (vit(), {"optimizer": "lars", "weight_decay": 0.0}, "lars without weight decay has one rate for all layers"),
     ],
 )
 def test_layer_decay_without_effect_is_refused(model, settings, expected):
     with pytest.raises(UserError, match=rf"train\.layer_decay: found 0\.5, expected null: {expected}"):
-        make_optimizer(model, TrainConfig(layer_decay=0.5, **settings))
-    make_optimizer(model, TrainConfig(layer_decay=1.0, **settings))
+        check_layer_decay(model, TrainConfig(layer_decay=0.5, **settings))
+    check_layer_decay(model, TrainConfig(layer_decay=1.0, **settings))
 
 
 def test_vectors_are_not_decayed_and_layer_decay_scales_learning_rates():

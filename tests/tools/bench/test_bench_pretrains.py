@@ -117,8 +117,21 @@ def test_scores_of_another_seed_of_pretraining_are_void(toys, recipes, fake, tmp
     assert (out / "before" / "finetune-ours-1").exists()
     assert ran("seeds=[0]", "pretrain.seeds=[0,1]") == [SWEEPS[0]]  # fewer seeds, with the same pretrainings
     assert not (out / "before" / "finetune-ours-2").exists()
-    assert ran("seeds=[0]", "pretrain.seeds=[1]") == [RUNS[0].replace("seed0", "seed1"), SWEEPS[0]]
+    # seed 1, whose run is still there, started from the pretraining with seed 1
+    assert ran("seeds=[0,1]") == [RUNS[0], SWEEPS[0]]
     assert (out / "before" / "finetune-ours-2").exists()
+
+
+def test_what_needs_another_step_follows_the_pretraining_of_that_one(toys, recipes, fake, tmp_path):
+    out, only = tmp_path / "out", "bench.only=[finetune/ours,generation/file]"
+    models = f"models={{file: {toys}/a}}"
+    generation = "generation.set={extractor: 'best:finetune/ours', n: 4}"
+    with pytest.raises(SystemExit, match="1"):  # the stand-in leaves no evaluation.json
+        main(bench_line(toys, recipes, out, only, models, generation, "seeds=[0]"))
+    before = json.loads((out / "generation/file/step.json").read_text())["fingerprint"]
+    with pytest.raises(SystemExit, match="1"):
+        main(bench_line(toys, recipes, out, only, models, generation, "seeds=[0]", "pretrain.seeds=[1]"))
+    assert json.loads((out / "generation/file/step.json").read_text())["fingerprint"] != before
 
 
 def test_results_stay_void_if_what_they_need_fails_first(toys, recipes, fake, tmp_path):
@@ -128,6 +141,9 @@ def test_results_stay_void_if_what_they_need_fails_first(toys, recipes, fake, tm
     set_behavior(fake, fail="pretrain/ours")
     with pytest.raises(SystemExit, match="1"):
         main(bench_line(toys, recipes, out, *longer))
+    assert states(out)["finetune/ours"] == "blocked"
+    with pytest.raises(SystemExit, match="1"):  # with other seeds, too
+        main(bench_line(toys, recipes, out, *longer, "pretrain.seeds=[1]"))
     assert states(out)["finetune/ours"] == "blocked"
     set_behavior(fake)
     assert main(bench_line(toys, recipes, out, *longer)) == 0
@@ -145,6 +161,16 @@ def test_frozen_parts_stay_where_they_are_when_arms_change(toys, recipes, fake, 
     stages = [line.replace("stages", "stages-long") for line in STAGES]
     assert commands_run(fake, out) == [*stages, "pretrain pretrain/long/seed0"]
     assert not (out / "before").exists()
+    # the folder that this arm would have is that of another one's
+    swapped = "pretrain.arms={ours: {}, other: {data.size: [16,24]}, wide: {data.size: [32,16]}}"
+    assert main(bench_line(toys, recipes, out, only, swapped)) == 0
+    assert commands_run(fake, out) == [
+        *(line.replace("stages", "stages-wide-2") for line in STAGES),
+        *("pretrain pretrain/other/seed0", "pretrain pretrain/wide/seed0"),
+    ]
+    other, wide = (step_entry(out, f"pretrain/{arm}")["commands"][0] for arm in ("other", "wide"))
+    assert f"tokenizer={out}/pretrain/stages-wide/tokenizer" in other
+    assert f"tokenizer={out}/pretrain/stages-wide-2/tokenizer" in wide
 
 
 def test_files_that_a_recipe_names_count_by_their_content(toys, recipes, fake, tmp_path):

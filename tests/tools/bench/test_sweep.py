@@ -6,6 +6,8 @@ import sys
 import threading
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transfers import NO_AUGMENTATION, write_color_images, write_tiny_checkpoint
 
 from addp_core.recipes.cli import main
@@ -166,6 +168,34 @@ def test_an_edited_recipe_is_not_taken_for_the_one_of_before(sweep, tmp_path, ca
         trainings.unlink(missing_ok=True)
         assert main(line) == 0
         assert trainings.exists() == again
+
+
+def test_a_replaced_checkpoint_is_trained_from(tmp_path, capsys):
+    """With a real training, whose folder would say that it has finished."""
+    images, model = tmp_path / "images", write_tiny_checkpoint(tmp_path)
+    write_color_images(images)
+    common = {"data": str(images), "data.size": 8, "data.workers": 0, "train.batch": 8, "train.steps": 1}
+    settings = f"set={json.dumps(common | NO_AUGMENTATION)}"
+    line = [
+        "sweep",
+        f"out={tmp_path / 'out'}",
+        "verb=finetune",
+        f"arms={{a: {{model: {model}}}}}",
+        settings,
+        "seeds=[0]",
+    ]
+    runs = tmp_path / "out" / "a"
+    assert main(line) == 0
+    first = (runs / "seed0" / "model.safetensors").read_bytes()
+    assert main(line) == 0
+    assert not (runs / "seed0,before1").exists()
+    weights = {name: value + 1 for name, value in load_file(model).items()}
+    with safe_open(model, "pt") as file:
+        save_file(weights, model, file.metadata())
+    assert main(line) == 0
+    assert (runs / "seed0,before1" / "model.safetensors").read_bytes() == first
+    assert (runs / "seed0" / "model.safetensors").read_bytes() != first
+    assert "its recipe or checkpoint has changed; the previous run is in" in capsys.readouterr().err
 
 
 def test_another_metric_is_read_again(sweep, tmp_path, capsys):
