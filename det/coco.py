@@ -94,8 +94,10 @@ class CocoDataset(ImageSource):
             raise UserError(self._describe_lack())
 
     def check_readable(self, samples: int = 100) -> None:
-        """Raise UserError if, of up to `samples` images across the dataset, more than `max_errors` are unreadable, all,
-        or more than half where no more than a quarter may be.
+        """Open up to `samples` images across the dataset.
+
+        Raises UserError if more than `max_errors` of them are unreadable, or all, or more than half where `max_errors`
+        is at most a quarter of the dataset.
         """
         errors, indices = [], sorted({i * len(self) // samples for i in range(samples)})
         for index in indices:

@@ -77,7 +77,7 @@ def compare_classes(segmentor: Segmentor | MmsegSegmentor, classes: tuple[str, .
     """
     if segmentor.classes == classes:
         return
-    pairs = zip_longest(classes, segmentor.classes, fillvalue="")
+    pairs = zip_longest(classes, segmentor.classes, fillvalue=None)
     number, (found, expected) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
     if isinstance(segmentor, MmsegSegmentor) and len(segmentor.classes) == len(classes):
         others = sum(a != b for a, b in zip(classes, segmentor.classes, strict=True))
@@ -90,7 +90,7 @@ def compare_classes(segmentor: Segmentor | MmsegSegmentor, classes: tuple[str, .
         return
     raise UserError(
         f"data.classes: {source} has {len(classes)} classes, expected the model's {len(segmentor.classes)}: class "
-        f"{number} is {found!r} in the dataset and {expected!r} in the model"
+        f"{number} is {found or 'none'!r} in the dataset and {expected or 'none'!r} in the model"
     )
 
 

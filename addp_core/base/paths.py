@@ -22,6 +22,7 @@ TOKENS_FILE = "tokens.json"  # of a token cache, whose ids depend on nothing tha
 FINISHED_FILE = "finished.json"  # of a run folder, at the end
 METRICS_FILE = "metrics.jsonl"  # of a run folder
 RECIPE_FILE = "recipe.yaml"  # of a run folder, and of any other that a recipe filled
+INPUTS_FILE = "inputs.json"  # in a run folder: digests of what the run began with
 
 
 def user_cache(name: str) -> Path:

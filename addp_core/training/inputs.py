@@ -15,13 +15,11 @@ from typing import Any, Protocol
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import read_chunks, write_atomically
-from addp_core.base.paths import TOKENS_FILE
+from addp_core.base.paths import INPUTS_FILE, TOKENS_FILE
 from addp_core.training.run_recipe import COMPUTE_ONLY_KEYS, RunRecipe, Values
 from addp_core.weights.files import MODEL_FILE
 
 log = logging.getLogger("addp")
-
-INPUTS = "inputs.json"  # in the run folder
 
 
 class Dataset(Protocol):
@@ -41,7 +39,7 @@ class Inputs:
     """The inputs of a run: recorded in `out`, and as a recipe names them now."""
 
     def __init__(self, out: Path, recipe: RunRecipe):
-        self.path, self.recipe = out / INPUTS, recipe
+        self.path, self.recipe = out / INPUTS_FILE, recipe
         try:
             self.record: dict[str, dict[str, Any]] = json.loads(self.path.read_text())
         except (OSError, ValueError):

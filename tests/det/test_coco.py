@@ -176,11 +176,26 @@ def test_images_of_which_most_are_unreadable_are_found_whatever_is_tolerated(mak
         dataset.check_readable()
     dataset.max_errors = 5
     dataset.check_readable()  # two thirds are tolerated as said
+    dataset.max_errors = 1
+    with pytest.raises(UserError, match=r"data\.max_errors: 1 of 1 images of .* that were looked at are unreadable"):
+        dataset.check_readable(samples=1)
     for i in range(4, 6):
         (tmp_path / f"{i}.png").write_bytes(b"")
     dataset.max_errors = 100
     with pytest.raises(UserError, match=r"data\.max_errors: 6 of 6 images of .* that were looked at are unreadable"):
         dataset.check_readable()
+
+
+def test_more_than_half_unreadable_where_few_are_tolerated(make_dataset, tmp_path):
+    content = coco_content(annotation(1, 0, 7, (5, 5, 8, 8)), images=8)
+    for i in range(8):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"{i}.png")
+    dataset = make_dataset(content, max_errors=2)
+    for name in ("0.png", "2.png"):
+        (tmp_path / name).write_bytes(b"")
+    dataset.check_readable()
+    with pytest.raises(UserError, match=r"data\.max_errors: 2 of 3 images of .* that were looked at are unreadable"):
+        dataset.check_readable(samples=3)
 
 
 def test_images_without_objects_are_kept_or_dropped(make_dataset):

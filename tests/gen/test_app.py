@@ -62,6 +62,7 @@ def test_an_upload_that_is_too_large_is_refused_by_its_header(tmp_path, monkeypa
     editor.blob_storage["sent"] = blobs
     with pytest.raises(gr.Error, match="100 x 60 pixels, expected at most 5000"):
         editor.preprocess(gr.components.image_editor.EditorData(id="sent"))
+    assert "sent" not in editor.blob_storage  # nothing of it stays in memory
 
 
 def test_the_buttons_reach_the_actions(blocks):

@@ -173,7 +173,10 @@ def test_the_model_is_not_overwritten(tmp_path, capsys):
     wrong(capsys, run, run, "out: ", "is the model itself", layout="timm")
     wrong(capsys, run, run / MODEL_FILE, "is the model itself", layout="encoder")
     wrong(capsys, run / MODEL_FILE, run, "is the model itself", layout="timm")
+    wrong(capsys, run / MODEL_FILE, run / "x" / ".." / MODEL_FILE, "is the model itself")
     assert (run / MODEL_FILE).read_bytes() == before
+    os.link(run / MODEL_FILE, run / "model.pth")
+    wrong(capsys, run / "model.pth", run, "is the model itself", layout="mmseg")
 
 
 def test_an_export_that_differs_is_refused_and_removed(tmp_path, monkeypatch):

@@ -143,8 +143,7 @@ class Benchmark(ABC):
     def set_basis(step: Step, verb_recipe: Any) -> None:
         """Let a step's results depend on the recipe of its verb, and on the content of the files that it names."""
         step.basis["settings"] = result_settings(verb_recipe)
-        if files := digests_of_files(verb_recipe, step.out, known=step.arm.settings):
-            step.basis["files"] = files
+        step.files = digests_of_files(verb_recipe, step.out, known=step.arm.settings)
 
     def unsuitable(self, arm: Arm) -> str:
         """Return why an arm cannot take part, "" if it can."""
@@ -229,17 +228,24 @@ class Benchmark(ABC):
         return ""
 
 
-def keep_architecture(step: Step) -> None:
-    """Let random weights take their architecture from where the runs in the folder have it, if that still exists.
+def keep_architecture(step: Step, arms: Sequence[Arm]) -> None:
+    """Let random weights take their architecture from where the runs in the folder have it, if that still has it.
 
     Another checkpoint of the same architecture leaves these runs as good as they were.
+
+    Args:
+        step: Of an arm with random weights; any other is left as it is.
+        arms: Of the bench, whose models need not exist yet.
     """
     path = step.folder / SWEEP
     if step.arm.init == PRETRAINED or not step.trials or not step.holds(step.record()):
         return
     try:
         before = str(yaml.safe_load(path.read_text(encoding="utf-8"))["arms"][step.arm.name]["model"])
-        if before != step.arm.model and open_arm(step.arm.name, before).random_digest == step.arm.digest:
+        digests = {arm.model_of(seed): arm.random_digest for arm in arms for seed in arm.seeds}
+        if before not in digests and before != step.arm.model:
+            digests[before] = open_arm(step.arm.name, before, step.arm.settings).random_digest
+        if digests.get(before) == step.arm.digest:
             step.trials.arms[step.arm.name]["model"] = before
     except (OSError, yaml.YAMLError, KeyError, TypeError, UserError):
         return

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated
 
@@ -257,12 +257,18 @@ def plan_steps(
     _check_needs(steps, wanted)
     # an arm's digest stands for its pretraining
     needs_of = {step.name: [needed for needed in step.needs if needed not in pretraining] for step in steps.values()}
-    for name in TopologicalSorter(needs_of).static_order():
+    try:
+        order = list(TopologicalSorter(needs_of).static_order())
+    except CycleError as error:
+        raise UserError(f"{BEST_RUN}: steps need each other: {' -> '.join(error.args[1])}; expected none to") from error
+    for name in order:
         if name in steps and not steps[name].left_out and name not in pretraining:
-            needs = {needed: steps[needed] for needed in needs_of[name]}
+            needs, arm = {needed: steps[needed] for needed in needs_of[name]}, steps[name].arm
+            if arm.init == PRETRAINED and arm.pretrained_by and (files := pretraining[arm.pretrained_by].files):
+                steps[name].files = {**steps[name].files, PRETRAIN: files}
             steps[name].basis["needs"] = {needed: each.basis_digest for needed, each in needs.items()}
             steps[name].needed = {needed: (each.fingerprint, each.pretrainings) for needed, each in needs.items()}
-            keep_architecture(steps[name])
+            keep_architecture(steps[name], arms)
     return steps
 
 

@@ -40,12 +40,14 @@ class FrozenParts:
         identity: What they depend on, or their weights if they are given.
         stride: Pixels of a side for each token.
         needs: The step that trains them, if one does.
+        files: Digests of files that the settings of their training name.
     """
 
     sources: dict[str, str]
     identity: Any
     stride: int
     needs: list[str] = field(default_factory=list)
+    files: dict[str, Any] = field(default_factory=dict)
 
 
 class Pretraining:
@@ -94,8 +96,8 @@ class Pretraining:
             "data": self._listing(training),
             "frozen": frozen.identity,
         }
-        if files := digests_of_files(training, self.out, known=FROZEN_KEYS):
-            basis["files"] = files
+        files: dict[str, Any] = digests_of_files(training, self.out, known=FROZEN_KEYS)
+        files |= {STAGES: frozen.files} if frozen.files else {}
         encoder = {key: value for key, value in basis["settings"].items() if key.startswith("model.encoder.")}
         arm = Arm(
             name,
@@ -111,7 +113,7 @@ class Pretraining:
             pretrained_with=self._varied_settings(training),
         )
         step = Step(PRETRAIN, arm, self.out, list(self.keys.seeds), self.recipe.bench.processes, needs=frozen.needs)
-        step.basis = basis
+        step.basis, step.files = basis, files
         for seed in step.seeds:
             fixed = {**frozen.sources, SEED_KEY: seed, "out": step.folder / f"seed{seed}"}
             texts = [f"{key}={as_argument(value, seed)}" for key, value in settings.items() if key not in fixed]
@@ -204,7 +206,7 @@ class Pretraining:
             stride = codes.stride
         step = self._stages_step(name, training, given, identity)
         trained = {part: str(step.folder / part) for part in FROZEN_STAGES if part not in given}
-        return FrozenParts(given | trained, step.basis_digest, stride, [step.name])
+        return FrozenParts(given | trained, step.arm.digest, stride, [step.name], step.files)
 
     def _stages_step(self, name: str, training: "PretrainRecipe", given: dict[str, str], identity: Any) -> Step:
         """Return the step that trains the frozen parts which are not given, the same one for all arms that agree."""
@@ -221,14 +223,15 @@ class Pretraining:
             "data": self._listing(training),
             "given": identity,
         }
-        files = {part: digests_of_files(recipe, self.out, known=FROZEN_KEYS) for part, recipe in recipes.items()}
-        if any(files.values()):
-            basis["files"] = files
         if (key := digest(basis)) in self._stages:
             return self._stages[key]
-        folder = self._folder_of_stages(name, key)
-        arm = Arm(folder.name, str(folder / wanted[-1]), PRETRAINED, key, None, training.data.hw, generates=False)
+        named = {part: digests_of_files(recipe, self.out, known=FROZEN_KEYS) for part, recipe in recipes.items()}
+        files = {part: digests for part, digests in named.items() if digests}
+        arm = Arm("", "", PRETRAINED, key, None, training.data.hw, generates=False)
         step = Step(PRETRAIN, arm, self.out, processes=self.recipe.bench.processes, basis=basis, in_sequence=True)
+        step.files = files
+        folder = self._folder_of_stages(name, step)
+        step.arm = replace(arm, name=folder.name, model=str(folder / wanted[-1]))
         tokenizer = given.get("tokenizer") or str(folder / "tokenizer")
         for part, recipe in recipes.items():
             step.commands.append(
@@ -237,13 +240,13 @@ class Pretraining:
         self._stages[key] = step
         return step
 
-    def _folder_of_stages(self, name: str, key: str) -> Path:
-        """Return the folder with the frozen parts of this digest or, without one, a folder that no others are in."""
+    def _folder_of_stages(self, name: str, step: Step) -> Path:
+        """Return the folder with a step's frozen parts or, without one, a folder that no others are in."""
         recorded = {
-            path.parent: json.loads(path.read_text(encoding="utf-8"))["basis"]
+            path.parent: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted((self.out / PRETRAIN).glob(f"{STAGES}*/{STEP}"))
         }
-        if existing := next((path for path, basis in recorded.items() if basis == key), None):
+        if existing := next((path for path, record in recorded.items() if step.holds(record)), None):
             return existing
         taken = {*recorded, *(step.folder for step in self._stages.values())}
         names = itertools.chain([STAGES, f"{STAGES}-{name}"], (f"{STAGES}-{name}-{i}" for i in itertools.count(2)))

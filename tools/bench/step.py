@@ -40,6 +40,7 @@ class Step:
         in_sequence: Whether each command needs the one before.
         needs: Names of the steps that have to be done before.
         basis: What all results in the folder depend on.
+        files: Digests of files that the settings name, which they depend on as well.
         needed: Fingerprint and `pretrainings` of the steps in `needs` whose results this one reads.
         left_out: Why the step is not part of the bench, "" if it is.
         lacks_key: Whether that is because a key of the recipe is not given, such as a dataset.
@@ -56,6 +57,7 @@ class Step:
     in_sequence: bool = False
     needs: list[str] = field(default_factory=list)
     basis: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
     needed: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)
     left_out: str = ""
     lacks_key: bool = False
@@ -75,8 +77,12 @@ class Step:
 
     @property
     def basis_digest(self) -> str:
-        """Digest of `basis`: with another one, the results in the folder are void."""
-        return digest(self.basis)
+        """Digest of `basis` and `files`: with another one, the results in the folder are void."""
+        return digest(self._whole_basis)
+
+    @property
+    def _whole_basis(self) -> dict[str, Any]:
+        return self.basis | ({"files": self.files} if self.files else {})
 
     @property
     def fingerprint(self) -> str:
@@ -87,7 +93,7 @@ class Step:
             for command in self.commands
         ]
         needed = [self.needed] if self.needed else []
-        return digest([self.basis, commands, self.trials.grid if self.trials else {}, self.seeds, *needed])
+        return digest([self._whole_basis, commands, self.trials.grid if self.trials else {}, self.seeds, *needed])
 
     @property
     def pretrainings(self) -> dict[str, int]:
@@ -120,11 +126,10 @@ class Step:
     def holds(self, record: dict[str, Any]) -> bool:
         """Check whether the runs of a step.json hold for this step, which may have more of them.
 
-        Also if its basis is from before it had the content of files, and needed steps without their grid and seeds.
+        Also if it is from before the content of files counted, and needed steps without their grid and seeds.
         """
-        basis = {key: value for key, value in self.basis.items() if key != "files"}
         needs = {name: fingerprint for name, (fingerprint, _) in self.needed.items()}
-        bases = (None, self.basis_digest, digest(basis), digest(basis | {"needs": needs}))
+        bases = (None, self.basis_digest, digest(self.basis), digest(self.basis | {"needs": needs}))
         return record.get("basis") in bases and not self.has_other_pretrainings(record)
 
     @property

@@ -4,9 +4,10 @@ An arm is one checkpoint or baseline under comparison. Every arm tries the whole
 setting is repeated with the other seeds (all seeds at once if the grid has one setting), and the table gives mean and
 standard deviation. Settings are selected and reported on the same validation images, which is fair between arms and
 optimistic for all of them. Each run has a folder of its own, `out/<arm>/<setting>,seed<n>`, and the same command again
-repeats no finished run. The links `out/<arm>/best-seed<n>` lead to the runs of the best setting. A setting that fails,
-for instance because its learning rate makes training diverge, is named and left out; the sweep fails if an arm has no
-setting left, or if a seed of its best setting fails.
+repeats no finished run, unless its recipe or checkpoint has changed: the previous run is then in
+`out/<arm>/<setting>,seed<n>,before<m>`. The links `out/<arm>/best-seed<n>` lead to the runs of the best setting. A
+setting that fails, for instance because its learning rate makes training diverge, is named and left out; the sweep
+fails if an arm has no setting left, or if a seed of its best setting fails.
 """
 
 import functools
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
-from addp_core.base.paths import RECIPE_FILE
+from addp_core.base.paths import INPUTS_FILE, RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from addp_core.weights.files import MODEL_FILE
@@ -228,7 +229,7 @@ def _score(recipe: Recipe, sweep_run: SweepRun, children: Children, shares: Devi
         return recorded
     folder, command = Path(recipe.out) / sweep_run.name, _arguments(recipe, sweep_run)
     inputs = _inputs(command)  # as they are when the run begins
-    _move_run_of_other_inputs(folder, command, inputs)
+    _move_run_of_other_inputs(sweep_run.name, folder, command, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     children.wait_until_free(folder)
     output = _log_of(sweep_run, Path(recipe.out))
@@ -262,11 +263,11 @@ def _recorded_score(recipe: Recipe, sweep_run: SweepRun) -> float | None:
 
     Nor is there one if the recipe that the command names, or the checkpoint, is another one now.
     """
-    recorded = _record(Path(recipe.out) / sweep_run.name)
-    command = _arguments(recipe, sweep_run)
+    folder, command = Path(recipe.out) / sweep_run.name, _arguments(recipe, sweep_run)
+    recorded = _record(folder)
     if recorded.get("command") != command or recorded.get("metric") != recipe.metric:
         return None
-    return recorded["score"] if _are_same_inputs(recorded, _inputs(command)) else None
+    return None if _is_of_other_inputs(folder, command, _inputs(command)) else recorded["score"]
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -276,43 +277,55 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _inputs(command: list[str]) -> dict[str, str]:
-    """Return digests of the settings that a command stands for and of its checkpoint, as far as they can be read."""
+    """Return digests of the settings that a command stands for and of its checkpoint, as far as they can be read.
+
+    Random weights have no checkpoint: they take the architecture alone from it.
+    """
     try:
         training = verb_recipe(command, "sweep")
     except UserError:  # the command itself will say so
         return {}
+    inputs = {"settings": digest(result_settings(training))}
     source = Path(str(getattr(training, "model", "") or "-")).expanduser()
     path = source / MODEL_FILE if source.is_dir() else source
-    model = _file_digest(path, path.stat().st_mtime_ns) if path.is_file() else None
-    return {"settings": digest(result_settings(training))} | ({"model": model} if model else {})
+    if getattr(training, "init", "") != "random" and path.is_file():
+        inputs["model"] = _file_digest(path, path.stat().st_mtime_ns)
+    return inputs
 
 
 @functools.cache
-def _file_digest(path: Path, modified: int) -> str | None:
+def _file_digest(path: Path, modified: int) -> str:
     """Return the digest of a file as it was at a time of modification, which is read once."""
     from addp_core.training.inputs import file_digest
 
-    return file_digest(path)
+    return file_digest(path) or ""
 
 
-def _are_same_inputs(recorded: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-    """Compare what is known of both; a cell.json from before there were inputs in it says nothing."""
-    before = recorded.get("inputs", {})
-    return all(before[key] == inputs[key] for key in before.keys() & inputs.keys())
+def _is_of_other_inputs(folder: Path, command: list[str], inputs: Mapping[str, str]) -> bool:
+    """Check whether a run began with another checkpoint or, by the same command, with another recipe.
 
-
-def _move_run_of_other_inputs(folder: Path, command: list[str], inputs: Mapping[str, str]) -> None:
-    """Move a finished run of the same command with another recipe or checkpoint to `<folder>,before<n>`.
-
-    It would otherwise answer that it has finished already.
+    What is not known of both says nothing, as in a folder from before it was recorded.
     """
     recorded = _record(folder)
-    if recorded.get("command") != command or _are_same_inputs(recorded, inputs):
+    before = dict(recorded.get("inputs", {}))
+    if recorded.get("command") != command:  # a changed key: the run's folder knows whether that is another run
+        before.pop("settings", None)
+    path = folder / INPUTS_FILE
+    files = json.loads(path.read_text(encoding="utf-8")).get("files", {}) if path.exists() else {}
+    before |= {"model": files["model"]} if "model" in files else {}
+    return any(before[key] != inputs[key] for key in before.keys() & inputs.keys())
+
+
+def _move_run_of_other_inputs(name: str, folder: Path, command: list[str], inputs: Mapping[str, str]) -> None:
+    """Move a run with another recipe or checkpoint to `<folder>,before<n>`: it would answer that it has finished
+    already, or continue from the weights that it began with.
+    """
+    if not _is_of_other_inputs(folder, command, inputs):
         return
     names = (folder.with_name(f"{folder.name},before{number}") for number in itertools.count(1))
     target = next(path for path in names if not path.exists())
     folder.rename(target)
-    log.info("%s: its recipe or checkpoint has changed; the previous run is in %s", folder.name, target)
+    log.info("%s: its recipe or checkpoint has changed; the previous run is in %s", name, target)
 
 
 def _log_of(sweep_run: SweepRun, out: Path) -> Path:

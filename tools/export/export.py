@@ -38,7 +38,7 @@ def run(recipe: Recipe) -> None:
             raise UserError(f"{key}: layout={recipe.layout} does not use it; expected layout={others}, or no {key}")
     source = Path(recipe.model).expanduser()
     files = {path.resolve() for path in (source, source / MODEL_FILE) if path.is_file()}
-    if (written := out if layout.suffix else out / MODEL_FILE).resolve() in files:
+    if (written := out / layout.weights).resolve() in files:
         raise UserError(f"out: {written} is the model itself, which the export would replace; expected another out")
     prepare_push(recipe)
     try:

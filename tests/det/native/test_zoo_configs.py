@@ -52,12 +52,14 @@ def test_a_config_of_the_zoo_trains_evaluates_predicts_and_traces(name, encoder_
         torch.testing.assert_close(each, its_own)
 
 
-def test_a_square_that_is_smaller_than_the_images_is_refused(encoder_file, tmp_path):
+def test_a_square_that_is_smaller_than_the_images_is_refused(encoder_file, tmp_path, caplog):
     cfg = zoo_config(FASTER, encoder_file, tmp_path, square_pad=64)
     with pytest.raises(UserError, match=r"square_pad: found 64, but INPUT\.MAX_SIZE_TEST=90: larger images"):
         build_backbone(cfg)
-    cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TRAIN = 64
-    build_backbone(cfg)
+    cfg.INPUT.MAX_SIZE_TEST = 64
+    with caplog.at_level("WARNING", "detectron2.addp"):
+        build_backbone(cfg)
+    assert "INPUT.MAX_SIZE_TRAIN=1333: larger images would be cut off" in caplog.text
 
 
 def test_only_the_name_and_the_source_need_to_be_given(encoder_file):

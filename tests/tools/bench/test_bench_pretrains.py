@@ -173,6 +173,28 @@ def test_frozen_parts_stay_where_they_are_when_arms_change(toys, recipes, fake, 
     assert f"tokenizer={out}/pretrain/stages-wide-2/tokenizer" in wide
 
 
+def test_random_weights_keep_the_arm_that_their_architecture_came_from(toys, recipes, fake, tmp_path):
+    out, only = tmp_path / "out", "bench.only=[finetune/random]"
+    assert main(bench_line(toys, recipes, out, only, "seeds=[0]")) == 0
+    swapped = "pretrain.arms={z_t: {process.condition: z_t}, ours: {}}"
+    assert main(bench_line(toys, recipes, out, only, swapped, "seeds=[0,1]")) == 0
+    assert f"model: {out}/pretrain/ours/seed0\n" in (out / "finetune" / "random" / "sweep.yaml").read_text()
+
+
+def test_a_bench_from_before_files_counted_holds(toys, recipes, fake, tmp_path):
+    out, start = tmp_path / "out", tmp_path / "start.safetensors"
+    shutil.copy(toys / "a" / "model.safetensors", start)
+    settings = ["bench.only=[finetune/ours]", f"pretrain.set={{stages: {recipes}, init: {start}}}"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tools.bench.pretraining.digests_of_files", lambda *_, **__: {})
+        assert main(bench_line(toys, recipes, out, *settings)) == 0
+    assert main(bench_line(toys, recipes, out, *settings, "seeds=[0,1]")) == 0
+    assert not (out / "before").exists()
+    shutil.copy(toys / "b" / "model.safetensors", start)
+    assert main(bench_line(toys, recipes, out, *settings, "seeds=[0,1]")) == 0
+    assert sorted(path.name for path in (out / "before").iterdir()) == ["finetune-ours-1", "pretrain-ours-1"]
+
+
 def test_files_that_a_recipe_names_count_by_their_content(toys, recipes, fake, tmp_path):
     out, start = tmp_path / "out", tmp_path / "start.safetensors"
     shutil.copy(toys / "a" / "model.safetensors", start)

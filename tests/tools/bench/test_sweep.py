@@ -191,11 +191,24 @@ def test_a_replaced_checkpoint_is_trained_from(tmp_path, capsys):
     assert not (runs / "seed0,before1").exists()
     weights = {name: value + 1 for name, value in load_file(model).items()}
     with safe_open(model, "pt") as file:
-        save_file(weights, model, file.metadata())
+        metadata = file.metadata()
+    save_file(weights, model, metadata)
     assert main(line) == 0
     assert (runs / "seed0,before1" / "model.safetensors").read_bytes() == first
     assert (runs / "seed0" / "model.safetensors").read_bytes() != first
-    assert "its recipe or checkpoint has changed; the previous run is in" in capsys.readouterr().err
+    assert "a/seed0: its recipe or checkpoint has changed; the previous run is in" in capsys.readouterr().err
+    # the same with a command that differs in what has no effect
+    save_file({name: value + 1 for name, value in weights.items()}, model, metadata)
+    quieter = f"set={json.dumps(common | NO_AUGMENTATION | {'train.log_every': 7})}"
+    assert main([quieter if each == settings else each for each in line]) == 0
+    assert (runs / "seed0,before2").exists()
+    # random weights take the architecture alone
+    random = [each.replace("{model:", "{init: random, model:") for each in line if not each.startswith("out=")]
+    random.append(f"out={tmp_path / 'random'}")
+    assert main(random) == 0
+    save_file(weights, model, metadata)
+    assert main(random) == 0
+    assert [path.name for path in sorted((tmp_path / "random" / "a").iterdir())] == ["best-seed0", "seed0"]
 
 
 def test_another_metric_is_read_again(sweep, tmp_path, capsys):
