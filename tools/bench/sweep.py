@@ -27,10 +27,9 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
-from addp_core.base.paths import INPUTS_FILE, RECIPE_FILE
+from addp_core.base.paths import INPUTS_FILE, MODEL_FILE, RECIPE_FILE
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
-from addp_core.weights.files import MODEL_FILE
 from tools.bench.arguments import as_argument, digest, result_settings, verb_recipe
 from tools.bench.devices import DeviceShares
 from tools.bench.preflight import check_commands
