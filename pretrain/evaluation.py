@@ -16,7 +16,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from addp_core.base.cpu import usable_cores
-from addp_core.base.errors import UserError
+from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.rng import generator
 from addp_core.data.config import DataConfig
 from addp_core.data.image_source import ImageSource
@@ -350,8 +349,5 @@ def _open_extractor(config: EvaluationConfig, images: int, device: torch.device)
             "pip install 'addp[gen]', or set evaluation.samples=0"
         ) from error
     check_image_count(min(images, config.samples), name="evaluation")
-    for key in ("inception", "extractor"):
-        path = getattr(config, key)
-        if path and not path.startswith("hf://") and not Path(path).expanduser().exists():
-            raise UserError(f"evaluation.{key}: {path} does not exist")
-    return open_local_extractor(config.inception, config.extractor, device)
+    with renaming_keys({f"{key}: ": f"evaluation.{key}: " for key in ("inception", "extractor")}):
+        return open_local_extractor(config.inception, config.extractor, device)

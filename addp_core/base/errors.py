@@ -28,3 +28,12 @@ def renaming_keys(names: Mapping[str, str]) -> Iterator[None]:
         for old, new in names.items():
             text = text.replace(old, new)
         raise UserError(text) from error
+
+
+@contextlib.contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Let the message of a `UserError` from this block begin with the key of the caller's recipe: "extractor: ..."."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error

@@ -18,7 +18,7 @@ from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 from torchvision.models import VGG16_Weights
 
-from addp_core.base.errors import UserError
+from addp_core.base.errors import UserError, naming_key
 from addp_core.base.rng import generator
 from addp_core.networks.classifier import normalize
 from addp_core.weights.files import read_tensors
@@ -146,7 +146,8 @@ def open_extractor(inception: str, classifier: str, device: torch.device) -> Ext
         UserError: if the weights cannot be read, downloaded or loaded.
     """
     if classifier:
-        module = _create(CLASSIFIER, ClassifierExtractor, classifier)
+        with naming_key("extractor"):
+            module = _create(CLASSIFIER, ClassifierExtractor, classifier)
         label = f"the classifier {classifier} (not Inception: no FID, and not comparable with published numbers)"
         layer = f"the pooled features of the classifier {classifier}"
     else:
@@ -216,7 +217,8 @@ def _create_from_tensors(key: str, source: str, weights: dict[str, Tensor]) -> F
 def _read_or_download(key: str, path: str, url: str, alternative: str) -> dict[str, Tensor]:
     """Read an extractor's weights from the file `path`, or download them if it is empty."""
     if path:
-        return dict(read_tensors(path))
+        with naming_key(key):
+            return dict(read_tensors(path))
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, a proxy's error page instead of the file, a full disk

@@ -271,7 +271,7 @@ MISTAKES = {
     "evaluation={single}": "{single} has 1 classes of two images or more, expected at least two such classes",
     "evaluation=missing": "evaluation.data: missing does not exist",
     "evaluation.held_out=0.1": "held_out: found 0.1 beside data=",
-    "evaluation.inception=missing.pth": "evaluation.inception: missing.pth does not exist",
+    "evaluation.inception=missing.pth": "evaluation.inception: missing.pth: no such file",
     "evaluation.samples=3": "evaluation: found 3 images, expected more than 3, as precision and recall need",
 }
 

@@ -38,7 +38,7 @@ from tools.bench.devices import DeviceShares
 from tools.bench.estimate import check_given_speeds, print_estimate
 from tools.bench.plan import Plan
 from tools.bench.plan import Recipe as Recipe
-from tools.bench.preflight import check_encoder
+from tools.bench.preflight import check_networks
 from tools.bench.recipe import PRETRAIN, BenchRecipe
 from tools.bench.report import write_report
 from tools.bench.results import BENCH, BenchResults, bench_content, mean_and_sd, summary_table, write_record
@@ -71,7 +71,7 @@ def run(recipe: BenchRecipe) -> None:
     plan = Plan(recipe)
     out = plan.out
     pending = _pending_steps(plan)
-    _check_encoders(pending)
+    _check_networks(pending)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if recipe.estimate.enabled:
@@ -111,13 +111,18 @@ def _pending_steps(plan: Plan) -> list[Step]:
     return pending
 
 
-def _check_encoders(pending: Sequence[Step]) -> None:
-    """Raise UserError if a training would refuse the encoder of its arm, of those that exist before the first step."""
+def _check_networks(pending: Sequence[Step]) -> None:
+    """Raise UserError if a step would refuse the encoder of its arm, or networks that it measures with; of those that
+    exist before the first step.
+    """
     for step in pending:
-        if step.trials and not step.arm.pretrained_by:
-            for _, arguments in itertools.islice(pending_commands(step.trials), 1):
-                with errors_name(step.name):
-                    check_encoder(step.trials.verb, arguments)
+        with errors_name(step.name):
+            if not step.trials:
+                for command in step.commands[:1]:  # the other seeds and the samples take the same networks
+                    check_networks(command.arguments, step.out)
+            elif not step.arm.pretrained_by:
+                for _, arguments in itertools.islice(pending_commands(step.trials), 1):
+                    check_networks(arguments, step.out)
 
 
 def _without_queued(pending: Sequence[Step], queued: Mapping[str, str]) -> list[Step]:

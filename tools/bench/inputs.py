@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import expand_home
 
 if TYPE_CHECKING:  # `addp report` does without torch
     from addp_core.data.sources import ImageSource
@@ -79,7 +80,7 @@ def listing_digest(path: str) -> str:
     """
     from addp_core.data.listing import entry_kind, is_image
 
-    root, digest, visited = Path(path).expanduser(), hashlib.sha256(), set()
+    root, digest, visited = expand_home(path), hashlib.sha256(), set()
 
     def add(*items: object) -> None:
         digest.update(os.fsencode(" ".join(map(str, items))) + b"\0")

@@ -35,13 +35,15 @@ def check_commands(verb: str, commands: Iterable[tuple[str, list[str]]]) -> None
         checked |= {dataset, model}
 
 
-def check_encoder(verb: str, arguments: list[str]) -> None:
-    """Build the encoder of one training as it will, if it may refuse what others accept, as a detector a CNN.
+def check_networks(arguments: list[str], out: Path) -> None:
+    """Load the networks of one command as it will, if it may refuse what others accept, as a detector a CNN.
 
-    Raises UserError, with the key, if it refuses the encoder of its model.
+    Those that lie in `out`, the folder of the bench, may not exist yet and are left out. Raises UserError, with the
+    key, for a network that the command would refuse.
     """
-    if verb in ENCODER_CHECKS:
-        ENCODER_CHECKS[verb](verb_recipe(arguments, verb))
+    verb = next((verb for verb in NETWORK_CHECKS if arguments[: len(verb.split())] == verb.split()), "")
+    if verb:
+        NETWORK_CHECKS[verb](verb_recipe(arguments, verb), out)
 
 
 def _check_model(training: Any) -> None:
@@ -69,18 +71,33 @@ def _check_coco(training: Any) -> None:
         locate_coco(training.data, split)  # only located: reading hundreds of megabytes is left to the training
 
 
-def _check_encoder_of_detector(training: Any) -> None:
+def _check_encoder_of_detector(training: Any, out: Path) -> None:
     from det.train import build_encoder
 
     build_encoder(training)
 
 
-def _check_encoder_of_segmentor(training: Any) -> None:
+def _check_encoder_of_segmentor(training: Any, out: Path) -> None:
     from seg.mmseg_config import read_config
     from seg.train import load_model, resolve
 
     config = read_config(training.config)
     load_model(resolve(training, config), config)
+
+
+def _check_extractors(evaluation: Any, out: Path) -> None:
+    """Load the networks whose features are compared, but those that would have to be downloaded."""
+    import torch
+
+    from addp_core.training.extractors import open_extractor, open_vgg16
+
+    classifier, device = evaluation.extractor, torch.device("cpu")
+    if classifier and Path(classifier).absolute().is_relative_to(out.absolute()):
+        return
+    if classifier or evaluation.inception:
+        open_extractor(evaluation.inception, classifier, device)
+    if evaluation.vgg16:
+        open_vgg16(evaluation.vgg16, device)
 
 
 def _check_scenes(training: Any) -> None:
@@ -91,7 +108,8 @@ def _check_scenes(training: Any) -> None:
         find_pairs(training.data.source, split)
 
 
-ENCODER_CHECKS: dict[str, Callable[[Any], None]] = {
+NETWORK_CHECKS: dict[str, Callable[[Any, Path], None]] = {
+    "evaluate": _check_extractors,
     "det train": _check_encoder_of_detector,
     "seg train": _check_encoder_of_segmentor,
 }

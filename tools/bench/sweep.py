@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
-from addp_core.base.paths import INPUTS_FILE, MODEL_FILE, RECIPE_FILE
+from addp_core.base.paths import INPUTS_FILE, MODEL_FILE, RECIPE_FILE, expand_home
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from tools.bench.arguments import as_argument, digest, result_settings, verb_recipe
@@ -285,7 +285,7 @@ def _inputs(command: list[str]) -> dict[str, str]:
     except UserError:  # the command itself will say so
         return {}
     inputs = {"settings": digest(result_settings(training))}
-    source = Path(str(getattr(training, "model", "") or "-")).expanduser()
+    source = expand_home(str(getattr(training, "model", "") or "-"))
     path = source / MODEL_FILE if source.is_dir() else source
     if getattr(training, "init", "") != "random" and path.is_file():
         inputs["model"] = _file_digest(path, path.stat().st_mtime_ns)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from addp_core.recipes.config import dump
 from addp_core.recipes.verbs import VERBS
 from addp_core.training.pace import FEATURES, HEADS, SAMPLING, VALIDATION
@@ -150,7 +151,7 @@ def _of_robustness(recipe: Any) -> dict[str, float]:
 
     images = sum(len(open_source(path, recipe.split)) for key in ("val", *TOP1_KEYS) if (path := getattr(recipe, key)))
     if recipe.imagenet_c:
-        parts = find_imagenet_c(Path(recipe.imagenet_c).expanduser(), recipe.allow_missing)
+        parts = find_imagenet_c(expand_home(recipe.imagenet_c), recipe.allow_missing)
         images += len(parts) * len(open_source(str(parts[0].path), recipe.split))  # all have the same images
     if recipe.corrupt:
         from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES

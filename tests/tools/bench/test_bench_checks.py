@@ -34,6 +34,14 @@ from tools.bench.inputs import listing_digest
         (["robustness.set={{worker: 0}}"], "robustness: unknown key 'worker'"),
         (["robustness.seeds=[7]"], "robustness.seeds: found 7, expected seeds of finetune: [0]"),
         (["generation.grid={{n: [1]}}"], "unknown key 'generation.grid'"),
+        (
+            ["bench.only=generation", "generation.set={{extractor: {toys}/none}}"],
+            "generation/a: extractor: {toys}/none: no such file",
+        ),
+        (
+            ["bench.only=generation", "generation.set={{inception: {toys}/none.pth}}"],
+            "generation/a: inception: {toys}/none.pth: no such file",
+        ),
         (["det.set={{model: 'best:finetune/c'}}"], "best:finetune/c: no such step"),
         (["benchmarks=[seg,dett]"], "benchmarks: found 'dett', expected some of generation, finetune"),
         (

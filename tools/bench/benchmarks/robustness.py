@@ -3,10 +3,10 @@
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from tools.bench import sweep
 from tools.bench.arguments import as_arguments, verb_recipe
 from tools.bench.benchmark import Benchmark, Dataset, Outcome, Scores, Settings
@@ -30,7 +30,7 @@ def check_corruptions(path: str, recipe: BenchRecipe, readers: Sequence[Benchmar
     from cls.variants.datasets import find_imagenet_c
 
     allow_missing = bool(recipe.section(Robustness.name).set.get("allow_missing"))
-    find_imagenet_c(Path(path).expanduser(), allow_missing)
+    find_imagenet_c(expand_home(path), allow_missing)
 
 
 class Robustness(Benchmark):
