@@ -14,6 +14,7 @@ from typing import Any
 
 from addp_core.base.addresses import refuse_address
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import error_limit
@@ -290,14 +291,14 @@ def _find_path(config: CocoFiles, key: str, candidates: Sequence[str]) -> Path:
     refuse_address(value, f"data.{key}")
     refuse_address(config.root, "data.root")
     if value:
-        path = Path(value).expanduser()
+        path = expand_home(value)
         if not path.exists():
             hint = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
             raise UserError(f"data.{key}: {path} does not exist{hint}")
         return path
     if not config.root:
         raise UserError(f"data.root: missing; expected the folder of a COCO dataset, as in data=coco, or data.{key}")
-    root = Path(config.root).expanduser()
+    root = expand_home(config.root)
     if not root.is_dir():
         hint = did_you_mean(root.name, os.listdir(root.parent)) if root.parent.is_dir() else ""
         raise UserError(f"data.root: {root} is not a folder{hint}; expected the folder of a COCO dataset")

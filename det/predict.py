@@ -5,8 +5,6 @@ with its `file_name`), and images.json with the ids of the images and the catego
 """
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -33,17 +31,17 @@ def run(recipe: Recipe) -> None:
     state = process_state()
     with renaming_keys({"data.source": "images", "data.split": "images"}):
         source = open_source(recipe.images)
+        names = source.names_below(recipe.images)
     model = load_detector(recipe.model).to(state.device).requires_grad_(False)
     accelerate_model(model)
     precision = resolve_precision(recipe.precision, state.device, matrix_width(model))
-    root = Path(recipe.images).expanduser()
     categories = model.architecture.categories
     entries: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     unreadable: list[str] = []
     indices = range(state.process_index, len(source), state.num_processes)
     for index in tqdm(indices, desc="detect", unit="img", disable=None if state.is_main_process else True):
-        name = os.path.relpath(source.name(index), root)
+        name = names[index]
         try:
             image = source.open_image(index)[0].pixels()
         except ImageError as error:
@@ -61,7 +59,7 @@ def run(recipe: Recipe) -> None:
     if not state.is_main_process:
         return
     if not entries:
-        raise UserError(f"images: none of the {len(unreadable)} images in {root} can be read")
+        raise UserError(f"images: none of the {len(unreadable)} images in {recipe.images} can be read")
     write_json(out / "detections.json", sorted(results, key=lambda result: result["image_id"]))
     write_json(
         out / "images.json",

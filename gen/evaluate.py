@@ -18,6 +18,7 @@ from accelerate import PartialState
 from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.files import TEMPORARY_PREFIX
+from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError
 from addp_core.data.sources import ImageSource, open_source
 from addp_core.method.sampler import SampleConfig
@@ -52,7 +53,7 @@ def run(recipe: Recipe) -> None:
     folder_images = None
     if recipe.images:
         with renaming_keys({"data.source": "images", "data.split": "images"}):
-            path = Path(recipe.images).expanduser()
+            path = expand_home(recipe.images)
             folder_images = open_source(recipe.images) if is_address(recipe.images) else open_images(path)
     check_image_count(recipe.n if folder_images is None else len(folder_images), recipe.is_splits)
     reference_source = open_reference(recipe.reference, recipe.split)
@@ -65,7 +66,7 @@ def run(recipe: Recipe) -> None:
     # Before generating, which can take hours: the reference may turn out to be unusable.
     if not isinstance(reference_source, Path):
         check_image_count(len(reference_source), name="reference")
-    prepare, cache = ResizeAndCrop(hw, recipe.reference_resize), Path(recipe.cache).expanduser()
+    prepare, cache = ResizeAndCrop(hw, recipe.reference_resize), expand_home(recipe.cache)
     reference = load_reference(reference_source, prepare, extractor, cache, recipe.workers)
     prc_extractor, prc_reference = extractor, reference
     if recipe.prc_features == "vgg16" and reference.features.features is not None:

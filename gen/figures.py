@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import expand_home
 from addp_core.base.rng import generator
 from addp_core.data.config import DataConfig
 from addp_core.data.sources import open_source
@@ -359,7 +360,7 @@ def draw_metrics(model: ADDP, recipe: Recipe) -> dict[str, Figure]:
 
 def read_curves(recipe: Recipe) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Read the report at `evaluation`, and group its rows into curves, by label."""
-    report = read_report(Path(recipe.evaluation).expanduser())
+    report = read_report(expand_home(recipe.evaluation))
     curves: dict[str, list[dict[str, Any]]] = {}
     for row in report["rows"]:
         if "sampling" in row:

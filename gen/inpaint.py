@@ -21,6 +21,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, LazyImage, eval_transform, wrap_image_errors
 from addp_core.method.config import TokenizedImages
 from addp_core.method.sampler import inpaint
@@ -74,7 +75,7 @@ def check_inputs_stay(recipe: Recipe) -> None:
     written = {path.resolve() for path in [*(out / name for name in (INPUT, MASK, GRID)), *variation_paths(recipe)]}
     for key in ("image", "mask"):
         path = getattr(recipe, key)
-        if path and Path(path).expanduser().resolve() in written:
+        if path and expand_home(path).resolve() in written:
             raise UserError(f"{key}: {path} would be overwritten in out={recipe.out}; expected another out")
 
 
@@ -156,7 +157,7 @@ def read_image(path: str, key: str) -> Image.Image:
     """Read an image file as RGB. Raises UserError, which names the recipe's key, if it is not an image."""
     try:
         with wrap_image_errors():
-            return LazyImage(Path(path).expanduser().read_bytes()).decode()
+            return LazyImage(expand_home(path).read_bytes()).decode()
     except ImageError as error:
         raise UserError(f"{key}: {path}: {error}; expected an image file") from error
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
+from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, wrap_image_errors
 from addp_core.data.sources import ImageSource, open_source
 from addp_core.training.extractors import Extractor
@@ -44,7 +45,7 @@ class Reference:
 
 def open_reference(reference: str, split: str) -> ImageSource | Path:
     """Open the recipe's `reference`: return its images, or the path of precomputed statistics."""
-    path = Path(reference).expanduser()
+    path = expand_home(reference)
     if path.suffix == ".npz" or (path / ABOUT).is_file():
         return path
     with renaming_keys({"data.source": "reference", "data.split": "split"}):

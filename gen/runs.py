@@ -13,7 +13,7 @@ from PIL import Image
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import TEMPORARY_PREFIX
-from addp_core.base.paths import FINISHED_FILE, METRICS_FILE
+from addp_core.base.paths import FINISHED_FILE, METRICS_FILE, expand_home
 from addp_core.training.curves import COLORS, Panel, draw, points, read_metrics
 from addp_core.training.metrics import NOT_PLOTTED
 from gen.page_html import Section, Tile, legend, render
@@ -35,7 +35,7 @@ class RunsView:
     """
 
     def __init__(self, folders: Sequence[str]):
-        self.folders = [Path(folder).expanduser().resolve() for folder in folders]
+        self.folders = [expand_home(folder).resolve() for folder in folders]
         for folder in self.folders:
             if not folder.is_dir():
                 raise UserError(f"runs: {folder} is not a folder; expected a run folder, or a folder of runs")

@@ -4,10 +4,10 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Protocol
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import expand_home
 from addp_core.data.config import DataConfig
 from addp_core.data.held_out import hold_out, same_images
 from addp_core.data.images import Interpolation, pretrain_transform
@@ -115,7 +115,7 @@ def open_token_cache(data: DataConfig, interpolation: Interpolation, source: Ima
     """Open the cache that the recipe names, if it names one. Raises UserError if it is not one of these crops."""
     if not (isinstance(data, TokenData) and data.tokens):
         return None
-    cache = TokenCache(Path(data.tokens).expanduser(), TokenCacheKey.of(data, interpolation, source))
+    cache = TokenCache(expand_home(data.tokens), TokenCacheKey.of(data, interpolation, source))
     log.info("data: %s: ids of %d crops of each image; no image is read for training", data.tokens, cache.crops)
     return cache
 

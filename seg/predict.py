@@ -6,8 +6,8 @@ unused, the first class is 1) and the legend's colors. Images that share a name 
 """
 
 import logging
-import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, write_png
 from addp_core.data.sources import ImageFiles, ImageSource, open_source
 from addp_core.training.processes import process_state
@@ -31,8 +32,8 @@ log = logging.getLogger("addp")
 def run(recipe: Recipe) -> None:
     """Predict and write the class maps. Several processes share the images; unreadable ones are logged and skipped."""
     segmentor, state = load_segmentor(recipe.model)
-    root, source = open_images(recipe.images)
-    names = output_names(root, source)[: recipe.n]
+    source, paths = open_images(recipe.images)
+    names = output_names(paths)[: recipe.n]
     import_mmseg()
     from seg.launch import ClassMapPredictor
 
@@ -57,18 +58,18 @@ def run(recipe: Recipe) -> None:
         log.info("seg predict: %d images in %s, %d unreadable", len(names) - len(unreadable), out, len(unreadable))
 
 
-def open_images(images: str) -> tuple[Path, ImageSource]:
-    """Return the folder that names are relative to, and the images. Raises UserError if there are none."""
-    path = Path(images).expanduser()
+def open_images(images: str) -> tuple[ImageSource, list[Path]]:
+    """Return the images and their paths below `images`. Raises UserError if there are none."""
+    path = expand_home(images)
     if path.is_file() and path.suffix.lower() != ".tar":
-        return path.parent, ImageFiles(path.parent, [path.name])
+        return ImageFiles(path.parent, [path.name]), [Path(path.name)]
     with renaming_keys({"data.source": "images", "data.split": "images"}):
-        return path, open_source(images)
+        source = open_source(images)
+        return source, list(map(Path, source.names_below(images)))
 
 
-def output_names(root: Path, source: ImageSource) -> list[Path]:
-    """Return the file name of each image's result, relative to `out`; all differ."""
-    images = [Path(os.path.relpath(source.name(index), root)) for index in range(len(source))]
+def output_names(images: Sequence[Path]) -> list[Path]:
+    """Return the file name of the result of each image, relative to `out`; all differ."""
     counts = Counter(path.with_suffix("") for path in images)
     return [
         path.with_suffix(".png") if counts[path.with_suffix("")] == 1 else path.with_name(f"{path.name}.png")

@@ -29,6 +29,10 @@ class ShardServer:
     url: str = ""
     fail: Callable[[Request], int | str | None] = lambda request: None
     ranges: bool = True
+    locate: Callable[[str, str], str] = lambda name, query: name  # the file below the folder that is sent
+    headers: Callable[[Path], dict[str, str]] = lambda path: {
+        "ETag": f'"{path.stat().st_size}-{path.stat().st_mtime_ns}"'
+    }
     requests: list[Request] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)  # ends the silences
 
@@ -54,7 +58,7 @@ def serve(folder: Path) -> Iterator[ShardServer]:
 
         def answer(self) -> None:
             name, _, query = self.path.lstrip("/").partition("?")
-            path = shards.folder / name
+            path = shards.folder / shards.locate(name, query)
             size = path.stat().st_size if path.is_file() else 0
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if shards.ranges else None
             start, end = (int(match[1]), min(int(match[2]) + 1, size)) if match else (0, size)
@@ -75,7 +79,8 @@ def serve(folder: Path) -> Iterator[ShardServer]:
                 return
             self.send_response(206 if match else 200)
             self.send_header("Content-Length", str(end - start))
-            self.send_header("ETag", f'"{size}-{path.stat().st_mtime_ns}"')
+            for key, value in shards.headers(path).items():
+                self.send_header(key, value)
             if match:
                 self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
             self.end_headers()

@@ -13,17 +13,21 @@ CHUNK_BYTES = 1 << 24  # of a large file, read at a time
 
 
 @contextlib.contextmanager
-def atomic_replace(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it to `path` when the block ends.
 
     The file is flushed to disk before it is renamed. If the block raises, it is deleted instead.
+
+    sync: false for one of many files, which the caller flushes together (`os.sync`) before it takes them for complete.
     """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         yield temporary
-        sync_to_disk(temporary)
+        if sync:
+            sync_to_disk(temporary)
         os.replace(temporary, path)
-        sync_to_disk(path.parent)
+        if sync:
+            sync_to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

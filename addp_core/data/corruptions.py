@@ -25,6 +25,7 @@ Rng = np.random.Generator
 REFERENCE_SIDE = 224  # pixels per side of the published images
 JPEG_QUALITY = 85  # of the published files
 SEVERITIES = range(1, 6)
+VERSION = 2  # to be raised when the pixels of a corruption change; 1 had one zoom less in the first zoom_blur
 
 
 def apply_corruption(image: Array, name: str, severity: int, rng: Rng) -> Array:
@@ -151,10 +152,11 @@ def motion_blur(image: Array, level: int, rng: Rng) -> Array:
 
 
 def zoom_blur(image: Array, level: int, rng: Rng) -> Array:
-    largest, step = ((1.10, 0.01), (1.15, 0.01), (1.20, 0.02), (1.24, 0.02), (1.30, 0.03))[level]
+    # The published end and step. The first severity has 1.11 too, because of rounding: 12 zooms.
+    end, step = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))[level]
     pil_image, (height, width) = _to_pil(image), image.shape[:2]
     zoomed = []
-    for factor in np.arange(1, largest + step / 2, step):
+    for factor in np.arange(1, end, step):
         x, y = (width - width / factor) / 2, (height - height / factor) / 2
         part = pil_image.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, width - x, height - y))
         zoomed.append(np.asarray(part) / 255)

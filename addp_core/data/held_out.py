@@ -92,8 +92,11 @@ def _shuffled_classes(source: ImageSource, seed: int) -> Iterator[tuple[str, lis
     labels = source.labels if source.classes else None
     labels = np.zeros(len(source), dtype=np.int64) if labels is None else labels
     keys = [hashlib.blake2b(name, key=str(seed).encode(), digest_size=8).digest() for name in source.relative_names()]
-    for label, class_name in enumerate(source.classes or ("all images",)):
-        yield class_name, sorted(np.flatnonzero(labels == label).tolist(), key=keys.__getitem__)
+    classes = source.classes or ("all images",)
+    by_label = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[by_label], np.arange(len(classes) + 1))
+    for label, class_name in enumerate(classes):
+        yield class_name, sorted(by_label[starts[label] : starts[label + 1]].tolist(), key=keys.__getitem__)
 
 
 def check_labels(source: ImageSource, name: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from addp_core.data.images import LazyImage, wrap_image_errors
 
 
@@ -49,6 +51,18 @@ class ImageSource:
         shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
         start = first.rfind(b"/", 0, shared) + 1
         return [name[start:] for name in names]
+
+    def names_below(self, source: str) -> list[str]:
+        """Return the images' paths below the source that a recipe names, for files that are written for each of them.
+
+        Raises UserError if a path leads out of it, so that a file would be written elsewhere.
+        """
+        root = expand_home(source)
+        names = [os.path.relpath(self.name(index), root) for index in range(len(self))]
+        for index, name in enumerate(names):
+            if name.split(os.sep)[0] == os.pardir:
+                raise UserError(f"data.source: the image {self.name(index)} is not below {source}; rename or remove it")
+        return names
 
     def digest(self) -> str:
         """Return a digest of the dataset's listing: the same if, and nearly only if, it has the same images.

@@ -1,9 +1,11 @@
 """Which files of a dataset are images: one set of rules for folders, tar shards and segmentation."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 from addp_core.data.images import IMAGE_EXTENSIONS
@@ -33,16 +35,25 @@ def why_passed_over(name: str) -> str:
     """Return why a file or folder is no part of a dataset, or "" if it is.
 
     Hidden names are passed over, among them macOS's ._x.jpg and .ipynb_checkpoints/, and so are the folders of
-    operating systems and network disks, with all that they hold.
+    operating systems and network disks, with all that they hold. A name that leads out of a tar is none of its files,
+    and what is written for each image would be written elsewhere.
 
     name: a path relative to the dataset's root.
     """
     for part in name.split("/"):
-        if part.startswith(".") and part not in (".", ".."):
+        if part == "..":
+            return "with .. in the name"
+        if part.startswith(".") and part != ".":
             return "hidden"
         if part.lower() in SYSTEM_FOLDERS:
             return f"in {part}/"
     return ""
+
+
+def natural_key(name: str) -> tuple[str | Decimal, ...]:
+    """Return a key that sorts names without regard to case and the numbers in them by value: 9.png before 10.png."""
+    parts = re.split(r"(\d+)", name.lower())  # every second part is a number, in any script
+    return tuple(Decimal(part) if i % 2 else part for i, part in enumerate(parts))  # int() has a limit of 4,300 digits
 
 
 @dataclass
@@ -86,18 +97,24 @@ def walk(root: Path, folder: str = "", passed_over: Counter[str] | None = None) 
     """Yield the paths of the files below `root/folder`, relative to `root`; count in `passed_over` what is left out.
 
     The files of a folder come in no particular order. A folder to which links lead is entered once, even if they lead
-    in a circle; of several, the link with the last name is followed.
+    in a circle: under its own name if it lies below `root/folder`, because that may be its class; otherwise, of several
+    links in one folder, by the one with the last name.
     """
     counts: Counter[str] = Counter() if passed_over is None else passed_over
     visited, pending = set(), [folder]
-    while pending:
+    links: list[str] = []  # to folders, which are followed when all others have been entered
+    while pending or links:
+        if not pending:
+            pending, links = links, []
         folder = pending.pop()
         status = os.stat(os.path.join(root, folder))
         if (status.st_dev, status.st_ino) in visited:
             counts["linked folder read once"] += 1
             continue
         visited.add((status.st_dev, status.st_ino))
-        prefix, folders = os.path.join(folder, ""), []
+        prefix = os.path.join(folder, "")
+        folders: list[str] = []
+        linked: list[str] = []
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:  # a million times for ImageNet: what is tested here is what most files need
                 name = entry.name
@@ -106,10 +123,11 @@ def walk(root: Path, folder: str = "", passed_over: Counter[str] | None = None) 
                 elif (kind := entry_kind(entry)) == "file":
                     yield prefix + name
                 elif kind == "folder":
-                    folders.append(prefix + name)
+                    (linked if entry.is_symlink() else folders).append(prefix + name)
                 else:
                     counts[kind] += 1
         pending += sorted(folders)
+        links += sorted(linked)
 
 
 def entry_kind(entry: os.DirEntry[str]) -> str:

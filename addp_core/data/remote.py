@@ -25,18 +25,24 @@ SMALL_SKIP = 1 << 16  # bytes that are read rather than skipped
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries; it doubles
 TEMPORARY_STATUS = {408, 425, 429}  # of HTTP, as are those from 500 on; any other error stays what it is
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+# What changes with a file's content, under the names that the file systems of fsspec give it: checksums, then times.
+TAGS = (
+    *("ETag", "etag", "xet_hash", "blob_id", "sha", "Content-MD5", "Digest", "generation"),
+    *("LastModified", "Last-Modified", "last_modified", "modified", "mtime"),
+)
 BRACES = re.compile(r"(?<!\$)\{([^{}]*)\}")
 
 
 class Address(NamedTuple):
-    """The address of a file: as messages and run folders show it, and as it is read, with credentials."""
+    """The address of a file."""
 
-    shown: str
-    url: str
+    shown: str  # by messages and run folders: without the query
+    url: str  # as it is read, with credentials
+    text: str  # as the recipe has it: with the query, and with variables in place of credentials
 
 
 class Version(NamedTuple):
-    """A file's number of bytes, and what changes with its content: a checksum or a time, as the server gives them."""
+    """A file's number of bytes, and what changes with its content: a checksum or a time; "" if the server has none."""
 
     size: int
     tag: str
@@ -64,8 +70,8 @@ def expand(pattern: str, key: str = "data.source") -> list[Address]:
         if count > MAX_ADDRESSES:
             raise UserError(f"{key}: {pattern} stands for more than {MAX_ADDRESSES:,} files; give fewer")
         parts.append(choices)
-    shown = ["".join(choice) for choice in product(*parts)]
-    return [Address(text.partition("?")[0], fill_variables(text, key)) for text in shown]
+    texts = ["".join(choice) for choice in product(*parts)]
+    return [Address(text.partition("?")[0], fill_variables(text, key), text) for text in texts]
 
 
 def _choices(braces: str, key: str) -> Sequence[str]:
@@ -104,13 +110,14 @@ class RemoteFiles:
     def version(self, address: Address) -> Version:
         """Return the version of a file."""
         system = self._connect(address)
+        # Hugging Face's would say the size only, or what it has said before.
+        options = {"expand_info": True} if _scheme(address) == "hf" else {}
         for attempt in self._attempts(address):
             try:
-                info = system.info(address.url)
+                info = system.info(address.url, **options)
                 if info.get("size") is None:
                     raise _UselessAnswerError("the server does not say how large it is")
-                tags = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "generation")
-                return Version(int(info["size"]), next((str(info[tag]) for tag in tags if info.get(tag)), ""))
+                return Version(int(info["size"]), next((str(info[tag]) for tag in TAGS if info.get(tag)), ""))
             except Exception as error:
                 attempt.failed(error)
         raise AssertionError("unreachable")
@@ -135,11 +142,12 @@ class RemoteFiles:
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """Return the bytes of all ranges, which are requested together."""
-        if not ranges:
-            return []
+        # No request stands for zero bytes: HTTP counts the last byte in.
+        found = {i: b"" for i, each in enumerate(ranges) if each.start == each.end}
+        missing = [i for i in range(len(ranges)) if i not in found]
+        if not missing:
+            return [b""] * len(ranges)
         system = self._connect(ranges[0].address)
-        found: dict[int, bytes] = {}
-        missing = list(range(len(ranges)))
         attempts = self._attempts(ranges[0].address)
         while missing:
             attempt = next(attempts)

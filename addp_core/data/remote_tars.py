@@ -6,6 +6,7 @@ request (`data.shuffle_block`).
 """
 
 import io
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -18,10 +19,12 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.base.launch import rank, world_size
 from addp_core.data.listing import is_tar
-from addp_core.data.remote import CONNECTIONS, Address, Range, RemoteFile, RemoteFiles, expand
+from addp_core.data.remote import CONNECTIONS, Address, Range, RemoteFile, RemoteFiles, Version, expand
 from addp_core.data.tar_index import Index, stored_index
 from addp_core.data.tar_members import RULES, TarMembers
 from addp_core.data.tars import TarShards
+
+log = logging.getLogger("addp")
 
 LONG_LIST = 8  # shards whose indexes take long enough to show progress
 MAX_GAP = 1 << 15  # bytes between two images that are read too, so that they are one request
@@ -52,6 +55,12 @@ class RemoteTarShards(TarShards):
                     "'s3://bucket/train-{000..999}.tar'"
                 )
         shown = [address.shown for address in addresses]
+        name, times = Counter(shown).most_common(1)[0]
+        if times > 1:
+            raise UserError(
+                f"data.source: {times} of the shards are {name} (without what follows the ?), but images are named "
+                "after their shard; expected addresses that differ before the ?"
+            )
         shared = commonprefix(shown)  # noqa: RUF071 (of paths, it would make https:/ of https://)
         root = shown[0] if len(shown) == 1 else shared.rpartition("/")[0]
         names = [text[len(root) :].lstrip("/") for text in shown]
@@ -60,10 +69,14 @@ class RemoteTarShards(TarShards):
         self._plan = _Plan()
         super().__init__(root, names if len(names) > 1 else (), split, classes)
 
+    def names_below(self, source: str) -> list[str]:
+        """Return the images' paths below the address that all shards share."""
+        return super().names_below(str(self._root))
+
     def _read_indexes(self, shards: Sequence[str]) -> list[TarMembers]:
         addresses = [self._addresses[shard] for shard in shards]
         self._files.check_ranges(addresses[0])
-        members = []
+        members, without_tag = [], 0
         # Each process begins elsewhere and finds what the others have read meanwhile.
         first = len(addresses) * rank() // world_size()
         order = [*range(first, len(addresses)), *range(first)]
@@ -72,10 +85,17 @@ class RemoteTarShards(TarShards):
             hidden = len(shards) < LONG_LIST or rank() > 0
             try:
                 for i in tqdm(range(len(addresses)), "indexes", leave=False, unit="shard", disable=hidden):
-                    members.append(TarMembers.from_index(addresses[i].shown, indexes.pop(i).result()))
+                    version, index = indexes.pop(i).result()
+                    members.append(TarMembers.from_index(addresses[i].shown, index))
+                    without_tag += not version.tag
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if without_tag:
+            log.info(
+                "data: %s: no checksum or time of change is known of %d shards; their headers are read at each start",
+                *(self._root, without_tag),
+            )
         for each in members:
             each.warn_if_truncated()
         return members
@@ -186,7 +206,8 @@ class _Headers(io.BufferedReader):
         return super().read(size)
 
 
-def _read_index(files: RemoteFiles, address: Address) -> Index:
+def _read_index(files: RemoteFiles, address: Address) -> tuple[Version, Index]:
+    """Return the version of a shard and its index, which is stored if the version says when the shard has changed."""
     version = files.version(address)
 
     def open_file() -> IO[bytes]:
@@ -195,4 +216,4 @@ def _read_index(files: RemoteFiles, address: Address) -> Index:
     def build() -> Index:
         return TarMembers(address.shown).read(open_file).as_index()
 
-    return stored_index(address.shown, list(version), RULES, build)
+    return version, stored_index(address.text, list(version), RULES, build) if version.tag else build()

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from timm.data.readers import create_reader
 
 from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.paths import expand_home
 from addp_core.data.config import DataConfig
 from addp_core.data.image_source import ImageFiles, ImageSource
 from addp_core.data.images import COMMON_EXTENSIONS
@@ -25,6 +27,7 @@ from addp_core.data.listing import FolderTree, count_text, is_tar, list_folder
 from addp_core.data.remote import RemoteFiles
 from addp_core.data.remote_tars import RemoteTarShards
 from addp_core.data.splits import find_split_folder, split_of
+from addp_core.data.tar_members import MAX_LABEL
 from addp_core.data.tars import TarShards
 
 log = logging.getLogger("addp")
@@ -125,11 +128,14 @@ def open_source(
             "data.source: missing; expected a folder of images, a .tar file or a dataset hfds/<name>, as in data=photos"
         )
     if classes is None and config.classes:
-        classes = [line for line in read_lines(Path(config.classes), "data.classes") if line]
+        classes = [line for line in read_lines(expand_home(config.classes), "data.classes") if line]
+        name, times = Counter(classes).most_common(1)[0] if classes else ("", 0)
+        if times > 1:
+            raise UserError(f"data.classes: {config.classes} has {name!r} {times} times; expected each class once")
     if is_address(config.source):
         files = RemoteFiles(config.tries, config.timeout)
         return _logged(RemoteTarShards(config.source, files, split, classes), config)
-    path = Path(config.source).expanduser()
+    path = expand_home(config.source)
     kind, _, rest = config.source.partition("/")
     if rest and not path.exists():
         if kind == "hfds":
@@ -219,7 +225,8 @@ def _open_folder(root: Path, split: str, classes: Sequence[str] | None) -> Image
 def read_lines(path: Path, key: str) -> list[str]:
     """Return the lines of a text file, stripped. Raises UserError with the recipe's key if it cannot be read."""
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        # Editors on Windows begin a text with a mark, which utf-8-sig leaves out.
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {path} cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
 
@@ -233,7 +240,16 @@ def _open_list(root: Path, split: str, list_file: Path, classes: Sequence[str] |
         name, _, digits = line.rpartition(" ")
         if not name or not digits.isdecimal():
             raise UserError(f'data.source: {list_file} line {number} is {line!r}; expected "relative/path label"')
-        names.append(name.strip())
+        name = name.strip()
+        if os.path.isabs(name) or os.pardir in name.split("/"):
+            raise UserError(
+                f"data.source: {list_file} line {number} names {name!r}; expected a path below {root / split}"
+            )
+        if Decimal(digits) > MAX_LABEL:
+            raise UserError(
+                f"data.source: {list_file} line {number} has label {digits[:20]}; expected at most {MAX_LABEL:,}"
+            )
+        names.append(name)
         labels.append(int(digits))
     if not names:
         raise UserError(f'data.source: {list_file} lists no image; expected lines "relative/path label"')

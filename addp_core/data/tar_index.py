@@ -21,7 +21,7 @@ from typing import Any
 from addp_core.base.files import write_atomically
 from addp_core.base.paths import user_cache
 
-FORMAT = 2
+FORMAT = 3
 MIN_BYTES = 1 << 24  # smaller shards are read sooner than looked up
 SETTLED = 2.0  # seconds after which a change of a file changes its time too, on every file system
 

@@ -1,10 +1,12 @@
 """What one tar holds: images, with their labels from files beside them, and what is passed over."""
 
+import contextlib
 import json
 import logging
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import IO, NamedTuple
 
 from addp_core.base.errors import UserError
@@ -18,7 +20,10 @@ log = logging.getLogger("addp")
 LABEL_FILE, JSON_FILE = ".cls", ".json"
 JSON_LABELS = ("label", "cls", "class", "class_id", "target")
 MAX_LABEL_BYTES = 1 << 20  # of a label file; longer ones hold something else
-GZIP_MAGIC = b"\x1f\x8b"
+MAX_LABEL = 10_000_000  # of a class's number; larger ones number something else, and each class takes memory
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
+BLOCK = 512  # bytes of a tar's header; contents are padded to as many
+MAX_PADDING = 1 << 22  # bytes of zeros at the end of a tar among which the beginning of another one is looked for
 RULES = [sorted(IMAGE_EXTENSIONS), sorted(SYSTEM_FOLDERS)]  # by which members are sorted out
 
 
@@ -82,14 +87,6 @@ class TarMembers:
         """Read the headers and the label files; return itself. Raises UserError if the file is no tar."""
         try:
             with open_file() as file:
-                magic = file.read(2)
-                if not magic:
-                    raise UserError(f"data.source: {self.where} is empty (0 bytes); download it again or remove it")
-                if magic == GZIP_MAGIC:
-                    raise UserError(
-                        f"data.source: {self.where} is compressed; decompress it first: images are read at random"
-                    )
-                file.seek(0)
                 self._read_members(file, file, 0, "", "")
         except (tarfile.TarError, EOFError, OSError) as error:
             if isinstance(error, PermissionError):
@@ -99,6 +96,8 @@ class TarMembers:
 
     def _read_members(self, file: IO[bytes], shard: IO[bytes], start: int, folder: str, printed_folder: str) -> None:
         """Add the members of a tar `file` that begins at byte `start` of the shard, under `folder`."""
+        where = os.path.join(self.where, printed_folder) if printed_folder else self.where
+        _check_beginning(file, where)
         extents: dict[str, Extent] = {}
         labels: dict[str, Label] = {}
         links: list[tuple[str, str]] = []
@@ -126,7 +125,7 @@ class TarMembers:
                         self._read_members(inner, shard, extents[name].offset, path, place)
                 elif not member.isdir():
                     self.listing.passed_over["special file"] += 1
-            self._check_end(file, tar.offset)
+            self._check_end(file, tar.offset, where)
         for name, target in _resolve_links(links, extents):
             if target is None:
                 self.listing.passed_over["dangling link"] += 1
@@ -145,14 +144,25 @@ class TarMembers:
         elif not is_tar(name):
             self.listing.add(name)
 
-    def _check_end(self, file: IO[bytes], end: int) -> None:
-        """Check that a tar ends in zeros; Python's reader takes damage, and a cut between two members, for the end."""
+    def _check_end(self, file: IO[bytes], end: int, where: str) -> None:
+        """Check that a tar ends in zeros; Python's reader takes damage, and a cut between two members, for the end.
+
+        Raises UserError if another tar follows, which tar and Python's reader pass over without a word.
+        """
         file.seek(end)
-        block = file.read(512)
-        if len(block) < 512:
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
             self.is_truncated = True
         elif block.strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {end:,}")
+        padding = file.read(MAX_PADDING)
+        zeros = (len(padding) - len(padding.lstrip(b"\0"))) // BLOCK * BLOCK
+        with contextlib.suppress(tarfile.HeaderError):  # the end of the file, or what some programs append
+            tarfile.TarInfo.frombuf(padding[zeros : zeros + BLOCK], tarfile.ENCODING, "surrogateescape")
+            raise UserError(
+                f"data.source: {where} holds another .tar behind its end at byte {end:,}, as cat joins them; "
+                "expected one .tar: keep them as files of a folder, or join them with tar --concatenate"
+            )
 
 
 def is_label(name: str) -> bool:
@@ -160,15 +170,32 @@ def is_label(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in (LABEL_FILE, JSON_FILE)
 
 
+def _check_beginning(file: IO[bytes], where: str) -> None:
+    """Raise UserError if a file is empty or compressed; go back to its first byte otherwise."""
+    beginning = file.read(max(map(len, COMPRESSED)))
+    file.seek(0)
+    if not beginning:
+        raise UserError(f"data.source: {where} is empty (0 bytes); download it again or remove it")
+    for magic, program in COMPRESSED.items():
+        if beginning.startswith(magic):
+            raise UserError(
+                f"data.source: {where} is compressed ({program}), but images are read at random; expected a plain "
+                f".tar: decompress it with {program} first"
+            )
+
+
 def _resolve_links(links: list[tuple[str, str]], extents: dict[str, Extent]) -> Iterator[tuple[str, str | None]]:
     """Yield each link with the member that it leads to, over other links, or None."""
     targets = dict(links)
-    for name, target in links:
-        for _ in links:  # links to links
-            target = targets.get(target, target)
-            if target in extents:
-                break
-        yield name, target if target in extents else None
+    ends: dict[str, str | None] = {}  # of every link that has been followed, so that long chains are followed once
+    for name, _ in links:
+        chain: dict[str, None] = {}
+        end = name
+        while end in targets and end not in ends and end not in chain:
+            chain[end] = None
+            end = targets[end]
+        ends.update(dict.fromkeys(chain, ends.get(end, end if end in extents else None)))
+        yield name, ends[name]
 
 
 def _read_label(shard: IO[bytes], extent: Extent, name: str) -> Label:
@@ -195,4 +222,8 @@ def _parse_label(content: bytes, extension: str) -> Label:
         return Label(None, f"cannot be read as a label ({error}); expected a number")
     if not text or text.startswith("-"):
         return Label(None, f"is {text!r}; expected the number or the name of a class")
-    return Label(int(text) if text.isdecimal() else text)
+    if not text.isdecimal():
+        return Label(text)
+    if Decimal(text) > MAX_LABEL:  # int() has a limit of 4,300 digits
+        return Label(None, f"is {text[:20]!r}; expected the number of a class, at most {MAX_LABEL:,}")
+    return Label(int(text))

@@ -1,5 +1,6 @@
 """Tar shards with random access: ImageNet's tar of tars, a tar for each class, WebDataset's shards, plain archives."""
 
+import itertools
 import logging
 import os
 import re
@@ -8,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from timm.utils.misc import natural_key
 
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.data.image_source import ImageSource, PackedStrings
 from addp_core.data.images import COMMON_EXTENSIONS
-from addp_core.data.listing import NameTree, count_text
-from addp_core.data.splits import choose_shards, find_split_folder
+from addp_core.data.listing import NameTree, count_text, natural_key
+from addp_core.data.splits import choose_shards, find_split_folder, split_of
 from addp_core.data.tar_index import cached_index
 from addp_core.data.tar_members import JSON_FILE, LABEL_FILE, RULES, Extent, TarMembers
 
@@ -139,8 +139,10 @@ def _label_key(shard: str, path: str) -> tuple[str, str]:
 
 def _members_of_split(members: list[_Member], split: str, where: str) -> list[_Member]:
     """Return the images of the split, if the folders in the shards are splits, with their paths below its folder."""
-    wrapper = os.path.commonpath([os.path.dirname(member.path) for member in members])
-    prefix = f"{wrapper}/" if wrapper else ""
+    shared = os.path.commonpath([os.path.dirname(member.path) for member in members]).split("/")
+    # A split's folder around all images is no mere wrapper: a tar of train/ has no other split.
+    wrapper = itertools.takewhile(lambda folder: not split_of(folder), shared)
+    prefix = "".join(f"{folder}/" for folder in wrapper if folder)
     folder = find_split_folder(NameTree(member.path[len(prefix) :] for member in members), split, where)
     prefix += f"{folder}/" if folder else ""
     members = [member for member in members if member.path.startswith(prefix)]

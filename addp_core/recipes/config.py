@@ -21,7 +21,7 @@ import yaml
 
 from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, did_you_mean
-from addp_core.base.paths import RECIPE_FILE
+from addp_core.base.paths import RECIPE_FILE, expand_home
 from addp_core.recipes.dialect import write_yaml
 from addp_core.recipes.document import BASE, UNPARSED, Document
 from addp_core.recipes.keys import all_keys, keys_of
@@ -149,7 +149,7 @@ def _find_base(document: Document, node: yaml.Node, path: Path, named: NamedReci
     known = {**beside, **named}
     if node.value in known:
         return known[node.value]
-    target = path.parent / Path(node.value).expanduser()
+    target = path.parent / expand_home(node.value)
     if target.is_file():
         return target
     names = ", ".join(sorted(known)) or "there is none"

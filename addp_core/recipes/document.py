@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from addp_core.base.addresses import CREDENTIALS_FIX, has_credentials
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.paths import expand_home
 from addp_core.recipes.dialect import NULL, STR, Loader, is_null, is_readable, scalar_value
 from addp_core.recipes.keys import Key, all_keys, describe_type, keys_of, unannotated, union_members
 from addp_core.recipes.tree import Tree, build, choose_variant, default_tree
@@ -203,7 +204,7 @@ class Document:
             return yaml.ScalarNode(STR, "")
         if holds_text and text[:1] not in ("'", '"') and not is_null(text):
             # A shell does not expand the ~ of out=~/runs.
-            return yaml.ScalarNode(STR, str(Path(text).expanduser()) if text.startswith("~/") else text)
+            return yaml.ScalarNode(STR, str(expand_home(text)) if text.startswith("~/") else text)
         if key.section and hasattr(key.section, "__shorthand__") and not text.startswith("{"):
             return node
         self.text = text

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import read_chunks, write_atomically
-from addp_core.base.paths import INPUTS_FILE, TOKENS_FILE
+from addp_core.base.paths import INPUTS_FILE, TOKENS_FILE, expand_home
 from addp_core.training.run_recipe import COMPUTE_ONLY_KEYS, RunRecipe, Values
 from addp_core.weights.files import MODEL_FILE
 
@@ -129,7 +129,7 @@ def file_digest(source: Any) -> str | None:
 
     Returns None if there is no such file.
     """
-    path = Path(str(source)).expanduser()
+    path = expand_home(str(source))
     if path.is_dir():
         path = path / (TOKENS_FILE if (path / TOKENS_FILE).exists() else MODEL_FILE)
     digest = hashlib.blake2b(digest_size=16)

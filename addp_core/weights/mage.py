@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-from pathlib import Path
 
 import yaml
 
 from addp_core.base.errors import UserError
-from addp_core.base.paths import RECIPE_FILE
+from addp_core.base.paths import RECIPE_FILE, expand_home
 from addp_core.method.mage import MAGE, MAGEConfig
 from addp_core.networks.tokenizer import Tokenizer
 from addp_core.weights.architectures import PredictorArchitecture
@@ -92,7 +91,7 @@ def _tokenizer_in_recipe(source: Source) -> str:
     """Return the key `tokenizer` of the recipe in a run folder, or beside a file of it; "" if there is none."""
     if not isinstance(source, str | os.PathLike):
         return ""
-    path = Path(source).expanduser()
+    path = expand_home(source)
     recipe = (path if path.is_dir() else path.parent) / RECIPE_FILE
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):
         return str(yaml.safe_load(recipe.read_text(encoding="utf-8")).get("tokenizer") or "")

@@ -20,6 +20,7 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
+from addp_core.base.paths import expand_home
 from addp_core.data.images import eval_transform
 from addp_core.data.sources import ImageSource
 from addp_core.networks.classifier import Classifier, Pooling
@@ -100,7 +101,7 @@ def _features(
         model,
         source,
         eval_transform(recipe.data.hw, evaluation_crop(recipe.data.hw, recipe.eval_crop)),
-        Path(config.cache).expanduser() if config.cache else Path(recipe.out) / "features",
+        expand_home(config.cache) if config.cache else Path(recipe.out) / "features",
         title=title,
         store=config.store,
         shard=config.shard,

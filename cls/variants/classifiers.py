@@ -20,6 +20,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.paths import expand_home
 from addp_core.networks.classifier import RGB
 from addp_core.training.processes import process_state
 from addp_core.weights.architectures import NORMALISATION
@@ -56,7 +57,7 @@ class EvaluatedClassifier:
 def open_classifier(recipe: Recipe) -> EvaluatedClassifier:
     """Load the classifier that the recipe names. Raises UserError if it cannot be read or has no trained head."""
     name = recipe.model.removeprefix(TIMM)
-    folder = Path(name.removeprefix(LOCAL_FOLDER)).expanduser()
+    folder = expand_home(name.removeprefix(LOCAL_FOLDER))
     if name.startswith(LOCAL_FOLDER) or (folder / TIMM_CONFIG).is_file():
         if recipe.checkpoint:
             raise UserError(f"checkpoint: {folder} holds its own weights; leave the key out")

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from addp_core.base.addresses import refuse_address
 from addp_core.base.errors import UserError, renaming_keys
+from addp_core.base.paths import expand_home
 from addp_core.data.config import DataConfig
-from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
+from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, VERSION
 from addp_core.data.images import eval_transform
+from addp_core.data.listing import FolderTree
 from addp_core.data.sources import HubDataset, ImageSource, open_source
 from addp_core.training.processes import process_state
 from addp_core.weights.fingerprint import fingerprint
@@ -78,7 +80,7 @@ class Evaluator:
             location = getattr(self.recipe, key)
             if key == "imagenet_c":
                 refuse_address(location, key)
-                parts += self._imagenet_c_parts(Path(location).expanduser())
+                parts += self._imagenet_c_parts(expand_home(location))
                 continue
             with renaming_keys(RENAMED_KEYS | {"data.source": key}):
                 source = self.sources[key] = open_source(DataConfig(source=location, split=self.recipe.split))
@@ -92,8 +94,9 @@ class Evaluator:
     def _imagenet_c_parts(self, root: Path) -> list[DatasetPart]:
         """Raise UserError if a part has classes that the model does not have, or lacks classes of other parts."""
         folders = {
-            part: sorted(entry.name for entry in os.scandir(part.path) if entry.is_dir())
+            part: FolderTree(part.path).folders()
             for part in find_imagenet_c(root, self.recipe.allow_missing)
+            if part.path is not None
         }
         for part, classes in folders.items():
             match_classes(part.key, str(part.path), classes, self.names)
@@ -181,5 +184,5 @@ class Evaluator:
         if part.corruption:
             settings |= {"corruption": part.corruption, "severity": part.severity}
         if part.key == "corrupt":
-            settings |= {"seed": self.recipe.seed, "crop": CROP_FRACTION}
+            settings |= {"seed": self.recipe.seed, "crop": CROP_FRACTION, "corruptions": VERSION}
         return settings

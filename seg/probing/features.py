@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from addp_core.base.rng import generator
 from addp_core.data.stream import default_workers, ignore_signals
 from addp_core.networks.classifier import NORM_EPS, normalize
@@ -74,7 +75,7 @@ def compute_bank(
     grid = patch_grid(encoder, config.size)
     patches = grid[0] * grid[1]
     limit = min(config.patches or patches, patches) if split == "train" else None
-    cache = Path(recipe.cache).expanduser() if recipe.cache else Path(recipe.out) / "features"
+    cache = expand_home(recipe.cache) if recipe.cache else Path(recipe.out) / "features"
     folder = cache / f"{split}-{_cache_key(encoder, recipe, blocks, listing, classes, limit)}"
     files = FeatureFiles(folder, -(-len(listing) // recipe.shard))
     if missing := files.missing():

@@ -146,7 +146,7 @@ def test_mce_of_given_errors(files, tmp_path, capsys):
             for i in range(3):
                 label = "0" if i < table[row, severity - 1] else "1"
                 write_image(tmp_path / "c" / groups[row] / name / str(severity) / label / f"{i}.png")
-            for label in "01":
+            for label in ("0", "1", ".ipynb_checkpoints", "@eaDir"):  # the last two are no classes
                 (tmp_path / "c" / groups[row] / name / str(severity) / label).mkdir(exist_ok=True)
     keys = {"model": files / "constant.safetensors", "imagenet_c": tmp_path / "c"}
     assert main(command(files, tmp_path / "out", **keys)) == 0
@@ -418,3 +418,12 @@ def test_generated_corruptions_are_labeled_as_such(files, tmp_path, capsys):
     assert found["corrupt"]["images"] == 150
     assert "imagenet_c" not in found
     assert found["average"] is not None
+
+
+def test_results_on_corruptions_of_another_version_are_not_taken_over(files, tmp_path, monkeypatch):
+    arguments = command(files, tmp_path / "out", corrupt=files / "imagenet", corrupt_n=1)
+    cells = tmp_path / "out" / "cells.json"
+    for version, expected in ((1, 75), (1, 75), (2, 150)):
+        monkeypatch.setattr(evaluation, "VERSION", version)
+        assert main(arguments) == 0
+        assert len(json.loads(cells.read_text())) == expected

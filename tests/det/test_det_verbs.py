@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -338,3 +339,18 @@ def test_what_needs_detectron2_says_so_where_it_is_missing(trained, tmp_path, ca
     export = ["export", f"model={trained / 'run'}", f"out={tmp_path / 'd2'}", "layout=detectron2"]
     assert main(export) == 2
     assert "layout=detectron2: it is not installed; `addp doctor` shows" in last_error_line(capsys)
+
+
+def test_predictions_stay_in_their_folder(trained, tmp_path):
+    """Names in a tar come from elsewhere: none may choose a file outside of `out`."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (70, 40), (200, 30, 30)).save(tmp_path / "1.png")
+    with tarfile.open(tmp_path / "in" / "x.tar", "w") as tar:
+        for name in ("../../x.png", "cat/1.png"):
+            tar.add(tmp_path / "1.png", name)
+    out = tmp_path / "a" / "b" / "out"
+    model, images = f"model={trained / 'run'}", f"images={tmp_path / 'in' / 'x.tar'}"
+    assert main(["det", "predict", model, images, f"out={out}"]) == 0
+    assert [str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*.png")] == [
+        "b/out/cat/1.png.png"
+    ]

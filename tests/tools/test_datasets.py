@@ -1,5 +1,6 @@
 """`addp data`: public datasets from a local server that drops connections, and what is refused."""
 
+import errno
 import hashlib
 import io
 import json
@@ -19,11 +20,21 @@ from tools.datasets import archives, data
 
 
 class DroppingHandler(BaseHTTPRequestHandler):
-    """Serves the files of `server.folder`; of each answer, at most `server.most` bytes arrive."""
+    """Serves the files of `server.folder`; of each answer, at most `server.most` bytes arrive.
+
+    The first answers are those of `server.failures`: a status of HTTP, or bytes that are no answer.
+    """
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        if self.server.failures:
+            failure = self.server.failures.pop(0)
+            if isinstance(failure, int):
+                return self.send_error(failure)
+            self.wfile.write(failure)
+            self.close_connection = True
+            return None
         path = self.server.folder / self.path.strip("/")
         if not path.is_file():
             return self.send_error(404)
@@ -47,7 +58,7 @@ def server(tmp_path):
     """A server of the files in tmp_path/served."""
     (tmp_path / "served").mkdir()
     server = ThreadingHTTPServer(("127.0.0.1", 0), DroppingHandler)
-    server.folder, server.most, server.starts = tmp_path / "served", 1 << 30, []
+    server.folder, server.most, server.starts, server.failures = tmp_path / "served", 1 << 30, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -128,6 +139,50 @@ def test_a_stopped_download_is_continued_by_the_next_command(server, tmp_path, m
     assert list(files_below(out)) == ["a/b.jpg"]
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [408, 425, 429, 500, 503, b"no HTTP\r\n\r\n", b"", CHUNKED + b"8\r\nimage", CHUNKED + b"no number\r\nimage"],
+)
+def test_what_may_pass_is_tried_again(server, tmp_path, failure, caplog):
+    write_zip(server.folder / "set.zip", {"a.jpg": b"image"})
+    server.failures = [failure]
+    line = [*settings_for(server.folder, tmp_path / "out", "set.zip"), f"mirror={url_of(server)}"]
+    assert main(line) == 0
+    assert "another try" in caplog.text
+    assert not server.failures
+
+
+def test_errors_of_the_network_while_bytes_arrive_are_not_those_of_the_disk(server, tmp_path, monkeypatch, caplog):
+    write_zip(server.folder / "set.zip", {"a.jpg": b"image"})
+    line = [*settings_for(server.folder, tmp_path / "out", "set.zip"), f"mirror={url_of(server)}"]
+    read, failures = archives.http.client.HTTPResponse.read, [OSError(errno.EHOSTUNREACH, "No route to host")]
+
+    def fail_once(response, amount=None):
+        if failures:
+            raise failures.pop()
+        return read(response, amount)
+
+    monkeypatch.setattr(archives.http.client.HTTPResponse, "read", fail_once)
+    assert main(line) == 0
+    assert "No route to host; another try" in caplog.text
+
+
+def test_a_full_disk_is_not_tried_again(server, tmp_path, monkeypatch, capsys):
+    write_zip(server.folder / "set.zip", {"a.jpg": b"image"})
+    line = [*settings_for(server.folder, tmp_path / "out", "set.zip"), f"mirror={url_of(server)}"]
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.disk_usage", full)
+    assert main(line) == 2
+    assert "set.zip.part: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert len(server.starts) == 1
+
+
 def test_archives_of_a_folder_stay_there(tmp_path):
     write_zip(tmp_path / "set.zip", {"a.jpg": b"image"})
     line = [*settings_for(tmp_path, tmp_path / "out", "set.zip"), f"mirror={tmp_path}"]
@@ -186,6 +241,11 @@ def test_what_cannot_be_had_is_one_line(server, tmp_path, capsys, monkeypatch):
     assert message.endswith(advice)
     assert "found 404 Not Found" in error(f"mirror={url_of(server)}/nothing")
     assert "mirror: " in error(f"mirror={tmp_path}/nowhere")
+    for address in ("http://host/my sets", "http://host:port", "http://host/bücher", f"http://{'a' * 64}.org"):
+        assert f"mirror: found '{address}/set.zip', expected an address" in error(f"mirror={address}")
+    assert "archives: found 'http://a b/set.zip', expected an address" in error(
+        "archives={set.zip: 'http://a b/set.zip'}"
+    )
     assert "found MD5 " in error(f"mirror={url_of(server)}", "md5={set.zip: '0'}")
     assert "md5: found none for set.zip" in error("md5={}")
     (tmp_path / "file").touch()

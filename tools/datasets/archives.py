@@ -1,6 +1,8 @@
 """Archives of a dataset: downloaded in parts that continue, verified, and unpacked without leaving their folder."""
 
+import contextlib
 import hashlib
+import http.client
 import logging
 import shutil
 import tarfile
@@ -11,7 +13,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -23,29 +24,33 @@ log = logging.getLogger("addp")
 PARTIAL = ".part"  # after the name of a file of which only the beginning has been downloaded
 TRIES = 5  # of a download that makes no progress
 TIMEOUT = 30  # seconds without a byte
+TEMPORARY_STATUS = {408, 425, 429}  # of HTTP, as are those from 500 on
 
 
 def is_url(source: str) -> bool:
     """Return whether a source is an address rather than a path."""
-    return urlsplit(source).scheme in ("http", "https")
+    return source.lower().startswith(("http://", "https://"))
 
 
-def download(url: str, path: Path, advice: str) -> None:
+def download(url: str, path: Path, advice: str, key: str) -> None:
     """Download a file to `path`, from where an earlier try has stopped.
 
     Raises UserError, which ends with `advice`, if the address does not answer, or the disk is full.
+
+    key: of the recipe that holds the address, for the message if it is none.
     """
     partial, failures = path.with_name(path.name + PARTIAL), 0
     while True:
         before = _size(partial)
         try:
             _continue_download(url, partial)
-            partial.replace(path)
+            with _writing(partial):
+                partial.replace(path)
             return
-        except OSError as error:
-            if not isinstance(error, urllib.error.URLError | TimeoutError | ConnectionError):
-                raise UserError(f"{partial}: cannot be written ({error.strerror or error})") from error
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+        except (http.client.InvalidURL, UnicodeError) as error:  # a space, no port, or letters that are not ASCII
+            raise UserError(f"{key}: found {url!r}, expected an address as a browser copies it ({error})") from error
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in TEMPORARY_STATUS:
                 raise UserError(f"{url}: found {error.code} {error.reason}; {advice}") from error
             failures = 0 if _size(partial) > before else failures + 1
             if failures == TRIES:
@@ -70,13 +75,26 @@ def _continue_download(url: str, partial: Path) -> None:
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         left = (total or 0) - start
-        check_space(partial.parent, left, f"{partial.parent}: {partial.stem} needs", "choose another out")
-        with partial.open("ab" if start else "wb") as file, _bar(partial.stem, total, start) as bar:
+        with _writing(partial):
+            check_space(partial.parent, left, f"{partial.parent}: {partial.stem} needs", "choose another out")
+            file = partial.open("ab" if start else "wb")
+        with file, _bar(partial.stem, total, start) as bar:
             while chunk := response.read(1 << 20):
-                file.write(chunk)
+                with _writing(partial):
+                    file.write(chunk)
+                    file.flush()
                 bar.update(len(chunk))
     if total and _size(partial) < total:
         raise ConnectionError(f"the connection ended after {_size(partial):,} of {total:,} bytes")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the disk into a UserError: all others are of the network, and may pass."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _bar(name: str, total: int | None, start: int = 0) -> tqdm:
@@ -97,7 +115,9 @@ def check_md5(path: Path, expected: str) -> None:
 
 
 def unpack(path: Path, folder: Path, strip: int = 0) -> None:
-    """Unpack a zip or tar archive into `folder`; files that are there in their full size are kept.
+    """Unpack a zip or tar archive into `folder`, which the caller flushes to the disk.
+
+    Files that are there in their full size are kept.
 
     strip: leading folders to leave out. Raises UserError if it is damaged, or if a member would lie outside of it.
     """
@@ -116,7 +136,7 @@ def unpack(path: Path, folder: Path, strip: int = 0) -> None:
             if target.parent not in made:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 made.add(target.parent)
-            with atomic_replace(target) as temporary, temporary.open("wb") as output:
+            with atomic_replace(target, sync=False) as temporary, temporary.open("wb") as output:
                 shutil.copyfileobj(file, output, CHUNK_BYTES)
 
 

@@ -15,7 +15,10 @@ RECORD_BYTES = 1 + 3 * SIDE * SIDE  # the label, then one plane for each color
 
 
 def write_images(path: Path, folder: Path) -> None:
-    """Write the images of the binary archive. Raises UserError if it is not as CIFAR-10's page describes it."""
+    """Write the images of the binary archive; the caller flushes them to the disk.
+
+    Raises UserError if it is not as CIFAR-10's page describes it.
+    """
     files = {PurePosixPath(name).name: file.read() for name, _, file in members(path)}
     batches = {name: content for name, content in files.items() if name.endswith(".bin")}
     classes = files.get(CLASS_NAMES, b"").decode().split()
@@ -28,7 +31,6 @@ def write_images(path: Path, folder: Path) -> None:
             image = Image.fromarray(record[1:].reshape(3, SIDE, SIDE).transpose(1, 2, 0))
             target = folder / split / classes[record[0]] / f"{numbers[split]:05d}.png"
             numbers[split] += 1
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_replace(target) as temporary:
-                    image.save(temporary, "png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_replace(target, sync=False) as temporary:
+                image.save(temporary, "png")

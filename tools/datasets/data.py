@@ -6,6 +6,7 @@ archives that have been unpacked are not fetched again. Datasets that nobody may
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from annotated_types import Ge
 
 from addp_core.base.errors import UserError
 from addp_core.base.files import write_atomically
+from addp_core.base.paths import expand_home
 
 log = logging.getLogger("addp")
 
@@ -49,7 +51,7 @@ def run(recipe: Recipe) -> None:
         raise UserError(f"data: {recipe.by_hand}")
     if not recipe.archives:
         raise UserError("data: found no archives, expected a dataset, as in addp data cifar10 out=cifar10")
-    out = Path(recipe.out).expanduser()
+    out = expand_home(recipe.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         state = _read_state(out)
@@ -84,7 +86,7 @@ def _add(recipe: Recipe, name: str, out: Path) -> None:
     advice = f"fetch it in another way and name its folder: mirror=<folder with {name}>"
     own = out / name
     if recipe.mirror and not is_url(recipe.mirror):
-        archive = Path(recipe.mirror).expanduser() / name
+        archive = expand_home(recipe.mirror) / name
         if not archive.is_file():
             raise UserError(f"mirror: {archive}: no such file; expected the archive from {recipe.archives[name]}")
     else:
@@ -92,7 +94,7 @@ def _add(recipe: Recipe, name: str, out: Path) -> None:
         url = f"{recipe.mirror.rstrip('/')}/{name}" if recipe.mirror else recipe.archives[name]
         if not archive.exists():
             log.info("%s: downloading from %s", name, url)
-            download(url, archive, advice)
+            download(url, archive, advice, "mirror" if recipe.mirror else "archives")
     log.info("%s: checking %.1f MB", name, archive.stat().st_size / 1e6)
     check_md5(archive, recipe.md5[name])
     log.info("%s: unpacking into %s", name, out)
@@ -100,5 +102,6 @@ def _add(recipe: Recipe, name: str, out: Path) -> None:
         write_images(archive, out)
     else:
         unpack(archive, out, recipe.strip)
+    os.sync()  # once, before the archive is called unpacked or removed: for each of a million files it takes hours
     if archive == own and not recipe.keep:
         archive.unlink()

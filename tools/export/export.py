@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from addp_core.recipes.keys import keys_of
 from addp_core.weights.files import MODEL_FILE
 from tools.export.hub import prepare_push, push
@@ -36,7 +37,7 @@ def run(recipe: Recipe) -> None:
         if key not in (*ALWAYS, *layout.keys) and getattr(recipe, key) not in (None, False, ""):
             others = " or ".join(name for name, other in LAYOUTS.items() if key in other.keys)
             raise UserError(f"{key}: layout={recipe.layout} does not use it; expected layout={others}, or no {key}")
-    source = Path(recipe.model).expanduser()
+    source = expand_home(recipe.model)
     files = {path.resolve() for path in (source, source / MODEL_FILE) if path.is_file()}
     if (written := out / layout.weights).resolve() in files:
         raise UserError(f"out: {written} is the model itself, which the export would replace; expected another out")

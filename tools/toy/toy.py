@@ -28,6 +28,7 @@ from typing import Any
 from PIL import Image
 
 from addp_core.base.errors import UserError
+from addp_core.base.paths import expand_home
 from tools.toy import ade20k, classification, coco
 from tools.toy.digits import DigitScans
 from tools.toy.recipe import DatasetName, Recipe
@@ -71,7 +72,7 @@ def run(recipe: Recipe) -> None:
     A dataset appears under its name once it is complete. Raises UserError if a folder was made with other settings or
     cannot be written.
     """
-    out = Path(recipe.out).expanduser()
+    out = expand_home(recipe.out)
     scans = DigitScans()
     try:
         for name in recipe.only or DATASETS:

@@ -39,3 +39,18 @@ def test_lengths_scale_with_the_image(photograph):
         large = apply_corruption(clean, name, 4, np.random.default_rng(0))
         small = apply_corruption(clean.reshape(112, 2, 112, 2, 3).mean((1, 3)), name, 4, np.random.default_rng(0))
         assert np.abs(large.reshape(112, 2, 112, 2, 3).mean((1, 3)) - small).mean() < 0.01, name
+
+
+@pytest.mark.parametrize(
+    ("severity", "zooms", "largest"), [(1, 12, 1.11), (2, 16, 1.15), (3, 11, 1.2), (4, 13, 1.24), (5, 11, 1.3)]
+)
+def test_zooms_are_the_published_ones(severity, zooms, largest, photograph):
+    """np.arange(1, 1.11, 0.01) has twelve values, because of rounding, and those of the other severities none more."""
+    pixels = Image.fromarray((photograph * 255 + 0.5).astype(np.uint8))
+    total = photograph.copy()
+    for factor in np.linspace(1, largest, zooms):
+        border = (112 - 112 / factor) / 2
+        box = (border, border, 112 - border, 112 - border)
+        total += np.asarray(pixels.resize((112, 112), Image.Resampling.BILINEAR, box=box)) / 255
+    found = apply_corruption(photograph, "zoom_blur", severity, np.random.default_rng(0))
+    assert np.abs(found - total / (1 + zooms)).max() < 1e-3

@@ -5,7 +5,7 @@ import os
 import pytest
 from image_data import save_image
 
-from addp_core.data.listing import list_folder, why_passed_over
+from addp_core.data.listing import list_folder, natural_key, why_passed_over
 from addp_core.data.sources import open_source
 
 
@@ -19,6 +19,7 @@ from addp_core.data.sources import open_source
         ("__MACOSX/cat/1.jpg", "in __MACOSX/"),
         ("cat/@eaDir/1.jpg", "in @eaDir/"),
         ("lost+found", "in lost+found/"),
+        ("../cat/1.jpg", "with .. in the name"),
     ],
 )
 def test_names_that_are_passed_over(name, reason):
@@ -60,3 +61,20 @@ def test_system_folder_that_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir()
     with pytest.raises(Exception, match=r"no permission to read .*locked; change its permissions"):
         open_source(str(tmp_path))
+
+
+def test_a_folder_is_read_under_its_own_name_and_not_by_a_link_to_it(tmp_path):
+    for name in ("set/ant/1.jpg", "set/cat/2.jpg", "elsewhere/3.jpg"):
+        save_image(tmp_path / name)
+    (tmp_path / "set" / "zoo").mkdir()
+    (tmp_path / "set" / "zoo" / "favorites").symlink_to("../cat")
+    (tmp_path / "set" / "zoo" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "yak").symlink_to("ant")
+    source = open_source(str(tmp_path / "set"))
+    assert source.names_below(str(tmp_path / "set")) == ["ant/1.jpg", "cat/2.jpg", "zoo/more/3.jpg"]
+    assert [source.classes[label] for label in source.labels] == ["ant", "cat", "zoo"]
+
+
+def test_names_are_sorted_by_the_numbers_in_them():
+    names = ["b10.png", "B9.png", "b009.png", "a", "²", "b٣.png"]
+    assert sorted(names, key=natural_key) == ["a", "b٣.png", "B9.png", "b009.png", "b10.png", "²"]

@@ -109,6 +109,14 @@ def test_parts_of_files(server):
     assert files().version(parts[0].address).size == 2048
 
 
+def test_no_bytes_are_no_request(server):
+    reader = files()
+    assert reader.read(ranges(server, ("a.tar", 3, 3), ("b.tar", 10, 12), ("a.tar", 9, 9))) == [b"", b"bb", b""]
+    assert [request.name for request in server.parts] == ["b.tar"]
+    assert reader.read(ranges(server, ("a.tar", 3, 3))) == [b""]
+    assert reader.read([]) == []
+
+
 @pytest.mark.parametrize("failure", ["drop", 500, 503, 429])
 def test_what_may_pass_is_tried_again(server, failure, caplog):
     server.fail = lambda request: failure if len(server.requests) < 4 else None

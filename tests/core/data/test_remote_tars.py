@@ -1,5 +1,6 @@
 """Tar shards at an address: the same images, classes and batches as from the disk, each requested once."""
 
+import importlib
 import logging
 import multiprocessing
 import signal
@@ -330,3 +331,82 @@ def test_headers_that_claim_to_be_enormous(server):
     with pytest.raises(UserError, match=r"x\.tar cannot be read as \.tar \(a header of more than 16,777,216 bytes\)"):
         open_source(f"{server.url}/x.tar")
     assert sum(part.end - part.start for part in server.parts) < 1 << 17
+
+
+def names_in(address: str) -> list[str]:
+    """Return the names of the images at an address of one shard."""
+    source = open_source(address)
+    return [Path(source.name(i)).name for i in range(len(source))]
+
+
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified", "Content-MD5", "Digest", None])
+def test_an_index_is_kept_if_the_server_says_when_the_shard_changes(server, caplog, header):
+    caplog.set_level(logging.INFO, "addp")
+    path, address = server.folder / "x.tar", f"{server.url}/x.tar"
+    server.headers = lambda path: {header: f"{path.stat().st_mtime_ns}"} if header else {}
+    write_tar(path, {"a.png": image(1)})
+    assert names_in(address) == ["a.png"]
+    server.requests.clear()
+    assert names_in(address) == ["a.png"]
+    assert len(server.parts) == (1 if header else 2)  # whether the server sends parts, and the headers
+    size = path.stat().st_size
+    write_tar(path, {"b.png": image(1)})
+    assert path.stat().st_size == size
+    assert names_in(address) == ["b.png"]
+    said = "x.tar: no checksum or time of change is known of 1 shards; their headers are read at each start"
+    assert caplog.text.count(said) == (0 if header else 3)
+
+
+def test_shards_of_hugging_face_are_read_again_when_they_have_changed(server, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+
+    class Hub(fsspec.get_filesystem_class("memory")):
+        """Files in memory, of which the hub's checksum is told only if it is asked for."""
+
+        protocol = "hf"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("hf://", "memory://"))
+
+        def info(self, path, expand_info=False, **options):
+            found = {"name": path, "size": super().info(path)["size"], "type": "file"}
+            return {**found, "blob_id": hash(self.cat(path)), "last_commit": None} if expand_info else found
+
+    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "hf", Hub)
+    for name in ("a.png", "b.png"):
+        write_tar(server.folder / "x.tar", {name: image(1)})
+        Hub().pipe("/datasets/me/set/x.tar", (server.folder / "x.tar").read_bytes())
+        assert names_in("hf://datasets/me/set/x.tar") == [name]
+    stored = (server.folder / "cache" / "addp" / "tars").iterdir()
+    assert len([path for path in stored if path.suffix != ".lock"]) == 1
+
+
+def test_shards_that_differ_behind_the_question_mark_only(server):
+    for part in "01":
+        write_tar(server.folder / f"{part}.tar", {f"{part}.png": image(1)})
+    server.locate = lambda name, query: f"{query.removeprefix('part=')}.tar"
+    server.headers = lambda path: {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+    for part in "01":
+        assert names_in(f"{server.url}/get.tar?part={part}") == [f"{part}.png"]
+    with pytest.raises(UserError, match=r"2 of the shards are .*/get\.tar \(without what follows the \?\)"):
+        open_source(f"{server.url}/get.tar?part={{0,1}}")
+
+
+def test_names_below_an_address(server):
+    write_tar(server.folder / "web" / "x.tar", {"../../out.png": image(1), "cat/1.png": image(2)})
+    for address, names in (
+        ("web/train-{00..02}.tar", [f"train-{s:02d}.tar/{i:03d}.png" for s in range(SHARDS) for i in range(IMAGES)]),
+        ("web/x.tar?download=1", ["cat/1.png"]),
+    ):
+        assert open_source(f"{server.url}/{address}").names_below(f"{server.url}/{address}") == names
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_members_without_content_are_unreadable_images(s3, workers):
+    write_tar(s3.folder / "web" / "train-01.tar", {**web_shard(1), "004.png": b"", "last.png": b"", "last.cls": b"1"})
+    for root in (str(s3.folder / "web"), "s3://web/train-{00..02}.tar", f"{s3.url}/web/train-{{00..02}}.tar"):
+        stream = make_stream(open_source(root), 9, workers=workers, max_errors=2)
+        take_batches(stream, 5)
+        assert set(stream.errors.values()) == {"the file is empty"}
+        assert {Path(name).name for name in stream.errors} == {"004.png", "last.png"}

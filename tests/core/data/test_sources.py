@@ -12,7 +12,7 @@ from image_data import add_member, noise_image, save_image, write_shards
 from addp_core.base.errors import UserError
 from addp_core.data.cache import CachedSource
 from addp_core.data.config import DataConfig
-from addp_core.data.sources import ImageSource, open_source
+from addp_core.data.sources import ImageFiles, ImageSource, open_source
 
 
 def relative_names(source: ImageSource, root: Path) -> list[str]:
@@ -64,6 +64,11 @@ def test_class_names_from_the_caller_or_a_file(tmp_path):
     assert [source.read(i)[1] for i in range(2)] == [2, 0]
     with pytest.raises(UserError, match=r"data\.classes: .*(dog is none of the 2 classes; did you mean 'dogs')"):
         open_source(root, classes=["cat", "dogs"])
+    (tmp_path / "classes.txt").write_text("dog\ncat\n", encoding="utf-8-sig")  # as Windows' Notepad writes it
+    assert open_source(DataConfig(source=root, classes=str(tmp_path / "classes.txt"))).classes == ("dog", "cat")
+    (tmp_path / "classes.txt").write_text("dog\ncat\ndog\n")
+    with pytest.raises(UserError, match=r"data\.classes: .*classes\.txt has 'dog' 2 times; expected each class once"):
+        open_source(DataConfig(source=root, classes=str(tmp_path / "classes.txt")))
     with pytest.raises(UserError, match=r"data\.classes: .* cannot be read"):
         open_source(DataConfig(source=root, classes=str(tmp_path / "no.txt")))
 
@@ -91,6 +96,9 @@ def test_published_lists(tmp_path):
         ("\n", "lists no image"),
         ("gone.png 0\n", "gone.png does not exist"),
         ("\0\xff", "line 1"),
+        ("a.png 0\n../a.png 0\n", "line 2 names '../a.png'; expected a path below"),
+        (" /etc/a.png 0\n", "line 1 names '/etc/a.png'; expected a path below"),
+        ("a.png 99999999999999999999\n", "line 1 has label 99999999999999999999; expected at most 10,000,000"),
     ],
 )
 def test_invalid_lists_are_rejected(tmp_path, text, message):
@@ -271,3 +279,20 @@ def test_digest_of_a_listing(tmp_path):
     (moved / "cat" / "3.png").rename(moved / "cat" / "1.png")
     save_image(moved / "cat" / "1.png", noise_image(20, 20))
     assert open_source(str(moved)).digest() != before
+
+
+def test_names_below_what_a_recipe_names(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/2.png", "val/cat/3.png"):
+        save_image(tmp_path / "set" / name)
+    assert open_source(str(tmp_path / "set")).names_below(str(tmp_path / "set")) == [
+        "train/cat/1.png",
+        "train/dog/2.png",
+    ]
+    outside = ImageFiles(tmp_path / "set", ["train/cat/1.png", "../x.png"])
+    with pytest.raises(UserError, match=r"the image .*set/\.\./x\.png is not below .*/set"):
+        outside.names_below(str(tmp_path / "set"))
+
+
+def test_home_folders_of_nobody(tmp_path):
+    with pytest.raises(UserError, match=r"~nobody-of-this-name/photos: ~nobody-of-this-name has no home folder"):
+        open_source("~nobody-of-this-name/photos")

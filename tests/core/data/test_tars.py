@@ -1,6 +1,9 @@
 """Tar shards: the rules of folders, WebDataset's labels, damage, and processes that share them."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import tarfile
@@ -209,3 +212,84 @@ def test_shards_can_be_sent_to_workers_of_any_start_method(tmp_path):
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read_bytes(5) == source.read_bytes(5)
     assert copy.digest() == source.digest()
+
+
+def test_names_that_lead_out_of_the_tar_are_passed_over(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_tar(tmp_path / "a.tar", ["../../x.png", "cat/../../y.png", "cat/1.png", "cat/../dog/2.png"])
+    source = open_source(str(tmp_path / "a.tar"))
+    assert source.names_below(str(tmp_path / "a.tar")) == ["cat/1.png", "dog/2.png"]
+    assert "passed over: 2 with .. in the name" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["train", "set/train", "ILSVRC/Data/CLS-LOC/train"])
+def test_a_tar_of_one_split_has_no_other(tmp_path, folder):
+    write_tar(tmp_path / "a.tar", [f"{folder}/cat/1.png", f"{folder}/dog/2.png"])
+    assert labels_of(tmp_path / "a.tar") == ["cat", "dog"]
+    with pytest.raises(UserError, match=r"has no folder 'val'; it has train"):
+        open_source(str(tmp_path / "a.tar"), "val")
+
+
+def test_tars_that_were_joined_byte_by_byte(tmp_path):
+    """Python's reader, as tar itself, ends at the zeros of the first, however many they are."""
+    write_tar(tmp_path / "a.tar", ["cat/1.png"])
+    write_tar(tmp_path / "b.tar", ["dog/2.png"])
+    first, second = (tmp_path / "a.tar").read_bytes(), (tmp_path / "b.tar").read_bytes()
+    for zeros in (0, 512, 1 << 20):
+        (tmp_path / "c.tar").write_bytes(first + bytes(zeros) + second)
+        with pytest.raises(UserError, match=r"c\.tar holds another \.tar behind its end.*tar --concatenate") as error:
+            open_source(str(tmp_path / "c.tar"))
+        assert "\n" not in str(error.value)
+    (tmp_path / "c.tar").write_bytes(first + b"a signature" * 100)
+    assert len(open_source(str(tmp_path / "c.tar"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "compress"), [("gzip", gzip.compress), ("bzip2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_compressed_tars_are_named_with_their_program(tmp_path, program, compress):
+    write_tar(tmp_path / "a.tar", ["cat/1.png"])
+    compressed = compress((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "a.tar").write_bytes(compressed)
+    with pytest.raises(UserError, match=rf"/a\.tar is compressed \({program}\).*decompress it with {program} first"):
+        open_source(str(tmp_path / "a.tar"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_member(tar, "dog.tar", compressed)
+    with pytest.raises(UserError, match=rf"/a\.tar/dog\.tar is compressed \({program}\)"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+def test_links_over_many_links(tmp_path, caplog):
+    """Chains, a circle and thousands of links that lead nowhere; tar stores a file given twice as a link to itself."""
+    caplog.set_level("INFO")
+    chains = {f"{i}.png": f"{i + 1}.png" for i in range(5000)}
+    nowhere = {f"gone/{i}.png": f"gone/{i + 1}.png" for i in range(5000)}
+    links = chains | nowhere | {"circle/a.png": "circle/b.png", "circle/b.png": "circle/a.png", "5000.png": "5000.png"}
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        add_member(tar, "5000.png", encode(noise_image(8, 8)))
+        for name, target in links.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+    source = open_source(str(tmp_path / "links.tar"))
+    assert len(source) == 5001
+    assert source.read_bytes(0) == source.read_bytes(5000)
+    assert "passed over: 5,002 dangling link" in caplog.text
+
+
+def test_numbers_in_names_of_any_script_and_length(tmp_path):
+    names = ["10.png", "9.png", "٣.png", "²", "①", f"{'1' * 5000}.png", "a²b2.png"]
+    write_tar(tmp_path / "a.tar", [name if name.endswith(".png") else f"{name}/1.png" for name in names])
+    write_tar(tmp_path / "b.tar", ["1.png"])
+    source = open_source(str(tmp_path))
+    assert len(source) == len(names) + 1
+    assert source.names_below(str(tmp_path))[:3] == ["a.tar/٣.png", "a.tar/9.png", "a.tar/10.png"]
+    write_tar(tmp_path / "a.tar", ["²/1.png", "①/1.png", "x/1.png"])
+    assert set(labels_of(tmp_path / "a.tar")) == {"²", "①", "x"}
+
+
+@pytest.mark.parametrize("number", ["10000001", "1" * 5000])
+def test_numbers_that_cannot_be_classes(tmp_path, number):
+    write_tar(tmp_path / "a.tar", ["1.jpg"], ".cls", (number,))
+    with pytest.raises(UserError, match=r"a\.tar/1\.cls is '1\d*'; expected the number of a class, at most 10,000,000"):
+        open_source(str(tmp_path))
