@@ -40,7 +40,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, newest first."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def path(self, step: int) -> Path:
         """Return the folder of one checkpoint."""

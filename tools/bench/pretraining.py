@@ -292,7 +292,7 @@ def _check_intermediate(key: str, path: str, training: "PretrainRecipe") -> None
 
     folder, _, number = path.partition("/step-")
     every, steps = training.train.export_every, training.train.steps
-    step = int(number) if folder == INTERMEDIATE_MODELS and number.isdigit() else 0
+    step = int(number) if folder == INTERMEDIATE_MODELS and number.isdecimal() else 0
     # the last step leaves the model itself
     if step and every and step % every == 0 and (steps is None or step < steps):
         return

@@ -161,5 +161,5 @@ def _folder_for_void_results(step: Step) -> Path:
     """Return `out/before/<benchmark>-<arm>-<the next free number>`."""
     prefix = step.out / "before" / f"{step.benchmark}-{step.arm.name}"
     suffixes = [re.sub(r".*-", "", path.name) for path in prefix.parent.glob(f"{prefix.name}-*")]
-    number = max((int(suffix) for suffix in suffixes if suffix.isdigit()), default=0) + 1
+    number = max((int(suffix) for suffix in suffixes if suffix.isdecimal()), default=0) + 1
     return prefix.with_name(f"{prefix.name}-{number}")
