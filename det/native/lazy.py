@@ -160,8 +160,10 @@ def coco_evaluator(root: str, split: str, out: str, **files: str) -> COCOEvaluat
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(truth, json.dumps(dataset.to_coco()).encode())
     comm.synchronize()
-    MetadataCatalog.get(name).set(json_file=str(truth))
-    return COCOEvaluator(name, output_dir=out)
+    # Metadata of one name never change, but two evaluations in one process may write into two folders.
+    metadata = MetadataCatalog.get(f"{name} {truth.absolute()}")
+    metadata.set(**{**MetadataCatalog.get(name).as_dict(), "name": metadata.name, "json_file": str(truth.absolute())})
+    return COCOEvaluator(metadata.name, output_dir=out)
 
 
 # -------------------- optimization

@@ -49,7 +49,8 @@ def test_a_config_of_the_zoo_trains_evaluates_predicts_and_traces(name, encoder_
         found = traced(*adapter.flattened_inputs)
     assert len(expected[0]) > 0
     for each, its_own in zip(found, expected, strict=True):
-        torch.testing.assert_close(each, its_own)
+        # The sides of small boxes are differences of coordinates up to 84, of which a float32 holds 8e-6.
+        torch.testing.assert_close(each, its_own, rtol=1.3e-6, atol=1e-4)
 
 
 def test_a_square_that_is_smaller_than_the_images_is_refused(encoder_file, tmp_path, caplog):
