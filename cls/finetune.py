@@ -42,6 +42,7 @@ log = logging.getLogger("addp")
 
 def run(recipe: Recipe) -> None:
     """Fine-tune, or continue; end with `<out>/model.safetensors` and its metrics in results.json."""
+    transform = train_transform(recipe)  # a wrong policy is found before anything is read
     datasets = functools.cache(
         lambda: open_splits(recipe.data, recipe.val, recipe.val_share, recipe.train.seed, recipe.label_share)
     )
@@ -59,7 +60,6 @@ def run(recipe: Recipe) -> None:
     )
     crop = evaluation_crop(recipe.data.hw, recipe.eval_crop)
     stage = FinetuneStage(model, recipe, cache_for_evaluation(val_set, recipe.data, crop), crop)
-    transform = train_transform(recipe)
     stream = LabeledStream(
         train_set,
         CroppedFirst(transform) if recipe.data.resize == "torch" else transform,
@@ -147,24 +147,33 @@ def _module_name(parameter: str) -> str:
 
 
 def train_transform(recipe: Recipe) -> Any:
-    """Return timm's training transform: an RGB Pillow image -> Float[3,h,w], normalized."""
+    """Return timm's training transform: an RGB Pillow image -> Float[3,h,w], normalized.
+
+    Raises UserError if timm does not know the policy `augment.auto`.
+    """
     mean, std = NORMALISATION[recipe.normalisation]
     height, width = recipe.data.hw
     low, high = (ratio * width / height for ratio in recipe.data.ratio)  # timm's is not relative to the size
-    return create_transform(
-        recipe.data.hw,
-        is_training=True,
-        scale=recipe.data.scale,
-        ratio=(low, high),
-        hflip=0.5 if recipe.data.flip else 0.0,
-        color_jitter=recipe.augment.color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
-        auto_augment=recipe.augment.auto or None,
-        interpolation="bicubic",
-        re_prob=recipe.augment.erase,
-        re_mode="pixel",
-        mean=mean,
-        std=std,
-    )
+    try:
+        return create_transform(
+            recipe.data.hw,
+            is_training=True,
+            scale=recipe.data.scale,
+            ratio=(low, high),
+            hflip=0.5 if recipe.data.flip else 0.0,
+            color_jitter=recipe.augment.color_jitter or None,  # type: ignore[arg-type]  # None: no jitter
+            auto_augment=recipe.augment.auto or None,
+            interpolation="bicubic",
+            re_prob=recipe.augment.erase,
+            re_mode="pixel",
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:  # of timm's parser of policies
+        raise UserError(
+            f"augment.auto: found {recipe.augment.auto!r}, expected a policy in timm's notation, such as "
+            "rand-m9-mstd0.5-inc1, augmix-m3-w3, original or v0, or nothing"
+        ) from error
 
 
 class FinetuneStage(Stage):

@@ -17,20 +17,26 @@ from addp_core.recipes.config import dump
 from addp_core.training.compute import accelerate_model
 from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
+from addp_core.training.run_folder import check_out, claim_out
+from cls.results import RESULTS
 from cls.variants.classifiers import open_classifier
 from cls.variants.datasets import DATASETS, IMAGENET_C_KEYS, DatasetPart
 from cls.variants.evaluation import Counts, Evaluator
 from cls.variants.recipe import Recipe
-from cls.variants.report import markdown_report, summarize, write_report
-from cls.variants.store import ResultStore, result_key
+from cls.variants.report import CSV, MARKDOWN, markdown_report, summarize, write_report
+from cls.variants.store import RESULTS_FILE, ResultStore, result_key
+
+WRITTEN = (RESULTS, MARKDOWN, CSV, RESULTS_FILE)  # in `out`
 
 
 def run(recipe: Recipe) -> None:
     """Evaluate what is not in `out` yet, then write the report.
 
     Raises UserError, before anything is evaluated, if no dataset is given, if a dataset has classes that the model does
-    not have, or if ImageNet-C is incomplete.
+    not have, if ImageNet-C is incomplete, or if `out` is the folder of another verb or of a process at work.
     """
+    out = Path(recipe.out)
+    check_out(out, recipe, WRITTEN)
     keys = [key for key in DATASETS if getattr(recipe, key)]
     if not keys:
         raise UserError(
@@ -44,21 +50,29 @@ def run(recipe: Recipe) -> None:
     recipe = replace(recipe, precision=resolve_precision(recipe.precision, state.device, width))
     evaluator = Evaluator(recipe, classifier)
     parts = evaluator.parts(keys)
-    store = ResultStore(Path(recipe.out), state)
-    store.open(dump(recipe))
     classifier.model.to(state.device)
     accelerate_model(classifier.model)
+    with claim_out(out, recipe, WRITTEN):
+        store = ResultStore(out, state)
+        store.open(dump(recipe))
+        results = evaluate_parts(evaluator, parts, store)
+        if state.is_main_process:
+            report = summarize(classifier.title, results)
+            write_report(out, report)
+            sys.stdout.write(markdown_report(report))
 
+
+def evaluate_parts(evaluator: Evaluator, parts: list[DatasetPart], store: ResultStore) -> dict[DatasetPart, Counts]:
+    """Return the results on all parts; those that the store lacks are evaluated, as are images that it lacks."""
     results: dict[DatasetPart, Counts] = {}
     for number, part in enumerate(parts, 1):
-        source = evaluator.open(part)
+        source, title = evaluator.open(part), f"{part.title} ({number}/{len(parts)})"
         indices = evaluator.indices(part, source)
         key = result_key(evaluator.settings(part, source, len(indices)))
-        if key not in store.counts:
-            title = f"{part.title} ({number}/{len(parts)})"
+        stored = store.counts.get(key)
+        if stored is None or stored.images + len(stored.unreadable) != len(indices):
             store.add(key, part, evaluator.evaluate(part, source, indices, title))
+        elif stored.unreadable:
+            store.add(key, part, evaluator.evaluate_unreadable(part, source, stored, title))
         results[part] = store.counts[key]
-    if state.is_main_process:
-        report = summarize(classifier.title, results)
-        write_report(Path(recipe.out), report)
-        sys.stdout.write(markdown_report(report))
+    return results

@@ -12,6 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from det.config import Category, distinct_names
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of COCOeval.stats
+# The area in pixels, both ends included, of the objects that a metric is about, as in COCOeval; of others, all.
+AREAS = {"APs": (0, 32**2), "APm": (32**2, 96**2), "APl": (96**2, 1e5**2)}
 RECALL_INDEX = 8  # position in COCOeval.stats of the recall with 100 detections per image
 
 

@@ -9,10 +9,14 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from addp_core.base.addresses import refuse_address
+from addp_core.base.cpu import usable_cores
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, LazyImage, wrap_image_errors
@@ -94,18 +98,19 @@ class CocoDataset(ImageSource):
         if not self._trainable:
             raise UserError(self._describe_lack())
 
-    def check_readable(self, samples: int = 100) -> None:
-        """Open up to `samples` images across the dataset.
+    def check_readable(self, samples: int | None = None) -> None:
+        """Decode all images, or up to `samples` of them across the dataset.
 
         Raises UserError if more than `max_errors` of them are unreadable, or all, or more than half where `max_errors`
         is at most a quarter of the dataset.
         """
-        errors, indices = [], sorted({i * len(self) // samples for i in range(samples)})
-        for index in indices:
-            try:
-                self.open_image(index)
-            except ImageError as error:
-                errors.append((self.name(index), str(error)))
+        samples = len(self) if samples is None else samples
+        indices = sorted({i * len(self) // samples for i in range(samples)})
+        log.info("data: %s: reading %d of %d images to check them", self.path, len(indices), len(self))
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            reasons = pool.map(self._why_unreadable, indices)
+            bar = tqdm(reasons, "check", len(indices), leave=False, unit="img", disable=None)
+            errors = [(self.name(index), reason) for index, reason in zip(indices, bar, strict=True) if reason]
         self.check_errors(errors)
         tolerated = error_limit(self.max_errors, len(self)) / len(self)
         if len(errors) == len(indices) or (tolerated <= 0.25 and 2 * len(errors) > len(indices)):
@@ -113,6 +118,14 @@ class CocoDataset(ImageSource):
                 f"data.max_errors: {len(errors)} of {len(indices)} images of {self.path} that were looked at are "
                 f"unreadable: {first_examples([f'{name} ({reason})' for name, reason in errors])}; repair them"
             )
+
+    def _why_unreadable(self, index: int) -> str:
+        """Return why an image cannot be read, or "" if it can."""
+        try:
+            self.open_image(index)[0].pixels()
+        except ImageError as error:
+            return str(error)
+        return ""
 
     def check_errors(self, errors: Sequence[tuple[str, str]]) -> None:
         """Raise UserError if these (name, reason) of unreadable images are more than `max_errors` allows."""
@@ -235,6 +248,10 @@ class CocoDataset(ImageSource):
         (polygons or run lengths, None without `masks`), `area`, `iscrowd`.
         """
         return json.loads(self._objects[index])
+
+    def areas(self) -> list[float]:
+        """Return the area of each object that is no crowd."""
+        return [obj["area"] for index in range(len(self)) for obj in self.objects(index) if not obj["iscrowd"]]
 
     def digest(self) -> str:
         """Return a digest of the listing of the images, and of the objects of each."""

@@ -5,6 +5,7 @@ with its `file_name`), and images.json with the ids of the images and the catego
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.data.images import ImageError, write_png
-from addp_core.data.sources import open_source
+from addp_core.data.sources import open_source, refuse_results_among_images
 from addp_core.training.compute import accelerate_model, autocast
 from addp_core.training.precision import matrix_width, resolve_precision
 from addp_core.training.processes import process_state
@@ -24,14 +25,18 @@ from det.recipe import PredictRecipe as Recipe
 
 log = logging.getLogger("addp")
 
+DETECTIONS = "detections.json"  # in `out`
+
 
 def run(recipe: Recipe) -> None:
     """Detect objects on every image; unreadable images are logged and skipped."""
-    out = make_folder(recipe.out)
     state = process_state()
     with renaming_keys({"data.source": "images", "data.split": "images"}):
-        source = open_source(recipe.images)
+        source = open_source(recipe.images, whole=True)
         names = source.names_below(recipe.images)
+    drawings = [Path(recipe.out) / f"{name}.png" for name in names]
+    refuse_results_among_images(source, recipe.images, [Path(recipe.out) / DETECTIONS, *drawings])
+    out = make_folder(recipe.out)
     model = load_detector(recipe.model).to(state.device).requires_grad_(False)
     accelerate_model(model)
     precision = resolve_precision(recipe.precision, state.device, matrix_width(model))
@@ -54,13 +59,13 @@ def run(recipe: Recipe) -> None:
         entries.append({"id": index + 1, "file_name": name, "height": height, "width": width})
         results += [{**result, "file_name": name} for result in detections.to_results(index + 1, categories)]
         drawn = draw_detections(image, detections, categories, recipe.score, recipe.most)
-        write_png(to_pil_image(drawn), out / f"{name}.png")
+        write_png(to_pil_image(drawn), drawings[index])
     entries, results, unreadable = map(gather_object, (entries, results, unreadable))
     if not state.is_main_process:
         return
     if not entries:
         raise UserError(f"images: none of the {len(unreadable)} images in {recipe.images} can be read")
-    write_json(out / "detections.json", sorted(results, key=lambda result: result["image_id"]))
+    write_json(out / DETECTIONS, sorted(results, key=lambda result: result["image_id"]))
     write_json(
         out / "images.json",
         {

@@ -8,6 +8,7 @@ files and write the same run folder.
 import contextlib
 import functools
 import logging
+import math
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from addp_core.base.errors import UserError
+from addp_core.base.launch import rank
 from addp_core.base.paths import RECIPE_FILE
 from addp_core.data.config import DataConfig
 from addp_core.data.stream import Stream
@@ -24,6 +26,7 @@ from addp_core.training.engine import train
 from addp_core.training.run_folder import prepare_out
 from addp_core.weights.pretrained import check_positions
 from det.augment import LargeScaleJitter, collate
+from det.average_precision import AREAS
 from det.coco import CocoDataset, open_coco
 from det.config import (
     CocoConfig,
@@ -48,11 +51,19 @@ FORMER_INTERPOLATION: Interpolation = "bicubic"  # of all runs before the key da
 def run(recipe: Recipe) -> None:
     """Train, or continue a run; the result is `<out>/model.safetensors`, which `addp det eval` and `predict` read."""
     recipe = keep_settings_of_run(recipe)
-    datasets = functools.cache(lambda: open_datasets(recipe.data, recipe.detector.masks))
+
+    @functools.cache
+    def datasets() -> tuple[CocoDataset, CocoDataset]:
+        train_set, val_set = open_datasets(recipe.data, recipe.detector.masks)
+        check_best_metric(recipe.train.keep_best, val_set)
+        return train_set, val_set
+
     if prepare_out(recipe.out, recipe, lambda: dict(zip(("train", "val"), datasets(), strict=True))):
         return
     engine = resolve_engine(recipe.engine)
     train_set, val_set = datasets()
+    if rank() == 0:
+        val_set.check_readable()  # all of them: the evaluation would otherwise find out at the end
     encoder = build_encoder(recipe)
     architecture = DetectorArchitecture(
         engine=engine,
@@ -113,7 +124,7 @@ def open_datasets(config: CocoConfig, masks: MaskChoice = "auto") -> tuple[CocoD
     """Open the training and the validation split; `masks` is the recipe's `detector.masks`.
 
     Raises UserError if their categories differ, if one has no object, or if its images cannot be read, as far as a look
-    at a few of them shows: the evaluation would otherwise find out at the end.
+    at a hundred of them shows.
     """
     train_set = open_coco(config, "train", config.empty, masks)
     val_set = open_coco(config, "val", masks="auto" if train_set.masks else False)
@@ -122,8 +133,18 @@ def open_datasets(config: CocoConfig, masks: MaskChoice = "auto") -> tuple[CocoD
     if train_set.masks and not val_set.masks:
         log.warning("data: %s has no masks: the evaluation reports box AP alone", val_set.path)
     for dataset in (train_set, val_set):
-        dataset.check_readable()
+        dataset.check_readable(samples=100)
     return train_set, val_set
+
+
+def check_best_metric(metric: str, dataset: CocoDataset) -> None:
+    """Raise UserError if the best model is to be kept by the AP of a size of which the dataset has no object."""
+    smallest, largest = AREAS.get(metric.partition("_")[2], (0, math.inf))
+    if not any(smallest <= area <= largest for area in dataset.areas()):
+        raise UserError(
+            f"train.keep_best={metric}: {dataset.path} has no object of {smallest:,.0f} to {largest:,.0f} pixels, and "
+            "without one this metric has no value; expected another one, such as box_AP"
+        )
 
 
 def build_encoder(recipe: Recipe) -> DetEncoder:

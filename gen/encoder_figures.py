@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addp_core.base.errors import UserError
 from addp_core.data.config import DataConfig
 from addp_core.data.sources import ImageSource
 from addp_core.data.stream import example_images
@@ -79,8 +80,19 @@ class Subject(EncoderView):
     pool: int
 
     def images(self, count: int) -> Tensor:
-        """Return up to `count` images, spread over the dataset, Float[n,3,H,W] in [0,1]."""
-        return example_images(self.source, DataConfig(size=self.encoder.image_size), count)
+        """Return up to `count` images, spread over the dataset, Float[n,3,H,W] in [0,1], at least one."""
+        return readable_images(self.source, self.encoder.image_size, count)
+
+
+def readable_images(source: ImageSource, hw: tuple[int, int], count: int) -> Tensor:
+    """Return up to `count` images, spread over the dataset, Float[n,3,h,w] in [0,1]. Raises UserError if none of those
+    can be read.
+    """
+    images = example_images(source, DataConfig(size=hw), count)
+    if not len(images):
+        tried = min(count, len(source))
+        raise UserError(f"data: none of the {tried} images tried can be read, such as {source.name(0)}; repair them")
+    return images
 
 
 class ViewKeys(Protocol):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from tqdm import tqdm
 
 from addp_core.base.addresses import is_address
 from addp_core.base.errors import UserError, renaming_keys
@@ -33,12 +34,14 @@ from addp_core.training.image_metrics import (
     precision_recall,
 )
 from addp_core.training.processes import process_state
+from addp_core.training.run_folder import claim_out
+from addp_core.weights.fingerprint import fingerprint
 from gen import generate
-from gen.features import RequireSize, ResizeAndCrop, extract_features
+from gen.features import RequireSize, ResizeAndCrop, check_size, extract_features
 from gen.image_folder import open_images
-from gen.model import load_generator
+from gen.model import load_for_sampling
 from gen.recipe import EvaluateRecipe as Recipe
-from gen.reference import Reference, digest_of_images, load_reference, open_reference
+from gen.reference import Reference, digest_of_images, is_statistics_file, load_reference, open_reference
 from gen.report import format_report, write_report
 
 log = logging.getLogger("addp")
@@ -57,20 +60,46 @@ def run(recipe: Recipe) -> None:
             folder_images = open_source(recipe.images) if is_address(recipe.images) else open_images(path)
     check_image_count(recipe.n if folder_images is None else len(folder_images), recipe.is_splits)
     reference_source = open_reference(recipe.reference, recipe.split)
-    hw = load_generator(recipe).config.image_size if folder_images is None else size_of_first(folder_images)
-    extractor = open_extractor(recipe.inception, recipe.extractor, state.device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {out} cannot be written ({error.strerror})") from error
-    # Before generating, which can take hours: the reference may turn out to be unusable.
     if not isinstance(reference_source, Path):
         check_image_count(len(reference_source), name="reference")
-    prepare, cache = ResizeAndCrop(hw, recipe.reference_resize), expand_home(recipe.cache)
-    reference = load_reference(reference_source, prepare, extractor, cache, recipe.workers)
-    prc_extractor, prc_reference = extractor, reference
-    if recipe.prc_features == "vgg16" and reference.features.features is not None:
+    # All that can be wrong is found before the features of the reference, which can take an hour.
+    if folder_images is None:
+        hw = check_rows(recipe, settings)
+    else:
+        hw = size_of_first(folder_images)
+        if not is_address(recipe.images):
+            check_headers(folder_images, hw)
+    extractor = prc_extractor = open_extractor(recipe.inception, recipe.extractor, state.device)
+    if recipe.prc_features == "vgg16" and not is_statistics_file(reference_source):
         prc_extractor = open_vgg16(recipe.vgg16, state.device)
+    with claim_out(out):
+        evaluate_rows(recipe, settings, folder_images, reference_source, hw, extractor, prc_extractor)
+
+
+def evaluate_rows(
+    recipe: Recipe,
+    settings: dict[str, SampleConfig | None],
+    folder_images: ImageSource | None,
+    reference_source: ImageSource | Path,
+    hw: tuple[int, int],
+    extractor: Extractor,
+    prc_extractor: Extractor,
+) -> None:
+    """Compute the features of the reference, then row after row.
+
+    Args:
+        recipe: of the evaluation.
+        settings: of each row, by its name.
+        folder_images: the images that exist; None if those of each row are generated.
+        reference_source: what they are compared with.
+        hw: size of the images.
+        extractor: the network of all metrics but precision and recall.
+        prc_extractor: that of precision and recall, which may be the same.
+    """
+    out, state = Path(recipe.out), process_state()
+    prepare, cache = ResizeAndCrop(hw, recipe.reference_resize), expand_home(recipe.cache)
+    reference = prc_reference = load_reference(reference_source, prepare, extractor, cache, recipe.workers)
+    if prc_extractor is not extractor:
         prc_reference = load_reference(
             reference_source, prepare, prc_extractor, cache, recipe.workers, reference.digest
         )
@@ -97,7 +126,7 @@ def run(recipe: Recipe) -> None:
             row |= compute_metrics(features, reference.features, recipe, extractor)
             row |= compute_precision_recall(prc_features, prc_reference.features)
             report["rows"].append(row | ({} if sampling is None else {"sampling": vars(sampling)}))
-            write_report(report, out)
+            write_report(report, out, complete=len(report["rows"]) == len(settings))
         state.wait_for_everyone()
     if state.is_main_process:
         if len(images) < ENOUGH_IMAGES:
@@ -136,6 +165,31 @@ def generate_recipe(recipe: Recipe, out: Path, sampling: SampleConfig) -> genera
     """Return the recipe of `addp generate` for one row, with the keys that both verbs have."""
     shared = {f.name: getattr(recipe, f.name) for f in fields(generate.Recipe) if hasattr(recipe, f.name)}
     return generate.Recipe(**shared | {"out": str(out), "sampling": sampling, "grid": 0})
+
+
+def check_rows(recipe: Recipe, settings: dict[str, SampleConfig | None]) -> tuple[int, int]:
+    """Return (height, width) of the model's images. Raises UserError if a row's folder holds images of other settings
+    or weights.
+    """
+    state = process_state()
+    model = load_for_sampling(recipe, state.device)
+    weights = fingerprint(model) if state.is_main_process else ""
+    for name, sampling in settings.items():
+        if sampling is not None and state.is_main_process:
+            generate.check_out_of(generate_recipe(recipe, Path(recipe.out, name), sampling), weights)
+    return model.config.image_size
+
+
+def check_headers(images: ImageSource, hw: tuple[int, int]) -> None:
+    """Raise UserError if an image is no image by its first bytes, or of another size; the processes share the work."""
+    state = process_state()
+    assigned = range(state.process_index, len(images), state.num_processes)
+    hidden = not state.is_main_process
+    for index in tqdm(assigned, unit="img", desc="checking images", delay=2, leave=False, disable=hidden):
+        try:
+            check_size(images.open_image(index)[0], hw)
+        except ImageError as error:
+            raise UserError(f"{images.name(index)}: {error}; repair or remove it") from error
 
 
 def size_of_first(images: ImageSource) -> tuple[int, int]:

@@ -164,6 +164,12 @@ class ResizeAndCrop:
         return functional.pil_to_tensor(functional.center_crop(pixels, [height, width]))
 
 
+def check_size(image: LazyImage, hw: tuple[int, int]) -> None:
+    """Raise ImageError if an image has another size."""
+    if (image.height, image.width) != hw:
+        raise ImageError(f"{image.width} x {image.height} pixels, where others have {hw[1]} x {hw[0]}")
+
+
 @dataclass(frozen=True)
 class RequireSize:
     """Leaves images of the size `hw` as they are and raises `ImageError` for others."""
@@ -171,6 +177,5 @@ class RequireSize:
     hw: tuple[int, int]
 
     def __call__(self, image: LazyImage) -> Tensor:
-        if (image.height, image.width) != self.hw:
-            raise ImageError(f"{image.width} x {image.height} pixels, where others have {self.hw[1]} x {self.hw[0]}")
+        check_size(image, self.hw)
         return eval_transform(self.hw).pixels(image)

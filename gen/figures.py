@@ -22,9 +22,7 @@ from torch import Tensor
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.paths import expand_home
 from addp_core.base.rng import generator
-from addp_core.data.config import DataConfig
 from addp_core.data.sources import open_source
-from addp_core.data.stream import example_images
 from addp_core.method.addp import ADDP
 from addp_core.method.diffusion import map_tokens, mask_ratios
 from addp_core.method.sampler import SampleConfig, SamplerState, sample
@@ -41,7 +39,7 @@ from gen.drawing import (
     upsample_tokens,
     write_contact_sheet,
 )
-from gen.encoder_figures import DRAW_ENCODER, Subject, open_view
+from gen.encoder_figures import DRAW_ENCODER, Subject, open_view, readable_images
 from gen.model import load_recipe_addp
 from gen.recipe import FiguresRecipe as Recipe
 from gen.report import METRIC_LABELS, read_report
@@ -238,10 +236,7 @@ def open_examples(model: ADDP, recipe: Recipe, columns: int) -> Examples:
     config, process = model.config, model.config.process
     with renaming_keys({"data.source": "data", "data.split": "split"}):
         source = open_source(recipe.data, recipe.split)
-    images = example_images(source, DataConfig(size=config.image_size), recipe.n)
-    if not len(images):
-        raise UserError(f"data: none of the images tried in {recipe.data} can be read")
-    images = images.to(next(model.parameters()).device)
+    images = readable_images(source, config.image_size, recipe.n).to(next(model.parameters()).device)
     ids = model.encode_images(images)
     noise = torch.rand(ids.shape, generator=generator(recipe.seed, "figures"))
     rank = noise.argsort(1).argsort(1).to(ids.device)

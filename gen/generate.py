@@ -9,14 +9,18 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from addp_core.method.addp import ADDP
+from addp_core.method.mage import MAGE
 from addp_core.method.sampler import sample
 from addp_core.training.compute import autocast
 from addp_core.training.pace import SAMPLING, mark_pace
 from addp_core.training.processes import process_state
-from gen.image_folder import claim_folder, claim_weights, image_path, write_grid, write_image
+from addp_core.weights.fingerprint import fingerprint
+from gen.image_folder import check_folder, claim_folder, image_path, write_grid, write_image
 from gen.model import load_for_sampling
 from gen.recipe import GenerateRecipe as Recipe
 
@@ -32,14 +36,30 @@ def run(recipe: Recipe) -> None:
 
     Raises UserError if the folder cannot be written, or holds images made with other settings or weights.
     """
-    has_gpu = torch.accelerator.is_available()
     state = process_state()
-    out = Path(recipe.out)
-    model = load_for_sampling(recipe, state.device, recipe.compile)  # a folder is not claimed for a model that fails
     if state.is_main_process:
-        claim_folder(out, recipe, may_change={"out", "n", "grid"} | (set() if has_gpu else {"batch"}))
-        claim_weights(out, model)
+        check_out_of(recipe)
+    model = load_for_sampling(recipe, state.device, recipe.compile)  # a folder is not claimed for a model that fails
+    with claim_folder(Path(recipe.out), recipe, _may_change(), fingerprint(model)):
+        _write_images(recipe, model, state)
 
+
+def check_out_of(recipe: Recipe, weights: str = "") -> None:
+    """Raise UserError, as early as a command can tell, if `out` holds images made with other settings or weights.
+
+    weights: fingerprint of the model; "" if it is not loaded yet.
+    """
+    check_folder(Path(recipe.out), recipe, _may_change(), weights)
+
+
+def _may_change() -> set[str]:
+    """Return the keys that change no image."""
+    return {"out", "n", "grid"} | (set() if torch.accelerator.is_available() else {"batch"})
+
+
+def _write_images(recipe: Recipe, model: ADDP | MAGE, state: PartialState) -> None:
+    """Write the images that do not exist yet, shared among all processes, then the grid."""
+    has_gpu, out = torch.accelerator.is_available(), Path(recipe.out)
     together = recipe.batch if has_gpu else max(1, ROWS_AT_ONCE // model.config.tokens)
     size = math.ceil(recipe.batch / together) * together
     batches = [range(first, min(first + size, recipe.n)) for first in range(0, recipe.n, size)]

@@ -23,18 +23,20 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError
 from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, LazyImage, eval_transform, wrap_image_errors
+from addp_core.method.addp import ADDP
 from addp_core.method.config import TokenizedImages
+from addp_core.method.mage import MAGE
 from addp_core.method.sampler import inpaint
 from addp_core.training.compute import autocast
 from addp_core.training.processes import process_state
-from gen.image_folder import claim_folder, image_path, write_image
+from gen.image_folder import GRID, INPUT, MASK, check_folder, claim_folder, image_path, write_image
 from gen.model import load_for_sampling, load_generator
 from gen.recipe import InpaintRecipe as Recipe
 
 log = logging.getLogger("addp")
 
-INPUT, MASK, GRID = "input.png", "mask.png", "grid.png"  # beside the variations
 GRAY = 0.5  # color of the hole in input.png
+MAY_CHANGE = frozenset({"out", "n"})  # keys that change no variation
 TOKEN_WARNING_FACTOR = 4  # times the tokens of training, above which positions are stretched too far for good images
 
 
@@ -43,12 +45,18 @@ def run(recipe: Recipe) -> None:
     image, hole = open_canvas(recipe)
     hw = (image.shape[1], image.shape[2])
     check_size(hw, load_generator(recipe).config)
-    out, device = Path(recipe.out), process_state().device
     check_inputs_stay(recipe)
-    claim_folder(out, recipe, may_change={"n"})
-    model = load_for_sampling(recipe, device, image_size=hw)
+    check_folder(Path(recipe.out), recipe, MAY_CHANGE)
+    model = load_for_sampling(recipe, process_state().device, image_size=hw)
     if not hole.any():
         log.warning("inpaint: the hole is empty; all variations will be equal to the image")
+    with claim_folder(Path(recipe.out), recipe, MAY_CHANGE):
+        write_variations(recipe, model, image, hole)
+
+
+def write_variations(recipe: Recipe, model: ADDP | MAGE, image: Tensor, hole: Tensor) -> None:
+    """Fill the hole, Bool[H,W], of an image, Float[3,H,W], and write what comes out."""
+    out, device = Path(recipe.out), process_state().device
     variations: list[Tensor] = []
     for i, path in enumerate(tqdm(variation_paths(recipe), unit="img")):
         with autocast(recipe.precision, device):

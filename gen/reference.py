@@ -52,6 +52,11 @@ def open_reference(reference: str, split: str) -> ImageSource | Path:
         return open_images(path) if is_generated(path) else open_source(reference, split)
 
 
+def is_statistics_file(reference: ImageSource | Path) -> bool:
+    """Check whether `open_reference` returned a file of mean and covariance alone, without features of images."""
+    return isinstance(reference, Path) and not reference.is_dir()
+
+
 def load_reference(
     reference: ImageSource | Path,
     prepare: ResizeAndCrop,

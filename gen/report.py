@@ -10,6 +10,7 @@ from addp_core.base.files import write_atomically
 from addp_core.base.tables import text_table
 
 REPORT_FILE = "evaluation.json"  # in the folder of `addp evaluate`
+UNFINISHED_FILE = "evaluation-unfinished.json"  # beside it: the rows so far, until there are all of them
 # Metrics in the order of the table. FID, IS and KID are defined on Inception's features alone; with a classifier's, the
 # same formulas are called FD, CS (classifier score) and KD.
 METRIC_LABELS = {
@@ -25,9 +26,12 @@ METRIC_LABELS = {
 KERNEL_DISTANCES = ("kid_mean", "kd_mean")  # shown times 1000
 
 
-def write_report(report: dict[str, Any], out: Path) -> None:
-    """Write `out`/evaluation.json."""
-    write_atomically(out / REPORT_FILE, (json.dumps(report, indent=2) + "\n").encode())
+def write_report(report: dict[str, Any], out: Path, complete: bool) -> None:
+    """Write `out`/evaluation.json. Rows that are not `complete` go elsewhere, and leave the report before in place."""
+    path = out / (REPORT_FILE if complete else UNFINISHED_FILE)
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
+    if complete:
+        (out / UNFINISHED_FILE).unlink(missing_ok=True)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -6,8 +6,6 @@ If one of these two is not given and the recipe sets `stages`, it is trained fir
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,41 +21,37 @@ from addp_core.networks.encoder import Encoder
 from addp_core.networks.layers import checkpoint_blocks
 from addp_core.networks.predictor import TokenPredictor
 from addp_core.networks.tokenizer import Tokenizer
-from addp_core.recipes.config import find_recipe, load, recipes_of
 from addp_core.training.batch_norm import average_statistics, synchronize_batch_norms
 from addp_core.training.stage import MicroStep
 from addp_core.weights.architectures import recipe_heads
-from addp_core.weights.files import MODEL_FILE
 from addp_core.weights.fingerprint import fingerprint
-from addp_core.weights.loading import load_addp, load_predictor
+from addp_core.weights.loading import load_predictor
 from addp_core.weights.saving import save_model
-from pretrain import predictor as predictor_stage
-from pretrain import tokenizer as tokenizer_stage
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
-from pretrain.initial_weights import start_from, warn_of_other_ids
+from pretrain.frozen_stages import FROZEN_STAGES as FROZEN_STAGES
+from pretrain.frozen_stages import check_before_training, check_frozen_parts, is_finished, train_frozen_part
+from pretrain.frozen_stages import frozen_stage_name as frozen_stage_name
+from pretrain.frozen_stages import frozen_stage_recipe as frozen_stage_recipe
+from pretrain.initial_weights import load_initial_denoiser, start_from, warn_of_other_ids
 from pretrain.recipe import PretrainRecipe as Recipe
 from pretrain.tokens import TokenBatch
 
 PREVIEW_IMAGES = 16
-FROZEN_STAGES: dict[str, ModuleType] = {"tokenizer": tokenizer_stage, "predictor": predictor_stage}
-PUBLISHED = {
-    "tokenizer": "the published vqgan_jax_strongaug.ckpt, Google Drive id 13S_unB87n6KKuuMdyMnyExW0G1kplTbP",
-    "predictor": "the published mage-vitb-1600.pth / mage-vitl-1600.pth, Google Drive ids "
-    "1Q6tbt3vF0bSrv5sPrjpFu8ksG3vTsVX2 / 15xBPa8EIa0IRUiRYtXiYOC9JZVyMIFrB",
-}
 
 
 def run(recipe: Recipe) -> None:
     """Pretrain, or continue; ends with `<out>/model.safetensors`, which all other verbs read."""
+    check_frozen_parts(recipe)
+    if not is_finished(Path(recipe.out)):
+        check_before_training(recipe)
     run_stage(recipe, lambda source: build_stage(recipe), PretrainStage.measured)
 
 
 def build_stage(recipe: Recipe) -> "PretrainStage":
     """Return the stage; the frozen parts that are not given are trained first."""
-    check_frozen_parts(recipe)
-    tokenizer_source = recipe.tokenizer or _train_frozen_part(recipe, "tokenizer")
-    predictor_source = recipe.predictor or _train_frozen_part(recipe, "predictor", tokenizer=tokenizer_source)
+    tokenizer_source = recipe.tokenizer or train_frozen_part(recipe, "tokenizer")
+    predictor_source = recipe.predictor or train_frozen_part(recipe, "predictor", tokenizer=tokenizer_source)
     return PretrainStage(build(recipe, tokenizer_source, predictor_source), recipe.draw)
 
 
@@ -75,9 +69,8 @@ def build(recipe: Recipe, tokenizer_source: str, predictor_source: str) -> ADDP:
     assert model.predictor is not None
     model.tokenizer.load_state_dict(tokenizer.state_dict())
     model.predictor.load_state_dict(predictor.state_dict())
-    if recipe.init:
-        start = load_addp(recipe.init, image_size=recipe.data.hw)
-        start_from(model.denoiser, start.denoiser, recipe.model, start.config.denoiser, recipe.init)
+    if start := load_initial_denoiser(recipe):
+        start_from(model.denoiser, start.denoiser, recipe.init)
         warn_of_other_ids(fingerprint(start.tokenizer), fingerprint(tokenizer), recipe.init, tokenizer_source)
     checkpoint_blocks(model.denoiser, recipe.train.checkpointing)
     if isinstance(model.denoiser.encoder, CnnGridEncoder):  # which has no such blocks
@@ -180,46 +173,3 @@ def transfer_encoder(encoder: Encoder | CnnGridEncoder) -> Encoder | CnnGridEnco
     encoder = copy(encoder)
     encoder.config = replace(encoder.config, tokenizer_norm=encoder.config.pre_norm)
     return encoder
-
-
-def check_frozen_parts(recipe: Recipe) -> None:
-    """Raise UserError for whatever is missing to load or train both parts, before the first of them starts to train."""
-    for part in FROZEN_STAGES:
-        if getattr(recipe, part):
-            continue
-        if not recipe.stages:
-            raise UserError(
-                f"{part}: not given; expected {part}=<file or run> ({PUBLISHED[part]}), "
-                "or stages=tiny to train one on these images first"
-            )
-        frozen_stage_recipe(recipe, part, out="", **({} if part == "tokenizer" else {"tokenizer": ""}))
-
-
-def _train_frozen_part(recipe: Recipe, part: str, **settings: str) -> str:
-    """Train the tokenizer or predictor on the same images in `<out>/<part>` unless it is finished; return its file."""
-    out = Path(recipe.out) / part
-    FROZEN_STAGES[part].run(frozen_stage_recipe(recipe, part, out=str(out), **settings))
-    return str(out / MODEL_FILE)
-
-
-def frozen_stage_recipe(recipe: Recipe, part: str, **settings: str) -> Any:
-    """Return the recipe that trains the tokenizer or predictor on the images of this recipe, with its evaluation and
-    trackers.
-    """
-    module, name = FROZEN_STAGES[part], frozen_stage_name(recipe, part)
-    try:
-        path = find_recipe(module, name)
-    except UserError as error:
-        raise UserError(f"stages: {error}") from error
-    texts = [f"{key}={value}" for key, value in settings.items()]
-    data = recipe.data.without_tokens() if part == "tokenizer" else recipe.data
-    stage = load(module.Recipe, path, texts, recipes_of(module))
-    shown = {key: getattr(recipe.train, key) for key in ("trackers", "tracker_project")}
-    section = replace(stage.train, **shown)
-    return replace(stage, data=data, evaluation=recipe.evaluation, train=section, launch="local")
-
-
-def frozen_stage_name(recipe: Recipe, part: str) -> str:
-    """Return the name or the file of the recipe that trains the tokenizer or predictor."""
-    folder = Path(recipe.stages)
-    return str(folder / f"{part}.yaml") if folder.is_dir() else recipe.stages

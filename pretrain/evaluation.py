@@ -289,6 +289,15 @@ class Evaluation:
         return {self.distance: distance, "precision": float(precision), "recall": float(recall)}
 
 
+def possible_metrics(config: EvaluationConfig, measured: Measured) -> dict[str, bool]:
+    """Return the metrics that an evaluation may have, before its images and extractor are opened."""
+    if not (config.data or config.held_out):
+        return {}
+    probes = [name for name, wanted in (("knn", config.knn > 0), ("probe", config.probe)) if wanted]
+    compared = ["fid", "fd", "precision", "recall"] if measured.images and config.samples else []
+    return {**measured.own, **dict.fromkeys(probes if measured.encoder else [], True), **dict.fromkeys(compared, True)}
+
+
 def choose_images(source: ImageSource, images: int, classes: int) -> np.ndarray:
     """Return the indices, in order, of at most so many images of at most so many classes, equally many of each.
 
@@ -297,7 +306,7 @@ def choose_images(source: ImageSource, images: int, classes: int) -> np.ndarray:
     order = torch.randperm(len(source), generator=generator(SEED, "evaluation images")).numpy()
     if not source.classes or source.labels is None:
         return np.sort(order[:images])
-    labels, counts = source.labels[order], np.bincount(source.labels, minlength=len(source.classes))
+    labels, counts = source.labels[order], _count_classes(source, source.labels)
     drawn = torch.randperm(len(counts), generator=generator(SEED, "evaluation classes")).tolist()
     chosen = [label for label in drawn if counts[label] > 1][: max(2, min(classes, images // MIN_PER_CLASS))]
     if not chosen:
@@ -330,12 +339,17 @@ def _check_classes(source: ImageSource, where: str) -> None:
         raise UserError(f"evaluation: {explain_missing_classes(source, where)}, {without}")
     if source.labels is None:
         return
-    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    counts = _count_classes(source, source.labels)
     if (counts > 1).sum() < 2:
         raise UserError(
             f"evaluation: {where} has {(counts > 1).sum()} classes of two images or more, expected at least two such "
             f"classes, {without}"
         )
+
+
+def _count_classes(source: ImageSource, labels: np.ndarray) -> np.ndarray:
+    """Count the images of each class; those without a label (-1) are of none."""
+    return np.bincount(labels[labels >= 0], minlength=len(source.classes))
 
 
 def _open_extractor(config: EvaluationConfig, images: int, device: torch.device):

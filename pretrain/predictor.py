@@ -21,11 +21,10 @@ from addp_core.networks.token_encoder import TokenEncoder
 from addp_core.networks.tokenizer import Tokenizer, Vocabulary, to_feature_map
 from addp_core.training.stage import MicroStep
 from addp_core.weights.fingerprint import fingerprint
-from addp_core.weights.loading import load_predictor
 from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
-from pretrain.initial_weights import start_from, warn_of_other_ids
+from pretrain.initial_weights import load_initial_predictor, start_from, warn_of_other_ids
 from pretrain.recipe import MaskingConfig as MaskingConfig
 from pretrain.recipe import PredictorRecipe as Recipe
 from pretrain.tokens import TokenBatch
@@ -47,9 +46,8 @@ def build_stage(recipe: Recipe, source: ImageSource) -> "PredictorStage":
     torch.manual_seed(recipe.train.seed)
     vocabulary = Vocabulary.with_slots(tokenizer.config.codebook, recipe.unused_ids)
     predictor = TokenPredictor(recipe.model, grid[0] * grid[1], vocabulary)
-    if recipe.init:
-        start = load_predictor(recipe.init, grid)
-        start_from(predictor, start, recipe.model, start.config, recipe.init)
+    if start := load_initial_predictor(recipe, grid):
+        start_from(predictor, start, recipe.init)
         warn_of_other_ids(start.trained_on, fingerprint(tokenizer), recipe.init, recipe.tokenizer)
     predictor.trained_on = fingerprint(tokenizer)
     checkpoint_blocks(predictor, recipe.train.checkpointing)

@@ -15,6 +15,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.models.necks import Feature2Pyramid
 from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 from addp_core.base.errors import UserError
 from addp_core.networks.attention import AttentionConfig
@@ -250,12 +251,29 @@ class AddpViT(MmsegBackbone, Encoder, BaseModule):  # type: ignore[misc]  # forw
         self.load_state_dict({PREFIX + name: value for name, value in encoder.state_dict().items()})
 
 
+class PoolWithin(nn.Module):
+    """Max pooling in windows side by side, which are no larger than the map: that of a single row is pooled too."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side  # of a window
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float[B,W,h,w] -> Float[B,W,h/side,w/side], rounded down, but at least 1."""
+        height, width = x.shape[-2:]
+        return max_pool2d(x, (min(self.side, height), min(self.side, width)))
+
+
 @MODELS.register_module()
 class MapPyramid(Feature2Pyramid):
     """Feature maps of one scale -> one map for each of `rescales`, from four feature maps or from one for all levels.
 
     rescales: 4, 2, 1 and 0.5, or 2, 1, 0.5 and 0.25.
     """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.downsample_2x, self.downsample_4x = PoolWithin(2), PoolWithin(4)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One Float[B,W,h,w], or one for each level -> Float[B,W,4h,4w], ..., Float[B,W,h/2,w/2]."""

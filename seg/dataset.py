@@ -1,7 +1,7 @@
 """ADE20K's layout as an mmseg dataset, whose order and crops depend on the seed and on the position in the run alone.
 
-Registers the dataset `SceneFolder`, the sampler `PositionSampler`, the transforms `LoadPicture` and `LoadClassMap`, and
-the function `start_worker`.
+Registers the dataset `SceneFolder`, the sampler `PositionSampler`, the transforms `LoadPicture`, `ResizePicture` and
+`LoadClassMap`, and the function `start_worker`.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmcv.transforms import BaseTransform
+from mmcv.image import rescale_size
+from mmcv.transforms import BaseTransform, Resize
 from mmengine.dist import get_dist_info
 from mmengine.registry import FUNCTIONS
 from mmseg.datasets import BaseSegDataset
@@ -95,6 +96,24 @@ class LoadPicture(BaseTransform):
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         return results | image_fields(read_image(results["img_path"]))
+
+
+@TRANSFORMS.register_module()
+class ResizePicture(BaseTransform):
+    """mmcv's `Resize` with keep_ratio, of which no side becomes shorter than two pixels, however long the other one is.
+
+    mmcv makes none of a thin image, and mmseg cannot pack a single column that has been mirrored.
+
+    scale: the largest sides, in any order.
+    """
+
+    def __init__(self, scale: tuple[int, int]):
+        self.scale = scale  # RandomResize sets it for each image
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        height, width = results["img"].shape[:2]
+        size = tuple(max(side, 2) for side in rescale_size((width, height), tuple(self.scale)))
+        return Resize(size).transform(results)
 
 
 def image_fields(image: Image.Image) -> dict[str, Any]:

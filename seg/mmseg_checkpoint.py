@@ -71,8 +71,9 @@ def read_runner_checkpoint(content: FileContent) -> tuple[MmsegSegmentor, dict[s
 def scale_of(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the shorter and longest side of resized test images; None if the config does not resize to such a size."""
     pipeline = ((cfg.get("test_dataloader") or {}).get("dataset") or {}).get("pipeline") or cfg.get("test_pipeline")
-    resize: dict[str, Any] = next((step for step in pipeline or () if step.get("type") == "Resize"), {})
-    if not resize.get("keep_ratio") or not isinstance(resize.get("scale"), tuple):
+    types = {"Resize": False, "ResizePicture": True}  # whether they keep the ratio if nothing is said
+    resize: dict[str, Any] = next((step for step in pipeline or () if step.get("type") in types), {"type": "Resize"})
+    if not resize.get("keep_ratio", types[resize["type"]]) or not isinstance(resize.get("scale"), tuple):
         return None
     return min(resize["scale"]), max(resize["scale"])
 

@@ -128,7 +128,7 @@ def fill_sizes(cfg: Any, crop: tuple[int, int], scale: tuple[int, int]) -> None:
     """Write the size of crops, and the shorter and longest side of resized images, into the pipelines of a config."""
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         for transform in loader.dataset.pipeline:
-            if transform.type in ("Resize", "RandomResize"):
+            if transform.type in ("Resize", "ResizePicture", "RandomResize"):
                 transform.scale = scale[::-1]
             elif transform.type == "RandomCrop":
                 transform.crop_size = crop

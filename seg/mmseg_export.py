@@ -29,11 +29,18 @@ from seg.segmentor import SEGMENTOR_KIND, Segmentor, describe_encoder, load_tens
 CONFIG_FILE = "config.py"
 CHECKPOINT_FILE = "model.pth"
 CNN_CHANNELS = 512  # of the head over a CNN, as in mmseg's upernet_r50
+OTHER_TRAINING = "# How it trains is upernet_addp-b_80k_ade20k-512x512, not what the model beside it was trained with."
+RUNS_TRAINING = "# How it trains is what the run did, as far as mmseg can: other crops are drawn, in another order."
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of `tools/test.py --tta`, as in mmseg's configs for ADE20K
 
 
 def write_segmentor(
-    segmentor: Segmentor, state: Mapping[str, Tensor], folder: Path, source: str = "", class_table: str = ""
+    segmentor: Segmentor,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    source: str = "",
+    class_table: str = "",
+    run: Any = None,
 ) -> None:
     """Write the config and the checkpoint of a segmentor into a folder. Raises OSError if they cannot be written.
 
@@ -43,13 +50,17 @@ def write_segmentor(
         folder: an existing folder.
         source: the dataset that the config reads; by default where mmseg's configs look for ADE20K.
         class_table: its table of classes, if not in its folder.
+        run: the config with which `addp seg train` trained it, if that is known.
     """
     cfg = config_for(segmentor)
+    if run is not None:
+        fill_run(cfg, run)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         for key, path in (("data_root", source), ("table", class_table)):
             if path:
                 loader.dataset[key] = str(Path(path).absolute())
-    write_atomically(folder / CONFIG_FILE, cfg.pretty_text.encode())
+    header = OTHER_TRAINING if run is None else RUNS_TRAINING
+    write_atomically(folder / CONFIG_FILE, f"{header}\n{cfg.pretty_text}".encode())
     description = {"kind": SEGMENTOR_KIND, "architecture": asdict(segmentor)}
     meta = {"dataset_meta": dataset_meta(segmentor.classes), "cfg": cfg.pretty_text}
     write_checkpoint(folder / CHECKPOINT_FILE, state, meta, description)
@@ -79,6 +90,30 @@ def config_for(segmentor: Segmentor) -> Any:
     cfg.tta_pipeline = augmented.test_dataloader.dataset.pipeline
     cfg.norm_cfg = cfg.model.decode_head.norm_cfg
     return cfg
+
+
+def fill_run(cfg: Any, run: Any) -> None:
+    """Write how a run trained into the config for mmseg's tools.
+
+    run: the config of our runner, which `fill_config` of seg/train.py has filled.
+    """
+    for key in ("model", "optim_wrapper", "param_scheduler", "train_cfg", "randomness"):
+        cfg[key] = copy.deepcopy(run[key])
+    backbone = cfg.model.backbone
+    for part, key in ((backbone.get("init_cfg") or {}, "checkpoint"), (backbone, "tokenizer_source")):
+        if part.get(key) and Path(part[key]).exists():
+            part[key] = str(Path(part[key]).absolute())
+    of_run = {transform.type: transform for transform in run.train_dataloader.dataset.pipeline}
+    for transform in cfg.train_dataloader.dataset.pipeline:
+        for key in ("ratio_range", "prob"):
+            if key in transform:
+                transform[key] = of_run[transform.type][key]
+    cfg.train_pipeline = cfg.train_dataloader.dataset.pipeline
+    cfg.train_dataloader.batch_size = run.train_dataloader.batch_size
+    hook, iterations = run.default_hooks.checkpoint, run.default_hooks.checkpoint.accumulate  # of a step
+    cfg.auto_scale_lr.base_batch_size = hook.batch
+    cfg.default_hooks.checkpoint.update(interval=hook.interval * iterations or -1, max_keep_ckpts=hook.keep)
+    cfg.default_hooks.logger.interval = hook.log_every * iterations
 
 
 def compare_segmentor(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from addp_core.base.errors import UserError, renaming_keys
 from addp_core.base.paths import expand_home
 from addp_core.data.images import ImageError, write_png
-from addp_core.data.sources import ImageFiles, ImageSource, open_source
+from addp_core.data.sources import ImageFiles, ImageSource, open_source, refuse_results_among_images
 from addp_core.training.processes import process_state
 from seg.mmseg_config import import_mmseg
 from seg.recipe import PredictRecipe as Recipe
@@ -31,15 +31,17 @@ log = logging.getLogger("addp")
 
 def run(recipe: Recipe) -> None:
     """Predict and write the class maps. Several processes share the images; unreadable ones are logged and skipped."""
-    segmentor, state = load_segmentor(recipe.model)
     source, paths = open_images(recipe.images)
-    names = output_names(paths)[: recipe.n]
+    names, out = output_names(paths)[: recipe.n], Path(recipe.out)
+    results = [folder / name for folder in (out, out / MAPS_FOLDER) for name in names]
+    refuse_results_among_images(source, recipe.images, results)
+    segmentor, state = load_segmentor(recipe.model)
     import_mmseg()
     from seg.launch import ClassMapPredictor
 
     processes = process_state()
     predict = ClassMapPredictor(segmentor, state, recipe.model, recipe.test, recipe.precision)
-    colors, out, unreadable = class_colors(len(segmentor.classes)), Path(recipe.out), []
+    colors, unreadable = class_colors(len(segmentor.classes)), []
     assigned = range(processes.process_index, len(names), processes.num_processes)
     for index in tqdm(assigned, unit="img", disable=not processes.is_main_process):
         try:
@@ -64,7 +66,7 @@ def open_images(images: str) -> tuple[ImageSource, list[Path]]:
     if path.is_file() and path.suffix.lower() != ".tar":
         return ImageFiles(path.parent, [path.name]), [Path(path.name)]
     with renaming_keys({"data.source": "images", "data.split": "images"}):
-        source = open_source(images)
+        source = open_source(images, whole=True)
         return source, list(map(Path, source.names_below(images)))
 
 

@@ -24,7 +24,7 @@ from addp_core.weights.fitting import AnyEncoder
 from addp_core.weights.frozen import check_pretrained_norm, resolve_block, spaced_blocks
 from seg.mmseg_config import import_mmseg
 from seg.probing.recipe import Recipe as Recipe
-from seg.scenes import SceneListing, check_scenes, read_class_names
+from seg.scenes import ClassMaps, SceneListing, check_scenes, read_class_names, recorded_datasets
 
 log = logging.getLogger("addp")
 
@@ -39,7 +39,12 @@ def run(recipe: Recipe) -> None:
 
     out = Path(recipe.out)
     listings = functools.cache(lambda: {split: SceneListing(recipe.data.source, split) for split in ("train", "val")})
-    if prepare_out(out, recipe, listings, RESULTS):
+
+    def datasets() -> dict[str, SceneListing | ClassMaps]:
+        recipe.train.held_out_images(len(listings()["train"]))  # not after all features have been computed
+        return recorded_datasets(listings())
+
+    if prepare_out(out, recipe, datasets, RESULTS):
         print_results(out)
         return
     try:

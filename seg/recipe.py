@@ -32,8 +32,9 @@ class SceneFiles:
     check: Annotated[
         int,
         Ge(0),
-        "number of pairs in each split, evenly spaced, whose sizes and labels are checked before training (and further "
-        "ones, until two classes have been found)",
+        "number of training pairs, evenly spaced, that are read before training to check them (and further ones, until "
+        "two classes have been found); those of validation are all read. In `addp seg test`, the number of pairs of "
+        "validation",
     ] = 1000
 
 
@@ -111,7 +112,10 @@ class TrainConfig:
     ] = PROJECT
     evaluate_every: Annotated[int | None, Ge(1), "steps between evaluations; the last step is always evaluated"] = None
     checkpoint_every: Annotated[
-        int | None, Ge(0), "steps between checkpoints; 0: only at the end and after a signal"
+        int | None,
+        Ge(0),
+        "steps between checkpoints; 0: only before evaluations, after a signal, if a scene cannot be read, and at the "
+        "end",
     ] = None
     keep: Annotated[int, Ge(1), "number of checkpoints to keep"] = 2
 

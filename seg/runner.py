@@ -9,15 +9,18 @@ plain values alone, are written atomically, and are refused if they contain anyt
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from mmengine.dist import (
+    all_gather_object,
     all_reduce,
     all_reduce_dict,
     all_reduce_params,
+    barrier,
     broadcast_object_list,
     get_dist_info,
     is_main_process,
@@ -30,6 +33,7 @@ from torch import nn
 
 from addp_core.base.errors import UserError
 from addp_core.base.rng import seed_for
+from addp_core.data.stream import errors_of_workers
 from addp_core.training.batch_norm import local_statistics
 from addp_core.training.checkpoints import Checkpoints
 from addp_core.training.metrics import RunLogger
@@ -108,6 +112,34 @@ class AddpRunner(Runner):
             path.write_text(self.cfg.pretty_text)
 
 
+class StepBatches:
+    """The batches of a training loop, of which those of a whole step are loaded before the first is trained on.
+
+    So a scene that cannot be read ends the run between two steps, where a checkpoint of it can be written.
+    """
+
+    def __init__(self, batches: Any, accumulate: int):
+        self.batches, self.accumulate = batches, accumulate
+        self.loaded: deque[Any] = deque()
+
+    def skip_iter(self, iterations: int) -> None:
+        """Leave out batches that have been trained on."""
+        self.batches.skip_iter(iterations)
+
+    def load(self) -> None:
+        """Load the batches of the next step. Raises UserError if a scene cannot be read."""
+        with errors_of_workers():
+            self.loaded.extend([next(self.batches) for _ in range(self.accumulate)])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self.loaded:
+            self.load()
+        return self.loaded.popleft()
+
+
 @HOOKS.register_module()
 class RunFolder(Hook):
     """What all our trainings do around the training itself: metrics, checkpoints, signals and seeding.
@@ -115,10 +147,12 @@ class RunFolder(Hook):
     Random numbers depend on the seed and the iteration alone. Where batch norms are not synchronized (on CPUs), the
     processes average their running statistics after each iteration, so that all of them evaluate the model that is
     saved. After SIGTERM or SIGUSR1, the current step is finished, a
-    checkpoint is written and SystemExit(0) raised; after SIGINT, the same with SystemExit(1).
+    checkpoint is written and SystemExit(0) raised; after SIGINT, the same with SystemExit(1). If a scene of the next
+    step cannot be read, a checkpoint is written and UserError raised. There is a checkpoint before each evaluation, so
+    that nothing that goes wrong there costs a step.
 
     Args:
-        interval: steps between checkpoints; 0: only at the end and after a signal.
+        interval: steps between checkpoints; 0: only where one is written anyway.
         keep: number of checkpoints to keep.
         log_every: steps between two lines of metrics.
         seed: random seed.
@@ -154,6 +188,7 @@ class RunFolder(Hook):
         self.evaluation_start = 0.0
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.evaluated_iteration = -1  # when it took place
+        self.saved_iteration = 0  # of the newest checkpoint
 
     def before_run(self, runner: AddpRunner) -> None:
         out = Path(self.out or runner.work_dir)
@@ -168,6 +203,9 @@ class RunFolder(Hook):
             out = self.checkpoints.folder.parent
             self.run_logger = RunLogger(out, "seg", step, total, self.trackers, self.tracker_project)
         self.batch_statistics = [] if self.world_size == 1 else local_statistics(runner.model)
+        self.saved_iteration = runner.iter  # the run begins there, or at a checkpoint
+        self.batches = StepBatches(runner.train_loop.dataloader_iterator, self.accumulate)
+        runner.train_loop.dataloader_iterator = self.batches
         self._make_up_for_evaluation(runner)
         self.window_start = time.perf_counter()
 
@@ -190,23 +228,31 @@ class RunFolder(Hook):
         step, last = iteration // self.accumulate, iteration == runner.max_iters
         if self.run_logger:
             self.run_logger.advance()
-        stop, interrupt = self._signals_of_all_ranks()
-        if step % self.log_every == 0 or last or stop or interrupt:
+        error = None if last else self._load_next()
+        stop, interrupt, unreadable = self._on_any_rank(self.signals.stop, self.signals.interrupt, error is not None)
+        leaves = stop or interrupt or unreadable
+        if step % self.log_every == 0 or last or leaves:
             self._log_metrics(runner, step)
-        if last or stop or interrupt or (self.interval and step % self.interval == 0):
+        if last or leaves or (self.interval and step % self.interval == 0):
             self.save(runner, iteration)
-        if (stop or interrupt) and not last:
+        if last:
+            return
+        if stop or interrupt:
             self._exit(step, interrupt)
+        if unreadable:
+            self._end(step, error)
 
     def before_val_epoch(self, runner: AddpRunner) -> None:
+        if runner.iter > self.saved_iteration:
+            self.save(runner, runner.iter)
+            barrier()  # a rank that fails in the evaluation would end rank 0, which writes
         self.evaluation_start = time.perf_counter()
         mark_pace(VALIDATION, 0)
 
     def after_val_iter(self, runner: AddpRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         mark_pace(VALIDATION, len(outputs or ()) * self.world_size)
-        stop, interrupt = self._signals_of_all_ranks()
+        stop, interrupt = self._on_any_rank(self.signals.stop, self.signals.interrupt)
         if stop or interrupt:
-            self.save(runner, runner.iter)
             self._exit(runner.iter // self.accumulate, interrupt)
 
     def after_val_epoch(self, runner: AddpRunner, metrics: dict[str, float] | None = None) -> None:
@@ -236,6 +282,7 @@ class RunFolder(Hook):
                     f"{self.checkpoints.path(step)}: cannot be written ({error.strerror or error}); older checkpoints "
                     "are intact: free disk space and run the same command again"
                 ) from error
+        self.saved_iteration = iteration
 
     def _make_up_for_evaluation(self, runner: AddpRunner) -> None:
         """Evaluate after the step of a continued run's checkpoint, if the run was stopped in that evaluation."""
@@ -264,15 +311,29 @@ class RunFolder(Hook):
             self.run_logger.log_training(metrics, eta=(total - step) * seconds / steps)
         self.window, self.window_iterations, self.window_start = {}, 0, time.perf_counter()
 
-    def _signals_of_all_ranks(self) -> tuple[bool, bool]:
-        """Return whether a signal has told any rank to stop, and to stop by an interrupt; in one all-reduce."""
+    def _load_next(self) -> UserError | None:
+        """Load the batches of the next step; return the error if a scene cannot be read."""
+        try:
+            self.batches.load()
+        except UserError as error:
+            return error
+        return None
+
+    def _on_any_rank(self, *flags: bool) -> list[bool]:
+        """Return whether each flag is set on any rank; in one all-reduce."""
         if self.world_size == 1:
-            return self.signals.stop, self.signals.interrupt
-        flags = torch.tensor([self.signals.stop, self.signals.interrupt], dtype=torch.float32)
-        flags = flags.to("cuda" if torch.cuda.is_available() else "cpu")
-        all_reduce(flags)
-        stop, interrupt = (flags > 0).tolist()
-        return stop, interrupt
+            return [*flags]
+        values = torch.tensor(flags, dtype=torch.float32)
+        values = values.to("cuda" if torch.cuda.is_available() else "cpu")
+        all_reduce(values)
+        return (values > 0).tolist()
+
+    def _end(self, step: int, error: UserError | None) -> NoReturn:
+        """Raise the error of the rank that cannot read a scene, on all of them, after the checkpoint."""
+        barrier()  # a rank that ends would end rank 0, which writes
+        messages = [message for message in all_gather_object(error and str(error)) if message]
+        log.info("stopped after step %d; when the data can be read, the same command continues", step)
+        raise UserError(messages[0])
 
     def _exit(self, step: int, interrupt: bool) -> NoReturn:
         log.info("stopped by a signal after step %d; the same command continues", step)

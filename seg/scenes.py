@@ -8,17 +8,22 @@ A class map holds 0 or 255 for "other", which is neither learned nor evaluated, 
 
 import colorsys
 import csv
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from addp_core.base.addresses import refuse_address
+from addp_core.base.cpu import usable_cores
 from addp_core.base.errors import UserError
 from addp_core.data.image_source import ImageFiles
 from addp_core.data.images import COMMON_EXTENSIONS, ImageError, LazyImage, wrap_image_errors
@@ -91,6 +96,7 @@ class SceneListing:
     def __init__(self, root: str | Path, split: str):
         """Find the pairs. Raises UserError like `find_pairs`."""
         self.pairs = find_pairs(root, split)
+        self.class_maps = ClassMaps([pair.class_map for pair in self.pairs])
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -100,6 +106,42 @@ class SceneListing:
         root = Path(self.pairs[0].image.anchor)
         files = [[str(pair.image) for pair in self.pairs], [str(pair.class_map) for pair in self.pairs]]
         return "-".join(ImageFiles(root, names).digest() for names in files)
+
+
+class ClassMaps:
+    """The content of the class maps of a split, as a run folder records it: labels are corrected, and a file may then
+    have as many bytes as before, which is all that a listing tells of it.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def digest(self) -> str:
+        """Return a digest of all files. Raises UserError if one cannot be read."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            digests = tqdm(pool.map(_file_digest, self.paths), "class maps", len(self), leave=False, disable=None)
+            return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def recorded_datasets(listings: Mapping[str, SceneListing]) -> dict[str, SceneListing | ClassMaps]:
+    """Return what a run folder records of the splits. Class maps have entries of their own, which runs from before them
+    lack: in these, only the listings are compared.
+    """
+    return {**listings, **{f"class maps of {split}": listing.class_maps for split, listing in listings.items()}}
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _is_png(name: str) -> bool:
@@ -150,13 +192,18 @@ def read_class_names(root: str | Path, table: str = "") -> tuple[str, ...]:
     path = paths[0]
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t"))
-        names = {int(row["Idx"]): row["Name"].split(",")[0].split(";")[0].strip() for row in rows}
+        numbered = [(int(row["Idx"]), row["Name"].split(",")[0].split(";")[0].strip()) for row in rows]
     except OSError as error:
         raise UserError(f"data.classes: {path} cannot be read ({error.strerror})") from error
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"data.classes: {path}: expected a tab-separated table with the columns Idx and Name"
         ) from error
+    names = dict(numbered)
+    number, times = Counter(number for number, _ in numbered).most_common(1)[0] if numbered else (0, 0)
+    if times > 1:
+        same = ", ".join(repr(name) for each, name in numbered if each == number)
+        raise UserError(f"data.classes: {path}: found Idx {number} {times} times ({same}), expected each number once")
     if sorted(names) != list(range(1, len(names) + 1)) or not 1 <= len(names) < IGNORED:
         raise UserError(f"data.classes: {path}: expected Idx 1, 2, ... without gaps, at most {IGNORED - 1}")
     return tuple(names[i] for i in range(1, len(names) + 1))
@@ -236,9 +283,13 @@ def class_colors(classes: int) -> np.ndarray:
 
 
 def check_scenes(data: SceneFiles, classes: tuple[str, ...]) -> None:
-    """Raise UserError if the pairs of a split cannot be used, or if there is nothing to learn from them."""
+    """Raise UserError if the pairs of a split cannot be used, or if there is nothing to learn from them.
+
+    All pairs of the validation split are read: the evaluation would otherwise find out when the training is done.
+    """
     labels = check_pairs(find_pairs(data.source, "train", log_dropped=True), classes, data.check, min_classes=2)
-    labels |= check_pairs(find_pairs(data.source, "val", log_dropped=True), classes, data.check)
+    validation = find_pairs(data.source, "val", log_dropped=True)
+    labels |= check_pairs(validation, classes, len(validation))
     check_numbering(labels, classes)
 
 
@@ -256,12 +307,14 @@ def check_pairs(pairs: list[ScenePair], class_names: Sequence[str], limit: int, 
         )
     evenly_spaced = np.linspace(0, len(pairs) - 1, min(limit, len(pairs))).astype(int)
     checked = np.unique(evenly_spaced).tolist()
-    if len(checked) < len(pairs):
-        log.info("checking %d of %d pairs of images and class maps (data.check)", len(checked), len(pairs))
+    log.info("data: %s: reading %d of %d class maps and their images to check them", folder, len(checked), len(pairs))
     labels: set[int] = set()
-    others = sorted(set(range(len(pairs))) - set(checked))
-    for number, i in enumerate([*checked, *others]):
-        if number >= len(checked) and len(labels - {0, IGNORED}) >= min_classes:
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        read = pool.map(partial(_labels_of_pair, classes=len(class_names)), [pairs[i] for i in checked])
+        for found in tqdm(read, "check", len(checked), leave=False, unit="img", disable=None):
+            labels |= found
+    for i in sorted(set(range(len(pairs))) - set(checked)):
+        if len(labels - {0, IGNORED}) >= min_classes:
             break
         labels |= _labels_of_pair(pairs[i], len(class_names))
     if len(labels - {0, IGNORED}) < min_classes:
@@ -276,11 +329,7 @@ def check_pairs(pairs: list[ScenePair], class_names: Sequence[str], limit: int, 
 
 def _labels_of_pair(pair: ScenePair, classes: int) -> set[int]:
     """Return the labels in the class map. Raises UserError if the image or the class map cannot be used."""
-    try:
-        with wrap_image_errors():
-            image = LazyImage(pair.image.read_bytes())
-    except ImageError as error:
-        raise UserError(f"{pair.image}: {error}") from error
+    image = read_image(pair.image)  # the pixels too, for a header says nothing about the rest of a file
     labels = read_labels(pair.class_map, (image.height, image.width), classes)
     return set(np.flatnonzero(np.bincount(labels.flatten())).tolist())
 

@@ -29,7 +29,7 @@ from addp_core.weights.fitting import AnyEncoder
 from seg.mmseg_config import CNN_BACKBONE, fill_augmentation, fill_model, fill_runtime, read_config
 from seg.recipe import TrainConfig as TrainConfig
 from seg.recipe import TrainRecipe as Recipe
-from seg.scenes import SceneListing, check_scenes, read_class_names
+from seg.scenes import ClassMaps, SceneListing, check_scenes, read_class_names, recorded_datasets
 from seg.segmentor import Segmentor, describe_encoder, describe_vit, save_segmentor
 
 log = logging.getLogger("addp")
@@ -52,9 +52,11 @@ def run(recipe: Recipe) -> None:
     load = functools.cache(functools.partial(load_model, recipe, cfg))
     if isinstance(load(), CnnEncoder) if recorded is None else recorded.get("relative", "") is None:
         recipe = resolve_for_cnn(given, recipe, cfg)
-    if prepare_out(
-        recipe.out, recipe, lambda: {split: SceneListing(recipe.data.source, split) for split in ("train", "val")}
-    ):
+
+    def datasets() -> dict[str, SceneListing | ClassMaps]:
+        return recorded_datasets({split: SceneListing(recipe.data.source, split) for split in ("train", "val")})
+
+    if prepare_out(recipe.out, recipe, datasets):
         return
     try:
         classes = read_class_names(recipe.data.source, recipe.data.classes)
@@ -309,7 +311,7 @@ def train(cfg: Any, segmentor: Segmentor, out: Path, recipe: Recipe) -> None:
                 run_folder.run_logger.finish()
             state = runner.unwrapped_model.state_dict()
             save_segmentor(segmentor, state, out / MODEL_FILE)
-            write_segmentor(segmentor, state, out, recipe.data.source, recipe.data.classes)
+            write_segmentor(segmentor, state, out, recipe.data.source, recipe.data.classes, runner.cfg)
             mark_finished(out, recipe, {"step": runner.iter // run_folder.accumulate, **run_folder.metrics})
             log.info("seg: finished: %s (for mmseg's tools: %s and %s)", out / MODEL_FILE, CONFIG_FILE, CHECKPOINT_FILE)
         barrier()  # no process may end before the file has been written

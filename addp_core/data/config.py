@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
+from pydantic import AllowInfNan
 
 from addp_core.base.addresses import CREDENTIALS_FIX, has_credentials
 from addp_core.base.errors import UserError
@@ -38,7 +39,10 @@ class DataConfig:
         "(default: torch; pillow in a run that was begun before this key existed)",
     ] = None
     max_errors: Annotated[
-        float, Ge(0), "unreadable images to tolerate: a count, or below 1 a fraction of the dataset"
+        float,
+        Ge(0),
+        AllowInfNan(True),
+        "unreadable images to tolerate: a count, or below 1 a fraction of the dataset; .inf: all",
     ] = 0.01
     classes: Annotated[
         FilePath | None, "text file with the names of class 0, 1, ..., one per line (default: the sorted folders)"

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -104,7 +104,7 @@ class HubDataset(ImageSource):
 
 
 def open_source(
-    config: DataConfig | str, split: str | None = None, classes: Sequence[str] | None = None
+    config: DataConfig | str, split: str | None = None, classes: Sequence[str] | None = None, whole: bool = False
 ) -> ImageSource:
     """Open the images at `config.source`.
 
@@ -118,6 +118,8 @@ def open_source(
         config: the settings, or the source only.
         split: overrides `config.split`.
         classes: names of label 0, 1, ...; overrides `config.classes`.
+        whole: read all images of a folder or a .tar file, whatever its folders are called, for use without classes.
+            Addresses and datasets of the hub have splits all the same.
 
     Raises UserError if there is nothing to read.
     """
@@ -133,12 +135,14 @@ def open_source(
         if times > 1:
             raise UserError(f"data.classes: {config.classes} has {name!r} {times} times; expected each class once")
     if is_address(config.source):
+        _log_split(config.source, split, whole)
         files = RemoteFiles(config.tries, config.timeout)
         return _logged(RemoteTarShards(config.source, files, split, classes), config)
     path = expand_home(config.source)
     kind, _, rest = config.source.partition("/")
     if rest and not path.exists():
         if kind == "hfds":
+            _log_split(config.source, split, whole)
             return _logged(HubDataset(config.source, replace(config, split=split)), config)
         if kind in STREAMING_READERS:
             raise UserError(
@@ -147,7 +151,7 @@ def open_source(
                 "(https://host/train-{00..09}.tar), a folder of .tar files, or hfds/<name>"
             )
     try:
-        return _logged(_open_path(path, split, classes), config)
+        return _logged(_open_path(path, None if whole else split, classes), config)
     except PermissionError as error:
         raise UserError(
             f"data.source: no permission to read {error.filename or path}; change its permissions, or move it away"
@@ -158,6 +162,35 @@ def _logged(source: ImageSource, config: DataConfig) -> ImageSource:
     classes = f"{len(source.classes):,} classes" if source.classes else "no classes"
     log.info("data: %s: %s images, %s", config.source, f"{len(source):,}", classes)
     return source
+
+
+def _log_split(source: str, split: str, whole: bool) -> None:
+    if whole:
+        log.info("data: %s: of the splits that it may have, %r is read", source, split)
+
+
+def refuse_results_among_images(source: ImageSource, images: str, results: Iterable[Path]) -> None:
+    """Raise UserError if a result would be written among the images, where it may replace one or be read as one.
+
+    Links are followed, those of the results and those that lead to images.
+
+    Args:
+        source: the opened images.
+        images: where they lie, as the recipe names it: a folder, a file or an address.
+        results: the paths of all files that will be written.
+    """
+    path = expand_home(images)
+    if not path.exists() or is_tar(path.name):
+        return
+    folders = {os.path.dirname(source.name(index)) for index in range(len(source))}
+    held = {os.path.realpath(folder) for folder in ({*folders, str(path)} if path.is_dir() else folders)}
+    for place in sorted({result.parent for result in results}):
+        real = Path(os.path.realpath(place))
+        if not held.isdisjoint(map(str, [real, *real.parents] if path.is_dir() else [real])):
+            raise UserError(
+                f"out: results would be written to {place}, among the images of {images}, and replace some or be read "
+                "as images the next time; expected a folder outside of it"
+            )
 
 
 def explain_missing_classes(source: ImageSource, where: str) -> str:
@@ -171,7 +204,8 @@ def explain_missing_classes(source: ImageSource, where: str) -> str:
     )
 
 
-def _open_path(path: Path, split: str, classes: Sequence[str] | None) -> ImageSource:
+def _open_path(path: Path, split: str | None, classes: Sequence[str] | None) -> ImageSource:
+    """Open a folder or a .tar file. split: None for all images."""
     if not path.exists():
         hint = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise UserError(f"data.source: {path} does not exist; expected a folder of images or a .tar file{hint}")
@@ -181,13 +215,15 @@ def _open_path(path: Path, split: str, classes: Sequence[str] | None) -> ImageSo
         raise UserError(
             f"data.source: {path} is a file; expected a folder of images or a .tar file (unpack other archives)"
         )
+    if split is None:
+        return _open_folder(path, split, classes)
     list_file = path / "meta" / f"{split}.txt"
     if list_file.is_file():
         return _open_list(path, split, list_file, classes)
     return _open_folder(path / find_split_folder(FolderTree(path), split, str(path)), split, classes)
 
 
-def _open_folder(root: Path, split: str, classes: Sequence[str] | None) -> ImageSource:
+def _open_folder(root: Path, split: str | None, classes: Sequence[str] | None) -> ImageSource:
     listing = list_folder(root)
     names = listing.images
     if not names and listing.tars:
@@ -204,7 +240,7 @@ def _open_folder(root: Path, split: str, classes: Sequence[str] | None) -> Image
     if dropped:
         log.info("data: %s: passed over: %s", root, count_text(dropped))
     ends = [name.find(os.sep) for name in names]
-    if min(ends) < 0:
+    if split is None or min(ends) < 0:
         return ImageFiles(root, names)
     folders = [name[:end] for name, end in zip(names, ends, strict=True)]
     # A class without images keeps its label.

@@ -368,7 +368,9 @@ def rows_of(batch: int, rank: int, world: int) -> slice:
 
 def error_limit(max_errors: float, images: int) -> int:
     """Return how many unreadable images `max_errors` allows; any fraction above 0 allows at least one."""
-    return int(max_errors) if max_errors >= 1 else max(1, round(max_errors * images)) if max_errors else 0
+    if max_errors >= 1:
+        return int(min(max_errors, images))  # .inf tolerates all
+    return max(1, round(max_errors * images)) if max_errors else 0
 
 
 def example_images(source: ImageSource, config: DataConfig, n: int) -> Tensor:

@@ -34,26 +34,31 @@ class TarShards(ImageSource):
 
     labels: np.ndarray
 
-    def __init__(self, root: Path | str, shards: Sequence[str], split: str, classes: Sequence[str] | None = None):
+    def __init__(
+        self, root: Path | str, shards: Sequence[str], split: str | None, classes: Sequence[str] | None = None
+    ):
         """Index the shards.
 
         Args:
             root: the folder of the shards, or the only .tar file; a text if it is no path on the disk.
             shards: their paths relative to `root`; none: `root` itself.
-            split: the split to read, if the names of the shards or the folders in them say so.
+            split: the split to read, if the names of the shards or the folders in them say so; None for all images.
             classes: names of label 0, 1, ...; by default those of the images.
 
         Raises UserError if a shard is no .tar file, there is no image or no such split, or a class is not in `classes`.
         """
         self._root = root
-        chosen = choose_shards(shards, split, str(root)) if shards else [""]
+        chosen = list(shards) or [""]
+        if shards and split is not None:
+            chosen = choose_shards(shards, split, str(root))
         indexed = dict(zip(chosen, self._read_indexes(chosen), strict=True))
         dropped = sum((shard.listing.passed_over + shard.listing.others for shard in indexed.values()), Counter[str]())
         members = [_Member(name, shard, path) for name, shard in indexed.items() for path in shard.images]
         if not members:
             found = f" but {count_text(dropped)}" if dropped else ""
             raise UserError(f"data.source: {root} holds no image{found}; expected {COMMON_EXTENSIONS} in the .tar")
-        members = _members_of_split(members, split, str(root))
+        if split is not None:
+            members = _members_of_split(members, split, str(root))
         members.sort(key=lambda member: (natural_key(member.printed), member.printed))
         labels: Sequence[int | str | None] | None = _read_label_files(members, indexed)
         if labels is None:

@@ -18,6 +18,7 @@ import addp_core
 from addp_core.base import job
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.launch import describe_unused_tasks, rank, run_alone, take_place_from_slurm
+from addp_core.base.paths import RECIPE_FILE
 from addp_core.recipes.completion import HELP as LONG_HELP
 from addp_core.recipes.completion import PRINT_CONFIG, completions
 from addp_core.recipes.config import load_recipe, show_recipe
@@ -138,8 +139,9 @@ def split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
                 f"{argument!r}: settings are written key=value, without dashes (train.batch=32)"
                 f"{did_you_mean(argument, OPTIONS)}"
             )
-        is_file = recipe is None and Path(argument).is_file()  # a path may contain an equals sign
-        if "=" in argument and not is_file:
+        path = Path(argument)  # which may contain an equals sign
+        is_recipe = recipe is None and (path.is_file() or (path / RECIPE_FILE).is_file())
+        if "=" in argument and not is_recipe:
             settings.append(argument)
         elif recipe is None:
             recipe = argument

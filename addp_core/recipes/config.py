@@ -6,6 +6,9 @@ keys.py says how keys are declared. Values come from the defaults of the datacla
     base: vit_b_1600ep      # a recipe's name, or the path of a YAML file relative to this one
     train: {epochs: 800}    # sections are merged key by key
 
+Of two keys of which one counts instead of the other, such as `train.steps` and `train.epochs`, a file or the settings
+that set the second alone clear the first.
+
 Everything that is not a section replaces what the base says, including lists and free-form mappings such as `grid`,
 `set`, `models` and `arms`: an entry of a merged mapping could never be removed again. As in settings, a key with dots
 changes a single entry: `set.train.accumulate: 8`.
@@ -25,7 +28,7 @@ from addp_core.base.paths import RECIPE_FILE, expand_home
 from addp_core.recipes.dialect import write_yaml
 from addp_core.recipes.document import BASE, UNPARSED, Document
 from addp_core.recipes.keys import all_keys, keys_of
-from addp_core.recipes.tree import Tree, build, default_tree, missing_keys, plain_tree, plain_values
+from addp_core.recipes.tree import Tree, build, clear_replaced, default_tree, missing_keys, plain_tree, plain_values
 from addp_core.recipes.verbs import VERBS
 
 T = TypeVar("T")
@@ -79,7 +82,9 @@ def _resolve(cls: type, path: Path | None, settings: Sequence[str], named: Named
     if path is not None:
         for document in reversed(list(_documents(cls, Path(path), named))):
             document.read(tree)
+            clear_replaced(cls, tree, document.keys_set)
     _check_braces(settings)
+    keys_set: set[str] = set()
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
@@ -92,7 +97,10 @@ def _resolve(cls: type, path: Path | None, settings: Sequence[str], named: Named
                 f"{BASE}: found {text!r} on the command line, expected this key in recipe files only; "
                 f"write the name of the recipe without '{BASE}='{suggestion}"
             )
-        Document(cls).set_key(tree, cls, name, yaml.ScalarNode(UNPARSED, text))
+        document = Document(cls)
+        document.set_key(tree, cls, name, yaml.ScalarNode(UNPARSED, text))
+        keys_set |= document.keys_set
+    clear_replaced(cls, tree, keys_set)
     for setting in settings:
         _check_still_set(cls, tree, setting.partition("=")[0].strip())
     return tree

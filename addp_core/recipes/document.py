@@ -5,6 +5,7 @@ Each value is checked by pydantic where it is read, so that an error can name th
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -13,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal, cast
 
 import yaml
-from pydantic import ValidationError
+from pydantic import AllowInfNan, ValidationError
 
 from addp_core.base.addresses import CREDENTIALS_FIX, has_credentials
 from addp_core.base.errors import UserError, did_you_mean
@@ -22,6 +23,7 @@ from addp_core.recipes.dialect import NULL, STR, Loader, is_null, is_readable, s
 from addp_core.recipes.keys import Key, all_keys, describe_type, keys_of, unannotated, union_members
 from addp_core.recipes.tree import Tree, build, choose_variant, default_tree
 
+OUT = "out"  # the key of every verb that names the folder it writes
 BASE = "base"  # the top-level key of a file that names the recipe it builds on
 UNPARSED = "!unparsed"  # tag of the text after `key=`: whether it is YAML or plain text depends on the type of the key
 
@@ -187,13 +189,22 @@ class Document:
                 self.set_key(tree, section, cast(Any, section).__shorthand__, node, f"{full_name}.")
             return tree
         try:
-            return key.adapter.validate_python(self.to_python(node, key.type, full_name), strict=True)
+            value = key.adapter.validate_python(self.to_python(node, key.type, full_name), strict=True)
         except (ValidationError, _TypeMismatchError) as error:
             literals = [t for t in map(unannotated, union_members(key.type)) if typing.get_origin(t) is Literal]
             choices = [str(choice) for literal in literals for choice in typing.get_args(literal)]
             suggestion = did_you_mean(node.value, choices) if isinstance(node, yaml.ScalarNode) else ""
-            message = f"{full_name}: found {self.excerpt(node)}, expected {describe_type(key.type)}{suggestion}"
+            expected = describe_type(key.type)
+            if isinstance(error, _OutOfRangeError):
+                expected = error.describe(expected)
+            message = f"{full_name}: found {self.excerpt(node)}, expected {expected}{suggestion}"
             raise UserError(self.location(node) + message) from error
+        if full_name == OUT and value == "" and key.default != "":
+            raise UserError(
+                f"{self.location(node)}{OUT}: found an empty text, as of a shell's variable that is not set; expected "
+                f"{describe_type(key.type)} ({key.help}); {OUT}=. is the current folder"
+            )
+        return value
 
     def parse_setting(self, node: yaml.Node, key: Key, full_name: str) -> yaml.Node:
         """Return the node of the text after `key=`: the text itself for keys that hold text, YAML for all others."""
@@ -235,6 +246,8 @@ class Document:
                     if node.value == str(choice):
                         return choice
         value = scalar_value(node)
+        if float in origins or (int in origins and isinstance(value, int)):
+            _check_range(value, tp)
         if type(value) in origins or Any in origins or value is None:
             return value
         if Path in origins:
@@ -294,3 +307,22 @@ def _texts(node: yaml.Node) -> Iterator[str]:
 
 class _TypeMismatchError(Exception):
     """No member of the type of the key can hold a node of this shape (list, mapping, tag)."""
+
+
+class _OutOfRangeError(_TypeMismatchError):
+    """The key takes no number of this size."""
+
+    def describe(self, expected: str) -> str:
+        """Return what the key takes, with the limit that the number is beyond."""
+        finite = expected.replace("a number", "a finite number")
+        return f"{expected}, of at most 64 bits" if finite == expected else finite
+
+
+def _check_range(value: Any, tp: Any) -> None:
+    """Raise _OutOfRangeError for infinity, unless the key says that it has a meaning (`AllowInfNan`), and for whole
+    numbers of more than 64 bits, which torch takes nowhere.
+    """
+    notes = [note for member in union_members(tp) for note in getattr(member, "__metadata__", ())]
+    infinite = isinstance(value, float) and math.isinf(value) and AllowInfNan(True) not in notes
+    if infinite or (isinstance(value, int) and not -(2**63) <= value < 2**63):
+        raise _OutOfRangeError

@@ -7,9 +7,13 @@ until a key is set that another one alone has. Every other field is a key, and i
 
 A string inside `Annotated` is the help text of the key, `annotated_types` set bounds, `Literal` lists the choices,
 `X | None` allows null, and a field without a default is required. A key that names something on disk is a `FilePath`, a
-`DatasetPath` or a `CachePath` of base/paths.py instead of `str`: a run may continue when that has moved. If a section
-has the class attribute `__shorthand__ = "source"`, then `data=photos` means `data.source=photos`. `__post_init__` may
-raise `ValueError("key: found ..., expected ...")` for constraints that involve several keys.
+`DatasetPath` or a `CachePath` of base/paths.py instead of `str`: a run may continue when that has moved. A number that
+may be infinite has pydantic's `AllowInfNan(True)` among its annotations.
+
+If a section has the class attribute `__shorthand__ = "source"`, then `data=photos` means `data.source=photos`. With
+`__replaced_by__ = {"epochs": "steps"}`, `steps` counts instead of `epochs` unless it is null, and a file or a command
+line that sets `epochs` alone sets the `steps` of what it builds on to null. `__post_init__` may raise
+`ValueError("key: found ..., expected ...")` for constraints that involve several keys.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, cast
@@ -60,6 +60,23 @@ def choose_variant(key: Key, tree: Tree, names: Iterable[str]) -> Any:
     tree.clear()
     tree.update(default_tree(chosen) | kept)
     return chosen
+
+
+def clear_replaced(cls: type, tree: Tree, keys_set: Collection[str], prefix: str = "") -> None:
+    """Set to null the keys that would count instead of those that a document or the settings have set alone.
+
+    Args:
+        cls: the dataclass of the tree.
+        tree: changed in place.
+        keys_set: the full names of the keys that were set.
+        prefix: the full name of the section with a dot.
+    """
+    for name, other in getattr(cls, "__replaced_by__", {}).items():
+        if prefix + name in keys_set and prefix + other not in keys_set:
+            tree[other] = None
+    for name, key in keys_of(cls).items():
+        if key.section and isinstance(tree.get(name), dict):
+            clear_replaced(key.variant_of(tree[name]), tree[name], keys_set, f"{prefix}{name}.")
 
 
 def missing_keys(cls: type, tree: Tree, prefix: str = "") -> Iterator[str]:

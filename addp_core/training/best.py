@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from addp_core.base.errors import UserError, did_you_mean
 from addp_core.base.files import write_atomically
 from addp_core.training.run_folder import BEST_METRICS, BEST_MODEL, log_write_errors
+
+log = logging.getLogger("addp")
 
 
 def check_keep_best(metric: str, metrics: Mapping[str, bool]) -> None:
@@ -41,8 +44,8 @@ def keep_best(
 ) -> dict[str, Any] | None:
     """Keep the model of an evaluation if it is the best so far, and return the metrics of the best one.
 
-    If the disk is full, that is logged, and the best model stays the one on the disk. Another `metric` than before
-    begins anew.
+    If the disk is full, or the evaluation has no value of the metric, that is logged, and the best model stays the one
+    on the disk. Another `metric` than before begins anew.
 
     Args:
         out: the run folder.
@@ -57,10 +60,13 @@ def keep_best(
     path = out / BEST_METRICS
     best = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     value, before = metrics.get(metric, math.nan), (best or {}).get(metric, math.nan)
+    if not math.isfinite(value):
+        log.warning("step %d: not kept as the best model: found %s=%s", step, metric, metrics.get(metric, "no value"))
+        return best
     better = value > before if higher_is_better[metric] else value < before
     # A run that fell back to an older checkpoint reaches its best step a second time.
     again = best is not None and best["step"] == step
-    if not math.isfinite(value) or not (better or again or math.isnan(before)):
+    if not (better or again or math.isnan(before)):
         return best
     current = {"step": step, **metrics}
     with log_write_errors(out / BEST_MODEL):

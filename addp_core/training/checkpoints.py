@@ -163,6 +163,15 @@ class Checkpoints:
         return None
 
 
+def check_length(out: Path, step: int, total: int) -> None:
+    """Raise UserError if a run has done more steps than the `total` that its recipe now asks for."""
+    if step > total:
+        raise UserError(
+            f"out={out}: has already reached step {step}, but this recipe ends at {total}; expected train.steps={step} "
+            "or more, or another out"
+        )
+
+
 def _tensor_files(state: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """Return the name, size and CRC-32 of each file of tensors, from a checkpoint's state.json."""
     if "parts" not in state:

@@ -1,5 +1,6 @@
 """The section `train` of recipes. Nothing here imports torch before it is needed."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -15,10 +16,14 @@ SHARDED_OPTIMIZERS = (
     *("lamb", "lars", "sgd", "momentum", "rmsprop", "adafactor"),
 )
 
+Decay = Annotated[float, Interval(ge=0, lt=1)]  # of a moving average
+
 
 @dataclass
 class TrainConfig:
     """Length, batch, optimizer, schedule, precision and logging of a run: the section `train` of a recipe."""
+
+    __replaced_by__ = {"epochs": "steps", "base_lr": "lr", "warmup_epochs": "warmup_steps"}  # noqa: RUF012
 
     epochs: Annotated[float, Gt(0), "passes over the images"] = 100.0
     steps: Annotated[int | None, Ge(1), "optimizer steps; replaces epochs"] = None
@@ -27,7 +32,9 @@ class TrainConfig:
     seed: Annotated[int, Ge(0), "seed of all random numbers"] = 0
 
     optimizer: Annotated[str, "any name of timm.optim.list_optimizers()"] = "adamw"
-    betas: Annotated[tuple[float, float], "decay of the moments, for optimizers that have them"] = (0.9, 0.95)
+    betas: Annotated[
+        tuple[Decay, Decay], "decay of the moments, for optimizers that have two; others keep timm's defaults"
+    ] = (0.9, 0.95)
     momentum: Annotated[float, Interval(ge=0, lt=1), "for optimizers that have it"] = 0.9
     weight_decay: Annotated[float, Ge(0), "always 0 for biases, norms and one-dimensional tensors"] = 0.05
     layer_decay: Annotated[
@@ -36,7 +43,7 @@ class TrainConfig:
 
     base_lr: Annotated[float, Ge(0), "peak learning rate at batch 256, scaled by batch / 256"] = 1e-4
     lr: Annotated[float | None, Ge(0), "peak learning rate, not scaled; replaces base_lr"] = None
-    min_lr: Annotated[float, Ge(0), "learning rate at the end of the cosine"] = 0.0
+    min_lr: Annotated[float, Ge(0), "learning rate at the end of the cosine, at most the peak"] = 0.0
     schedule: Annotated[Literal["cosine", "constant"], "learning rate after the warm-up"] = "cosine"
     warmup_epochs: Annotated[float, Ge(0), "epochs in which the learning rate rises from 0"] = 0.0
     warmup_steps: Annotated[int | None, Ge(0), "steps in which it rises; replaces warmup_epochs"] = None
@@ -89,14 +96,23 @@ class TrainConfig:
             if self.optimizer not in names:
                 hint = did_you_mean(self.optimizer, names)
                 raise ValueError(f"optimizer: found {self.optimizer!r}, expected a name of timm's{hint}")
+            if timm.optim.get_optimizer_info(self.optimizer).second_order:  # a step takes first derivatives alone
+                raise ValueError(f"optimizer: found {self.optimizer!r}, expected one without second derivatives")
         if self.parallel == "fsdp" and self.optimizer not in SHARDED_OPTIMIZERS:
             expected = ", ".join(SHARDED_OPTIMIZERS)
             raise ValueError(f"optimizer: found {self.optimizer!r}, expected one of {expected}, or parallel=ddp")
+        # A rate of 0 is for a look at what a run would do; any other one falls along the cosine.
+        if self.schedule == "cosine" and 0 < self.peak_lr < self.min_lr:
+            raise ValueError(f"min_lr: found {self.min_lr}, expected at most the peak learning rate, {self.peak_lr:g}")
 
     @property
     def micro_batch(self) -> int:
         """Images of one micro-step over all processes: the `batch` of the stream."""
         return self.batch // self.accumulate
+
+    def total_steps(self, images: int) -> int:
+        """Return the optimizer steps of a run on so many images."""
+        return self.steps if self.steps is not None else math.ceil(self.epochs * images / self.batch)
 
     @property
     def tracking(self) -> tuple[tuple[TrackerName, ...], str]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from addp_core.base.errors import UserError
 from addp_core.base.files import atomic_replace
 from addp_core.training.best import check_keep_best, keep_best
-from addp_core.training.checkpoints import Checkpoints
+from addp_core.training.checkpoints import Checkpoints, check_length
 from addp_core.training.compute import accelerate_model, tf32_for
 from addp_core.training.evaluation import EvaluationCost, EvaluationStopped
 from addp_core.training.kernel_choices import kernel_choices
@@ -101,7 +101,7 @@ class _Run:
         self.device = self.accelerator.device
         check_batch(config, self.world)
         self.steps_per_epoch = len(stream) / config.batch  # a fraction
-        self.total = config.steps if config.steps is not None else math.ceil(config.epochs * self.steps_per_epoch)
+        self.total = config.total_steps(len(stream))
         self.warmup = (
             config.warmup_steps if config.warmup_steps is not None else config.warmup_epochs * self.steps_per_epoch
         )
@@ -141,8 +141,7 @@ class _Run:
             )
         path = self.checkpoints.path(step)
         state = TrainingState(self.stage.model, self.config, self.accelerator, payload, path)
-        if step > self.total:
-            raise UserError(f"out={self.out}: has already reached step {step}, but this recipe ends at {self.total}")
+        check_length(self.out, step, self.total)
         self.saved_step = step
         return state, Counters.from_state(stored)
 
@@ -296,7 +295,7 @@ class _Run:
         terms: dict[str, Tensor] = {}
         for part in range(config.accumulate):
             micro_step = self._micro_step(part)
-            batch = move_to_device(next(batches), self.device)
+            batch = move_to_device(self._next_batch(batches), self.device)
             unreadable += len(batch.errors)
             seed_everything(config.seed, "step", micro_step.index, self.rank)
             last = part == config.accumulate - 1
@@ -309,6 +308,27 @@ class _Run:
                 terms[name] = terms[name] + share if name in terms else share
         terms["grad_norm"] = self.accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
         return terms, micro_step, unreadable
+
+    def _next_batch(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch. If images cannot be read, the steps before this one are kept, and UserError raised.
+
+        Of several processes, one may have the error alone, and the others wait for it: they keep the last checkpoint.
+        """
+        try:
+            return next(batches)
+        except UserError:
+            if self.world == 1:
+                self.state.optimizer.zero_grad()
+                self.state.restore_buffers(torch.ones((), dtype=torch.bool, device=self.device))
+                self._read_values(leave=0)
+                self._keep_steps()
+            raise
+
+    def _keep_steps(self) -> None:
+        """Write a checkpoint, unless there is one of this step, before an error in the data ends the run."""
+        if self.counters.step > self.saved_step:
+            self._checkpoint(required=False)
+        log.info("stopped after step %d; when the data can be read, the same command continues", self.counters.step)
 
     def _micro_step(self, part: int) -> MicroStep:
         config, share = self.config, self.config.micro_batch // self.world
@@ -405,6 +425,10 @@ class _Run:
             if self.saved_step != step:
                 self._checkpoint(required=True)
             self._leave(self._on_any_process(self.signals.interrupt))
+        except UserError:
+            if self.world == 1:
+                self._keep_steps()
+            raise
         if self.logger and metrics:
             self.stage.after_evaluation(step, metrics, best)
             self.logger.log_evaluation(step, {**metrics, **self.evaluation_cost.metrics()})

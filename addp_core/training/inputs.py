@@ -5,6 +5,7 @@
  "datasets": {"train": {"digest": <of the listing>, "images": 1281167}}}
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -73,10 +74,7 @@ class Inputs:
         Datasets that moved, or that changed in their place, are logged. Raises UserError if both is true: these are
         other datasets.
         """
-        current: dict[str, dict[str, Any]] = {
-            name: {"digest": each.digest(), "images": len(each)} for name, each in datasets.items()
-        }
-        recorded = self.record.get("datasets", {})
+        current = _entries(datasets)
         paths = {key: _place_on_disk(self.recipe.values[key]) for key in self._keys("dataset")}
         before = self.record.get("paths", {})
         moved = {
@@ -84,13 +82,8 @@ class Inputs:
             for key in before.keys() | paths.keys()
             if before and before.get(key) != paths.get(key)
         }
-        changed = {
-            name: _describe_change(recorded[name]["images"], now["images"])
-            for name, now in current.items()
-            if name in recorded and recorded[name]["digest"] != now["digest"]
-        }
-        counts = "; ".join(f"{name}: {change}" for name, change in changed.items())
-        if moved and changed:
+        counts = self._describe_changes(current)
+        if moved and counts:
             given = ", ".join(f"{key}={path} (was {before.get(key, 'none')})" for key, path in moved.items())
             raise UserError(
                 f"out={self.path.parent}: holds a run on other data: {given}; {counts}; "
@@ -98,13 +91,53 @@ class Inputs:
             )
         for key, path in moved.items():
             log.warning("%s: %s instead of %s, with the same images", key, path, before.get(key, "none"))
-        if changed:
+        if counts:
             log.warning(
                 "data: changed since this run last read it: %s; the order of the images and the length of an epoch "
                 "follow the new data",
                 counts,
             )
         self._write({**self.record, "paths": paths, "datasets": current})
+
+    def check_files(self) -> None:
+        """Warn of files that have other content than when the run began. A file that is gone is no reason to warn: the
+        run misses it when it reads it.
+        """
+        recorded = self.record.get("files", {})
+        for key in sorted(recorded.keys() & self._keys("file")):
+            if file_digest(self.recipe.values[key]) in (None, recorded[key]):
+                continue
+            log.warning(
+                "%s: %s has changed since this run began, and what has been computed is of the former file; for a "
+                "result of this one choose another out",
+                *(key, self.recipe.values[key]),
+            )
+
+    def check_finished(self, datasets: OpenDatasets | None) -> None:
+        """Warn of files and datasets that have changed in their place since the run read them.
+
+        Datasets are opened if they are on this disk; a finished run needs none of them.
+        """
+        self.check_files()
+        on_disk = all(os.path.exists(expand_home(self.recipe.values[key])) for key in self._keys("dataset"))
+        if datasets is None or "datasets" not in self.record or not on_disk:
+            return
+        with contextlib.suppress(OSError, UserError):
+            if counts := self._describe_changes(_entries(datasets())):
+                log.warning(
+                    "data: changed since this run read it: %s; its result is of the former images; for one of these "
+                    "choose another out",
+                    counts,
+                )
+
+    def _describe_changes(self, current: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return how datasets differ from the recorded ones, "" if they do not: 'train: 5 images instead of 4'."""
+        recorded = self.record.get("datasets", {})
+        return "; ".join(
+            f"{name}: {_describe_change(recorded[name]['images'], now['images'])}"
+            for name, now in current.items()
+            if name in recorded and recorded[name]["digest"] != now["digest"]
+        )
 
     def same_datasets(self, datasets: OpenDatasets | None) -> bool:
         """Check whether the datasets are the recorded ones; true if none are recorded."""
@@ -122,6 +155,11 @@ class Inputs:
         if record != self.record:
             write_atomically(self.path, json.dumps(record).encode())
         self.record = record
+
+
+def _entries(datasets: Mapping[str, Dataset]) -> dict[str, dict[str, Any]]:
+    """Return what inputs.json says of datasets."""
+    return {name: {"digest": each.digest(), "images": len(each)} for name, each in datasets.items()}
 
 
 def file_digest(source: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import timm.optim
@@ -37,14 +38,19 @@ def warn_if_warmup_is_too_long(warmup: float, total: int) -> None:
         )
 
 
-def check_layer_decay(model: nn.Module, config: TrainConfig) -> None:
-    """Raise UserError if `train.layer_decay` would have no effect."""
+def check_layer_decay(model: type[nn.Module], config: TrainConfig) -> None:
+    """Raise UserError if `train.layer_decay` would have no effect on models of this class."""
     if config.layer_decay in (None, 1.0):
         return
     reason = "lars without weight decay has one rate for all layers" if _is_lars_without_decay(config) else ""
-    reason = reason or ("" if hasattr(model, "group_matcher") else f"{type(model).__name__} does not name its layers")
+    reason = reason or ("" if hasattr(model, "group_matcher") else f"{model.__name__} does not name its layers")
     if reason:
         raise UserError(f"train.layer_decay: found {config.layer_decay}, expected null: {reason}")
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise UserError if the optimizer cannot be built here: some need a package, or a GPU."""
+    make_optimizer(nn.Linear(1, 1), replace(config, layer_decay=None))
 
 
 def _is_lars_without_decay(config: TrainConfig) -> bool:
@@ -58,7 +64,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     the learning rate falls from layer to layer, in the order of the model's `group_matcher`.
     """
     info = timm.optim.get_optimizer_info(config.optimizer)
-    options: dict[str, Any] = {"betas": config.betas} if info.has_betas else {}
+    options: dict[str, Any] = {"betas": config.betas} if info.has_betas and info.num_betas == 2 else {}
     if info.has_momentum:
         options["momentum"] = config.momentum
     if config.optimizer in ("adam", "adamw"):
@@ -68,7 +74,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         options["param_group_fn"] = _lars_groups
     try:
         return timm.optim.create_optimizer_v2(model, opt=config.optimizer, lr=config.peak_lr, **options)
-    except ValueError as error:
+    except (ValueError, AssertionError, ImportError) as error:  # timm asserts that there is CUDA, or a package
         raise UserError(f"train.optimizer={config.optimizer}: {error}") from error
 
 

@@ -35,8 +35,7 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
     Raises:
         UserError: if the device does not support the precision.
     """
-    if precision == "fp16" and not torch.accelerator.is_available():  # accelerate would silently compute in float32
-        raise UserError("train.precision=fp16: needs a GPU, but there is none; use bf16 or fp32")
+    check_precision(precision)
     mixed_precision = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; a bench may train with two
@@ -54,6 +53,12 @@ def make_accelerator(precision: str, find_unused: bool) -> Accelerator:
     if accelerator.is_main_process:
         warn_if_not_native(precision, accelerator.device)
     return accelerator
+
+
+def check_precision(precision: str) -> None:
+    """Raise UserError if no device of this machine computes in a precision."""
+    if precision == "fp16" and not torch.accelerator.is_available():  # accelerate would silently compute in float32
+        raise UserError("train.precision=fp16: needs a GPU, but there is none; use bf16 or fp32")
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:

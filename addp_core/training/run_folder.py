@@ -18,6 +18,7 @@ the old or the new content. A killed run leaves files with that prefix, which th
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -25,7 +26,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from addp_core.base.files import TEMPORARY_PREFIX, write_atomically
 from addp_core.base.launch import check_launch, rank
 from addp_core.base.paths import FINISHED_FILE as FINISHED
 from addp_core.base.paths import RECIPE_FILE
-from addp_core.training.checkpoints import LAST_CHECKPOINT
+from addp_core.training.checkpoints import LAST_CHECKPOINT, Checkpoints, check_length
+from addp_core.training.config import TrainConfig
 from addp_core.training.environment import check_environment
-from addp_core.training.inputs import Inputs, OpenDatasets
+from addp_core.training.inputs import Dataset, Inputs, OpenDatasets
 from addp_core.training.precision import AUTO, resolve_precision
 from addp_core.training.run_recipe import (
     LENGTH_KEYS,
@@ -50,7 +52,7 @@ from addp_core.training.run_recipe import (
     read_values,
     settle_resize,
 )
-from addp_core.training.submission import check_submission, is_for_slurm, submit
+from addp_core.training.submission import check_submission, check_training, is_for_slurm, submit
 from addp_core.training.tracker_backends import check_installed
 from addp_core.weights.files import MODEL_FILE
 
@@ -75,7 +77,7 @@ def prepare_out(
         recipe: an instance of the task's dataclass of keys, in which `train.precision=auto` becomes the precision of a
             run that has begun in the folder, as does a `data.resize` that is not set; or its YAML.
         datasets: opens the datasets of the run, which are compared with those that it began with. It may be called more
-            than once, unless the run has finished.
+            than once.
         result: the file in `out` without which the run has not finished.
 
     With `launch=slurm`, submits a job that does the rest, and exits with code 0.
@@ -92,6 +94,8 @@ def prepare_out(
         check_submission(out, recipe)
     if (previous := _previous_values(out)) is not None:
         keep_precision(recipe, previous)
+    else:
+        check_out(out, recipe)
     settle_resize(recipe, _stored_values(out))
     run_recipe = RunRecipe(recipe)
     check_environment(run_recipe.values)
@@ -138,7 +142,7 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
     """Do the work of `prepare_out` in the locked folder."""
     _remove_leftovers(out)
     inputs, previous = Inputs(out, recipe), _previous_values(out)
-    if not _has_results(out):
+    if not has_results(out):
         for name in (BEST_METRICS, BEST_MODEL):  # of a run that ended before its first checkpoint
             (out / name).unlink(missing_ok=True)
     if previous is None:
@@ -148,13 +152,17 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
     finished = _finished_result(out, recipe, datasets, result)
     if finished:  # recipe.yaml and inputs.json stay as they are: the other ranks find out by the same files
         log.info("out=%s: this run has already finished: %s", out, finished)
+        inputs.check_finished(datasets)
         release_out(out)
         return finished
     check_installed(recipe.values.get("train.trackers") or ())
+    check_training(recipe.source)
     if previous is not None:
         _check_checkpoints(out)
         _log_new_length(recipe, previous)
+    opened: Mapping[str, Dataset] = {}
     if datasets:
+        inputs.check_files()
         inputs.record_files()
         try:
             opened = datasets()
@@ -162,6 +170,7 @@ def _prepare(out: Path, recipe: RunRecipe, datasets: OpenDatasets | None, result
             where = f"{error.filename}: " if error.filename else ""
             raise UserError(f"data: {where}cannot be read ({_reason(error)})") from error
         inputs.check_datasets(opened)
+    _check_length(out, recipe, opened.get("train"))
     write_atomically(out / RECIPE_FILE, recipe.text.encode())
     return None
 
@@ -170,6 +179,60 @@ def mark_finished(out: Path, recipe: Any, summary: Mapping[str, Any]) -> None:
     """Write finished.json: `summary` and the digest of the recipe, by which `prepare_out` recognizes the run."""
     content = {**summary, "recipe": digest(RunRecipe(recipe).values)}
     write_atomically(out / FINISHED, json.dumps(content).encode())
+
+
+# -------------------- folders of verbs that are no trainings
+
+
+@contextlib.contextmanager
+def claim_out(out: Path, recipe: Any = None, files: Iterable[str] = ()) -> Iterator[None]:
+    """Create the folder `out` of a verb that is no training, and hold its lock. All processes call this; rank 0 acts.
+
+    Args:
+        out: the folder.
+        recipe, files: as in `check_out`; without a recipe, for a verb that writes none, any folder will do.
+
+    Raises:
+        UserError: if the folder cannot be written, another process works in it, or it holds what another verb wrote.
+    """
+    if rank():
+        yield
+        return
+    check_out(out, recipe, files)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock_out(out)
+    except OSError as error:
+        raise UserError(
+            f"out: {out} cannot be written ({_reason(error)}); expected a folder that you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        release_out(out)
+
+
+def check_out(out: Path, recipe: Any, files: Iterable[str] = ()) -> None:
+    """Raise UserError if the folder `out` holds what another verb wrote: its recipe, or `files` without any recipe.
+
+    Args:
+        out: the folder, which need not exist.
+        recipe: an instance of the verb's dataclass of keys; of any other object nothing is known.
+        files: names of what the verb writes there, besides recipe.yaml.
+    """
+    stored = _stored_values(out)
+    if stored is None:
+        if found := next((name for name in files if (out / name).exists()), None):
+            raise UserError(
+                f"out={out}: holds {found}, and no {RECIPE_FILE} that says what wrote it; choose another out"
+            )
+    elif dataclasses.is_dataclass(recipe):
+        unknown = {key.split(".")[0] for key in stored} - {field.name for field in dataclasses.fields(recipe)}
+        if unknown:
+            raise UserError(
+                f"out={out}: holds a run of another verb, whose {RECIPE_FILE} has the key {min(unknown)!r}; choose "
+                "another out"
+            )
 
 
 # -------------------- the lock
@@ -227,10 +290,11 @@ def _remove_leftovers(out: Path) -> None:
 
 def _previous_values(out: Path) -> Values | None:
     """Return the recipe of what has been computed in the folder, or None if nothing has: it may then be corrected."""
-    return _stored_values(out) if _has_results(out) else None
+    return _stored_values(out) if has_results(out) else None
 
 
-def _has_results(out: Path) -> bool:
+def has_results(out: Path) -> bool:
+    """Check whether a run has computed anything in the folder."""
     traces = [*(out / "checkpoints").glob("*"), out / FINISHED, out / LAST_CHECKPOINT]
     return any(trace.exists() for trace in traces)
 
@@ -246,15 +310,47 @@ def _stored_values(out: Path) -> Values | None:
         raise UserError(f"{path}: is not a recipe; remove it or choose another out") from error
 
 
-def _check_recipe(out: Path, recipe: RunRecipe, inputs: Inputs, previous: Values) -> None:
-    """Raise UserError if the folder holds a run of another recipe."""
+def changes_of_run(out: Path, recipe: Any, given: tuple[str, ...] = ()) -> str:
+    """Return how a recipe differs from that of what has been computed in the folder, the length of the run included;
+    "" if it does not, or nothing has been computed. Nothing is written.
+
+    Args:
+        out: the run folder.
+        recipe: an instance of the task's dataclass of keys, in which `prepare_out` would settle the same keys.
+        given: sections and keys to leave out.
+    """
+    if (previous := _previous_values(out)) is None:
+        return ""
+    keep_precision(recipe, previous)
+    settle_resize(recipe, previous)
+    now = RunRecipe(recipe)
+    changed = [*_changed_keys(now, Inputs(out, now), previous), *sorted(now.changed_length(previous))]
+    return now.describe_changes([key for key in changed if not f"{key}.".startswith(given)], previous)
+
+
+def _changed_keys(recipe: RunRecipe, inputs: Inputs, previous: Values) -> list[str]:
+    """Return the keys in which a recipe is another one than that of the run with the values `previous`."""
     if previous.get(PRECISION) == AUTO:  # it ended before this was settled, so nothing was computed in another one
         previous = {**previous, PRECISION: recipe.values.get(PRECISION)}
-    if changed := inputs.without_moved(recipe.changed_keys(previous), previous):
+    return inputs.without_moved(recipe.changed_keys(previous), previous)
+
+
+def _check_recipe(out: Path, recipe: RunRecipe, inputs: Inputs, previous: Values) -> None:
+    """Raise UserError if the folder holds a run of another recipe."""
+    if changed := _changed_keys(recipe, inputs, previous):
         raise UserError(
             f"out={out}: holds a run of another recipe: {recipe.describe_changes(changed, previous)}; "
             "put the keys back or choose another out"
         )
+
+
+def _check_length(out: Path, recipe: RunRecipe, images: Dataset | None) -> None:
+    """Raise UserError if the run has gone further than the recipe's last step, before its recipe is replaced by this
+    one. The engine tells where `images` are not known.
+    """
+    section, steps = getattr(recipe.source, "train", None), Checkpoints(out, keep=1).steps()
+    if steps and isinstance(section, TrainConfig) and (section.steps is not None or images is not None):
+        check_length(out, steps[0], section.total_steps(0 if images is None else len(images)))
 
 
 def _log_new_length(recipe: RunRecipe, previous: Values) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from addp_core.base.paths import MODEL_FILE
 from addp_core.data.config import DEFAULT_RESIZE, DataConfig
 from addp_core.recipes.config import dump
 from addp_core.recipes.keys import all_keys
@@ -30,7 +31,8 @@ COMPUTE_ONLY_KEYS = frozenset(
 # Compute only too; the digests of segmentation runs, which had this key first, contain it.
 CHECKPOINTING = "train.checkpointing"
 # Keys that set a run's length: a run may be extended, and then counts as unfinished until it reaches the new end.
-LENGTH_KEYS = frozenset({"train.steps", "train.epochs"})
+STEPS = "train.steps"
+LENGTH_KEYS = frozenset({STEPS, "train.epochs"})
 
 PRECISION, FORMER_PRECISION = "train.precision", "fp32"  # the default until `auto` existed
 RESIZE, FORMER_RESIZE = "data.resize", "pillow"  # what all runs had until the key existed
@@ -40,7 +42,7 @@ Values = dict[str, Any]  # full name of a key ('train.batch') -> value
 
 
 class RunRecipe:
-    """A resolved recipe: `text` is its YAML, `values` its keys.
+    """A resolved recipe: `source` is what it was made of, `text` its YAML, `values` its keys.
 
     `defaults` has the values of keys that are not given, and `paths` the kind (`Key.path_kind`) of keys that are paths.
 
@@ -49,6 +51,7 @@ class RunRecipe:
     """
 
     def __init__(self, recipe: Any):
+        self.source = recipe
         self.text = recipe if isinstance(recipe, str) else dump(recipe)
         self.values = read_values(self.text)
         cls = type(recipe)
@@ -64,18 +67,25 @@ class RunRecipe:
     def changed_keys(self, previous: Values) -> list[str]:
         """Return the keys that make this another run than one with the values `previous`.
 
-        A recipe that was stored before a key existed is one with this key's default, and two spellings of a path are
-        the same.
+        A recipe that was stored before a key existed is one with this key's default. Two spellings of a path are the
+        same, and so are no path and that of what the run then makes itself, such as `<out>/tokenizer`.
         """
         absent = object()
         before = {**self.defaults, **previous}
 
         def same(key: str) -> bool:
             old, new = before.get(key, absent), self.values.get(key, absent)
-            return old == new or (key in self.paths and _full_path(old) == _full_path(new))
+            return old == new or (key in self.paths and _given_path(before, key) == _given_path(self.values, key))
 
         keys, ignored = previous.keys() | self.values.keys(), COMPUTE_ONLY_KEYS | LENGTH_KEYS | {CHECKPOINTING}
         return [key for key in sorted(keys) if key not in ignored and not same(key)]
+
+    def changed_length(self, previous: Values) -> set[str]:
+        """Return the keys that make this run longer or shorter than one with the values `previous`."""
+        before, keys = {**self.defaults, **previous}, LENGTH_KEYS
+        if None not in (before.get(STEPS), self.values.get(STEPS)):  # epochs then mean nothing
+            keys = frozenset({STEPS})
+        return {key for key in keys if before.get(key) != self.values.get(key)}
 
     def moved_with_run(self, key: str, previous: Values) -> bool:
         """Check whether a path leads to the same place in the run folder or beside it, as when both were moved.
@@ -94,6 +104,13 @@ class RunRecipe:
 def _full_path(text: Any) -> str:
     """Return the absolute path, with links followed; "" if there is no path."""
     return os.path.realpath(os.path.expanduser(text)) if text and isinstance(text, str) else ""
+
+
+def _given_path(values: Values, key: str) -> str:
+    """Return the full path of a key; "" if it leads to what the run makes itself: the earlier stage of this name."""
+    path = _full_path(values.get(key))
+    own = os.path.join(_full_path(values.get("out")), key)
+    return "" if path in (own, os.path.join(own, MODEL_FILE)) else path
 
 
 def _path_from_run(values: Values, key: str) -> str | None:

@@ -110,7 +110,7 @@ class TrainingState:
                 log.info("train.channels_last: with train.parallel=fsdp, of the frozen parts alone")
         accelerate_model(model, config.compile, config.channels_last and not self.sharded)
         if not payload:  # a run from before this was an error goes on
-            check_layer_decay(model, config)
+            check_layer_decay(type(model), config)
         optimizer = make_optimizer(model, config)
         if self.sharded:
             self.model, self.optimizer = model, accelerator.prepare(optimizer)

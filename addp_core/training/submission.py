@@ -100,6 +100,28 @@ def number_of_processes(recipe: Any) -> int:
     return recipe.slurm.tasks if is_for_slurm(recipe) else world_size()
 
 
+def check_training(recipe: Any, section: TrainConfig | None = None) -> None:
+    """Raise UserError if the processes of a run cannot train as a section `train` says.
+
+    A job has other devices than the machine that submits it, and makes the checks of devices when it begins.
+
+    Args:
+        recipe: of the run.
+        section: the one to check, if it is not the recipe's own.
+    """
+    if section is None:
+        section = getattr(recipe, "train", None)
+        if not isinstance(section, TrainConfig) or getattr(recipe, "mode", FULL) != FULL:
+            return
+    from addp_core.training.optimization import check_optimizer
+    from addp_core.training.processes import check_batch, check_precision
+
+    check_batch(section, number_of_processes(recipe))
+    if not is_for_slurm(recipe):
+        check_precision(section.precision)
+        check_optimizer(section)
+
+
 def check_submission(out: Path, recipe: Any) -> None:
     """Check that a job for this run folder can be submitted; exit with code 0 if one is in the queue.
 
@@ -109,10 +131,7 @@ def check_submission(out: Path, recipe: Any) -> None:
     if world_size() > 1:
         raise UserError(f"{WHERE}: found in {world_size()} processes, expected one; start it without torchrun or srun")
     check_slurm(WHERE)
-    if isinstance(recipe.train, TrainConfig) and getattr(recipe, "mode", FULL) == FULL:
-        from addp_core.training.processes import check_batch
-
-        check_batch(recipe.train, recipe.slurm.tasks)
+    check_training(recipe)
     if number := jobs_in_queue(out, WHERE).get(JOB):
         log.info("out=%s: job %s is in the queue or runs; nothing to submit", out, number)
         raise SystemExit(0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from addp_core.data.images import CenterCrop
@@ -43,12 +43,18 @@ def truncate(encoder: AnyEncoder, block: int) -> None:
 class FeatureBank:
     """The features of a dataset on disk; each file holds the labels and the indices of its images too.
 
-    `key` identifies the weights, images and settings of the features.
+    `key` identifies the weights, images and settings of the features, and the images that could not be read.
+
+    Args:
+        files: the files.
+        images: how many the dataset has.
     """
 
-    def __init__(self, files: FeatureFiles):
+    def __init__(self, files: FeatureFiles, images: int):
         self.key, self._files = files.folder.name, files
         self.labels, self.indices = files.concatenate_all("labels"), files.concatenate_all("indices")
+        if len(self) < images:
+            self.key += f" {hashlib.blake2b(self.indices.numpy().tobytes(), digest_size=8).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,10 +75,11 @@ def compute_features(
     shard: int,
     **options: Any,
 ) -> FeatureBank:
-    """Return the features of every image, computing those that are not in the cache yet.
+    """Return the features of every readable image, computing those that are not in the cache yet.
 
-    The folder in `cache` depends on the weights, the images and the settings. Each file holds `shard` images and is
-    complete or absent. Images are identified by name and label: an image replaced under the same name goes unnoticed.
+    Images that could not be read when their file was written are tried again. The folder in `cache` depends on the
+    weights, the images and the settings. Each file holds `shard` images and is complete or absent. Images are
+    identified by name and label: an image replaced under the same name goes unnoticed.
 
     Args:
         title: prefix of the folder's name, and title of the progress bar.
@@ -85,7 +92,9 @@ def compute_features(
     state = PartialState()
     folder = cache / f"{title}-{_cache_key(model, source, transform, store, shard, options)}"
     files = FeatureFiles(folder, -(-len(source) // shard))
-    if missing := files.missing():
+    missing = files.missing()
+    _add_unreadable(files, missing, model, source, transform, title=title, store=store, shard=shard, **options)
+    if missing:
         indices = [i for number in missing for i in _shard_indices(number, shard, source)]
         if state.is_main_process:
             size = len(indices) * math.prod(model.shape) * STORAGE_DTYPES[store].itemsize
@@ -100,7 +109,53 @@ def compute_features(
             if state.is_main_process:
                 files.write(number, _tensors(gathered, model, STORAGE_DTYPES[store]))
     state.wait_for_everyone()
-    return FeatureBank(files)
+    return FeatureBank(files, len(source))
+
+
+def _add_unreadable(
+    files: FeatureFiles,
+    missing: Sequence[int],
+    model: PooledFeatures,
+    source: ImageSource,
+    transform: CenterCrop,
+    *,
+    title: str,
+    store: str,
+    shard: int,
+    **options: Any,
+) -> None:
+    """Add to the files those of their images that could not be read when they were written, and can be now.
+
+    missing: numbers of the files that are not there; the other arguments are those of `compute_features`.
+    """
+    state = PartialState()
+    shared: list[dict[int, list[int]]] = [{}]
+    if state.is_main_process:
+        for number in sorted(set(range(files.count)) - set(missing)):
+            absent = set(_shard_indices(number, shard, source)) - set(files.read(number, "indices").tolist())
+            if absent:
+                shared[0][number] = sorted(absent)
+    broadcast_object_list(shared)
+    absent_by_file = shared[0]
+    indices = [index for absent in absent_by_file.values() for index in absent]
+    if not indices:
+        return
+    if state.is_main_process:
+        log.info("%s: trying %d images again that could not be read before", title, len(indices))
+    errors: ReadErrors = []
+    batches = compute_outputs(model, source, transform, indices=indices, errors=errors, **options)
+    added = _concatenate([_nothing(model), *batches])
+    check_unreadable(errors, options["max_errors"], len(source))
+    gathered = gather_object([added])
+    if state.is_main_process:
+        for number in absent_by_file:
+            inside = [_select(part, part.indices // shard == number) for part in gathered]
+            tensors = _tensors(inside, model, STORAGE_DTYPES[store])
+            if len(tensors["indices"]):
+                merged = {name: torch.cat([files.read(number, name), new]) for name, new in tensors.items()}
+                order = merged["indices"].argsort()
+                files.write(number, {name: value[order] for name, value in merged.items()})
+    state.wait_for_everyone()
 
 
 def _shard_indices(number: int, shard: int, source: ImageSource) -> range:
@@ -133,7 +188,7 @@ def _split_by_shard(
     batches: Iterator[OutputBatch], numbers: Sequence[int], shard: int, model: PooledFeatures
 ) -> Iterator[OutputBatch]:
     """Yield this process's part of each of the shards `numbers`; all images come in the order of their indices."""
-    rest = OutputBatch(torch.empty(0, *model.shape), torch.empty(0).long(), torch.empty(0).long())
+    rest = _nothing(model)
     for number in numbers:
         pending, end = [rest], (number + 1) * shard
         while not (len(pending[-1].indices) and pending[-1].indices[-1] >= end):
@@ -145,6 +200,11 @@ def _split_by_shard(
         inside = merged.indices < end
         rest = _select(merged, ~inside)
         yield _select(merged, inside)
+
+
+def _nothing(model: PooledFeatures) -> OutputBatch:
+    """Return the outputs for no image."""
+    return OutputBatch(torch.empty(0, *model.shape), torch.empty(0).long(), torch.empty(0).long())
 
 
 def _concatenate(parts: Sequence[OutputBatch]) -> OutputBatch:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 from timm.data import ImageNetInfo
 
 from addp_core.base.errors import UserError, did_you_mean
-from addp_core.data.sources import read_lines
+from addp_core.data.sources import ImageSource, read_lines
 from cls.variants.datasets import DATASETS
 
 log = logging.getLogger("addp")
@@ -27,6 +28,20 @@ def logit_names(class_names: tuple[str, ...], classes: int) -> tuple[str, ...]:
         return class_names
     imagenet = tuple(ImageNetInfo().label_names())
     return imagenet if len(numbers) == len(imagenet) else numbers
+
+
+def has_class_folders(source: ImageSource) -> bool:
+    """Check whether each class of a dataset is the name of a folder or a .tar on the way to its images, and no label
+    from a file beside them.
+    """
+    if source.labels is None:
+        return False
+    firsts = zip(*np.unique(source.labels, return_index=True), strict=True)
+    return all(
+        {source.classes[label], f"{source.classes[label]}.tar"} & set(Path(source.name(int(index))).parts)
+        for label, index in firsts
+        if 0 <= label < len(source.classes)
+    )
 
 
 def named_classes(path: str, class_names: tuple[str, ...], classes: int) -> tuple[str, ...]:
@@ -52,7 +67,12 @@ def published_classes(key: str) -> list[str]:
 
 
 def match_classes(
-    key: str, location: str, classes: Sequence[str], names: Sequence[str], numbered: bool = False
+    key: str,
+    location: str,
+    classes: Sequence[str],
+    names: Sequence[str],
+    numbered: bool = False,
+    numbers: bool = False,
 ) -> list[int]:
     """Return the model's logit for each class of a dataset.
 
@@ -61,6 +81,7 @@ def match_classes(
         classes: of the dataset, in the order of its labels.
         names: of the model's logits.
         numbered: the dataset's labels are the model's if it has as many, whatever the names of its classes.
+        numbers: classes called 0, 1, ... are labels of the model.
 
     Raises:
         UserError: the dataset has no classes, or classes that the model does not have.
@@ -71,7 +92,7 @@ def match_classes(
     unknown = [name for name in classes if name not in logits]
     if not unknown:
         return [logits[name] for name in classes]
-    if not numbered and list(classes) != list(map(str, range(len(classes)))):
+    if not numbered and not (numbers and list(classes) == list(map(str, range(len(classes))))):
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise UserError(
             f"{key}: class {unknown[0]!r}{more} of {location} is not among the model's {len(names)} classes, such as "

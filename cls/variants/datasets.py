@@ -1,12 +1,20 @@
 """The datasets of `addp robustness`, and the parts of ImageNet-C that are on disk."""
 
+import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from addp_core.base.errors import UserError, did_you_mean
+from addp_core.base.launch import rank
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES
+from addp_core.data.listing import is_image, walk
+
+log = logging.getLogger("addp")
 
 DATASETS = {  # key of the recipe: name
     "val": "clean validation",
@@ -29,6 +37,7 @@ class DatasetPart:
     corruption: str = ""
     severity: int = 0
     path: Path | None = None  # of the severity's folder, for ImageNet-C
+    lacks: str = ""  # how many of its images an incomplete part of ImageNet-C has
 
     @property
     def title(self) -> str:
@@ -63,6 +72,70 @@ def find_imagenet_c(root: Path, allow_missing: bool) -> list[DatasetPart]:
             f"at {len(SEVERITIES)} severities: add them, or set allow_missing=true for the mean over what is there"
         )
     return parts
+
+
+def count_images(parts: Sequence[DatasetPart]) -> list[Counter[str]]:
+    """Return the number of images of each class in each of these parts of ImageNet-C; classes without images have none.
+
+    Raises UserError if an image lies in no class folder, or a folder cannot be read.
+    """
+    counts = []
+    for part in tqdm(parts, desc="listing ImageNet-C", unit="part", delay=2, leave=False):
+        assert part.path is not None
+        found: Counter[str] = Counter()
+        try:
+            for name in walk(part.path):
+                if is_image(name):
+                    folder, separator, _ = name.partition(os.sep)
+                    if not separator:
+                        raise UserError(
+                            f"{part.key}: {part.path / name} lies in no class folder; expected <class>/<image>, as "
+                            "published"
+                        )
+                    found[folder] += 1
+        except OSError as error:
+            raise UserError(
+                f"{part.key}: {error.filename or part.path} cannot be read ({error.strerror}); change its permissions, "
+                "or unpack it again"
+            ) from error
+        counts.append(found)
+    return counts
+
+
+def complete_parts(counts: Mapping[DatasetPart, Counter[str]], allow_missing: bool) -> list[DatasetPart]:
+    """Return the parts of ImageNet-C, all of which have the same classes and the same number of images.
+
+    With `allow_missing`, the others say what they lack, those without any image are left out, and warnings name both.
+
+    Raises UserError about the first incomplete part unless `allow_missing`, or if no part has an image.
+    """
+    classes = set().union(*counts.values())
+    total = max(found.total() for found in counts.values())
+    parts: list[DatasetPart] = []
+    problems: list[str] = []
+    for part, found in counts.items():
+        if problem := _describe_lack(found, classes, total):
+            problems.append(f"{part.key}: {part.path} {problem}")
+        if found:
+            parts.append(replace(part, lacks=f"{found.total():,} of {total:,} images" if problem else ""))
+    if problems and (not allow_missing or not parts):
+        others = f" ({len(problems)} parts are incomplete)" if len(problems) > 1 else ""
+        raise UserError(
+            f"{problems[0]}{others}; add them, or set allow_missing=true to evaluate on the images of each part"
+        )
+    for problem in problems if rank() == 0 else ():
+        log.warning("%s; evaluating on what there is", problem)
+    return parts
+
+
+def _describe_lack(found: Counter[str], classes: set[str], total: int) -> str:
+    """Return what a part lacks that others have, "" if nothing: found images of these classes, so many in all."""
+    if not found:
+        return f"holds no image, and other parts have {total:,}"
+    if absent := sorted(classes - found.keys()):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        return f"lacks images of class {absent[0]!r}{more}, which other parts have"
+    return f"has {found.total():,} images, and other parts have {total:,}" if found.total() < total else ""
 
 
 def format_missing(missing: Sequence[tuple[str, int]]) -> str:

@@ -3,13 +3,15 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from addp_core.base.addresses import refuse_address
@@ -20,13 +22,15 @@ from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, VERSION
 from addp_core.data.images import eval_transform
 from addp_core.data.listing import FolderTree
 from addp_core.data.sources import HubDataset, ImageSource, open_source
+from addp_core.data.stream import ReadErrors
+from addp_core.training.evaluation import check_unreadable
 from addp_core.training.processes import process_state
 from addp_core.weights.fingerprint import fingerprint
 from cls.data import CROP_FRACTION
 from cls.evaluation import Scores, compute_outputs
-from cls.variants.classes import competing_logits, logit_names, match_classes, named_classes
+from cls.variants.classes import competing_logits, has_class_folders, logit_names, match_classes, named_classes
 from cls.variants.classifiers import EvaluatedClassifier
-from cls.variants.datasets import DatasetPart, find_imagenet_c
+from cls.variants.datasets import DatasetPart, complete_parts, count_images, find_imagenet_c
 from cls.variants.generated import CorruptedImages
 from cls.variants.recipe import Recipe
 
@@ -43,6 +47,7 @@ class Counts:
     classes: int
     right: int
     right5: int  # images whose class is among the five highest logits
+    unreadable: list[int] = field(default_factory=list)  # indices of the images that are not counted
 
     @property
     def top1(self) -> float:
@@ -64,6 +69,7 @@ class Evaluator:
         if recipe.classes:
             names = named_classes(recipe.classes, names, classifier.classes)
         self.names = logit_names(names, classifier.classes)
+        self.has_names = names not in ((), tuple(map(str, range(classifier.classes))))
         self.hw, self.crop = classifier.hw, classifier.crop
         interface = (*classifier.interface[:2], self.names, classifier.mean, classifier.std, *classifier.interface[2:])
         content = f"{fingerprint(classifier.model)} {interface}"
@@ -92,31 +98,18 @@ class Evaluator:
         return parts
 
     def _imagenet_c_parts(self, root: Path) -> list[DatasetPart]:
-        """Raise UserError if a part has classes that the model does not have, or lacks classes of other parts."""
-        folders = {
-            part: FolderTree(part.path).folders()
-            for part in find_imagenet_c(root, self.recipe.allow_missing)
-            if part.path is not None
-        }
-        for part, classes in folders.items():
-            match_classes(part.key, str(part.path), classes, self.names)
-        self._check_same_classes(folders)
-        return list(folders)
-
-    def _check_same_classes(self, folders: Mapping[DatasetPart, Sequence[str]]) -> None:
-        """Raise UserError, or with `allow_missing` warn, if a part lacks class folders that other parts have."""
-        all_classes = set().union(*folders.values())
-        for part, classes in folders.items():
-            missing = sorted(all_classes - set(classes))
-            if missing:
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                text = f"{part.key}: {part.path} lacks class folder {missing[0]!r}{more}, which other parts have"
-                if not self.recipe.allow_missing:
-                    raise UserError(
-                        f"{text}; add it, or set allow_missing=true to evaluate on the classes of each part"
-                    )
-                if process_state().is_main_process:
-                    log.warning("%s; evaluating on the %d classes that it has", text, len(classes))
+        """Raise UserError if a part has classes that the model does not have, or lacks images of other parts."""
+        parts = find_imagenet_c(root, self.recipe.allow_missing)
+        for part in parts:
+            assert part.path is not None
+            classes = FolderTree(part.path).folders()
+            if classes:  # otherwise it is empty
+                match_classes(part.key, str(part.path), classes, self.names, numbers=not self.has_names)
+        listed: list[list[Counter[str]]] = [[]]
+        if process_state().is_main_process:  # millions of files, perhaps on a network disk
+            listed = [count_images(parts)]
+        broadcast_object_list(listed)
+        return complete_parts(dict(zip(parts, listed[0], strict=True)), self.recipe.allow_missing)
 
     def open(self, part: DatasetPart) -> ImageSource:
         """Return the images of a part."""
@@ -143,7 +136,9 @@ class Evaluator:
         Raises UserError if the classes or labels do not match the model's.
         """
         location = getattr(self.recipe, key)
-        logits = match_classes(key, location, source.classes, self.names, isinstance(source, HubDataset))
+        is_list = (expand_home(location) / "meta" / f"{self.recipe.split}.txt").is_file()
+        numbers = not self.has_names or is_list or not has_class_folders(source)
+        logits = match_classes(key, location, source.classes, self.names, isinstance(source, HubDataset), numbers)
         if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= len(logits)):
             invalid = source.labels.min() if source.labels.min() < 0 else source.labels.max()
             raise UserError(f"{key}: {location} has label {invalid}, expected 0 to {len(logits) - 1}")
@@ -152,10 +147,20 @@ class Evaluator:
         positions = {logit: position for position, logit in enumerate(competing)}
         return torch.tensor(competing), torch.tensor([positions.get(logit, -1) for logit in logits])
 
-    def evaluate(self, part: DatasetPart, source: ImageSource, indices: list[int], title: str) -> Counts:
-        """Count the correct predictions on these images; the processes share the work, and each gets the result."""
+    def evaluate(
+        self,
+        part: DatasetPart,
+        source: ImageSource,
+        indices: list[int],
+        title: str,
+        errors: ReadErrors | None = None,
+    ) -> Counts:
+        """Count the correct predictions on these images; the processes share the work, and each gets the result.
+
+        errors: as in `compute_outputs`.
+        """
         competing, targets = self.logits_and_targets(part.key, source)
-        scores = Scores.zero(len(competing))
+        scores, read = Scores.zero(len(competing)), []
         recipe = self.recipe
         with renaming_keys(RENAMED_KEYS | {"data.source": part.key}):
             for batch in compute_outputs(
@@ -170,10 +175,22 @@ class Evaluator:
                 workers=recipe.workers,
                 max_errors=recipe.max_errors,
                 title=title,
+                errors=errors,
             ):
                 scores.add(batch.outputs[:, competing], targets[batch.labels])
+                read += batch.indices.tolist()
         scores = scores.gather()
-        return Counts(scores.images, len(competing), int(scores.confusion.trace()), scores.top5)
+        unreadable = sorted(set(indices).difference(*gather_object([read])))
+        return Counts(scores.images, len(competing), int(scores.confusion.trace()), scores.top5, unreadable)
+
+    def evaluate_unreadable(self, part: DatasetPart, source: ImageSource, before: Counts, title: str) -> Counts:
+        """Return a result on a part with those of its images that could not be read before and can be now."""
+        errors: ReadErrors = []
+        more = self.evaluate(part, source, before.unreadable, title, errors)
+        with renaming_keys(RENAMED_KEYS):
+            check_unreadable(errors, self.recipe.max_errors, before.images + len(before.unreadable))
+        right, right5 = before.right + more.right, before.right5 + more.right5
+        return Counts(before.images + more.images, before.classes, right, right5, more.unreadable)
 
     def settings(self, part: DatasetPart, source: ImageSource, images: int) -> dict[str, Any]:
         """Return everything that the result on this many of a part's images depends on."""

@@ -18,13 +18,15 @@ from cls.variants.evaluation import Counts
 from cls.variants.mce import ALEXNET_ERRORS, corruption_errors
 from cls.variants.store import write_errors
 
+MARKDOWN, CSV = "robustness.md", "robustness.csv"
+
 
 def write_report(out: Path, report: Mapping[str, Any]) -> None:
     """Write results.json, robustness.md and robustness.csv."""
     with write_errors(out):
         write_atomically(out / RESULTS, (json.dumps(report, indent=1) + "\n").encode())
-        write_atomically(out / "robustness.md", markdown_report(report).encode())
-        write_atomically(out / "robustness.csv", csv_report(report).encode())
+        write_atomically(out / MARKDOWN, markdown_report(report).encode())
+        write_atomically(out / CSV, csv_report(report).encode())
 
 
 def summarize(model: str, results: Mapping[DatasetPart, Counts]) -> dict[str, Any]:
@@ -40,6 +42,8 @@ def summarize(model: str, results: Mapping[DatasetPart, Counts]) -> dict[str, An
         row |= {"images": sum(part.images for part in counts), "classes": counts[0].classes}
         row["top1"] = float(np.mean([part.top1 for part in counts]))
         row["top5"] = float(np.mean([part.top5 for part in counts]))
+        if unreadable := sum(len(part.unreadable) for part in counts):
+            row["unreadable"] = unreadable
         if key in IMAGENET_C_KEYS:
             row |= _summarize_corruptions(of_dataset)
         elif key in TOP1_KEYS:
@@ -62,7 +66,9 @@ def _summarize_corruptions(results: Mapping[DatasetPart, Counts]) -> dict[str, A
         corruptions[name]["errors"] = {str(severity): 100 * error for severity, error in by_severity.items()}
     mce = float(np.mean([row["ce"] for row in corruptions.values()]))
     missing = [(name, level) for name in CORRUPTIONS for level in SEVERITIES if level not in errors.get(name, {})]
-    return {"mce": mce, "score": 100 - mce, "missing": format_missing(missing), "corruptions": corruptions}
+    incomplete = [f"{part.corruption} {part.severity} ({part.lacks})" for part in results if part.lacks]
+    text = "; ".join(filter(None, [format_missing(missing), *incomplete]))
+    return {"mce": mce, "score": 100 - mce, "missing": text, "corruptions": corruptions}
 
 
 def markdown_report(report: Mapping[str, Any]) -> str:
@@ -80,6 +86,12 @@ def markdown_report(report: Mapping[str, Any]) -> str:
     if report["not_averaged"]:
         missing = ", ".join(report["not_averaged"])
         notes = [f"score: top-1, or 1 - mCE for ImageNet-C. There is no average without {missing}."]
+    notes += [
+        f"{row['unreadable']:,} images of {row['set']} cannot be read and are not counted; the same command tries them "
+        "again."
+        for row in report["rows"]
+        if "unreadable" in row
+    ]
     text = f"model: {report['model']}, metrics in percent\n\n{markdown_table(lines)}\n"
     if imagenet_c:
         text += f"\n{DATASETS[imagenet_c['key']]}\n\n{markdown_table(_corruption_lines(imagenet_c, star))}\n"

@@ -41,13 +41,12 @@ class ResultStore:
         self._content: dict[str, dict[str, Any]] = {}  # of the file
 
     def open(self, recipe_text: str) -> None:
-        """Create the folder and read the results in it, the same on all processes."""
+        """Read the results in the folder, the same on all processes, and write the recipe into it."""
         shared: list[dict[str, dict[str, Any]]] = [{}]
         if self.state.is_main_process:
             with write_errors(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.out / RECIPE_FILE, recipe_text.encode())
                 shared = [self._read()]
+                write_atomically(self.out / RECIPE_FILE, recipe_text.encode())
         broadcast_object_list(shared)
         self._content = shared[0]
         self.counts = {key: Counts(**entry["counts"]) for key, entry in self._content.items()}

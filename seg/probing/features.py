@@ -205,7 +205,8 @@ def _cache_key(
     limit: int | None,
 ) -> str:
     """Return a digest of everything the features depend on."""
-    settings = [fingerprint(encoder), asdict(encoder.config), encoder.patch_size, list(blocks), listing.digest()]
+    settings = [fingerprint(encoder), asdict(encoder.config), encoder.patch_size, list(blocks)]
+    settings += [listing.digest(), listing.class_maps.digest()]
     settings += [recipe.data.size, limit, classes, recipe.norm, recipe.normalisation]
     settings += [recipe.train.precision, recipe.store, recipe.shard]
     return hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest()

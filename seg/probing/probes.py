@@ -26,7 +26,7 @@ from addp_core.training.probes import (
 )
 from seg.probing.evaluation import evaluate, patch_miou
 from seg.probing.features import PatchBank
-from seg.probing.recipe import Recipe
+from seg.probing.recipe import ProbeTraining, Recipe
 from seg.scenes import IGNORED, SceneListing, class_map_folder
 from seg.test import MAPS_FOLDER
 
@@ -47,14 +47,15 @@ class Scenes:
     grid: tuple[int, int]  # rows and columns of patches
     device: torch.device
 
-    def split(self, share: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the training patches of all images but a share, and of that share of the images."""
+    def split(self, config: ProbeTraining) -> tuple[Tensor, Tensor]:
+        """Return the indices of the patches of the training images that are not held out, and of those that are.
+
+        Raises UserError if all images with labels are held out.
+        """
         images = self.train.images.unique()
-        order = images[torch.randperm(len(images), generator=generator(seed, "held out"))]
-        held_out = torch.isin(self.train.images, order[: max(1, round(share * len(images)))])
+        order = images[torch.randperm(len(images), generator=generator(config.seed, "held out"))]
+        held_out = torch.isin(self.train.images, order[: config.held_out_images(len(images))])
         [chosen], [held] = (~held_out).nonzero(as_tuple=True), held_out.nonzero(as_tuple=True)
-        if not len(chosen):
-            raise UserError(f"train.held_out={share}: leaves none of the {len(images)} labeled images to train on")
         return chosen, held
 
 
@@ -89,7 +90,7 @@ def _fit_linear(
         return train_heads(features[:, None], labels, chosen, classes, lrs, config, config.seed)
 
     if config.held_out:
-        chosen, held = scenes.split(config.held_out, config.seed)
+        chosen, held = scenes.split(config)
         sweep = _patch_mious(train(chosen, config.lrs), features[held.to(labels.device)], labels[held], classes)
         lr = config.lrs[int(np.argmax(sweep))]
         row, head = {"lr": lr, "held_out": max(sweep), "sweep": sweep}, train(everything, [lr])
@@ -125,7 +126,7 @@ def _fit_neighbors(
 
     row: Row = {}
     if config.held_out:
-        chosen, held = (indices.to(features.device) for indices in scenes.split(config.held_out, config.seed))
+        chosen, held = (indices.to(features.device) for indices in scenes.split(config))
         _, score = fit(chosen.cpu())
         predicted = torch.cat([score(part).argmax(1) for part in features[held].split(CHUNK)])
         row["held_out"] = patch_miou(predicted, labels[held], classes)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
+from addp_core.base.errors import UserError
 from addp_core.networks.config import FeatureNorm
 from addp_core.training.precision import PrecisionChoice
 from addp_core.training.probe_keys import FeatureFolder, FeatureType, HeadDecay, HeadMomentum, SpacedBlocks
@@ -48,6 +49,16 @@ class ProbeTraining:
     ] = 0.1
     seed: Annotated[int, Ge(0), "of the held-out images and of the order of the patches"] = 0
     precision: PrecisionChoice = "auto"
+
+    def held_out_images(self, images: int) -> int:
+        """Return how many of so many training images are held out. Raises UserError if that leaves none to train on."""
+        count = max(1, round(self.held_out * images)) if self.held_out else 0
+        if count >= images:
+            raise UserError(
+                f"train.held_out={self.held_out}: leaves none of the {images} labeled images to train on; expected a "
+                "smaller share, more images, or 0"
+            )
+        return count
 
 
 @dataclass(kw_only=True)

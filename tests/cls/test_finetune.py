@@ -315,6 +315,24 @@ def test_validation_settings_may_change_when_a_run_continues(images, pretrained,
     assert "this run has finished" in caplog.text
 
 
+def test_a_run_that_continues_from_another_file_says_so(images, pretrained, tmp_path, caplog):
+    model = tmp_path / "model.safetensors"
+    shutil.copy(pretrained, model)
+    assert main(settings(images, model, tmp_path / "out", "train.steps=2")) == 0
+    save_model(tiny_addp(image_size=(8, 8), seed=1), model)
+    assert main(settings(images, model, tmp_path / "out", "train.steps=3")) == 0
+    assert caplog.text.count(f"model: {model} has changed since this run began") == 1
+
+
+@pytest.mark.parametrize("policy", ["foo", "rand-m9-zz1", "v0-foo1"])
+def test_an_unknown_policy_is_refused_before_anything_is_read(tmp_path, capsys, policy):
+    line = ["finetune", "model=nowhere.pth", f"data={tmp_path / 'nowhere'}", f"out={tmp_path / 'out'}"]
+    assert main([*line, f"augment.auto={policy}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith(f"addp: augment.auto: found '{policy}', expected a policy in timm's notation")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 @pytest.mark.parametrize("known_at_once", [False, True])
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -1,6 +1,7 @@
 """`addp linprobe`: both modes through the verb, resuming after an interruption, and wrong input."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,73 @@ def test_lars_without_weight_decay_scales_the_updates_of_matrices_only():
         steps.append([p.detach() - b for p, b in zip(head.parameters(), before, strict=True)])
     torch.testing.assert_close(steps[1][0], steps[0][0])
     torch.testing.assert_close(steps[1][1], 10 * steps[0][1])
+
+
+def test_images_that_could_not_be_read_before_are_tried_again(files, tmp_path, capsys):
+    """The features in a cache of several runs then are those of a cache that was filled when all images were there."""
+    shutil.copytree(files / "data", tmp_path / "data")
+    settings = [f"data={tmp_path / 'data'}", "fast.epochs=1", "fast.held_out=0", "data.max_errors=2"]
+    assert fast(files, tmp_path / "whole", *settings, f"fast.cache={tmp_path / 'whole-cache'}") == 0
+    paths = [tmp_path / "data" / split / "green" / "2.png" for split in ("train", "val")]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(b"-" * len(content))
+    settings.append(f"fast.cache={tmp_path / 'cache'}")
+    assert fast(files, tmp_path / "a", *settings) == 0
+    assert (results(tmp_path / "a")["trained_on"], results(tmp_path / "a")["images"]) == (41, 20)
+    capsys.readouterr()
+    assert fast(files, tmp_path / "b", *settings) == 0  # named again, and no others are read
+    log = capsys.readouterr().err
+    assert "train: trying 1 images again" in log
+    assert log.count("skipped an unreadable image") == 2
+    assert_refused(
+        capsys, fast(files, tmp_path / "c", *settings, "data.max_errors=0"), "more than 0 of 42 images are unreadable"
+    )
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    shutil.rmtree(tmp_path / "b" / "checkpoints")
+    (tmp_path / "b" / "finished.json").unlink()  # as if killed after its heads: they are of fewer images
+    for name in "bd":
+        assert fast(files, tmp_path / name, *settings) == 0
+        assert results(tmp_path / name) == results(tmp_path / "whole")
+    for folder in (tmp_path / "whole-cache").iterdir():
+        for path in folder.iterdir():
+            stored, expected = load_file(tmp_path / "cache" / folder.name / path.name), load_file(path)
+            assert stored.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(stored[name], value, atol=2e-3, rtol=2e-3)  # batches round otherwise
+
+
+@pytest.mark.parametrize("mode", ["fast", "full"])
+def test_a_finished_run_says_that_its_model_or_images_have_changed(files, tmp_path, caplog, mode):
+    """The result stays, and is of what the run began with."""
+    shutil.copytree(files / "data", tmp_path / "data")
+    model = tmp_path / "model.safetensors"
+    shutil.copy(files / "model.safetensors", model)
+    settings = [f"model={model}", f"data={tmp_path / 'data'}", "train.batch=6"]
+    settings += ["mode=full", "train.steps=1"] if mode == "full" else ["mode=fast", "fast.epochs=1", "fast.knn=3"]
+    assert linprobe(files, tmp_path / "out", *settings) == 0
+    before = results(tmp_path / "out")
+    caplog.clear()
+    assert linprobe(files, tmp_path / "out", *settings) == 0
+    assert "changed" not in caplog.text
+
+    save_model(tiny_addp(HW, seed=1), model)
+    assert linprobe(files, tmp_path / "out", *settings) == 0
+    assert f"model: {model} has changed since this run began" in caplog.text
+    assert "for a result of this one choose another out" in caplog.text
+    caplog.clear()
+    shutil.copy(files / "model.safetensors", model)
+    (tmp_path / "data" / "val" / "green" / "2.png").unlink()
+    assert linprobe(files, tmp_path / "out", *settings) == 0
+    assert "model: " not in caplog.text
+    assert "data: changed since this run read it: val: 20 images instead of 21" in caplog.text
+    assert results(tmp_path / "out") == before
+    caplog.clear()
+    shutil.rmtree(tmp_path / "data")
+    model.unlink()
+    assert linprobe(files, tmp_path / "out", *settings) == 0  # what is gone has not changed
+    assert "changed" not in caplog.text
 
 
 # -------------------- the probed features

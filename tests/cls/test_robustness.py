@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from other_process import at_work_in
 from PIL import Image
 from ranks import run_ranks
 from safetensors.torch import save_file
@@ -21,8 +23,10 @@ from addp_core.data.sources import ImageSource, open_source
 from addp_core.networks.classifier import Classifier, normalize
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
+from addp_core.recipes.config import dump
 from addp_core.weights.saving import save_model
-from cls.variants import evaluation
+from cls.recipe import FinetuneRecipe
+from cls.variants import datasets, evaluation, report
 from cls.variants.classes import published_classes
 from cls.variants.classifiers import open_classifier
 from cls.variants.mce import corruption_errors
@@ -140,7 +144,7 @@ def test_mce_of_given_errors(files, tmp_path, capsys):
     The corruptions are in the folders that the published archives unpack to.
     """
     groups = ["noise"] * 3 + ["blur"] * 4 + ["weather"] * 4 + ["digital"] * 4
-    table = np.random.default_rng(0).integers(0, 4, (15, 5))
+    table = np.random.default_rng(0).integers(1, 3, (15, 5))  # both classes have images in each part
     for row, name in enumerate(CORRUPTIONS):
         for severity in SEVERITIES:
             for i in range(3):
@@ -200,6 +204,42 @@ def test_numbered_labels_are_the_models_classes(files, tmp_path, capsys):
     assert_refused(
         capsys, command(files, tmp_path / "out", **keys), "imagenet_a", "not among the 200 classes of ImageNet-A"
     )
+
+
+def test_numbers_are_labels_only_in_lists_and_for_a_model_without_names(files, tmp_path, capsys):
+    """Folders 0 and 1 of a dataset are no classes of a model whose classes have other names."""
+    for name in ("0", "1"):
+        write_image(tmp_path / "sketch" / name / "x.png")
+    save_model(classifier(3, ("tench", "goldfish", "shark")), tmp_path / "fish.safetensors")
+    save_model(classifier(3, ()), tmp_path / "nameless.safetensors")
+    arguments = command(files, tmp_path / "out", sketch=tmp_path / "sketch")
+    named, nameless = ([*arguments, f"model={tmp_path / name}.safetensors"] for name in ("fish", "nameless"))
+    assert_refused(capsys, named, "sketch: class '0' (and 1 more)", "among the model's 3 classes, such as 'tench'")
+    assert main(nameless) == 0
+    (tmp_path / "names.txt").write_text("tench\ngoldfish\nshark\n")
+    assert_refused(capsys, [*nameless, f"classes={tmp_path / 'names.txt'}"], "sketch: class '0' (and 1 more)")
+    for corruption in CORRUPTIONS:
+        for severity in SEVERITIES:
+            write_image(tmp_path / "c" / corruption / str(severity) / "0" / "x.png")
+    keys = {"imagenet_c": tmp_path / "c", "model": tmp_path / "fish.safetensors"}
+    assert_refused(capsys, command(files, tmp_path / "out", **keys), "imagenet_c: class '0' of")
+
+    root = tmp_path / "listed"  # the published list of labels, with images in folders of these names or in none
+    for folder in ("0", "1", ""):
+        write_image(root / "val" / folder / "x.png")
+    (root / "meta").mkdir()
+    for lines in ("0/x.png 0\n1/x.png 1\n", "x.png 0\nx.png 1\n"):
+        (root / "meta" / "val.txt").write_text(lines)
+        assert main([*named, f"sketch={root}"]) == 0
+    for folder, labels in (("cls", "01"), ("folders", "")):
+        with tarfile.open(tmp_path / f"{folder}.tar", "w") as tar:
+            for name in ("0", "1"):
+                tar.add(root / "val" / "x.png", f"image{name}.png" if labels else f"{name}/x.png")
+                if labels:
+                    (tmp_path / "label").write_text(name)
+                    tar.add(tmp_path / "label", f"image{name}.cls")
+    assert main([*named, f"sketch={tmp_path / 'cls.tar'}"]) == 0
+    assert_refused(capsys, [*named, f"sketch={tmp_path / 'folders.tar'}"], "sketch: class '0' (and 1 more)")
 
 
 # -------------------- resuming
@@ -306,12 +346,99 @@ def test_a_severity_without_some_classes_is_reported(files, tmp_path, capsys, ca
     removed = root / "fog" / "4" / "1"
     shutil.rmtree(removed)
     assert_refused(
-        capsys, command(files, tmp_path / "out", **keys), str(removed.parent), "lacks class folder '1'", "allow_missing"
+        capsys,
+        command(files, tmp_path / "out", **keys),
+        *(str(removed.parent), "lacks images of class '1'", "allow_missing"),
     )
     for name in set(CORRUPTIONS) - {"fog"}:
         shutil.rmtree(root / name)
     assert main(command(files, tmp_path / "out", **keys, allow_missing="true")) == 0
-    assert f"{removed.parent} lacks class folder '1'" in caplog.text
+    assert f"{removed.parent} lacks images of class '1'" in caplog.text
+
+
+def test_images_that_a_part_lacks_are_found_at_the_start(files, tmp_path, capsys, monkeypatch):
+    """One image, or all; accepted, they mark the result."""
+    root, keys = tmp_path / "c", {"imagenet_c": tmp_path / "c"}
+    for name in ("fog", "frost"):
+        shutil.copytree(files / "imagenet-c" / name, root / name)
+    monkeypatch.setattr(datasets, "CORRUPTIONS", ("fog", "frost"))
+    monkeypatch.setattr(report, "CORRUPTIONS", ("fog", "frost"))
+    arguments = command(files, tmp_path / "out", **keys)
+    for path in (root / "fog" / "4").glob("*/*"):
+        path.unlink()
+    assert_refused(capsys, arguments, str(root / "fog" / "4"), "holds no image, and other parts have 2; add them")
+    image = next((root / "frost" / "2").glob("*/*"))
+    write_image(image.parent / "second.png")
+    assert_refused(
+        capsys, arguments, "fog/1 has 2 images, and other parts have 3 (9 parts are incomplete)", "allow_missing=true"
+    )
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "allow_missing=true"]) == 0
+    assert "9 of 75" not in (table := capsys.readouterr().out)
+    assert "9 of 10 parts. Missing: fog 4; fog 1 (2 of 3 images); fog 2 (2 of 3 images)" in table
+    assert results(tmp_path / "out")["imagenet_c"]["images"] == 19
+    (image.parent / "second.png").rename(root / "frost" / "2" / "loose.png")
+    assert_refused(capsys, [*arguments, "allow_missing=true"], "loose.png lies in no class folder")
+
+
+def test_unreadable_images_are_counted_and_tried_again(files, tmp_path, capsys, monkeypatch):
+    read, compute_outputs = [], evaluation.compute_outputs
+
+    def record(*args, indices, **options):
+        read.extend(indices)
+        return compute_outputs(*args, indices=indices, **options)
+
+    monkeypatch.setattr(evaluation, "compute_outputs", record)
+    shutil.copytree(files / "imagenet" / "val", tmp_path / "digits" / "val")
+    whole = command(files, tmp_path / "whole", val=tmp_path / "digits")
+    assert main(whole) == 0
+    path = next((tmp_path / "digits" / "val" / "3").iterdir())
+    content = path.read_bytes()
+    path.write_bytes(b"-" * len(content))  # as many bytes: the listing is the same
+    arguments = command(files, tmp_path / "out", val=tmp_path / "digits", max_errors=1)
+    read.clear()
+    for tries, images in ((1, 20), (2, 1)):
+        capsys.readouterr()
+        assert main(arguments) == 0
+        assert "1 images of clean validation cannot be read and are not counted" in capsys.readouterr().out
+        assert (results(tmp_path / "out")["val"]["images"], len(read)) == (19, 20 + tries - 1)
+        assert read[-images:] == read[20:] or images == 20
+    assert_refused(capsys, [*arguments, "max_errors=0"], "max_errors: more than 0 of 20 images", path.name)
+    path.write_bytes(content)
+    assert main(arguments) == 0
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+    read.clear()
+    assert main(arguments) == 0
+    assert read == []
+
+
+def test_the_folder_of_another_verb_is_left_as_it_is(files, tmp_path, capsys):
+    recipe = dump(FinetuneRecipe(model="model.safetensors", out=str(tmp_path / "run")))
+    for name, content in (("recipe.yaml", recipe), ("results.json", "of the training")):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text(content)
+    arguments = command(files, tmp_path / "run", "sketch")
+    assert_refused(
+        capsys, arguments, f"out={tmp_path / 'run'}: holds a run of another verb", "'augment'", "another out"
+    )
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    assert_refused(capsys, arguments, "holds results.json, and no recipe.yaml")
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of the training"]
+
+    assert main(command(files, tmp_path / "out", "sketch")) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for verb in ("finetune", "linprobe"):
+        training = [verb, f"model={files / 'model.safetensors'}", f"data={files / 'imagenet'}"]
+        assert_refused(capsys, [*training, f"out={tmp_path / 'out'}"], "holds a run of another verb")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_in_which_another_process_works_is_refused(files, tmp_path, capsys):
+    arguments = command(files, tmp_path / "out", "sketch")
+    with at_work_in(tmp_path / "out"):
+        assert_refused(capsys, arguments, "process 1 on a-machine works in this folder")
+    assert not (tmp_path / "out" / "cells.json").exists()
+    assert main(arguments) == 0
 
 
 def test_labels_out_of_range(files, tmp_path, capsys, monkeypatch):

@@ -18,12 +18,21 @@ class Train:
 
 
 @dataclass
+class Length:
+    __replaced_by__ = {"epochs": "steps"}  # noqa: RUF012
+
+    epochs: float = 100.0
+    steps: int | None = None
+
+
+@dataclass
 class Recipe:
     out: str
     train: Train = field(default_factory=Train)
     ema: Train | None = None
     grid: dict[str, list[float]] = field(default_factory=dict)
     runs: list[Train] = field(default_factory=list)
+    length: Length = field(default_factory=Length)
 
 
 BIG = """\
@@ -102,6 +111,19 @@ def test_sections_merge_and_all_other_values_replace(verb):
     assert recipe.ema is None
     assert read(verb, "base: big\ngrid.lr: [9]\n").grid == {"lr": [9.0], "decay": [3.0]}
     assert read(verb, "base: big\n", "grid.lr=[9]").grid == {"lr": [9.0], "decay": [3.0]}
+
+
+def test_a_key_that_another_one_replaces_counts_where_it_alone_is_set(verb):
+    Path("long.yaml").write_text("base: big\nlength: {epochs: 3, steps: 400}\n")
+    assert load_recipe(verb, "long.yaml").length == Length(3, 400)  # both at once: the steps count
+    assert load_recipe(verb, "long.yaml", ["length.epochs=7"]).length == Length(7, None)
+    assert load_recipe(verb, "long.yaml", ["length.epochs=7", "length.steps=5"]).length == Length(7, 5)
+    assert load_recipe(verb, "long.yaml", ["length.steps=5", "length.epochs=7"]).length == Length(7, 5)
+    assert load_recipe(verb, "long.yaml", ["length={epochs: 7}"]).length == Length(7, None)
+    assert load_recipe(verb, "long.yaml", ["length.steps=5"]).length == Length(3, 5)
+    assert read(verb, "base: long\nlength.epochs: 7\n").length == Length(7, None)
+    assert read(verb, "base: long\nlength: {epochs: 7}\n", "length.steps=5").length == Length(7, 5)
+    assert read(verb, "base: long\ntrain.batch: 7\n").length == Length(3, 400)
 
 
 def test_a_section_that_a_base_switches_off_starts_from_its_defaults(verb):

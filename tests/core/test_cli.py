@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -87,6 +88,7 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
     run_folder = tmp_path / "here" / "run"
     run_folder.mkdir()
     (run_folder / "recipe.yaml").write_text("word: resumed\n")
+    shutil.copytree(run_folder, tmp_path / "here" / "lr=3")
     outputs = {
         ("polly",): "hello\n",
         ("twice", "word=x"): "x\nx\n",
@@ -94,6 +96,7 @@ def test_recipes_by_name_path_run_folder_and_settings_alone(parrot, capsys, tmp_
         ("lr=3.yaml",): "mine\n",
         (str(own), "times=3"): "mine\nmine\nmine\n",
         ("run",): "resumed\n",
+        ("lr=3", "times=2"): "resumed\nresumed\n",
         ("word=a b",): "a b\n",
     }
     for args, text in outputs.items():

@@ -1,5 +1,6 @@
 """Recipes: what is read, what is written, and the message for each mistake."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,7 @@ import pytest
 from annotated_types import Ge, Gt, Interval, MultipleOf
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import AllowInfNan
 
 from addp_core.base.addresses import CREDENTIALS_FIX
 from addp_core.base.errors import UserError
@@ -133,6 +135,15 @@ def test_what_a_setting_means(setting, get, value):
         ("train.batch=null", "train.batch: found null, expected a whole number >= 1 and <= 4096"),
         ("train.lr=fast", "train.lr: found 'fast', expected a number > 0"),
         ("train.lr=.nan", "train.lr: found '.nan', expected a number > 0"),
+        ("train.lr=.inf", "train.lr: found .inf, expected a finite number > 0"),
+        ("train.lr=1e400", "train.lr: found 1e400, expected a finite number > 0"),
+        ("data.scale=[0, .inf]", "data.scale: found [0, .inf], expected a list of 2 in brackets, each a finite number"),
+        ("data.weights.a=-.inf", "data.weights.a: found -.inf, expected a finite number"),
+        (
+            "train.steps=99999999999999999999",
+            "train.steps: found 99999999999999999999, expected a whole number or auto, of at most 64 bits",
+        ),
+        ("train.steps=.inf", "train.steps: found .inf, expected a whole number or auto"),
         (
             "train.precision=bf17",
             "train.precision: found 'bf17', expected one of fp32, bf16, fp16; did you mean 'bf16'?",
@@ -168,6 +179,33 @@ def test_what_a_setting_means(setting, get, value):
 )
 def test_the_message_for_a_wrong_setting(setting, message):
     assert refusal(setting) == message
+
+
+@dataclass
+class Run:
+    out: Annotated[str, "run folder"]
+    tolerated: Annotated[float, Ge(0), AllowInfNan(True)] = 0.0
+
+
+@dataclass
+class Report:
+    out: Annotated[str, "folder; empty: write no files"] = ""
+
+
+def test_infinity_where_it_has_a_meaning():
+    assert load(Run, None, ["out=run", "tolerated=.inf"]).tolerated == float("inf")
+
+
+@pytest.mark.parametrize("text", ["out:\n", "out: ''\n", 'out: ""\n'])
+def test_an_output_folder_without_a_name(tmp_path, text):
+    message = "out: found an empty text, as of a shell's variable that is not set; expected text (run folder); out=. is"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        load(Run, None, ["out="])
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match="out: found"):
+        load(Run, tmp_path / "run.yaml")
+    assert load(Run, None, ["out=."]).out == "."
+    assert load(Report, None, ["out="]).out == ""
 
 
 def test_braces_that_the_shell_has_replaced():
@@ -276,10 +314,11 @@ SPECIAL_TEXTS = [
     "!x",
 ]
 TEXT = st.sampled_from(SPECIAL_TEXTS) | st.text(st.characters(exclude_categories=["Cs"]))
-NUMBERS = st.floats(allow_nan=False)
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
 BATCHES = st.integers(1, 4096).filter(lambda batch: batch != 13)
-TRAIN = st.builds(Train, POSITIVE, BATCHES, st.sampled_from(["fp32", "bf16", "fp16"]), st.integers() | st.just("auto"))
+TRAIN = st.builds(Train, POSITIVE, BATCHES, st.sampled_from(["fp32", "bf16", "fp16"]), INTEGERS | st.just("auto"))
 SCALES = st.tuples(NUMBERS, NUMBERS).map(lambda pair: (min(pair), max(pair)))
 DATA = st.builds(
     Data,
@@ -292,7 +331,7 @@ DATA = st.builds(
 )
 PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).map(Path)
 RECIPES = st.builds(
-    Recipe, PATHS, DATA, TRAIN, st.none() | TRAIN, st.lists(TRAIN), st.none() | TEXT, st.lists(st.integers()).map(tuple)
+    Recipe, PATHS, DATA, TRAIN, st.none() | TRAIN, st.lists(TRAIN), st.none() | TEXT, st.lists(INTEGERS).map(tuple)
 )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from coco_files import (
     HEIGHT,
@@ -159,6 +160,21 @@ def test_more_unreadable_images_than_tolerated_are_found_before_training(make_da
     )
     with pytest.raises(UserError, match=message):
         make_dataset_again.check_readable()
+
+
+def test_all_images_are_decoded_completely(make_dataset, tmp_path):
+    """One of many, with a header that is intact."""
+    content = coco_content(annotation(1, 0, 7, (5, 5, 8, 8)), images=150)
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    for i in range(150):
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    dataset = make_dataset(content)
+    dataset.check_readable()
+    encoded = (tmp_path / "149.png").read_bytes()
+    (tmp_path / "149.png").write_bytes(encoded[: len(encoded) // 2])
+    dataset.check_readable(samples=100)
+    with pytest.raises(UserError, match=r"at least 1 of 150 images .*149\.png \(image file is truncated"):
+        dataset.check_readable()
 
 
 def test_images_of_which_most_are_unreadable_are_found_whatever_is_tolerated(make_dataset, tmp_path):

@@ -146,6 +146,10 @@ MISTAKES = {
     ("train", "model=base"): "expected init=random with it",
     ("train", "data=nowhere"): "data.root: nowhere is not a folder",
     ("train", "data.scale=[2,1]"): "data.scale: [2.0, 1.0], expected 0 < low <= high",
+    (
+        "train",
+        "train.keep_best=mask_APl",
+    ): "has no object of 9,216 to 10,000,000,000 pixels, and without one this metric",
     ("train", "data.sizes=3"): "unknown key 'data.sizes'; did you mean 'data.size'?",
     ("train", "tokenizer_norm=true"): "tokenizer_norm: ",
     (
@@ -157,7 +161,9 @@ MISTAKES = {
     ("eval", "data.val_annotations={root}/renamed.json"): "(only in the file: 1 zero; only in the detector: 1 0)",
     ("eval", "data.val_annotations={root}/recipe.yaml"): "recipe.yaml: not JSON",
     ("predict", "images={root}/nowhere"): "addp: images: {root}/nowhere does not exist",
-    ("predict", "images={root}/photos"): "addp: images: {root}/photos has no folder 'train'; it has val",
+    ("predict", "images={root}/photos"): "addp: images: {root}/photos holds no files; expected images",
+    ("predict", "out={root}/toy/coco/val2017"): "addp: out: results would be written to {root}/toy/coco/val2017, among",
+    ("predict", "out={root}/toy/coco/val2017/drawn"): "expected a folder outside of it",
     ("predict", "out={root}/recipe.yaml"): "recipe.yaml cannot be written",
 }
 
@@ -295,6 +301,12 @@ def test_evaluation_of_more_unreadable_images_than_tolerated_fails(trained, tmp_
     assert main(["det", "eval", f"model={trained / 'run'}", f"data={data}", "data.max_errors=5"]) == 0
     assert main(train_command(trained, tmp_path / "run", f"data={data}")) == 2  # before the first step
     assert "the file is empty" in last_error_line(capsys)
+    shutil.rmtree(data / "val2017")
+    shutil.copytree(trained / "toy" / "coco" / "val2017", data / "val2017")
+    first = min((data / "val2017").iterdir())
+    first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])  # its header is intact
+    assert main(train_command(trained, tmp_path / "run", f"data={data}", "data.max_errors=0")) == 2
+    assert f"{first} (image file is truncated" in last_error_line(capsys)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -339,6 +351,34 @@ def test_what_needs_detectron2_says_so_where_it_is_missing(trained, tmp_path, ca
     export = ["export", f"model={trained / 'run'}", f"out={tmp_path / 'd2'}", "layout=detectron2"]
     assert main(export) == 2
     assert "layout=detectron2: it is not installed; `addp doctor` shows" in last_error_line(capsys)
+
+
+def test_predictions_are_of_all_images_whatever_their_folders_are_called(trained, tmp_path):
+    for folder in ("train", "test", "other"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "in" / folder / "a.jpg")
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        tar.add(tmp_path / "in" / "test", "test")
+    for images, expected in {"in": {"train/a.jpg", "test/a.jpg", "other/a.jpg"}, "test.tar": {"test/a.jpg"}}.items():
+        out = tmp_path / "out" / images
+        assert main(["det", "predict", f"model={trained / 'run'}", f"images={tmp_path / images}", f"out={out}"]) == 0
+        listed = json.loads((out / "images.json").read_text())
+        assert {image["file_name"] for image in listed["images"]} == expected
+        assert {str(path.relative_to(out)) for path in out.rglob("*.png")} == {f"{name}.png" for name in expected}
+
+
+def test_predictions_are_not_written_among_the_images(trained, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in").mkdir()
+    for folder in ("in", "elsewhere"):
+        Image.new("RGB", (40, 30)).save(tmp_path / folder / "a.jpg")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    command = ["det", "predict", f"model={trained / 'run'}", f"images={tmp_path / 'in'}"]
+    for out in ("in", "link", "link/new", "elsewhere/new"):
+        assert main([*command, f"out={tmp_path / out}"]) == 2
+        assert "addp: out: results would be written to" in last_error_line(capsys)
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("new")]
 
 
 def test_predictions_stay_in_their_folder(trained, tmp_path):

@@ -101,6 +101,12 @@ def test_errors_name_the_key(inputs, tmp_path, expect_user_error):
     expect_user_error([*line, "only=[steps]"], "only: found steps, but", "is no ADDP checkpoint; expected")
     expect_user_error([*line, "blocks=[3]"], "blocks: found 3, expected 1 to 2")
     expect_user_error([*line, f"data={tmp_path / 'nowhere'}"], "addp: data: ", "does not exist")
+    (tmp_path / "broken").mkdir()
+    for name in ("0.png", "1.png"):
+        (tmp_path / "broken" / name).write_text("no image")
+    for name in ("features", "attention", "neighbors"):
+        broken = [*line, f"data={tmp_path / 'broken'}", f"only=[{name}]"]
+        expect_user_error(broken, "data: none of the 2 images tried can be read, such as", "0.png")
     cnn = [*line, f"model={inputs / 'cnn.safetensors'}", "only=[attention]"]
     expect_user_error(cnn, "only: no attention of", "there is no class token")
 

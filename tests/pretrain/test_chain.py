@@ -3,6 +3,7 @@ continued, on two processes, and with the mistakes that users make."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from tiny import tiny_addp
 
 from addp_core import load_addp, sample, save_model
+from addp_core.data.sources import open_source
+from addp_core.data.stream import epoch_order
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import load_recipe
 from pretrain import addp
@@ -246,6 +249,27 @@ def test_truncated_images_beyond_the_limit(chain, tmp_path, capsys):
     arguments = [*pretrain(chain, tmp_path / "run"), f"data={tmp_path}", "data.max_errors=2"]
     arguments.remove(*data_setting(chain))
     refused(capsys, arguments, "data.max_errors", "2 tolerated", ".jpg")
+
+
+def test_an_image_that_cannot_be_read_costs_no_step(chain, tmp_path, capsys):
+    """The run ends with a checkpoint, and continues as if nothing had been, once the image is mended."""
+    shutil.copytree(chain / "photos", tmp_path / "photos")
+    source = open_source(str(tmp_path / "photos"))
+    broken = Path(source.name(int(epoch_order(len(source), 0, 0)[-1])))  # of the third batch
+    content = broken.read_bytes()
+
+    def arguments(out: str) -> list[str]:
+        settings = (f"data={tmp_path / 'photos'}", "train.checkpoint_every=0", "data.max_errors=0")
+        return pretrain(chain, tmp_path / out, *settings)
+
+    assert main(arguments("whole")) == 0
+    broken.write_bytes(content[: len(content) // 2])
+    refused(capsys, arguments("run"), "data.max_errors", broken.name)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    broken.write_bytes(content)
+    assert main(arguments("run")) == 0
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_misspelt_key(chain, tmp_path, capsys):

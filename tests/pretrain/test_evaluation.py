@@ -1,11 +1,13 @@
 """Evaluation while pretraining: what the three stages measure, that it changes no number of training and is neither
 repeated nor lost, on one process and on two, and the mistakes that users make."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -313,3 +315,20 @@ def test_a_model_without_evaluation_measures_nothing():
     stage = addp.PretrainStage(tiny_addp())
     assert stage.evaluate(stage.model, 1) == {}
     assert stage.metrics == {}
+
+
+def test_images_without_a_label_are_of_no_class(root, tmp_path):
+    """Every third of the 30 images in a tar file has no label."""
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for i, path in enumerate(sorted((root / "images" / "val").rglob("*.png"))):
+            tar.add(path, f"{i:03}.png")
+            if i % 3:
+                label = str(i % 2).encode()
+                member = tarfile.TarInfo(f"{i:03}.cls")
+                member.size = len(label)
+                tar.addfile(member, io.BytesIO(label))
+    settings = [f"evaluation={tmp_path / 'val.tar'}", "train.steps=1", "evaluation.samples=0"]
+    assert main(pretrain(root, tmp_path / "run", *settings)) == 0
+    assert evaluations(tmp_path / "run")[-1].keys() >= {"knn", "probe", "val_loss"}
+    source = open_source(str(tmp_path / "val.tar"))
+    assert len(choose_images(source, 100, 100)) == 20

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checks import same_weights
 from PIL import Image
-from toy_segmentation import CLASSES, user_error
+from toy_segmentation import CLASSES, train_command, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
@@ -91,6 +91,28 @@ def test_mmsegs_test_script_gives_the_same_metrics(trained_run, scenes, tmp_path
     ours = metrics_of_addp(exported / "model.pth", scenes, tmp_path / "ours", *settings)
     theirs = metrics_of(tmp_path / "tta")
     assert all(theirs[key] == pytest.approx(ours[key], abs=1e-4) for key in ("mIoU", "aAcc", "mAcc"))
+
+
+def test_the_config_of_a_run_trains_as_the_run_did(encoder_file, scenes, tmp_path, monkeypatch):
+    run, work_dir = tmp_path / "run", tmp_path / "work"
+    settings = ["train.steps=2", "train.accumulate=2", "train.lr=3e-4", "train.weight_decay=0.2", "train.clip_grad=2"]
+    settings += ["train.layer_decay=0.7", "train.drop_path=0.3", "data.jitter=[0.9,1.1]", "data.flip=false"]
+    monkeypatch.chdir(encoder_file.parent)
+    assert main(train_command(scenes, encoder_file.name, run, *settings)) == 0
+    cfg = Config.fromfile(run / "config.py")
+    assert (cfg.train_cfg.max_iters, cfg.train_dataloader.batch_size, cfg.param_scheduler[-1].end) == (4, 2, 4)
+    optimizer = cfg.optim_wrapper
+    assert (optimizer.optimizer.lr, optimizer.optimizer.weight_decay) == (3e-4, 0.2)
+    assert (optimizer.paramwise_cfg.decay_rate, optimizer.accumulative_counts) == (0.7, 2)
+    assert (optimizer.clip_grad.max_norm, cfg.model.backbone.drop_path) == (2, 0.3)
+    assert cfg.model.backbone.init_cfg.checkpoint == str(encoder_file)
+    transforms = {transform.type: transform for transform in cfg.train_dataloader.dataset.pipeline}
+    assert (transforms["RandomResize"].ratio_range, transforms["RandomFlip"].prob) == ((0.9, 1.1), 0.0)
+    run_tool(monkeypatch, "train.py", str(run / "config.py"), "--work-dir", str(work_dir), scenes=scenes)
+    assert (work_dir / "iter_4.pth").exists()
+    exported = tmp_path / "exported"
+    assert main(["export", "layout=mmseg", f"model={run}", f"out={exported}"]) == 0
+    assert "not what the model beside it was trained with" in (exported / "config.py").read_text().splitlines()[0]
 
 
 def test_errors_of_the_export(trained_run, encoder_file, tmp_path, capsys):

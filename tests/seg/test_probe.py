@@ -77,6 +77,50 @@ def test_the_same_command_continues_and_computes_nothing_again(probed, scenes, e
     assert "k-NN" in capsys.readouterr().out
 
 
+def test_corrected_class_maps_are_noticed(scenes_copy, encoder_file, tmp_path, capsys):
+    """Although their files are as large as before."""
+    pairs = [pair for split in ("train", "val") for pair in find_pairs(scenes_copy, split)]
+    labels = [np.array(Image.open(pair.class_map)) for pair in pairs]
+
+    def write(swap: bool) -> None:
+        for pair, each in zip(pairs, labels, strict=True):
+            swapped = np.where(np.isin(each, [1, 2]), 3 - each, each) if swap else each
+            Image.fromarray(swapped).save(pair.class_map, compress_level=0)
+
+    write(swap=False)
+    sizes = [pair.class_map.stat().st_size for pair in pairs]
+    out, cache = tmp_path / "run", f"cache={tmp_path / 'cache'}"
+    command = probe_command(scenes_copy, encoder_file, out, "mode=knn", cache)
+    assert main(command) == 0
+    before = results_of(out)
+    write(swap=True)
+    assert [pair.class_map.stat().st_size for pair in pairs] == sizes
+    capsys.readouterr()
+    assert main(command) == 0  # a finished run stays what it is, and says so
+    assert "class maps of train: 12 images as before, but others, or with other labels" in capsys.readouterr().err
+    assert results_of(out) == before
+    assert main(probe_command(scenes_copy, encoder_file, tmp_path / "fresh", "mode=knn")) == 0
+    expected = results_of(tmp_path / "fresh")["iou"]
+    assert expected != before["iou"]
+    for run in (out, tmp_path / "other"):
+        (run / "finished.json").unlink(missing_ok=True)
+        assert main(probe_command(scenes_copy, encoder_file, run, "mode=knn", cache)) == 0
+        assert results_of(run)["iou"] == expected
+
+
+def test_a_run_from_before_class_maps_were_recorded_continues(probed, scenes_copy, encoder_file, tmp_path, capsys):
+    """Also if the dataset has moved: what is not recorded is not compared."""
+    out = Path(shutil.copytree(probed, tmp_path / "run"))
+    (out / "finished.json").unlink()
+    inputs = json.loads((out / "inputs.json").read_text())
+    inputs["datasets"] = {split: inputs["datasets"][split] for split in ("train", "val")}
+    (out / "inputs.json").write_text(json.dumps(inputs))
+    assert main(probe_command(scenes_copy, encoder_file, out, "blocks=[]", "maps=true")) == 0
+    assert "changed" not in capsys.readouterr().err
+    assert results_of(out)["rows"] == results_of(probed)["rows"]
+    assert json.loads((out / "inputs.json").read_text())["datasets"].keys() > {"train", "val"}
+
+
 def test_runs_with_another_seed_share_the_features(probed, scenes, encoder_file, tmp_path):
     cache = probed / "features"
     before = sorted(cache.glob("*/*"))
@@ -130,6 +174,7 @@ def test_without_held_out_images_the_validation_images_choose(scenes, encoder_fi
 )
 def test_wrong_settings_are_one_line(scenes, encoder_file, tmp_path, capsys, settings, message):
     assert message in user_error(capsys, *probe_command(scenes, encoder_file, tmp_path / "run", *settings))
+    assert not [*tmp_path.rglob("*.safetensors")]  # before any feature is computed
 
 
 def test_an_unreadable_image_is_named(scenes_copy, encoder_file, tmp_path, capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 from toy_segmentation import CLASSES
 
 from addp_core.base.errors import UserError
-from seg.scenes import check_numbering, check_pairs, find_pairs, read_class_map
+from seg.scenes import check_numbering, check_pairs, find_pairs, read_class_map, read_class_names
 
 NAMES = tuple(f"thing {i}" for i in range(1, CLASSES + 1))
 
@@ -94,6 +94,12 @@ def test_further_class_maps_are_read_until_two_classes_are_found(tmp_path):
     with pytest.raises(UserError, match=r"hold no label but 3, and .* expected two classes"):
         check_pairs([pairs[0], pairs[2]], NAMES, limit=0, min_classes=2)
     assert check_pairs(pairs, NAMES, limit=0) == {3}
+
+
+def test_a_class_table_has_each_number_once(tmp_path):
+    (tmp_path / "objectInfo.txt").write_text("Idx\tName\n1\twall\n2\tsky, heaven\n2\ttree\n")
+    with pytest.raises(UserError, match=r"objectInfo\.txt: found Idx 2 2 times \('sky', 'tree'\), expected each"):
+        read_class_names(tmp_path)
 
 
 def test_addresses_are_refused():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from toy_segmentation import user_error
+from toy_segmentation import train_command, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
 from addp_core.recipes.cli import main
 from seg.scenes import find_pairs
+from seg.segmentor import load_segmentor
 
 
 def test_class_maps_equal_those_of_seg_test(trained_run, scenes, tmp_path):
@@ -59,3 +61,54 @@ def test_unreadable_images_are_skipped(trained_run, tmp_path, capsys):
     assert (out / "a.png").exists()
     assert "none of the 1 images" in user_error(capsys, *arguments, f"images={folder / 'c.png'}")
     assert "addp: images: nowhere does not exist" in user_error(capsys, *arguments, "images=nowhere")
+
+
+@pytest.mark.parametrize("rescales", [(4, 2, 1, 0.5), (2, 1, 0.5, 0.25)])
+def test_images_that_are_much_longer_than_wide(trained_run, scenes, encoder_file, tmp_path, rescales):
+    """Down to a single patch, and to less than a pixel after the resize, in training, evaluation and prediction."""
+    sizes = {"a": (400, 3), "b": (3, 400), "c": (4000, 4), "d": (3000, 1), "e": (1, 1), "f": (8, 200)}
+    for folder in ("images", "annotations"):
+        for split in ("training", "validation"):
+            (tmp_path / folder / split).mkdir(parents=True)
+            for name, size in sizes.items():
+                picture = (
+                    Image.new("RGB", size) if folder == "images" else Image.new("L", size, 1 + "abcdef".index(name))
+                )
+                picture.save(tmp_path / folder / split / f"{name}.png")
+    (tmp_path / "objectInfo.txt").write_text("Idx\tName\n" + "".join(f"{i}\tthing {i}\n" for i in range(1, 7)))
+    run = tmp_path / "run"
+    config = "upernet_addp-tiny_500_ade20k-512x512" if 4 in rescales else "upernet_addp-tiny-wide_1k_ade20k-512x512"
+    assert main(train_command(tmp_path, encoder_file, run, "train.steps=2", f"config={config}")) == 0
+    assert load_segmentor(run)[0].rescales == rescales
+    images = f"images={tmp_path / 'images' / 'validation'}"
+    for mode in ("slide", "whole"):
+        out = tmp_path / mode
+        settings = [f"test.mode={mode}", "test.scales=[0.5,1]", "test.flip=true"]
+        assert main(["seg", "predict", f"model={run}", images, f"out={out}", *settings]) == 0
+        assert {path.stem: Image.open(path).size for path in (out / "maps").iterdir()} == sizes
+
+
+def test_all_images_are_painted_whatever_their_folders_are_called(trained_run, tmp_path):
+    for folder in ("train", "test", "other"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "in" / folder / "a.jpg")
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        tar.add(tmp_path / "in" / "test", "test")
+    for images, expected in {"in": {"train", "test", "other"}, "test.tar": {"test"}}.items():
+        out = tmp_path / "out" / images
+        assert main(["seg", "predict", f"model={trained_run}", f"images={tmp_path / images}", f"out={out}"]) == 0
+        assert {path.parent.name for path in (out / "maps").rglob("*.png")} == expected
+
+
+def test_results_are_not_written_among_the_images(trained_run, tmp_path, capsys):
+    (tmp_path / "maps").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "maps" / "a.png")
+    before = (tmp_path / "maps" / "a.png").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "maps")
+    command = ["seg", "predict", f"model={trained_run}"]
+    for out in ("maps", "maps/painted", "link", ""):  # the last one has the class maps in maps/
+        for images in ("maps", "maps/a.png")[: 2 if out != "maps/painted" else 1]:
+            error = user_error(capsys, *command, f"images={tmp_path / images}", f"out={tmp_path / out}")
+            assert f"among the images of {tmp_path / images}, and replace some" in error
+    assert [*tmp_path.rglob("*.png")] == [tmp_path / "maps" / "a.png"]
+    assert (tmp_path / "maps" / "a.png").read_bytes() == before

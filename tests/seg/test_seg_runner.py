@@ -7,6 +7,8 @@ import pickle
 import shutil
 import signal
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,30 @@ pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg
 
 from addp_core.recipes.cli import main
 from seg.runner import RunFolder
+from seg.scenes import find_pairs
+
+
+@contextmanager
+def when_logged(message: str, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` in this block when a message with this beginning is logged."""
+
+    def look(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith(message):
+            act()
+        return True
+
+    log = logging.getLogger("addp")
+    log.addFilter(look)
+    try:
+        yield
+    finally:
+        log.removeFilter(look)
 
 
 def exit_code_after_signal(arguments: list[str], number: int, message: str) -> Any:
     """Return the exit code of a run that receives the signal when it logs a message with this beginning."""
-
-    def send_signal(record: logging.LogRecord) -> bool:
-        if record.getMessage().startswith(message):
-            os.kill(os.getpid(), number)
-        return True
-
-    log = logging.getLogger("addp")
-    log.addFilter(send_signal)
-    try:
-        with pytest.raises(SystemExit) as raised:
-            main(arguments)
-    finally:
-        log.removeFilter(send_signal)
+    with when_logged(message, lambda: os.kill(os.getpid(), number)), pytest.raises(SystemExit) as raised:
+        main(arguments)
     return raised.value.code
 
 
@@ -70,6 +79,32 @@ def test_an_evaluation_that_a_signal_stopped_is_repeated(scenes, encoder_file, t
     assert main(uninterrupted) == 0
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "uninterrupted")
     assert evaluations(tmp_path / "run").keys() == {2, STEPS}
+
+
+@pytest.mark.parametrize(("split", "step"), [("train", 2), ("val", 1)])
+def test_a_scene_that_becomes_unreadable_costs_no_step(scenes_copy, encoder_file, tmp_path, capsys, split, step):
+    """With two parts of a step, of which the second may be the one that cannot be read."""
+    settings = ["train.steps=3", "train.accumulate=2", "train.evaluate_every=1", "train.checkpoint_every=0"]
+    out, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    assert main(train_command(scenes_copy, encoder_file, uninterrupted, *settings)) == 0
+    paths = [pair.image for pair in find_pairs(scenes_copy, split)]
+    intact = [path.read_bytes() for path in paths]
+
+    def truncate() -> None:
+        for path, content in zip(paths, intact, strict=True):
+            path.write_bytes(content[: len(content) // 2])
+
+    arguments = train_command(scenes_copy, encoder_file, out, *settings)
+    capsys.readouterr()
+    with when_logged("step 1/3", truncate):
+        assert str(scenes_copy / "images") in user_error(capsys, *arguments)
+    assert max(path.name for path in (out / "checkpoints").iterdir()) == f"step-{step}"
+    for path, content in zip(paths, intact, strict=True):
+        path.write_bytes(content)
+    assert main(arguments) == 0
+    continued, expected = (load_file(run / "model.safetensors") for run in (out, uninterrupted))
+    assert all(torch.equal(continued[name], expected[name]) for name in expected)
+    assert evaluations(out) == evaluations(uninterrupted)
 
 
 def test_an_evaluation_between_two_lines_of_metrics_does_not_change_them(trained_run, scenes, encoder_file, tmp_path):

@@ -15,6 +15,7 @@ from toy_segmentation import CLASSES, STEPS, train_command, user_error
 
 pytest.importorskip("mmseg", reason="needs the extra `seg`: pip install addp[seg]")
 
+from addp_core.base.rng import generator
 from addp_core.networks.encoder import Encoder, EncoderConfig
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import load
@@ -167,6 +168,19 @@ def test_scenes_that_rank_0_alone_checks_end_both_ranks(scenes_copy, encoder_fil
     assert_ends(ended, [2, 2], "addp: ", "annotations")
 
 
+@pytest.mark.slow
+def test_a_scene_that_one_rank_cannot_read_costs_no_step(scenes_copy, encoder_file, tmp_path):
+    """Of the second step, in rank 1; rank 0 writes the checkpoint."""
+    pairs = find_pairs(scenes_copy, "train")
+    index = max(torch.randperm(len(pairs), generator=generator(0, "order", 0))[6:8].tolist())
+    image = pairs[index].image
+    image.write_bytes(image.read_bytes()[:200])
+    settings = ["data.check=0", "train.checkpoint_every=0", "train.evaluate_every=4"]
+    ended = run_ranks(train_command(scenes_copy, encoder_file, tmp_path / "run", *settings), tmp_path / "job")
+    assert_ends(ended, [2, 2], "addp: ", str(image))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-1"]
+
+
 def test_errors_name_scenes_that_cannot_be_trained_on(scenes_copy, encoder_file, tmp_path, capsys):
     arguments = train_command(scenes_copy, encoder_file, tmp_path / "run")
     pair = find_pairs(scenes_copy, "train")[3]
@@ -188,6 +202,12 @@ def test_errors_name_scenes_that_cannot_be_trained_on(scenes_copy, encoder_file,
     pair.class_map.unlink()
     assert f"{pair.class_map} is missing" in user_error(capsys, *arguments)
     pair.class_map.write_bytes(intact)
+    for split, setting in (("train", "data.check=1000"), ("val", "data.check=0")):  # the header of each is intact
+        image = find_pairs(scenes_copy, split)[2].image
+        content = image.read_bytes()
+        image.write_bytes(content[: len(content) // 2])
+        assert f"{image}: image file is truncated" in user_error(capsys, *arguments, setting)
+        image.write_bytes(content)
 
     class_table = scenes_copy / "objectInfo.txt"
     rows = class_table.read_text().splitlines()

@@ -11,7 +11,7 @@ STEPS = 4  # of a run of `train_command`
 TINY_CONFIG = "config=upernet_addp-tiny_500_ade20k-512x512"
 
 
-def train_command(scenes: Path, model: Path, out: Path, *settings: str) -> list[str]:
+def train_command(scenes: Path, model: Path | str, out: Path, *settings: str) -> list[str]:
     """Return the arguments of a run of `STEPS` steps with narrow heads; `settings` come last and win."""
     segmentor = [TINY_CONFIG, "channels=8", "data.crop=32", "data.scale=[48,192]"]
     length = [f"train.steps={STEPS}", "train.warmup_steps=1", "train.batch=4", "train.log_every=1"]

@@ -34,6 +34,7 @@ ADDP_UNUSED = ("pos_token_embed", "pos_mask_embed", "decoder_pos_embed", "decode
 MAGE_UNUSED = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight",
                "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias",
                "token_emb.position_ids")  # fmt: skip
+PREDICTOR_EMBEDDINGS = ("token_emb.word_embeddings.weight", "token_emb.position_embeddings.weight")
 VQGAN_PREFIXES = ("encoder.", "decoder.", "quantize.")
 VQGAN_CODEBOOK = "quantize.embedding.weight"
 PUBLISHED_PREFIXES = {  # ours -> published
@@ -59,12 +60,18 @@ def convert_addp(source: str, state: State, hints: Hints) -> tuple[State, ADDPCo
     """Convert a published ADDP checkpoint."""
     ours = from_published(state)
     encoder, decoder = strip_prefix(ours, "denoiser.encoder."), strip_prefix(ours, "denoiser.decoder.")
-    require_tensors(source, encoder, ("cls_token", "pos_embed", "patch_embed.proj.weight"))
+    _require_ranks(source, encoder, {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4})
+    _require_ranks(source, decoder, {"token_emb.weight": 2})
     patch = encoder["patch_embed.proj.weight"].shape[-1]
     grid = square_grid(source, encoder["pos_embed"].shape[1] - 1)
     width = encoder["cls_token"].shape[-1]
     tokenizer_state = strip_prefix(ours, "tokenizer.")
     tokenizer = _tokenizer_config(source, tokenizer_state) if tokenizer_state else TokenizerConfig()
+    if tokenizer_state and patch != tokenizer.stride:
+        raise UserError(
+            f"{source}: patch_embed.proj.weight is for patches of {patch} pixels, expected {tokenizer.stride}, the "
+            "tokenizer's stride"
+        )
     predictor_state = strip_prefix(ours, "predictor.")
     predictor = _predictor_config(source, predictor_state, hints) if predictor_state else None
     encoder_heads = hints.heads_for("encoder_heads", width)
@@ -80,10 +87,14 @@ def convert_addp(source: str, state: State, hints: Hints) -> tuple[State, ADDPCo
 def convert_mage(source: str, state: State, hints: Hints) -> tuple[State, PredictorArchitecture]:
     """Convert a MAGE checkpoint to a token predictor."""
     ours = {key: value for key, value in state.items() if key not in MAGE_UNUSED and not key.startswith("vqgan.")}
-    tokens = ours["token_emb.position_embeddings.weight"].shape[0] - 1
-    codebook = state.get(f"vqgan.{VQGAN_CODEBOOK}")
-    vocabulary = _vocabulary(ours["token_emb.word_embeddings.weight"], None if codebook is None else len(codebook))
     predictor = _predictor_config(source, ours, hints)
+    tokens = ours["token_emb.position_embeddings.weight"].shape[0] - 1
+    codebook = f"vqgan.{VQGAN_CODEBOOK}"
+    codes = None
+    if codebook in state:
+        _require_ranks(source, state, {codebook: 2})
+        codes = len(state[codebook])
+    vocabulary = _vocabulary(ours["token_emb.word_embeddings.weight"], codes)
     return ours, PredictorArchitecture(predictor, square_grid(source, tokens), vocabulary)
 
 
@@ -195,8 +206,16 @@ def _unused_tensors(config: ADDPConfig) -> State:
 # -------------------- architectures from shapes
 
 
+def _require_ranks(source: str, state: State, ranks: Mapping[str, int]) -> None:
+    """Raise UserError if a tensor is missing, or has another number of dimensions, from which sizes are read."""
+    require_tensors(source, state, ranks)
+    for name, rank in ranks.items():
+        if state[name].ndim != rank:
+            raise UserError(f"{source}: {name} has shape {list(state[name].shape)}, expected {rank} dimensions")
+
+
 def _predictor_config(source: str, state: State, hints: Hints) -> PredictorConfig:
-    require_tensors(source, state, ("token_emb.word_embeddings.weight", "token_emb.position_embeddings.weight"))
+    _require_ranks(source, state, dict.fromkeys(PREDICTOR_EMBEDDINGS, 2))
     width = state["token_emb.word_embeddings.weight"].shape[1]
     return PredictorConfig(
         width,
@@ -219,11 +238,11 @@ def _check_no_other_parts(source: str, state: State) -> None:
 
 def _tokenizer_config(source: str, state: State) -> TokenizerConfig:
     _check_no_other_parts(source, state)
-    require_tensors(source, state, ("encoder.conv_in.weight", VQGAN_CODEBOOK))
+    _require_ranks(source, state, {"encoder.conv_in.weight": 4, VQGAN_CODEBOOK: 2})
     width = state["encoder.conv_in.weight"].shape[0]
     levels = 1 + max((int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.", key) for key in state) if m), default=0)
     first_convs = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
-    require_tensors(source, state, first_convs)
+    _require_ranks(source, state, dict.fromkeys(first_convs, 4))
     codebook, dim = state[VQGAN_CODEBOOK].shape
     multipliers = tuple(state[key].shape[0] // width for key in first_convs)
     return TokenizerConfig(width, multipliers, depth_of(state, "encoder.down.0.block."), codebook, dim)

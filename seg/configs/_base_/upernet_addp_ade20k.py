@@ -64,7 +64,7 @@ data_root = "data/ade/ADEChallengeData2016"
 train_pipeline = [
     dict(type="LoadPicture"),
     dict(type="LoadClassMap"),
-    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), resize_type="ResizePicture"),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
@@ -72,8 +72,8 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadPicture"),
-    dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadClassMap"),  # after Resize: class maps are evaluated at their own size
+    dict(type="ResizePicture", scale=scale),
+    dict(type="LoadClassMap"),  # after the resize: class maps are evaluated at their own size
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(

@@ -1,6 +1,7 @@
 """The stream of batches: order, augmentation, unreadable images and workers."""
 
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -128,7 +129,10 @@ def test_unreadable_images_are_replaced_counted_and_named_once(caplog):
         assert torch.equal(batch.images[unaffected], other.images[unaffected])
 
 
-@pytest.mark.parametrize(("max_errors", "limit"), [(0, 0), (0.5, 5), (0.001, 1), (1, 1), (3, 3), (0.25, 2)])
+LIMITS = [(0, 0), (0.5, 5), (0.001, 1), (1, 1), (3, 3), (0.25, 2), (math.inf, 10)]
+
+
+@pytest.mark.parametrize(("max_errors", "limit"), LIMITS)
 def test_max_errors_is_a_fraction_or_a_count(max_errors, limit):
     assert make_stream(memory_source(10), max_errors=max_errors).error_limit == limit
 

@@ -80,12 +80,16 @@ def test_a_misspelled_metric_is_an_error_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(("higher", "best"), [(True, 3), (False, 1)])
-def test_best_is_the_highest_or_the_lowest_and_always_finite(tmp_path, higher, best):
+def test_best_is_the_highest_or_the_lowest_and_always_finite(tmp_path, higher, best, caplog):
     written = []
     for step, value in enumerate((float("nan"), 0.2, 0.3, 0.4, float("nan"), 0.3)):
         result = keep_best(tmp_path, step, {"m": value}, "m", {"m": higher}, written.append)
     assert result == {"step": best, "m": 0.4 if higher else 0.2}
     assert written == [tmp_path / BEST_MODEL] * (3 if higher else 1)
+    assert keep_best(tmp_path, 6, {"other": 1.0}, "m", {"m": higher}, written.append) == result
+    warnings = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in warnings] == ["step 0", "step 4", "step 6"]
+    assert [line.partition("found ")[2] for line in warnings] == ["m=nan", "m=nan", "m=no value"]
 
 
 def test_evaluations_log_what_they_cost(tmp_path):

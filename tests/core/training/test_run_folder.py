@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_stage import run, stopped_run
+from toy_stage import N, Recipe, run, stopped_run
 
 from addp_core.base.errors import UserError
+from addp_core.recipes import config as recipes
 from addp_core.training.run_folder import mark_finished, prepare_out, release_out
 
 
@@ -48,6 +49,27 @@ def test_a_run_that_finished_before_a_key_existed_is_finished(tmp_path, uninterr
         assert "this run has already finished" in caplog.text
         run([f"out={tmp_path}", "train.steps=13"])
     assert "continues from step 12" in caplog.text
+
+
+@pytest.mark.parametrize("length", ["train.steps=3", "train.epochs=0.6"])
+def test_a_length_that_the_run_has_passed_leaves_its_recipe_as_it_was(tmp_path, length):
+    stopped_run(tmp_path)
+    before = (tmp_path / "recipe.yaml").read_text()
+    recipe = recipes.load(Recipe, None, [f"out={tmp_path}", "train.steps=null", length])
+    with pytest.raises(
+        UserError, match=r"has already reached step 10, but this recipe ends at 3; expected train.steps=1"
+    ):
+        prepare_out(tmp_path, recipe, lambda: {"train": Images()})
+    assert (tmp_path / "recipe.yaml").read_text() == before
+    run([f"out={tmp_path}"])
+
+
+class Images:
+    def __len__(self) -> int:
+        return N
+
+    def digest(self) -> str:
+        return ""
 
 
 @pytest.mark.parametrize("kind", ["file", "inside a file", "not writable"])

@@ -92,6 +92,33 @@ def test_models_that_the_published_layout_cannot_hold(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("cls_token", 3),
+        ("pos_embed", 3),
+        ("patch_embed.proj.weight", 4),
+        ("token_emb.weight", 2),
+        ("vqgan.encoder.conv_in.weight", 4),
+        ("vqgan.encoder.down.0.block.0.conv1.weight", 4),
+        ("vqgan.quantize.embedding.weight", 2),
+        ("token_predictor.token_emb.word_embeddings.weight", 2),
+        ("token_predictor.token_emb.position_embeddings.weight", 2),
+    ],
+)
+def test_tensors_with_another_number_of_dimensions_are_named(golden, name, rank):
+    loads = [(load_addp, golden, "", HEADS)]
+    if (prefix := name.split(".")[0] + ".") in ("vqgan.", "token_predictor."):
+        heads = {key: HEADS[key] for key in HEADS if key.startswith("predictor")} if prefix != "vqgan." else {}
+        part = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+        loads.append((load_tokenizer if prefix == "vqgan." else load_predictor, part, prefix, heads))
+    for load, state, prefix, heads in loads:
+        tensor = name.removeprefix(prefix)
+        for wrong in (torch.tensor(1.0), torch.zeros(3), torch.zeros(1, 1, 1, 1, 1)):
+            changed = {**state, tensor: wrong}
+            assert_user_error(lambda: load(changed, **heads), f"has shape {list(wrong.shape)}, expected {rank} dim")  # noqa: B023
+
+
 def test_files_of_other_methods_are_recognized(golden):
     mage = {
         "model": {k.removeprefix("token_predictor."): v for k, v in golden.items() if k.startswith("token_predictor.")}
