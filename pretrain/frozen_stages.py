@@ -69,10 +69,12 @@ def check_frozen_parts(recipe: PretrainRecipe) -> None:
             raise
         stage = _own_stage(recipe, part)
         if fixed and (changes := changes_of_run(folder, stage, FROM_RECIPE)):
+            parts = list(FROZEN_STAGES)
+            keep = " ".join(f"{each}={own_folder(recipe, each)}" for each in parts[: parts.index(part) + 1])
             raise UserError(
                 f"stages: {frozen_stage_name(recipe, part)} is another recipe than that of {folder}, on which the next "
-                f"stage has been trained: {changes}; put the keys back, give {part}={folder} to keep it, or choose "
-                "another out"
+                f"stage has been trained: {changes}; put the keys back, give {keep} to keep it, or choose another "
+                "out"
             )
 
 

@@ -328,7 +328,7 @@ class _Run:
         """Write a checkpoint, unless there is one of this step, before an error in the data ends the run."""
         if self.counters.step > self.saved_step:
             self._checkpoint(required=False)
-        log.info("stopped after step %d; when the data can be read, the same command continues", self.counters.step)
+        log.info("stopped after step %d; when this is mended, the same command continues", self.counters.step)
 
     def _micro_step(self, part: int) -> MicroStep:
         config, share = self.config, self.config.micro_batch // self.world

@@ -140,11 +140,15 @@ class Inputs:
         )
 
     def same_datasets(self, datasets: OpenDatasets | None) -> bool:
-        """Check whether the datasets are the recorded ones; true if none are recorded."""
+        """Check whether the recorded datasets are these; true if none are recorded. What an earlier version did not
+        record is not compared.
+        """
         if "datasets" not in self.record:
             return True
         recorded = {name: entry["digest"] for name, entry in self.record["datasets"].items()}
-        return datasets is not None and recorded == {name: each.digest() for name, each in datasets().items()}
+        if datasets is None:
+            return False
+        return recorded == {name: each.digest() for name, each in datasets().items() if name in recorded}
 
     def _keys(self, kind: str) -> list[str]:
         """Return the keys of this kind that are given; those that change no result are not recorded."""

@@ -87,9 +87,10 @@ def test_another_recipe_for_a_stage_that_is_built_on_is_refused(work, capsys, pa
     file, folder = work / "stages" / f"{part}.yaml", work / "run" / part
     file.write_text(file.read_text().replace(old, new))
     before = content(work / "run")
+    kept = f"tokenizer={work / 'run' / 'tokenizer'}" + (f" predictor={folder}" if part == "predictor" else "")
     assert refusal(capsys, pretrain(work, *settings)) == (
         f"stages: {file} is another recipe than that of {folder}, on which the next stage has been trained: {change}; "
-        f"put the keys back, give {part}={folder} to keep it, or choose another out"
+        f"put the keys back, give {kept} to keep it, or choose another out"
     )
     assert content(work / "run") == before
 

@@ -76,6 +76,15 @@ def test_another_spelling_of_a_path_is_the_same(record, here, monkeypatch):
         assert prepare(Recipe("../run", "../photos", model="../encoder.pth"), record) is None
 
 
+def test_a_finished_run_of_a_version_that_recorded_less_is_known_after_its_data_moved():
+    finish(Recipe("run", "photos", "photos"))
+    record = json.loads(Path("run/inputs.json").read_text())
+    del record["datasets"]["val"]
+    Path("run/inputs.json").write_text(json.dumps(record))
+    shutil.move("photos", "scratch")
+    assert prepare(Recipe("run", "scratch", "scratch")) == Path("run/model.safetensors")
+
+
 def test_moved_data_and_files_are_told_by_their_content(caplog):
     begin(Recipe("run"))
     shutil.move("photos", "scratch")
