@@ -29,10 +29,7 @@ from addp_core.weights.loading import load_predictor
 from addp_core.weights.saving import save_model
 from pretrain.common import load_frozen_tokenizer, run_stage
 from pretrain.evaluation import EvaluatedStage, Evaluation, Measured
-from pretrain.frozen_stages import FROZEN_STAGES as FROZEN_STAGES
 from pretrain.frozen_stages import check_before_training, check_frozen_parts, is_finished, train_frozen_part
-from pretrain.frozen_stages import frozen_stage_name as frozen_stage_name
-from pretrain.frozen_stages import frozen_stage_recipe as frozen_stage_recipe
 from pretrain.initial_weights import load_initial_denoiser, start_from, warn_of_other_ids
 from pretrain.recipe import PretrainRecipe as Recipe
 from pretrain.tokens import TokenBatch

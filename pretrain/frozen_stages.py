@@ -7,17 +7,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 from addp_core.base.errors import UserError, naming_key
-from addp_core.base.paths import FINISHED_FILE, MODEL_FILE, RECIPE_FILE, expand_home
+from addp_core.base.paths import FINISHED_FILE, MODEL_FILE
 from addp_core.method.addp import Denoiser
 from addp_core.recipes.config import find_recipe, load, recipes_of
 from addp_core.training.best import check_keep_best
 from addp_core.training.optimization import check_layer_decay
 from addp_core.training.run_folder import changes_of_run, has_results
-from addp_core.training.run_recipe import read_values
 from addp_core.training.submission import check_training
+from addp_core.weights.mage import tokenizer_in_recipe
 from pretrain import predictor as predictor_stage
 from pretrain import tokenizer as tokenizer_stage
 from pretrain.common import token_grid
@@ -48,9 +46,11 @@ def check_frozen_parts(recipe: PretrainRecipe) -> None:
     What the run has trained on a part fixes that part: it stays as it is, and another recipe for it is refused.
     """
     if recipe.predictor and not recipe.tokenizer:  # one that is trained now would have other ids
+        named = tokenizer_in_recipe(recipe.predictor)
+        hint = f"; its recipe says tokenizer={named}" if named else ", which may be in the same file"
         raise UserError(
             f"tokenizer: found none beside predictor={recipe.predictor}; expected tokenizer=<the one that this "
-            f"predictor was trained on>{_tokenizer_of(recipe.predictor)}"
+            f"predictor was trained on>{hint}"
         )
     for part in FROZEN_STAGES:
         if getattr(recipe, part):
@@ -76,16 +76,6 @@ def check_frozen_parts(recipe: PretrainRecipe) -> None:
                 f"stage has been trained: {changes}; put the keys back, give {keep} to keep it, or choose another "
                 "out"
             )
-
-
-def _tokenizer_of(predictor: str) -> str:
-    """Return a hint at the tokenizer that the recipe of a predictor's run names, if there is such a recipe."""
-    path = expand_home(predictor)
-    try:
-        named = read_values(((path if path.is_dir() else path.parent) / RECIPE_FILE).read_text()).get("tokenizer")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        named = None
-    return f"; its recipe says tokenizer={named}" if named else ", which may be in the same file"
 
 
 def check_before_training(recipe: PretrainRecipe) -> None:

@@ -58,6 +58,14 @@ def write_shards(root: Path, count: int = 3) -> None:
                 add_member(tar, f"{i}.png", encode(noise_image(12, 12, seed=10 * shard + i)))
 
 
+def write_folders_named_after_splits(root: Path, size: tuple[int, int]) -> None:
+    """Write in/{train,test,other}/a.jpg and, of one of these folders, test.tar."""
+    for folder in ("train", "test", "other"):
+        save_image(root / "in" / folder / "a.jpg", Image.new("RGB", size))
+    with tarfile.open(root / "test.tar", "w") as tar:
+        tar.add(root / "in" / "test", "test")
+
+
 class MemorySource(ImageSource):
     """Encoded images from a list; None stands for an image that cannot be read."""
 

@@ -9,6 +9,7 @@ import re
 
 from addp_core.base.errors import UserError
 
+TEMPORARY_STATUS = {408, 425, 429}  # of HTTP, as are those from 500 on; any other error stays what it is
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 # What stands before the @ of a host, and values of a query whose names say that they are secret, as in signed links.

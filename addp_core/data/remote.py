@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from addp_core.base.addresses import CREDENTIALS_FIX, fill_variables, has_credentials, without_secrets
+from addp_core.base.addresses import CREDENTIALS_FIX, TEMPORARY_STATUS, fill_variables, has_credentials, without_secrets
 from addp_core.base.errors import UserError
 
 log = logging.getLogger("addp")
@@ -23,7 +23,6 @@ CONNECTIONS = 32  # requests of one process at the same time
 FIRST_REQUEST, LONGEST_REQUEST = 1 << 14, 1 << 20  # bytes of a `RemoteFile`
 SMALL_SKIP = 1 << 16  # bytes that are read rather than skipped
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries; it doubles
-TEMPORARY_STATUS = {408, 425, 429}  # of HTTP, as are those from 500 on; any other error stays what it is
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 # What changes with a file's content, under the names that the file systems of fsspec give it: checksums, then times.
 TAGS = (

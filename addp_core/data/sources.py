@@ -217,10 +217,15 @@ def _open_path(path: Path, split: str | None, classes: Sequence[str] | None) -> 
         )
     if split is None:
         return _open_folder(path, split, classes)
-    list_file = path / "meta" / f"{split}.txt"
+    list_file = list_of_split(path, split)
     if list_file.is_file():
         return _open_list(path, split, list_file, classes)
     return _open_folder(path / find_split_folder(FolderTree(path), split, str(path)), split, classes)
+
+
+def list_of_split(root: Path, split: str) -> Path:
+    """Return the file of the authors' lists that holds a split's paths and labels; not every dataset has it."""
+    return root / "meta" / f"{split}.txt"
 
 
 def _open_folder(root: Path, split: str | None, classes: Sequence[str] | None) -> ImageSource:

@@ -75,7 +75,7 @@ def _read_tokenizer_of_run(source: Source, name: str) -> Weights:
     Raises UserError if there is none.
     """
     expected = "expected tokenizer=<VQGAN file> with it"
-    path = _tokenizer_in_recipe(source)
+    path = tokenizer_in_recipe(source)
     if not path:
         raise UserError(f"{name}: MAGE reads token ids; {expected}")
     try:
@@ -87,7 +87,7 @@ def _read_tokenizer_of_run(source: Source, name: str) -> Weights:
     return vqgan
 
 
-def _tokenizer_in_recipe(source: Source) -> str:
+def tokenizer_in_recipe(source: Source) -> str:
     """Return the key `tokenizer` of the recipe in a run folder, or beside a file of it; "" if there is none."""
     if not isinstance(source, str | os.PathLike):
         return ""

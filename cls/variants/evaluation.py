@@ -21,7 +21,7 @@ from addp_core.data.config import DataConfig
 from addp_core.data.corruptions import CORRUPTIONS, SEVERITIES, VERSION
 from addp_core.data.images import eval_transform
 from addp_core.data.listing import FolderTree
-from addp_core.data.sources import HubDataset, ImageSource, open_source
+from addp_core.data.sources import HubDataset, ImageSource, list_of_split, open_source
 from addp_core.data.stream import ReadErrors
 from addp_core.training.evaluation import check_unreadable
 from addp_core.training.processes import process_state
@@ -136,7 +136,7 @@ class Evaluator:
         Raises UserError if the classes or labels do not match the model's.
         """
         location = getattr(self.recipe, key)
-        is_list = (expand_home(location) / "meta" / f"{self.recipe.split}.txt").is_file()
+        is_list = list_of_split(expand_home(location), self.recipe.split).is_file()
         numbers = not self.has_names or is_list or not has_class_folders(source)
         logits = match_classes(key, location, source.classes, self.names, isinstance(source, HubDataset), numbers)
         if source.labels is not None and (source.labels.min() < 0 or source.labels.max() >= len(logits)):

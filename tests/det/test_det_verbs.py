@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from image_data import write_folders_named_after_splits
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -354,11 +355,7 @@ def test_what_needs_detectron2_says_so_where_it_is_missing(trained, tmp_path, ca
 
 
 def test_predictions_are_of_all_images_whatever_their_folders_are_called(trained, tmp_path):
-    for folder in ("train", "test", "other"):
-        (tmp_path / "in" / folder).mkdir(parents=True)
-        Image.new("RGB", (40, 30)).save(tmp_path / "in" / folder / "a.jpg")
-    with tarfile.open(tmp_path / "test.tar", "w") as tar:
-        tar.add(tmp_path / "in" / "test", "test")
+    write_folders_named_after_splits(tmp_path, (40, 30))
     for images, expected in {"in": {"train/a.jpg", "test/a.jpg", "other/a.jpg"}, "test.tar": {"test/a.jpg"}}.items():
         out = tmp_path / "out" / images
         assert main(["det", "predict", f"model={trained / 'run'}", f"images={tmp_path / images}", f"out={out}"]) == 0

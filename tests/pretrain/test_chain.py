@@ -24,6 +24,7 @@ from addp_core.data.stream import epoch_order
 from addp_core.recipes.cli import main
 from addp_core.recipes.config import load_recipe
 from pretrain import addp
+from pretrain.frozen_stages import frozen_stage_recipe
 
 TOKENIZER = """
 model: {width: 32, multipliers: [1, 1, 1], blocks: 1, codebook: 32, dim: 8}
@@ -375,7 +376,7 @@ def test_the_stages_that_are_trained_first_have_the_trackers(chain):
     trackers = ["train.trackers=[wandb,tensorboard]", "train.tracker_project=photos"]
     recipe = load_recipe(addp, all_stages(chain)[1], [*all_stages(chain)[2:], *trackers])
     for part in ("tokenizer", "predictor"):
-        stage = addp.frozen_stage_recipe(recipe, part, out="out", **({"tokenizer": ""} if part == "predictor" else {}))
+        stage = frozen_stage_recipe(recipe, part, out="out", **({"tokenizer": ""} if part == "predictor" else {}))
         assert stage.train.tracking == (("wandb", "tensorboard"), "photos")
         assert stage.train.steps == 6
 

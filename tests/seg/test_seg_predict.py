@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
+from image_data import write_folders_named_after_splits
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -89,11 +89,7 @@ def test_images_that_are_much_longer_than_wide(trained_run, scenes, encoder_file
 
 
 def test_all_images_are_painted_whatever_their_folders_are_called(trained_run, tmp_path):
-    for folder in ("train", "test", "other"):
-        (tmp_path / "in" / folder).mkdir(parents=True)
-        Image.new("RGB", (40, 40)).save(tmp_path / "in" / folder / "a.jpg")
-    with tarfile.open(tmp_path / "test.tar", "w") as tar:
-        tar.add(tmp_path / "in" / "test", "test")
+    write_folders_named_after_splits(tmp_path, (40, 40))
     for images, expected in {"in": {"train", "test", "other"}, "test.tar": {"test"}}.items():
         out = tmp_path / "out" / images
         assert main(["seg", "predict", f"model={trained_run}", f"images={tmp_path / images}", f"out={out}"]) == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from addp_core.base.errors import UserError
+from addp_core.base.errors import UserError, naming_key
 from addp_core.recipes.config import dump, load_recipe
 from addp_core.recipes.verbs import VERBS
 
@@ -37,10 +37,8 @@ def verb_recipe(arguments: Sequence[str], benchmark: str) -> Any:
     rest = arguments[len(verb.split()) :]
     module = importlib.import_module(VERBS[verb][0])
     name = rest[0] if rest and "=" not in rest[0] else None
-    try:
+    with naming_key(benchmark):
         recipe = load_recipe(module, name, rest[1:] if name else rest)
-    except UserError as error:
-        raise UserError(f"{benchmark}: {error}") from error
     if (launch := getattr(recipe, "launch", "local")) != "local":
         raise UserError(f"{benchmark}: launch: found {launch}, expected local in a bench or sweep; see bench.launch")
     return recipe

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from addp_core.base.errors import UserError
+from addp_core.base.errors import naming_key
 from addp_core.recipes.config import dump
 from tools.bench.arguments import verb_recipe
 
@@ -28,10 +28,8 @@ def check_commands(verb: str, commands: Iterable[tuple[str, list[str]]]) -> None
             DATASET_CHECKS[verb](training)
         model = ("model", getattr(training, "model", ""), getattr(training, "init", ""))
         if verb in DATASET_CHECKS and model not in checked:
-            try:
+            with naming_key(f"arms.{arm}.model"):
                 _check_model(training)
-            except UserError as error:
-                raise UserError(f"arms.{arm}.model: {error}") from error
         checked |= {dataset, model}
 
 

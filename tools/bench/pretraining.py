@@ -182,8 +182,9 @@ class Pretraining:
     def _frozen_parts(self, name: str, training: "PretrainRecipe") -> FrozenParts:
         """Return the frozen parts of an arm. Those that are not given are trained by a step that arms share."""
         from addp_core.weights.fingerprint import fingerprint
-        from pretrain.addp import FROZEN_STAGES, check_frozen_parts, frozen_stage_recipe, load_frozen_parts
+        from pretrain.addp import load_frozen_parts
         from pretrain.common import load_frozen_tokenizer, token_grid
+        from pretrain.frozen_stages import FROZEN_STAGES, check_frozen_parts, frozen_stage_recipe
 
         check_frozen_parts(training)
         given = {part: source for part in FROZEN_STAGES if (source := getattr(training, part))}
@@ -210,7 +211,7 @@ class Pretraining:
 
     def _stages_step(self, name: str, training: "PretrainRecipe", given: dict[str, str], identity: Any) -> Step:
         """Return the step that trains the frozen parts which are not given, the same one for all arms that agree."""
-        from pretrain.addp import FROZEN_STAGES, frozen_stage_recipe
+        from pretrain.frozen_stages import FROZEN_STAGES, frozen_stage_recipe
 
         wanted = [part for part in FROZEN_STAGES if part not in given]
         recipes = {
@@ -304,7 +305,7 @@ def _check_intermediate(key: str, path: str, training: "PretrainRecipe") -> None
 def _stage_arguments(training: "PretrainRecipe", part: str, recipe: Any, out: Path, tokenizer: str) -> list[str]:
     """Return the arguments that train a frozen part on the images of a pretraining: its recipe, with their keys."""
     from addp_core.training.run_recipe import RunRecipe
-    from pretrain.addp import frozen_stage_name
+    from pretrain.frozen_stages import frozen_stage_name
 
     name = frozen_stage_name(training, part)
     needed = {"out": str(out)} | ({} if part == "tokenizer" else {"tokenizer": tokenizer})

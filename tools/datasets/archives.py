@@ -16,6 +16,7 @@ from typing import IO
 
 from tqdm import tqdm
 
+from addp_core.base.addresses import TEMPORARY_STATUS
 from addp_core.base.errors import UserError
 from addp_core.base.files import CHUNK_BYTES, atomic_replace, check_space, read_chunks
 
@@ -24,7 +25,6 @@ log = logging.getLogger("addp")
 PARTIAL = ".part"  # after the name of a file of which only the beginning has been downloaded
 TRIES = 5  # of a download that makes no progress
 TIMEOUT = 30  # seconds without a byte
-TEMPORARY_STATUS = {408, 425, 429}  # of HTTP, as are those from 500 on
 
 
 def is_url(source: str) -> bool:
